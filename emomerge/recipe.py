@@ -1,0 +1,363 @@
+"""The recipe: what to do, from base to report. YAML in, one frozen object out; every error names the field.
+
+This module knows nothing of torch, so that a recipe is read and checked in milliseconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from emomerge.errors import BadInput
+
+OptimizerName = Literal["sens", "airy", "cats", "tion", "void"]
+PresetName = Literal["v3.7", "v3.8", "v3.8-fft", "v3.9", "guarded"]
+FAMILY: tuple[OptimizerName, ...] = ("sens", "airy", "cats", "tion", "void")
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Transform(Section):
+    """A fixed shift of the images, which makes a new task of an old one."""
+
+    rotate: Literal[0, 90, 180, 270] = 0
+    """Degrees counter-clockwise."""
+    invert: bool = False
+    """Exchange black and white."""
+
+
+class TextColumns(Section):
+    """Columns by name (the first row is then a header) or by number from 0 (the file then has none)."""
+
+    text: str | int = "text"
+    label: str | int = "label"
+
+
+class ImageColumns(Section):
+    """Columns of a `datasets` id."""
+
+    image: str = "image"
+    label: str = "label"
+
+
+class DataSection(Section):
+    """What every task says of its data."""
+
+    train: str
+    """A file, a folder or a `datasets` id."""
+    validation: str | None = None
+    """Data for choices (weights, λ, scale, greedy soup); by default cut from `train`."""
+    test: str | None = None
+    """Data for the reported figures, never used for a choice; by default cut from `train`."""
+    eval_fraction: float = Field(0.1, gt=0, lt=0.9)
+    """The share of `train` held out; half for choices, half for the report (all for whichever is not given)."""
+    limit: int | None = Field(None, ge=8)
+    """Use only this many rows of `train`, drawn with the task's seed."""
+    seed: int = 0
+    """Seed of the split."""
+
+
+class TextClassification(DataSection):
+    """Sentences into classes: TSV, CSV, JSONL or a `datasets` id."""
+
+    kind: Literal["text-classification"]
+    columns: TextColumns = TextColumns()
+    classes: tuple[str, ...] | dict[str, str] | None = None
+    """Names of the labels in order, or class → condition on a numeric rating, such as `{bad: "< -0.5", good: "> 0.5"}`;
+    rows that meet no condition are left out. By default the distinct labels, sorted."""
+    max_length: int = Field(128, ge=4)
+    """Tokens; longer sentences are cut."""
+
+
+class ImageClassification(DataSection):
+    """Images into classes: `digits` (scikit-learn), an IDX file or folder, a folder of folders, or a `datasets` id."""
+
+    kind: Literal["image-classification"]
+    columns: ImageColumns = ImageColumns()
+    transform: Transform = Transform()
+    image_size: int | None = Field(None, ge=4)
+    """Pixels a side; images of other sizes are resized (by default the first image's size)."""
+
+
+Task = Annotated[TextClassification | ImageClassification, Field(discriminator="kind")]
+
+
+class Prepare(Section):
+    """A small base that is trained first, for demonstrations; plain AdamW with cosine decay."""
+
+    model: Literal["mlp", "cnn", "vit"]
+    transform: Transform = Transform()
+    """The shift under which the base learns; the runs learn under the task's own."""
+    hidden: int = Field(64, ge=4)
+    layers: int = Field(3, ge=1)
+    patch_size: int = Field(2, ge=1)
+    steps: int = Field(300, ge=1)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    seed: int = 0
+
+
+class Base(Section):
+    """The model that every run starts from."""
+
+    model: str | None = None
+    """A folder or a Hub id."""
+    prepare: Prepare | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+    """Seed of a head that the base lacks (a new classifier)."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Base:
+        if (self.model is None) == (self.prepare is None):
+            raise ValueError("give either `model` (a folder or Hub id) or `prepare`, not both")
+        return self
+
+
+class Lora(Section):
+    """A LoRA adapter, trained by PEFT."""
+
+    kind: Literal["lora"]
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0)
+    targets: str | tuple[str, ...] = "all-linear"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    rslora: bool = False
+
+
+class Full(Section):
+    """Full fine-tuning: every floating parameter is trained."""
+
+    kind: Literal["full"]
+
+
+Adapter = Annotated[Lora | Full, Field(discriminator="kind")]
+
+
+class Runs(Section):
+    """The shallow runs: what is equal in all of them."""
+
+    optimizers: tuple[OptimizerName, ...] = Field(FAMILY, min_length=1)
+    steps: int = Field(300, ge=1)
+    batch_size: int = Field(16, ge=1)
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches a step; each has `batch_size` rows."""
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    data_order: Literal["same", "different"] = "same"
+    preset: PresetName = "guarded"
+    lr: float = Field(1.0, ge=0)
+    """emoScope, a multiplier of emoPulse; 1.0 needs no tuning."""
+    weight_decay: float = Field(0.01, ge=0)
+    geometry: Literal["exact", "l1"] = "exact"
+    use_shadow: bool = False
+    max_grad_norm: float | None = Field(None, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the forward pass under autocast; weights, pulse and merge stay in float32."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Steps between the points a killed run resumes from."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Runs:
+        for field, values in (("optimizers", self.optimizers), ("seeds", self.seeds)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"`{field}` names something twice")
+        return self
+
+
+class Merge(BaseModel):
+    """One merge: the method, a name for its folder, and the method's own parameters (checked by the method)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    method: str
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+
+    @property
+    def label(self) -> str:
+        """The name of the merge's folder."""
+        return self.name or self.method
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The method's own parameters, as written."""
+        return dict(self.model_extra or {})
+
+
+class Probe(Section):
+    """How flatness is measured."""
+
+    preset: Literal["quick"] = "quick"
+    data: Literal["train", "test"] = "train"
+    """Which split's loss surface is probed."""
+    batches: int = Field(4, ge=1)
+    batch_size: int = Field(128, ge=1)
+    directions: int = Field(16, ge=2)
+    radii: tuple[float, ...] = Field((0.01, 0.03, 0.1), min_length=1)
+    """σ as a fraction of the RMS of the base's tensor."""
+    seed: int = 0
+
+
+Control = Literal["best-single", "distance-matched"]
+
+
+class Recipe(Section):
+    """Everything `emomerge run` does, in one object."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: Base
+    task: Task
+    adapter: Adapter = Lora(kind="lora")
+    runs: Runs = Runs()
+    merge: tuple[Merge, ...] = Field(
+        (Merge(method="tall-mask"), Merge(method="ties"), Merge(method="mean"), Merge(method="greedy-soup")), min_length=1
+    )
+    controls: tuple[Control, ...] = ("best-single", "distance-matched")
+    probe: Probe = Probe()
+    select: Literal["best", "none"] = "best"
+    """`best` names the artefact with the lowest validation loss, be it a merge or a single run."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps …"""
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Recipe:
+        labels = [merge.label for merge in self.merge]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"`merge` has two entries called {label!r}; give one of them a `name`")
+        if self.base.prepare is not None and not isinstance(self.task, ImageClassification):
+            raise ValueError("`base.prepare` builds image models; give `base.model` for this task")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply `key.sub=value` overrides (values are YAML).
+
+    Raises:
+        BadInput: the file is missing or is no YAML mapping, or a field is wrong; unknown keys suggest the nearest known one.
+    """
+    file = Path(path)
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput("no such recipe", where=file, fix="start from one with `emomerge init`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput("the recipe cannot be read", where=file, found=error) from None
+    except yaml.YAMLError as error:
+        raise BadInput("the recipe is not YAML", where=file, found=error) from None
+    if not isinstance(data, dict):
+        raise BadInput("a recipe is a mapping of keys", where=file, found=type(data).__name__)
+    for override in overrides:
+        _apply(data, override)
+    return parse_recipe(data, source=str(file))
+
+
+def parse_recipe(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """A recipe from plain data. Raises BadInput that names the first wrong field."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+
+
+def digest(value: object) -> str:
+    """SHA-256 of a JSON-able value, independent of key order; pydantic models count by their fields."""
+
+    def plain(item: object) -> object:
+        return item.model_dump(mode="json") if isinstance(item, BaseModel) else str(item)
+
+    text = json.dumps(value, sort_keys=True, default=plain, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Put one `key.sub=value` into the plain data; list items are addressed by number."""
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise BadInput("--set wants key.sub=value", found=repr(override))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.split(".")
+    node: Any = data
+    for depth, part in enumerate(parents):
+        if isinstance(node, list):
+            node = node[_position(part, node, override)]
+        elif isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        else:
+            raise BadInput("--set reaches into a plain value", where=".".join(parents[:depth]), found=repr(override))
+    if isinstance(node, list):
+        node[_position(last, node, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise BadInput("--set reaches into a plain value", where=".".join(parents), found=repr(override))
+
+
+def _position(part: str, items: list[Any], override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise BadInput("--set names no item of the list", where=override, expected=f"a number below {len(items)}")
+    return int(part)
+
+
+def _explain(error: ValidationError, source: str) -> BadInput:
+    """The first problem of a validation, in one line."""
+    problems = error.errors(include_url=False)
+    # An unknown key often causes a missing one; it is the better explanation.
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    loc = [str(part) for part in first["loc"] if part not in _TAGS]
+    field = ".".join(loc)
+    where = f"`{field}` in {source}" if field else source
+    if first["type"] == "extra_forbidden":
+        known = sorted(_fields_at(loc[:-1], first["loc"]))
+        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+        fix = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
+        return BadInput("unknown recipe key", where=where, fix=fix)
+    if first["type"] == "missing":
+        return BadInput("recipe key missing", where=where)
+    message = first["msg"].removeprefix("Value error, ")
+    found = None if isinstance(first["input"], (dict, list, BaseModel)) else repr(first["input"])
+    return BadInput("recipe value not usable", where=where, expected=message[:1].lower() + message[1:], found=found)
+
+
+_TAGS = {"text-classification", "image-classification", "lora", "full"}
+
+
+def _fields_at(path: list[str], raw: tuple[int | str, ...]) -> set[str]:
+    """Names of the fields that may stand where an unknown key was found."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in path:
+        if part.isdigit():
+            continue
+        annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        models = [model for annotation in annotations for model in _models_in(annotation)]
+    tags = {str(part) for part in raw} & _TAGS
+    if tags:  # of a tagged union only the chosen member counts
+        chosen = [m for m in models if "kind" in m.model_fields and set(get_args(m.model_fields["kind"].annotation)) & tags]
+        models = chosen or models
+    return {name for model in models for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, tuple, list):
+        return [model for arg in get_args(annotation) for model in _models_in(arg)]
+    return []
