@@ -61,12 +61,18 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self.names())
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        """Whether a tensor of this name exists; asks `info`, which every checkpoint answers in constant time."""
+        try:
+            self.info(name)  # type: ignore[arg-type]
+        except KeyError:
+            return False
+        return True
 
     def delta(self, name: str, base: Checkpoint) -> Tensor | None:
         """τ = θ − θ₀ of one tensor in fp32 (float64 where either is); None where it is known to be zero.
 
-        A checkpoint that knows its delta exactly (a baked adapter) overrides this, so that no rounding of the sum θ₀ + Δ enters τ.
+        A checkpoint that knows its delta exactly (a baked adapter) overrides this, so that no rounding of
+        the sum θ₀ + Δ enters τ.
         """
         ours, theirs = self[name], base[name]
         dtype = working_dtype(ours.dtype, theirs.dtype)

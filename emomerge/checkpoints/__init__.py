@@ -1,0 +1,24 @@
+"""The floor under all rooms: reading and writing weights, tensor by tensor."""
+
+from emomerge.checkpoints.atomic import new_folder, replace, sha256, write_json, write_text
+from emomerge.checkpoints.checkpoint import Checkpoint, MemoryCheckpoint, TensorInfo, working_dtype
+from emomerge.checkpoints.names import disk_names, load_into, model_checkpoint
+from emomerge.checkpoints.reader import open_checkpoint
+from emomerge.checkpoints.writer import write_checkpoint
+
+__all__ = [
+    "Checkpoint",
+    "MemoryCheckpoint",
+    "TensorInfo",
+    "disk_names",
+    "load_into",
+    "model_checkpoint",
+    "new_folder",
+    "open_checkpoint",
+    "replace",
+    "sha256",
+    "working_dtype",
+    "write_checkpoint",
+    "write_json",
+    "write_text",
+]

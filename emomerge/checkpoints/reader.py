@@ -1,0 +1,273 @@
+"""Opening safetensors checkpoints lazily: one file, a folder (sharded or not), a Hub id."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo
+from emomerge.errors import BadInput
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtype names of the safetensors format."""
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_TO_CONVERT = (
+    "convert it where you trust it: "
+    "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
+)
+_LARGEST_HEADER = 100_000_000  # the format's own limit
+
+
+class Header(NamedTuple):
+    """What the head of a safetensors file says."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """Tensors of one or several safetensors files, mapped into memory when they are asked for.
+
+    Args:
+        files: the file that holds each tensor.
+        headers: the header of each of those files.
+    """
+
+    def __init__(
+        self, files: Mapping[str, Path], headers: Mapping[Path, Header], *, source: str, folder: Path | None
+    ) -> None:
+        self._files = {name: files[name] for name in sorted(files)}
+        self._names = tuple(self._files)
+        self._headers = headers
+        self._open: dict[Path, Any] = {}
+        self.source = source
+        self.folder = folder
+
+    def names(self) -> tuple[str, ...]:
+        """All tensor names, sorted."""
+        return self._names
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype from the file's header."""
+        return self._headers[self._files[name]].tensors[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._files[name]
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        tensor: Tensor = self._open[path].get_tensor(name)
+        return tensor
+
+
+def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Open weights without reading their data.
+
+    Args:
+        source: a `.safetensors` file; a folder with one, or with a `*.safetensors.index.json`; or a Hub id.
+        revision: the branch, tag or commit of a Hub id.
+
+    Raises:
+        BadInput: nothing is there, or it is damaged, a pickle, an adapter, or an index that does not fit its files.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _open_folder(path, source=str(source))
+    if path.is_file():
+        return _open_files([path], source=str(source), folder=path.parent)
+    return _open_folder(_from_hub(str(source), revision), source=str(source))
+
+
+def read_header(path: Path) -> Header:
+    """Names, shapes, dtypes and metadata of a safetensors file, after checks that need no data.
+
+    Raises:
+        BadInput: the file is missing, truncated, a pickle or no safetensors file.
+    """
+    if not path.is_file():
+        raise BadInput("no such file", where=path)
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        _refuse_pickle(path, start)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > _LARGEST_HEADER:
+            raise _not_safetensors(path, "its first 8 bytes are no header length")
+        text = file.read(length)
+    if len(text) < length:
+        raise _truncated(path, 8 + length, total)
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", None) or {}
+        tensors = {name: _entry(path, name, entry) for name, entry in header.items()}
+        extent = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise _not_safetensors(path, "its header is not the format's JSON") from error
+    if 8 + length + extent != total:
+        raise _truncated(path, 8 + length + extent, total)
+    return Header(tensors, metadata)
+
+
+def inside(folder: Path, name: str, *, named_by: Path) -> Path:
+    """The file `name` of `folder`, where `name` was read from a file and may not lead elsewhere.
+
+    Symbolic links may point into the folder or, in the Hub's cache (`snapshots/<commit>`), into its `blobs`.
+
+    Raises:
+        BadInput: the name leads out of the folder.
+    """
+    path = folder / name
+    real, root = path.resolve(), folder.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    plain = name and not Path(name).is_absolute() and ".." not in Path(name).parts and "\\" not in name
+    if not plain or not any(real.is_relative_to(place) for place in allowed):
+        raise BadInput(
+            "a file name leads out of its folder", where=named_by, expected=f"a file inside {folder}", found=name
+        )
+    return path
+
+
+def _entry(path: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
+    if entry["dtype"] not in DTYPES:
+        raise BadInput("tensor of an unknown dtype", where=f"{path}, {name}", found=entry["dtype"])
+    info = TensorInfo(DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"]))
+    begin, end = entry["data_offsets"]
+    if not 0 <= begin <= end or end - begin != info.nbytes:
+        raise _not_safetensors(path, f"the extent of {name} does not fit its shape")
+    return info
+
+
+def _open_folder(folder: Path, *, source: str) -> Checkpoint:
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    weights = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    adapters = [path for path in weights if path.name == "adapter_model.safetensors"]
+    weights = [path for path in weights if path not in adapters]
+    plain = folder / "model.safetensors"
+    if plain in weights:  # transformers prefers it to an index, too
+        return _open_files([plain], source=source, folder=folder)
+    if len(indices) == 1:
+        return _open_index(indices[0], source=source)
+    if len(weights) == 1 and not indices:
+        return _open_files(weights, source=source, folder=folder)
+    if len(indices) > 1 or weights:
+        found = ", ".join(path.name for path in (indices or weights)[:4])
+        raise BadInput("the folder holds several checkpoints", where=folder, found=found, fix="name the file you mean")
+    if adapters:
+        raise BadInput(
+            "this is an adapter, not a whole model",
+            where=folder,
+            fix="bake it into its base: emomerge bake BASE ADAPTER",
+        )
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise BadInput("the weights are a pickle, which is never loaded", where=folder / pickles[0], fix=_TO_CONVERT)
+    raise BadInput(
+        "no weights in this folder", where=folder, expected="model.safetensors or model.safetensors.index.json"
+    )
+
+
+def _open_index(index: Path, *, source: str) -> Checkpoint:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        items = sorted((str(name), str(file)) for name, file in weight_map.items())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput("not an index of safetensors files", where=index, expected="JSON with a weight_map") from error
+    paths = {file: inside(index.parent, file, named_by=index) for file in sorted({file for _, file in items})}
+    for file, path in paths.items():
+        if not path.is_file():
+            raise BadInput("a file that the index names is missing", where=index, expected=file, fix="fetch it again")
+    headers = {path: read_header(path) for path in paths.values()}
+    for name, file in items:
+        if name not in headers[paths[file]].tensors:
+            raise BadInput(
+                "a tensor that the index names is not in its file", where=index, expected=f"{name} in {file}"
+            )
+    return SafetensorsCheckpoint(
+        {name: paths[file] for name, file in items}, headers, source=source, folder=index.parent
+    )
+
+
+def _open_files(paths: list[Path], *, source: str, folder: Path) -> Checkpoint:
+    headers = {}
+    for path in paths:
+        if path.suffix in _PICKLES:
+            raise BadInput("the weights are a pickle, which is never loaded", where=path, fix=_TO_CONVERT)
+        headers[path] = read_header(path)
+    files = {name: path for path, header in headers.items() for name in header.tensors}
+    return SafetensorsCheckpoint(files, headers, source=source, folder=folder)
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    """The local folder of a Hub id, fetched if need be."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) or Path(name).suffix in (
+        ".safetensors",
+        *_PICKLES,
+    ):
+        raise BadInput(
+            "no such checkpoint",
+            where=name,
+            expected="a .safetensors file, a folder with one, or a Hub id",
+            fix="check the path",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        # only the files that an AutoModel reads: the repository's own folder, not onnx/ and the like
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
+    except (
+        Exception
+    ) as error:  # the library raises many kinds: offline, not found, gated, a bad id, a broken connection
+        raise BadInput(
+            "no such file or folder, and the Hub did not give it",
+            where=name if revision is None else f"{name}, revision {revision}",
+            found=type(error).__name__,
+            fix="check the spelling, the connection (HF_HUB_OFFLINE) and, for a gated model, that you are logged in",
+        ) from error
+
+
+def _refuse_pickle(path: Path, start: bytes) -> None:
+    if start[:4] == b"PK\x03\x04" or (
+        start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[2:] != bytes(6)
+    ):
+        raise BadInput("the weights are a pickle, which is never loaded", where=path, fix=_TO_CONVERT)
+
+
+def _not_safetensors(path: Path, why: str) -> BadInput:
+    return BadInput("not a safetensors file", where=path, found=why)
+
+
+def _truncated(path: Path, expected: int, found: int) -> BadInput:
+    what = "the file is truncated" if found < expected else "the file has bytes that its header does not name"
+    return BadInput(what, where=path, expected=f"{expected} bytes", found=f"{found}", fix="fetch or write it again")

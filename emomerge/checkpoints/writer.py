@@ -1,0 +1,198 @@
+"""Writing checkpoints as a stream: the header from `info()`, then one tensor at a time, rounded once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from emomerge.checkpoints.atomic import new_path, require_space, translate_os_error
+from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo
+from emomerge.checkpoints.reader import DTYPES, inside
+from emomerge.errors import BadInput
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_NOT_COPIED = re.compile(r".*\.index\.json|adapter_config\.json|run\.json|requirements.*\.txt|\..*", re.IGNORECASE)
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+Plan = dict[str, TensorInfo]
+ExtraFiles = Mapping[str, str] | Callable[[], Mapping[str, str]]
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    dtype: str = "base",
+    max_shard_size: str | int = "5GB",
+    files_from: Path | None = None,
+    extra_files: ExtraFiles = MappingProxyType({}),
+    force: bool = False,
+    progress: Callable[[str, int], None] | None = None,
+) -> dict[str, str]:
+    """Write weights as safetensors, holding one tensor in memory at a time; equal input gives equal bytes.
+
+    Args:
+        checkpoint: the weights. Where `checkpoint[name]` is wider than `checkpoint.info(name).dtype`, as a baked or
+            merged tensor is, it is rounded once, to nearest even.
+        out: a name that ends in `.safetensors` for one file; any other for a folder that `from_pretrained` loads.
+        dtype: "float32", "bfloat16" or "float16" for floating tensors; "base" keeps the dtypes of `info()`.
+        max_shard_size: bytes, or a string such as "5GB", above which a folder's weights are split into files.
+        files_from: a folder whose config, tokenizer and preprocessor files are copied along.
+        extra_files: file name → text, or a function that gives it and is called after all weights are written.
+        force: replace an `out` that exists; it is left as it is until the new one is complete.
+        progress: called with each tensor's name and bytes once it is written.
+
+    Returns:
+        File name → SHA-256 of every weight file.
+
+    Raises:
+        BadInput: `out` exists, the disk is full, or a tensor holds NaN or infinity. Nothing is left behind.
+    """
+    out = Path(out)
+    plan = {name: _stored(checkpoint.info(name), dtype) for name in checkpoint.names()}
+    needed = sum(info.nbytes for info in plan.values())
+    limit = _bytes(max_shard_size)
+    with translate_os_error(out, needed=needed), new_path(out, force=force) as temporary:
+        require_space(out, needed)
+        if out.suffix == ".safetensors":
+            return {out.name: _write_file(checkpoint, plan, temporary, progress)}
+        temporary.mkdir()
+        if files_from is not None:
+            _copy_files(files_from, temporary)
+        hashes = _write_shards(checkpoint, plan, temporary, limit, progress)
+        for name, text in (extra_files() if callable(extra_files) else extra_files).items():
+            (temporary / name).write_text(text, encoding="utf-8", newline="\n")
+        return hashes
+
+
+def _write_shards(
+    checkpoint: Checkpoint, plan: Plan, folder: Path, limit: int, progress: Callable[[str, int], None] | None
+) -> dict[str, str]:
+    """Write the weight files, and the index if there are several, as transformers names them."""
+    shards = _shards(plan, limit)
+    if len(shards) == 1:
+        return {"model.safetensors": _write_file(checkpoint, plan, folder / "model.safetensors", progress)}
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    hashes = {
+        name: _write_file(checkpoint, shard, folder / name, progress) for name, shard in zip(names, shards, strict=True)
+    }
+    index = {
+        "metadata": {
+            "total_parameters": sum(info.numel for info in plan.values()),
+            "total_size": sum(info.nbytes for info in plan.values()),
+        },
+        "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return hashes
+
+
+def _write_file(checkpoint: Checkpoint, plan: Plan, path: Path, progress: Callable[[str, int], None] | None) -> str:
+    """Write one safetensors file and return its SHA-256."""
+    order = sorted(plan, key=lambda name: (-plan[name].dtype.itemsize, name))  # keeps every tensor aligned
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        head = _header(plan, order)
+        file.write(head)
+        digest.update(head)
+        for name in order:
+            data = _raw_bytes(_rounded(checkpoint, name, plan[name]))
+            file.write(data)
+            digest.update(data)
+            if progress is not None:
+                progress(name, plan[name].nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _header(plan: Plan, order: list[str]) -> bytes:
+    """The safetensors header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name in order:
+        info = plan[name]
+        end = begin + info.nbytes
+        entries[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo) -> Tensor:
+    tensor = checkpoint[name].detach()
+    where = f"{checkpoint.source}, {name}"
+    if tuple(tensor.shape) != info.shape:
+        raise BadInput("tensor of another shape than announced", where=where, expected=info.shape, found=tensor.shape)
+    rounded = tensor.to(device="cpu", dtype=info.dtype).contiguous()
+    if not _finite(rounded):
+        overflow = _finite(tensor)
+        raise BadInput(
+            f"values too large for {info.dtype}" if overflow else "NaN or infinity in a tensor",
+            where=where,
+            fix="write it as bfloat16 or float32" if overflow else "look at the run that it comes from",
+        )
+    return rounded
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite: both pass through the minimum or the maximum, so no copy is needed."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize == 1:  # FP8 has no minimum on some devices
+        tensor = tensor.float()
+    least, greatest = torch.aminmax(tensor)
+    return bool(torch.isfinite(least) & torch.isfinite(greatest))
+
+
+def _raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+
+
+def _stored(info: TensorInfo, dtype: str) -> TensorInfo:
+    """What a tensor is written as. Only plain floats change: FP8 and integers are storage of someone's scheme."""
+    if dtype == "base":
+        return info
+    floats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in floats:
+        raise BadInput("unknown dtype", where=dtype, expected="base, float32, bfloat16 or float16")
+    return TensorInfo(floats[dtype], info.shape) if info.dtype.is_floating_point else info
+
+
+def _shards(plan: Plan, limit: int) -> list[Plan]:
+    """Split in the order of names, filling each file up to `limit` bytes; a larger tensor gets a file of its own."""
+    shards: list[Plan] = [{}]
+    filled = 0
+    for name, info in plan.items():
+        if shards[-1] and filled + info.nbytes > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = info
+        filled += info.nbytes
+    return shards
+
+
+def _bytes(size: str | int) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B|)", str(size).strip().upper())
+    if match is None or match[2] not in _UNITS or (limit := int(float(match[1]) * _UNITS[match[2]])) < 1:
+        raise BadInput("not a size", where=f"max_shard_size {size}", expected="a number of bytes or such as 5GB, 500MB")
+    return limit
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Copy config, tokenizer, preprocessor and generation files; no weights, code, pickles or READMEs."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in _COPIED and not _NOT_COPIED.fullmatch(path.name):
+            shutil.copyfile(inside(source, path.name, named_by=path), target / path.name)

@@ -1,0 +1,87 @@
+"""What stands beside every sharpness figure: gradient norm, distance, and how well an evaluation repeats itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from emomerge.probing.ledger import Ledger
+from emomerge.probing.perturb import Batch, Perturbable
+from emomerge.probing.sharpness import key
+
+Score = Callable[[nn.Module, Batch], Mapping[str, float]]
+"""(model, batch) → figures of the batch: `weight` (rows), mean `loss`, and whatever else the task knows (accuracy, entropy)."""
+
+
+def scores(
+    model: nn.Module, batches: Sequence[Batch], score: Score, *, ledger: Ledger, model_hash: str, data_hash: str, split: str
+) -> dict[str, NDArray[np.float64]]:
+    """Figures of every batch of a split, by name, each (batches,); one ledger row a batch, so that a kill loses one batch."""
+    training = model.training
+    model.eval()
+    rows = []
+    for index, batch in enumerate(batches):
+
+        def evaluate(batch: Batch = batch) -> Mapping[str, float]:
+            with torch.inference_mode():
+                return score(model, batch)
+
+        rows.append(
+            ledger.ask(
+                evaluate, model=model_hash, data=data_hash, metric=f"scores of {split}", radius=0.0, direction=None, batch=index
+            )
+        )
+    model.train(training)
+    names = [name for name in rows[0] if isinstance(rows[0][name], float)]
+    return {name: np.array([row[name] for row in rows]) for name in names if name != "radius"}
+
+
+def mean_score(figures: Mapping[str, NDArray[np.float64]], name: str) -> float:
+    """The weighted mean of one figure over batches."""
+    return float(np.average(figures[name], weights=figures["weight"]))
+
+
+def gradient_norm(probe: Perturbable) -> float:
+    """‖∇L‖₂ over all perturbed parameters, L the weighted mean over the probe's batches. One forward and backward a batch."""
+
+    def evaluate() -> dict[str, float]:
+        training = probe.model.training
+        probe.model.eval()
+        parameters = list(probe.parameters.values())
+        total: list[Tensor] = [torch.zeros_like(p) for p in parameters]
+        weight_sum = 0.0
+        for batch in probe.batches:
+            loss, weight = probe.loss(probe.model, batch)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for sum_, gradient in zip(total, gradients, strict=True):
+                if gradient is not None:
+                    sum_.add_(gradient, alpha=weight)
+            weight_sum += weight
+        probe.model.train(training)
+        return {"norm": math.sqrt(sum(float(g.double().square().sum()) for g in total)) / weight_sum}
+
+    return float(probe.ledger.ask(evaluate, **key(probe, "gradient norm", 0.0, None, 0))["norm"])
+
+
+def noise_floor(probe: Perturbable) -> float:
+    """Largest difference between two evaluations of one batch at one point: figures below it mean nothing."""
+
+    def evaluate() -> dict[str, Any]:
+        training = probe.model.training
+        probe.model.eval()
+        pairs = [(probe.evaluate(i)[0], probe.evaluate(i)[0]) for i in range(len(probe.batches))]
+        probe.model.train(training)
+        return {"difference": max(abs(a - b) for a, b in pairs)}
+
+    return float(probe.ledger.ask(evaluate, **key(probe, "noise floor", 0.0, None, 0))["difference"])
+
+
+def distance(model: nn.Module, base: Mapping[str, Tensor]) -> float:
+    """‖θ − θ₀‖₂ over all parameters."""
+    return math.sqrt(sum(float((p.detach() - base[n]).double().square().sum()) for n, p in model.named_parameters()))

@@ -1,0 +1,7 @@
+"""Shallow training: run directories, the loop, and where runs are executed."""
+
+from emomerge.training.executors import train_locally
+from emomerge.training.loop import train_run
+from emomerge.training.runs import RunDir, RunSpec, planned_runs, run_inputs
+
+__all__ = ["RunDir", "RunSpec", "planned_runs", "run_inputs", "train_locally", "train_run"]

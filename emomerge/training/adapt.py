@@ -1,0 +1,67 @@
+"""What is trained of a model: a LoRA adapter (PEFT) or every floating parameter; and how the result is kept on disk."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from emomerge.checkpoints import atomic, model_checkpoint, write_checkpoint
+from emomerge.errors import BadInput
+from emomerge.recipe import Full, Lora
+from emomerge.training.order import seed_of
+
+
+def adapt(model: nn.Module, adapter: Lora | Full, *, task_type: str | None, head: str | None, seed: int) -> nn.Module:
+    """The model with what is to be trained marked by `requires_grad`.
+
+    The adapter's initial weights depend on `seed` alone, so that runs which share a training seed start from one point.
+
+    Args:
+        model: the base, changed in place.
+        adapter: what to train.
+        task_type: PEFT's name of the task, which decides how it treats heads; None for models PEFT has no name for.
+        head: a freshly initialised module that is trained whole beside the adapter and saved with it, if there is one.
+        seed: training seed.
+
+    Raises:
+        BadInput: the adapter's targets match no module of the model.
+    """
+    if isinstance(adapter, Full):
+        return model.requires_grad_(True)
+
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        target_modules=adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
+        modules_to_save=[head] if head else None,
+        task_type=task_type,
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed_of("adapter", seed))
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise BadInput("the adapter fits no module", where=f"adapter.targets = {adapter.targets!r}", found=error) from None
+
+
+def save_adapted(model: nn.Module, folder: Path, *, base_folder: Path) -> None:
+    """Write what was trained, replacing `folder`: a PEFT adapter, or a dense checkpoint that loads with `from_pretrained`."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        write_checkpoint(model_checkpoint(model, source=str(folder)), folder, files_from=base_folder, force=True)
+        return
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(base_folder)
+    with atomic.new_folder(folder, force=True) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the report says what this is

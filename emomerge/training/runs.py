@@ -1,0 +1,116 @@
+"""Run directories: one shallow run on disk, its state, metrics and artefact.
+
+    runs/sens-0/
+      run.json                 state, figures, hashes; `artefact` names the folder below
+      metrics.jsonl            one row a step: loss, emoPulse and what it was made of
+      adapter/ or model/       the result, PEFT or dense, once the run is done
+      checkpoint.safetensors   where a killed run resumes; gone once the run is done
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from emomerge.checkpoints import atomic
+from emomerge.recipe import Recipe, digest
+
+Role = Literal["run", "control"]
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What distinguishes one run from the others under the same recipe."""
+
+    name: str
+    optimizer: str
+    seed: int
+    steps: int
+    role: Role = "run"
+
+
+def planned_runs(recipe: Recipe) -> list[RunSpec]:
+    """The shallow runs of a recipe, optimizer by optimizer within each training seed."""
+    runs = recipe.runs
+    return [
+        RunSpec(f"{optimizer}-{seed}", optimizer, seed, runs.steps) for seed in runs.seeds for optimizer in runs.optimizers
+    ]
+
+
+def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
+    """Hash of everything that decides a run's result: a run whose stamp agrees is not trained again."""
+    shared = recipe.runs.model_dump(exclude={"optimizers", "seeds", "steps", "checkpoint_every"})
+    return digest([base_hash, recipe.adapter, shared, spec.optimizer, spec.seed, spec.steps])
+
+
+class RunDir:
+    """One run's directory. Every file in it is replaced whole, so that a kill leaves the old or the new, never half."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / "checkpoint.safetensors"
+        self._state_file = path / "run.json"
+        self._metrics_file = path / "metrics.jsonl"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What run.json says; empty for a run that never started."""
+        try:
+            state = json.loads(self._state_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def write_state(self, **fields: Any) -> None:
+        """Replace run.json by its present content updated with `fields`."""
+        atomic.write_json(self._state_file, {**self.state, **fields})
+
+    def is_done(self, inputs: str) -> bool:
+        """Whether the finished result of exactly these inputs is here, every file as long as it was written."""
+        state = self.state
+        if state.get("state") != "done" or state.get("inputs") != inputs:
+            return False
+        return sizes_agree(self.path, state.get("sizes", {}))
+
+    @property
+    def artefact(self) -> Path:
+        """The folder with the trained adapter or dense weights."""
+        return self.path / str(self.state["artefact"])
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
+        try:
+            lines = self._metrics_file.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+    def restart_metrics(self, after_step: int) -> None:
+        """Keep the rows up to a step (0 drops all): what a resumed run writes again must not stand twice."""
+        kept = [row for row in self.metrics() if row["step"] <= after_step]
+        atomic.write_text(self._metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one row at the end, for everyone who watches."""
+        with self._metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Relative name → bytes of every file below a folder."""
+    return {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def sizes_agree(folder: Path, sizes: Mapping[str, int]) -> bool:
+    """Whether every named file is there with the bytes it was written with."""
+    try:
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except OSError:
+        return False
