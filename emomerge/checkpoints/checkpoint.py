@@ -103,3 +103,13 @@ class MemoryCheckpoint(Checkpoint):
 def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype that arithmetic on such tensors runs in: float64 where one is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite: both pass through the minimum or the maximum, so no copy is needed."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize == 1:  # FP8 has no minimum on some devices
+        tensor = tensor.float()
+    least, greatest = torch.aminmax(tensor)
+    return bool(torch.isfinite(least) & torch.isfinite(greatest))

@@ -1,7 +1,7 @@
 """Names of a live model's tensors on disk.
 
-transformers renames modules between disk and memory: `vit.encoder.layer.0.attention.attention.query.weight` of a ViT file
-is `vit.layers.0.attention.q_proj.weight` in the module. Checkpoints always carry the names of the disk.
+transformers renames modules between disk and memory: a ViT's `vit.encoder.layer.0.attention.attention.query.weight` is
+`vit.layers.0.attention.q_proj.weight` in the module. Checkpoints always carry the names of the disk.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emomerge.checkpoints.atomic import new_path, require_space, translate_os_error
-from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo
+from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo, all_finite
 from emomerge.checkpoints.reader import DTYPES, inside
 from emomerge.errors import BadInput
 
@@ -136,24 +136,14 @@ def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo) -> Tensor:
     if tuple(tensor.shape) != info.shape:
         raise BadInput("tensor of another shape than announced", where=where, expected=info.shape, found=tensor.shape)
     rounded = tensor.to(device="cpu", dtype=info.dtype).contiguous()
-    if not _finite(rounded):
-        overflow = _finite(tensor)
+    if not all_finite(rounded):
+        overflow = all_finite(tensor)
         raise BadInput(
             f"values too large for {info.dtype}" if overflow else "NaN or infinity in a tensor",
             where=where,
             fix="write it as bfloat16 or float32" if overflow else "look at the run that it comes from",
         )
     return rounded
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite: both pass through the minimum or the maximum, so no copy is needed."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    if tensor.dtype.itemsize == 1:  # FP8 has no minimum on some devices
-        tensor = tensor.float()
-    least, greatest = torch.aminmax(tensor)
-    return bool(torch.isfinite(least) & torch.isfinite(greatest))
 
 
 def _raw_bytes(tensor: Tensor) -> memoryview:

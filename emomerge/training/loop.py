@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from emomerge.checkpoints import atomic
 from emomerge.errors import BadInput, NonFiniteLossError, RunFailed
-from emomerge.optim import EmoOptimizer, optimizer_class
+from emomerge.optim import OPTIMIZERS
+from emomerge.optim.base import EmoOptimizer
 from emomerge.recipe import Recipe, Runs
 from emomerge.tasks import Task, TaskData
 from emomerge.training.adapt import adapt, save_adapted
@@ -45,7 +46,7 @@ def train_run(
         RunFailed: the loss became NaN or infinite; names step and rows. The last good checkpoint stays.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    model = task.reload_model(base_folder)
+    model = task.reload_model(base_folder, trust_remote_code=recipe.base.trust_remote_code)
     model = adapt(model, recipe.adapter, task_type=task.peft_task_type, head=fresh_head(recipe, model), seed=spec.seed)
     model.to(device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -81,7 +82,7 @@ def fresh_head(recipe: Recipe, model: nn.Module) -> str | None:
 def build_optimizer(parameters: list[nn.Parameter], runs: Runs, name: str) -> EmoOptimizer:
     """One optimizer of the family as the recipe asks for it."""
     options: dict[str, Any] = {"geometry": runs.geometry} if name in ("tion", "void") else {}
-    return optimizer_class(name)(
+    return OPTIMIZERS[name](
         parameters,
         lr=runs.lr,
         weight_decay=runs.weight_decay,

@@ -1,0 +1,407 @@
+"""PEFT's LoRA folders (`adapter_config.json`, `adapter_model.safetensors`): what they do to each tensor of a base.
+
+    Δ = s·BA,  s = α/r, or α/√r with rsLoRA        (Hu et al. 2021; Kalajdzievski 2023)
+
+PEFT's own `merge` is the reference; everything whose effect is not this formula or a replacement is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emomerge.adapters.naming import BaseNames
+from emomerge.checkpoints import Checkpoint, all_finite, open_checkpoint
+from emomerge.errors import BadInput
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.default)?(?:\.(weight|bias))?")
+_TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
+_INITS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
+# Fields that are read here, or that no longer matter once training is over. Any other that is set changes the formula.
+_UNDERSTOOD = frozenset(
+    """
+    alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config exclude_modules
+    fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout
+    megatron_core modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision target_modules
+    target_parameters task_type trainable_token_indices use_rslora
+    """.split()  # noqa: SIM905
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter does to one base tensor: θ = replace(θ₀) + delta, each where given."""
+
+    replace: Callable[[Tensor], Tensor] | None = None
+    """From the base tensor to the one that takes its place, in the same dtype or a wider one."""
+    delta: Callable[[torch.dtype], Tensor] | None = None
+    """The exact Δ in the shape of the base tensor, computed in the given dtype."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A LoRA pair of the file and the tensor of the live model that it belongs to."""
+
+    module: str
+    tensor: str
+    key: str
+    """The key of the file that errors name."""
+    embedding: bool = False
+    parameter: bool = False
+    """Whether it was given by `target_parameters`."""
+
+
+def read_peft(folder: Path, base: Checkpoint, *, allow_unmatched: bool = False) -> dict[str, Change]:
+    """Read a PEFT LoRA folder: base tensor name → its change, computed when it is called.
+
+    Args:
+        folder: the adapter, with `adapter_config.json` and `adapter_model.safetensors`.
+        base: the model that it was trained on; its own names, or those of its live modules, or with or without a head.
+        allow_unmatched: leave out, with a warning, what finds no tensor in the base.
+
+    Raises:
+        BadInput: the adapter is damaged, of another kind or model, or does what one LoRA formula cannot express.
+    """
+    return _Reader(Path(folder), base, allow_unmatched).changes()
+
+
+class _Reader:
+    """One adapter over one base."""
+
+    def __init__(self, folder: Path, base: Checkpoint, allow_unmatched: bool) -> None:
+        self.config = read_config(folder)
+        self.file = folder / WEIGHTS
+        self.base = base
+        self.names = BaseNames(base)
+        self.allow_unmatched = allow_unmatched
+        self.unmatched: list[str] = []
+        self.tensors = open_weights(folder)
+
+    def changes(self) -> dict[str, Change]:
+        """All changes; see `read_peft`."""
+        factors: dict[tuple[str, bool], dict[str, str]] = defaultdict(dict)
+        changes: dict[str, Change] = {}
+        for key in sorted(self.tensors, key=lambda key: "modules_to_save" in key):  # which win over a trained bias
+            name = key.removeprefix(_PREFIX)
+            if not all_finite(self.tensors[key]):
+                raise BadInput("NaN or infinity in an adapter", where=f"{self.file}, {key}", fix="train it again")
+            if match := _FACTOR.fullmatch(name):
+                module, factor, leaf = match[1], match[2], match[3] or "weight"
+                factors[module, "embedding" in factor]["bias" if leaf == "bias" else factor[-1]] = key
+            elif match := _TOKENS.fullmatch(name):
+                self._add(changes, f"{match[1]}.weight", key, self._token_rows(match[1], key))
+            elif ".lora_" in name:
+                raise BadInput("a kind of LoRA that cannot be baked yet", where=f"{self.file}, {key}")
+            else:
+                self._add(changes, _without_wrappers(name), key, self._replacement(key))
+        for (module, embedding), keys in sorted(factors.items()):
+            self._add_low_rank(changes, module, embedding, keys)
+        self._report_unmatched(len(self.tensors))
+        return {name: changes[name] for name in sorted(changes)}
+
+    def _add(self, changes: dict[str, Change], tensor: str, key: str, change: Change) -> None:
+        """Enter a change under the base's name of a module tensor, after comparing shapes."""
+        name = self._find(tensor, key)
+        if name is None:
+            return
+        earlier = changes.get(name, Change())
+        changes[name] = Change(change.replace or earlier.replace, change.delta or earlier.delta)
+        if change.replace is not None and _TOKENS.search(key) is None:
+            self._require_shape(name, key, tuple(self.tensors.info(key).shape))
+            self._refuse_tied(tensor, name, key)
+
+    def _add_low_rank(self, changes: dict[str, Change], module: str, embedding: bool, keys: dict[str, str]) -> None:
+        """Enter s·BA of one module, and s·b of its bias."""
+        key = next(iter(keys.values()))
+        for factor in ("A", "B"):
+            if factor not in keys:
+                raise BadInput(
+                    "a LoRA factor is missing", where=f"{self.file}, {module}", expected=f"lora_{factor}", found=key
+                )
+        place = self._place(module, embedding, keys["A"])
+        name = self._find(place.tensor, place.key)
+        if name is None:
+            return
+        scale = self._scale(place, self._rank(place, name, keys))
+        change = Change(delta=self._low_rank(place, name, keys, scale))
+        self._add(changes, place.tensor, place.key, change)
+        if embedding:
+            self._refuse_tied(place.tensor, name, key)
+        if "bias" in keys:
+            bias = self.tensors[keys["bias"]]
+            self._add(changes, f"{place.module}.bias", keys["bias"], Change(delta=lambda dtype: bias.to(dtype) * scale))
+
+    def _place(self, module: str, embedding: bool, key: str) -> _Place:
+        """The tensor that a pair of factors belongs to."""
+        plain = _without_wrappers(module)
+        depth = (len(module) - len(module.removesuffix(".base_layer" * module.count(".base_layer")))) // len(
+            ".base_layer"
+        )
+        parameters = self._target_parameters(plain)
+        if parameters:  # several parameters of one module wrap each other, the first defined innermost
+            if depth >= len(parameters):
+                raise BadInput("a parameter that target_parameters does not name", where=f"{self.file}, {key}")
+            return _Place(plain, f"{plain}.{parameters[-1 - depth]}", key, parameter=True)
+        weight = f"{plain}.weight"
+        if not embedding and self.names.find(weight) is None and self.names.find(f"{plain}.in_proj_weight"):
+            weight = f"{plain}.in_proj_weight"  # nn.MultiheadAttention
+        return _Place(plain, weight, key, embedding=embedding)
+
+    def _target_parameters(self, module: str) -> list[str]:
+        """Parameters of a module that `target_parameters` names, in the order of their definition."""
+        targets = self.config.get("target_parameters") or []
+        last = {
+            target.rpartition(".")[2]
+            for target in targets
+            if f".{module}.{target.rpartition('.')[2]}".endswith(f".{target}")
+            and self.names.find(f"{module}.{target.rpartition('.')[2]}") is not None
+        }
+        live = self.names.module(module) if last else None
+        if live is not None:
+            return [name for name, _ in live.named_parameters(recurse=False) if name in last]
+        if len(last) > 1:
+            raise BadInput(
+                "the order of the adapter's target_parameters is not known",
+                where=f"{self.file}, {module}",
+                fix="put the base's config.json beside its weights",
+            )
+        return sorted(last)
+
+    def _rank(self, place: _Place, name: str, keys: dict[str, str]) -> int:
+        """r of a place, from PEFT's own patterns, checked against the factors."""
+        rank = int(self._pattern("rank_pattern", "r", place))
+        experts = self._experts(place, name)
+        found = self.tensors.info(keys["A"]).shape[0]
+        other = self.tensors.info(keys["B"]).shape[1]
+        if found != other and len(self.base.info(name).shape) > 2 and not place.parameter:
+            raise BadInput(
+                "LoRA of a grouped convolution is no change of its weight", where=f"{self.file}, {place.key}"
+            )
+        if not found == other == rank * experts:
+            raise BadInput(
+                "a LoRA factor of another rank than the adapter's configuration",
+                where=f"{self.file}, {place.key}",
+                expected=rank * experts,
+                found=f"{found} rows of A, {other} columns of B",
+            )
+        return rank
+
+    def _scale(self, place: _Place, rank: int) -> float:
+        alpha = self._pattern("alpha_pattern", "lora_alpha", place)
+        return float(alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank)
+
+    def _pattern(self, patterns: str, default: str, place: _Place) -> Any:
+        """The value of the first pattern that is the module's name or its end, as in `peft.utils.get_pattern_key`."""
+        target = place.tensor if place.parameter else place.module
+        for pattern, value in (self.config.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", target):
+                return value
+        return self.config[default]
+
+    def _experts(self, place: _Place, name: str) -> int:
+        shape = self.base.info(name).shape
+        return shape[0] if place.parameter and len(shape) == 3 else 1
+
+    def _low_rank(
+        self, place: _Place, name: str, keys: dict[str, str], scale: float
+    ) -> Callable[[torch.dtype], Tensor]:
+        """Δ = s·BA in the layout of the base tensor."""
+        a, b = self.tensors[keys["A"]], self.tensors[keys["B"]]
+        shape = self.base.info(name).shape
+        if place.parameter and len(shape) == 3:
+            return self._expert_delta(place, name, a, b, scale)
+        if a.ndim > 2:  # convolutions: B is 1×1, so that BA has the kernel of A
+            self._require_shape(name, place.key, (b.shape[0], *a.shape[1:]))
+            return lambda dtype: _product(a.flatten(1), b.flatten(1), scale, dtype).reshape(shape)
+        out_in = (b.shape[0], a.shape[1])
+        transposed = place.embedding or self._is_transposed(place, shape, out_in)
+        self._require_shape(name, place.key, out_in[::-1] if transposed else out_in)
+        if transposed:
+            return lambda dtype: _product(a, b, scale, dtype).T
+        return lambda dtype: _product(a, b, scale, dtype)
+
+    def _expert_delta(
+        self, place: _Place, name: str, a: Tensor, b: Tensor, scale: float
+    ) -> Callable[[torch.dtype], Tensor]:
+        """Δ of stacked experts. A (experts·r, in), B (out, r·experts) → (experts, out, in) or (experts, in, out)."""
+        shape = self.base.info(name).shape
+        outs, ins, experts = b.shape[0], a.shape[1], shape[0]
+        live = self.names.module(place.module) if outs == ins else None
+        in_out = getattr(live, "is_transposed", False) if outs == ins else shape == (experts, ins, outs)
+        self._require_shape(name, place.key, (experts, ins, outs) if in_out else (experts, outs, ins))
+
+        def delta(dtype: torch.dtype) -> Tensor:
+            stack = b.to(dtype).reshape(outs, -1, experts).permute(2, 0, 1) @ a.to(dtype).reshape(experts, -1, ins)
+            return (stack.mT if in_out else stack) * scale
+
+        return delta
+
+    def _is_transposed(self, place: _Place, shape: tuple[int, ...], out_in: tuple[int, int]) -> bool:
+        """Whether the base keeps (in, out), as GPT-2's Conv1D does. The file's flag is that of its last module only."""
+        if out_in[0] != out_in[1]:
+            return shape == out_in[::-1]
+        live = self.names.module(place.module)
+        return type(live).__name__ == "Conv1D" if live is not None else bool(self.config.get("fan_in_fan_out"))
+
+    def _replacement(self, key: str) -> Change:
+        tensor = self.tensors[key]
+        return Change(replace=lambda _: tensor)
+
+    def _token_rows(self, module: str, key: str) -> Change:
+        """Rows of an embedding that `trainable_token_indices` replaces."""
+        indices = self.config.get("trainable_token_indices")
+        if isinstance(indices, dict):
+            indices = next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), None)
+        rows = self.tensors[key]
+        if not isinstance(indices, list) or len(indices) != rows.shape[0]:
+            raise BadInput(
+                "token rows without their indices", where=f"{self.file}, {key}", expected="trainable_token_indices"
+            )
+
+        def replace(base: Tensor) -> Tensor:
+            dtype = torch.promote_types(base.dtype, rows.dtype)
+            return base.to(dtype).index_copy(0, torch.tensor(indices, device=base.device), rows.to(base.device, dtype))
+
+        return Change(replace=replace)
+
+    def _find(self, tensor: str, key: str) -> str | None:
+        """The base's name of a module tensor; None, and noted, where it has none and that is allowed."""
+        name = self.names.find(tensor)
+        if name is None:
+            if self.config.get("ensure_weight_tying") and self.names.tied_partner(tensor):
+                return None  # the partner's own entry says the same
+            self.unmatched.append(key)
+            return None
+        dtype = self.base.info(name).dtype
+        if not dtype.is_floating_point or dtype.itemsize == 1:
+            raise BadInput(
+                "the base tensor is quantised",
+                where=f"{self.base.source}, {name}",
+                found=dtype,
+                fix="bake into the unquantised base",
+            )
+        return name
+
+    def _report_unmatched(self, total: int) -> None:
+        if not self.unmatched:
+            return
+        what = (
+            "the adapter is of another model" if len(self.unmatched) == total else "an adapter key finds no base tensor"
+        )
+        error = BadInput(
+            what,
+            where=f"{self.file}, {self.unmatched[0]}",
+            expected=f"a tensor of {self.base.source}",
+            found=f"none for {len(self.unmatched)} of {total} keys",
+            fix="give its own base, or --allow-unmatched to leave them out",
+        )
+        if not self.allow_unmatched or len(self.unmatched) == total:
+            raise error
+        warnings.warn(str(error), stacklevel=2)
+
+    def _require_shape(self, name: str, key: str, wanted: tuple[int, ...]) -> None:
+        found = self.base.info(name).shape
+        if found != wanted:
+            raise BadInput(
+                "the base tensor has another shape than the adapter",
+                where=f"{self.file}, {key}",
+                expected=wanted,
+                found=f"{found} in {name} of {self.base.source}",
+                fix="give the base that the adapter was trained on",
+            )
+
+    def _refuse_tied(self, tensor: str, name: str, key: str) -> None:
+        """A live adapter changes one of two tied tensors; a dense checkpoint has only one tensor for both."""
+        shape, config = self.base.info(name).shape, self.names.config
+        if self.config.get("ensure_weight_tying") or len(shape) != 2 or shape[0] != config.get("vocab_size"):
+            return
+        partner = self.names.tied_partner(tensor)
+        if partner is not None and self.names.find(partner) is None:
+            raise BadInput(
+                "the base ties this tensor to another, which the adapter leaves alone",
+                where=f"{self.file}, {key}",
+                found=f"tied to {partner}",
+                fix="train with ensure_weight_tying=True or untie the base first",
+            )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json` of a LoRA that one formula expresses.
+
+    Raises:
+        BadInput: it is missing, no JSON, or has a field that changes what the adapter does.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise BadInput("no such adapter", where=folder, expected=f"{CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput("not JSON", where=path) from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise BadInput("not PEFT's configuration", where=path, expected="peft_type")
+    if config["peft_type"] != "LORA":
+        raise BadInput(
+            "a kind of adapter that cannot be baked yet",
+            where=f"{path}, peft_type",
+            expected="LORA",
+            found=config["peft_type"],
+        )
+    for field in ("r", "lora_alpha"):
+        if isinstance(config.get(field), bool) or not isinstance(config.get(field), (int, float)) or config[field] <= 0:
+            raise BadInput("not a positive number", where=f"{path}, {field}", found=config.get(field))
+    if config.get("init_lora_weights", True) not in _INITS:
+        raise BadInput(
+            "this initialisation changed the base",
+            where=f"{path}, init_lora_weights",
+            found=config["init_lora_weights"],
+            fix="save with PEFT's path_initial_model_for_weight_conversion, which turns it into plain LoRA",
+        )
+    for field, value in config.items():
+        if value and field not in _UNDERSTOOD:
+            raise BadInput("a kind of LoRA that cannot be baked yet", where=f"{path}, {field}", found=value)
+    return config
+
+
+def open_weights(folder: Path) -> Checkpoint:
+    """The tensors of an adapter folder."""
+    path = folder / WEIGHTS
+    pickle = folder / "adapter_model.bin"
+    if not path.is_file() and pickle.is_file():
+        raise BadInput(
+            "the adapter is a pickle, which is never loaded",
+            where=pickle,
+            expected=WEIGHTS,
+            fix="load it in PEFT where you trust it, and save_pretrained",
+        )
+    if not path.is_file():
+        raise BadInput("the adapter's weights are missing", where=path)
+    tensors = open_checkpoint(path)
+    if not tensors:
+        raise BadInput("the adapter holds no tensors", where=path)
+    return tensors
+
+
+def _product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """s·BA.  A (r, in), B (out, r) → (out, in)."""
+    return (b.to(dtype) @ a.to(dtype)).mul_(scale)
+
+
+def _without_wrappers(name: str) -> str:
+    """A module's own name, without what PEFT puts around it."""
+    wrappers: Iterable[str] = ("base_layer", "modules_to_save", "original_module")
+    return ".".join(part for part in name.split(".") if part not in wrappers)

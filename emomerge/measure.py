@@ -1,0 +1,321 @@
+"""Everything that is measured of the artefacts of a recipe: losses, sharpness, curves, controls, and the verdict over them.
+
+One live model serves all artefacts: their weights are streamed into it in turn. Choices (weights, λ, scale, greedy soup,
+the selected artefact) see the validation split only; the reported held-out figures come from the test split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from emomerge.adapters import open_run
+from emomerge.checkpoints import Checkpoint, atomic, load_into, open_checkpoint
+from emomerge.errors import BadInput
+from emomerge.merging import merge
+from emomerge.probing import controls, landscape, sharpness, verdict
+from emomerge.probing.ledger import Ledger
+from emomerge.probing.perturb import Perturbable, rms
+from emomerge.progress import Display, Line
+from emomerge.recipe import Recipe, digest
+from emomerge.tasks import Batch, Split, Task, TaskData, make_task
+
+Array = NDArray[np.float64]
+SplitName = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A set of weights that is measured: base, run, merge or control."""
+
+    name: str
+    role: Literal["base", "run", "merge", "control"]
+    checkpoint: Checkpoint
+    hash: str
+    """What the ledger files it under: equal hashes mean equal weights."""
+    path: Path | None = None
+    optimizer: str | None = None
+    seed: int | None = None
+    control: str | None = None
+    of: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Measurer:
+    """Measures artefacts of one recipe on one model.
+
+    Args:
+        recipe, task, data: what is learnt.
+        base: the weights every artefact started from.
+        base_folder: where the base's model is rebuilt from.
+        base_hash: the base's hash.
+        device: where the model lives.
+        ledger: file that remembers evaluations.
+    """
+
+    def __init__(
+        self, recipe: Recipe, task: Task, data: TaskData, base: Checkpoint, base_folder: Path, base_hash: str,
+        device: torch.device, ledger: Path | None,
+    ) -> None:  # fmt: skip
+        self.recipe, self.task, self.data, self.base = recipe, task, data, base
+        self.base_hash = base_hash
+        self.device = device
+        self.ledger = Ledger(ledger)
+        self.model: nn.Module = task.reload_model(base_folder, trust_remote_code=recipe.base.trust_remote_code).to(device)
+        load_into(self.model, base)
+        self.base_parameters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.reference = rms(self.model)
+        self._loaded: str | None = None
+
+    # What is evaluated on.
+
+    @cached_property
+    def probe_rows(self) -> dict[SplitName, Tensor]:
+        """Rows of the training sample, and of the probe's split, drawn with the probe's seed."""
+        probe, generator = self.recipe.probe, torch.Generator().manual_seed(self.recipe.probe.seed)
+        names: tuple[SplitName, ...] = ("train", "test")
+        count = probe.batches * probe.batch_size
+        return {n: torch.randperm(len(self.split(n)), generator=generator)[:count].sort().values for n in names}
+
+    def split(self, name: SplitName) -> Split:
+        """One split of the data."""
+        split: Split = getattr(self.data, name)
+        return split
+
+    def batches(self, name: SplitName) -> list[Batch]:
+        """A split in batches on the device: the probe's sample of the training data, everything of the others."""
+        return self._batches[name]
+
+    @cached_property
+    def _batches(self) -> dict[SplitName, list[Batch]]:
+        size = self.recipe.probe.batch_size
+        validation, test = len(self.data.validation), len(self.data.test)
+        return {
+            "train": self._cut(self.data.train, self.probe_rows["train"], size),
+            # Small batches: the bootstrap over batches needs many of them.
+            "validation": self._cut(self.data.validation, torch.arange(validation), max(1, min(size, validation // 50))),
+            "test": self._cut(self.data.test, torch.arange(test), max(1, min(size, test // 50))),
+        }
+
+    def _cut(self, split: Split, rows: Tensor, size: int) -> list[Batch]:
+        return [{k: v.to(self.device) for k, v in split.batch(part).items()} for part in rows.split(size)]
+
+    # Single artefacts.
+
+    def load(self, artefact: Artefact) -> None:
+        """Put an artefact's weights into the model."""
+        if self._loaded != artefact.hash:
+            self._loaded = None
+            load_into(self.model, artefact.checkpoint)
+            self._loaded = artefact.hash
+
+    def held_out_loss(self, checkpoint: Checkpoint) -> float:
+        """Mean validation loss of any weights: what merges choose by."""
+        self._loaded = None
+        load_into(self.model, checkpoint)
+        rows = [score(self.task, self.model, batch) for batch in self.batches("validation")]
+        return float(np.average([row["loss"] for row in rows], weights=[row["weight"] for row in rows]))
+
+    def scores(self, artefact: Artefact, split: SplitName) -> dict[str, Array]:
+        """Loss, accuracy, entropy and weight of every batch of a split, each (batches,)."""
+        batches = self.batches(split)
+        data = digest([self.split(split).digest, split, len(batches), self.recipe.probe.seed])
+        if not self._is_known(artefact, data, split, len(batches)):
+            self.load(artefact)
+        return controls.scores(
+            self.model, batches, lambda model, batch: score(self.task, model, batch),
+            ledger=self.ledger, model_hash=artefact.hash, data_hash=data, split=split,
+        )  # fmt: skip
+
+    def _is_known(self, artefact: Artefact, data: str, split: SplitName, batches: int) -> bool:
+        return all(
+            self.ledger.get(
+                model=artefact.hash, data=data, metric=f"scores of {split}", radius=0.0, direction=None, batch=index
+            )
+            for index in range(batches)
+        )
+
+    def loss(self, artefact: Artefact, split: SplitName) -> float:
+        """Mean loss over a split."""
+        return controls.mean_score(self.scores(artefact, split), "loss")
+
+    def probe(self, artefact: Artefact, line: Line) -> tuple[dict[str, Any], list[Array], dict[str, list[float]]]:
+        """All figures of one artefact.
+
+        Returns:
+            its row of the report; its sharpness, (directions, batches) for each radius; its α-curve.
+        """
+        recipe = self.recipe.probe
+        self.load(artefact)
+        probe = self._perturbable(artefact)
+        values = sharpness.gaussian(probe, recipe.radii, recipe.directions, lambda number: line.add(1))
+        weight = sharpness.weights(probe)
+        row: dict[str, Any] = {
+            "name": artefact.name, "role": artefact.role, "path": None if artefact.path is None else str(artefact.path),
+            "optimizer": artefact.optimizer, "seed": artefact.seed, "control": artefact.control, "of": artefact.of,
+            "grad_norm": controls.gradient_norm(probe),
+            "distance": controls.distance(self.model, self.base_parameters),
+            "sharpness": {f"{r:g}": sharpness.summary(v, weight) for r, v in zip(recipe.radii, values, strict=True)},
+            **artefact.facts,
+        }  # fmt: skip
+        for split in ("train", "validation", "test"):
+            found = self.scores(artefact, split)
+            row[f"{split}_loss"] = controls.mean_score(found, "loss")
+            row[f"{split}_accuracy"] = controls.mean_score(found, "accuracy")
+            if split == "train":
+                row["entropy"] = controls.mean_score(found, "entropy")
+        curve = {"alpha": [], "loss": []}
+        if artefact.role in ("run", "merge"):
+            losses = landscape.alpha_curve(probe, self.base_parameters)
+            curve = {"alpha": list(landscape.ALPHAS), "loss": losses.tolist()}
+        return row, list(values), curve
+
+    def noise_floor(self, artefact: Artefact) -> float:
+        """By how much a repeated evaluation differs."""
+        self.load(artefact)
+        return controls.noise_floor(self._perturbable(artefact))
+
+    def _perturbable(self, artefact: Artefact) -> Perturbable:
+        recipe = self.recipe.probe
+        split: SplitName = recipe.data
+        batches = self._cut(self.split(split), self.probe_rows[split], recipe.batch_size)
+        data = digest([self.split(split).digest, split, self.probe_rows[split].tolist(), recipe.batch_size, recipe.seed])
+        return Perturbable(
+            self.model,
+            lambda model, batch: (self.task.loss(model, batch), float(len(batch["labels"]))),
+            batches, self.reference,
+            seed=recipe.seed, model_hash=artefact.hash, data_hash=digest([data, self.base_hash]), ledger=self.ledger,
+        )  # fmt: skip
+
+    # Controls.
+
+    def distance_matched(self, run: Artefact, merged: Artefact) -> Artefact:
+        """The run's task vector rescaled to the merge's length: is the merge flatter, or merely nearer to the base?"""
+        lengths = []
+        for artefact in (run, merged):
+            self.load(artefact)
+            lengths.append(controls.distance(self.model, self.base_parameters))
+        factor = lengths[1] / lengths[0]
+        return Artefact(
+            f"{run.name} at ‖{merged.name}‖", "control",
+            merge(self.base, [run.checkpoint], method="task-arithmetic", weights=[1.0], scale=factor, names=[run.name]),
+            digest([run.hash, factor]),
+            optimizer=run.optimizer, seed=run.seed, control="distance-matched", of=run.name,
+        )  # fmt: skip
+
+
+def score(task: Task, model: nn.Module, batch: Batch) -> dict[str, float]:
+    """Mean cross-entropy, accuracy and mean predictive entropy of a batch, and its rows as weight."""
+    labels = batch["labels"]
+    with torch.inference_mode():
+        log_p = F.log_softmax(task.logits(model, batch).float(), dim=-1)
+    return {
+        "loss": float(F.nll_loss(log_p, labels)),
+        "accuracy": float((log_p.argmax(-1) == labels).float().mean()),
+        "entropy": float(-(log_p.exp() * log_p).sum(-1).mean()),
+        "weight": float(len(labels)),
+    }
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What one training seed brings to the verdict: the merge and its rivals, as paired arrays."""
+
+    sharpness: Mapping[str, Sequence[Array]]
+    """rival or `merge` → one (directions, batches) array a radius."""
+    test_loss: Mapping[str, Array]
+    """rival or `merge` → (batches,)."""
+
+
+def judge(
+    label: str, contests: Sequence[Contest], radii: Sequence[float], probe_weight: Array, test_weight: Array,
+    flat_missing: Sequence[str], better_missing: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """The verdict on one merge method over all training seeds."""
+    flat = [
+        verdict.sharpness_ratio(
+            [c.sharpness["merge"][r] for c in contests],
+            [c.sharpness[rival][r] for c in contests],
+            probe_weight, against=rival, what=f"gaussian σ={radius:g}",
+        )
+        for rival in contests[0].sharpness if rival != "merge"
+        for r, radius in enumerate(radii)
+    ]  # fmt: skip
+    better = [
+        verdict.loss_difference(
+            [c.test_loss["merge"] for c in contests], [c.test_loss[rival] for c in contests],
+            test_weight, against=rival, what="test loss",
+        )
+        for rival in contests[0].test_loss if rival != "merge"
+    ]  # fmt: skip
+    return verdict.overall(
+        label,
+        verdict.judge_better(better, better_missing),
+        verdict.judge_flatter(flat, len(radii), flat_missing),
+        seeds=len(contests),
+    )
+
+
+def probe_models(recipe: Recipe, models: Sequence[str], base_folder: Path, out: Path, display: Display) -> dict[str, Any]:
+    """Measure given models on a recipe's data, resumably: `results.json` and `evaluations.jsonl` in `out`.
+
+    Args:
+        recipe: gives data and probe.
+        models: checkpoints, adapters or run directories, all of the base's architecture.
+        base_folder: the base they are compared with; its RMS sets the ball.
+        out: folder for results and ledger.
+        display: shows progress.
+    """
+    base = open_checkpoint(base_folder)
+    task = make_task(recipe.task)
+    checkpoints = [open_run(base, model) for model in models]
+    measurer = Measurer(
+        recipe, task, task.load_data(recipe.base), base, base_folder, fingerprint(base), choose_device(recipe.device), out / "evaluations.jsonl"
+    )
+    artefacts = [Artefact("base", "base", base, measurer.base_hash, path=base_folder)]
+    for model, checkpoint in zip(models, checkpoints, strict=True):
+        name = Path(model).name if models.count(model) == 1 else model
+        artefacts.append(Artefact(name, "merge", checkpoint, fingerprint(checkpoint), path=Path(model)))
+    rows, curves = [], {}
+    with display.live():
+        for artefact in artefacts:
+            row, _, curve = measurer.probe(artefact, display.line(f"probe {artefact.name}", recipe.probe.directions))
+            rows.append(row)
+            if curve["alpha"]:
+                curves[artefact.name] = curve
+    results = {"name": recipe.name, "artefacts": rows, "curves": curves, "probe": recipe.probe.model_dump(mode="json")}
+    atomic.write_json(out / "results.json", results)
+    return results
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 over names, dtypes, shapes and data of all tensors."""
+    total = hashlib.sha256()
+    for name in checkpoint:
+        tensor = checkpoint[name].detach().cpu().contiguous()
+        total.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of a recipe's `device`; `auto` takes an accelerator if there is one. Raises BadInput for others."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput("no such device", where=f"device = {name!r}", found=error, fix="use auto or cpu") from None
+    return device

@@ -1,0 +1,152 @@
+"""The table of merge methods: a decorator whose target's signature is the method's configuration schema."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from torch import Tensor
+
+from emomerge.errors import BadInput
+
+Merged = Tensor | tuple[Tensor, Tensor]
+"""A method's result on one tensor: τ_m (*shape), and from methods that mask also each run's mask (runs, *shape) bool."""
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Schema(BaseModel):
+    """What every method understands; each method's own parameters are added to it."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, alias_generator=lambda name: name.rstrip("_"))
+
+    scale: Finite | Literal["auto"] | None = None
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A registered merge method."""
+
+    name: str
+    function: Callable[..., Merged]
+    source: str
+    elementwise: bool
+    relative_weights: bool
+    tuned: bool
+    first_pass: Callable[..., dict[str, Any]] | None
+    advice: Callable[[dict[str, Any]], list[str]] | None
+    schema: type[Schema]
+
+    @property
+    def description(self) -> str:
+        """The formula, in one line."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether the runs can be weighted."""
+        return "weights" in inspect.signature(self.function).parameters
+
+
+METHODS: dict[str, MergeMethod] = {}
+"""Every merge method by its name."""
+
+
+def merge_method(
+    name: str,
+    *,
+    source: str,
+    elementwise: bool = False,
+    relative_weights: bool = True,
+    tuned: bool = False,
+    first_pass: Callable[..., dict[str, Any]] | None = None,
+    advice: Callable[[dict[str, Any]], list[str]] | None = None,
+) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
+    """Register a function on one tensor as a merge method.
+
+    The function takes what it names of `deltas` (runs, *shape), `weights` (runs,) and the tensor's `name`. Its keyword-only
+    parameters with a default, and those of the first pass, are what a user can set; those without one come from the first pass.
+
+    Args:
+        name: what the user types.
+        source: the publication.
+        elementwise: the function treats every element alike, so that it may be given flat pieces (runs, n) of a tensor.
+        relative_weights: weights are rescaled to a mean of 1; otherwise they are used as given.
+        tuned: where a held-out loss is at hand it chooses weights and scale, unless they are given.
+        first_pass: a function of all the task vectors (`TaskVectors`) and of parameters that runs once before the function
+            and returns further keyword arguments for it. Those that are plain values appear in the diagnostics.
+        advice: warnings that the finished diagnostics call for.
+    """
+
+    def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
+        fields = _parameters(first_pass) | _parameters(function)
+        if "weights" in inspect.signature(function).parameters:
+            fields["weights"] = (list[Finite] | Literal["equal", "auto"] | None, None)
+        schema = create_model(f"{name} parameters", __base__=Schema, **fields)
+        METHODS[name] = MergeMethod(
+            name, function, source, elementwise, relative_weights, tuned, first_pass, advice, schema
+        )
+        return function
+
+    return register
+
+
+def find_method(name: str) -> MergeMethod:
+    """The method of that name. Raises BadInput that suggests the nearest known one."""
+    if name not in METHODS:
+        raise BadInput("unknown merge method", where=name, fix=_suggestion(name, sorted(METHODS)))
+    return METHODS[name]
+
+
+def check_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters of a method, by the keyword that `merge` takes, checked and with defaults filled in.
+
+    Args:
+        method: the method's name.
+        params: the method's own parameters and, of those common to all, `scale` and `weights`, as a recipe or a caller writes
+            them (`lambda` or `lambda_`).
+
+    Raises:
+        BadInput: an unknown method or parameter (suggests the nearest known one), or a value that the parameter cannot take.
+    """
+    schema = find_method(method).schema
+    try:
+        return schema.model_validate(dict(params)).model_dump()
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        known = sorted(field.alias or name for name, field in schema.model_fields.items())
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    key = str(first["loc"][0])
+    where = f"`{key}` of {method}"
+    if first["type"] == "extra_forbidden":
+        raise BadInput("unknown merge parameter", where=where, fix=_suggestion(key, known))
+    messages = [problem["msg"] for problem in problems if problem["loc"][0] == first["loc"][0]]
+    expected = " or ".join(dict.fromkeys(message[:1].lower() + message[1:] for message in messages))
+    value = params.get(key, params.get(f"{key}_"))
+    raise BadInput("merge parameter not usable", where=where, expected=expected, found=repr(value))
+
+
+def select(function: Callable[..., Any], available: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the available arguments those that a function names."""
+    return {name: available[name] for name in inspect.signature(function).parameters if name in available}
+
+
+def _parameters(function: Callable[..., Any] | None) -> dict[str, Any]:
+    """Annotation and default of every parameter a user can set."""
+    if function is None:
+        return {}
+    hints = get_type_hints(function, include_extras=True)
+    return {
+        name: (hints[name], parameter.default)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+    }
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"

@@ -1,0 +1,202 @@
+"""The task vectors τ_t = θ_t − θ₀ of several runs over one base, streamed tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from emomerge.checkpoints import Checkpoint, TensorInfo, working_dtype
+from emomerge.errors import BadInput
+
+CHUNK = 2**17
+"""Elements of a piece: five runs' worth of them and a few temporaries stay in the cache."""
+
+Loss = Callable[[Checkpoint], float]
+Rule = Callable[[str, Tensor], Tensor]
+"""(tensor name, deltas (runs, n)) → τ (n,), element by element."""
+
+
+class Displaced(Checkpoint):
+    """θ₀ + scale·τ, tensor by tensor, in τ's dtype; the base's own tensor where nothing moves.
+
+    Args:
+        base: θ₀.
+        tau: the displacement of a tensor, or None where it does not move.
+        scale: its factor.
+        source: where the weights come from.
+    """
+
+    def __init__(
+        self, base: Checkpoint, tau: Callable[[str], Tensor | None], *, scale: float = 1.0, source: str = "candidate"
+    ) -> None:
+        self.base = base
+        self.tau = tau
+        self.scale = scale
+        self.source = source
+        self.folder = base.folder
+
+    def names(self) -> tuple[str, ...]:
+        """The base's tensor names, sorted."""
+        return self.base.names()
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of the base's tensor, to which a writer rounds."""
+        return self.base.info(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tau = self.tau(name)
+        return self.base[name] if tau is None else self.base[name].to(tau.dtype) + self.scale * tau
+
+    def delta(self, name: str, base: Checkpoint) -> Tensor | None:
+        """scale·τ without the rounding of the sum, if `base` is the very base of this checkpoint."""
+        if base is not self.base:
+            return super().delta(name, base)
+        tau = self.tau(name)
+        return None if tau is None else self.scale * tau
+
+
+class TaskVectors:
+    """What merge methods work on: the runs' task vectors, and the held-out loss of anything built from them.
+
+    Args:
+        base: θ₀.
+        runs: θ_t, each with the base's floating tensors.
+        labels: a name for each run.
+        held_out_loss: the loss of a checkpoint on held-out data, if it can be measured.
+        run_losses: the held-out loss of each single run, if known.
+
+    Raises:
+        BadInput: a run lacks a floating tensor of the base, has another one, or one of another shape.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        runs: Sequence[Checkpoint],
+        *,
+        labels: Sequence[str],
+        held_out_loss: Loss | None = None,
+        run_losses: Sequence[float] | None = None,
+    ) -> None:
+        self.base = base
+        self.runs = tuple(runs)
+        self.labels = tuple(labels)
+        self.names = _floating(base)
+        self.numel = sum(base.info(name).numel for name in self.names)
+        """Elements of one task vector."""
+        self.weights: tuple[float, ...] = (1.0,) * len(self.runs)
+        self.held_out_loss = held_out_loss
+        self._run_losses = run_losses
+        for run, label in zip(self.runs, self.labels, strict=True):
+            _check_headers(base, run, label)
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def deltas(self, name: str) -> list[Tensor | None]:
+        """Each run's τ of one tensor. Raises BadInput where one is not finite."""
+        deltas = [run.delta(name, self.base) for run in self.runs]
+        for label, delta in zip(self.labels, deltas, strict=True):
+            if delta is not None and delta.numel() and not torch.stack(delta.aminmax()).isfinite().all():
+                raise BadInput("non-finite task vector", where=f"{name} of run {label}", fix="leave this run out")
+        return deltas
+
+    def pieces(self, name: str, *, whole: bool = False) -> Iterator[Tensor]:
+        """The runs' τ of one tensor, stacked: flat pieces (runs, n), or one (runs, *shape). Nothing if no run moved it."""
+        deltas = self.deltas(name)
+        moved = [delta for delta in deltas if delta is not None]
+        if not moved:
+            return
+        dtype = working_dtype(self.base.info(name).dtype, *(delta.dtype for delta in moved))
+        still = torch.zeros_like(moved[0])
+        full = [still if delta is None else delta for delta in deltas]
+        if whole:
+            yield torch.stack([delta.to(dtype) for delta in full])
+            return
+        flat = [delta.flatten() for delta in full]
+        for start in range(0, max(still.numel(), 1), CHUNK):
+            yield torch.stack([delta[start : start + CHUNK].to(dtype) for delta in flat])
+
+    def all_pieces(self) -> Iterator[tuple[str, Tensor]]:
+        """The flat pieces (runs, n) of every tensor that moved, with its name."""
+        for name in self.names:
+            for piece in self.pieces(name):
+                yield name, piece
+
+    def need_loss(self, what: str) -> Loss:
+        """The held-out loss. Raises BadInput, naming what is chosen by it, where there is none."""
+        if self.held_out_loss is None:
+            raise BadInput(f"{what} is chosen by held-out loss, which needs data", fix="give a recipe with `--recipe`")
+        return self.held_out_loss
+
+    def run_losses(self, what: str) -> list[float]:
+        """The held-out loss of each single run, measured at most once. Raises BadInput where one is not finite."""
+        if self._run_losses is None:
+            loss = self.need_loss(what)
+            self._run_losses = [float(loss(run)) for run in self.runs]
+        for label, value in zip(self.labels, self._run_losses, strict=True):
+            if not math.isfinite(value):
+                raise BadInput("held-out loss not finite", where=f"run {label}", found=value, fix="leave this run out")
+        return list(self._run_losses)
+
+    @property
+    def known_run_losses(self) -> list[float] | None:
+        """The held-out loss of each single run, if somebody measured it already."""
+        return None if self._run_losses is None else list(self._run_losses)
+
+    def loss_of(self, rule: Rule, what: str) -> float:
+        """The held-out loss of θ₀ + rule(τ); NaN counts as infinite."""
+
+        def tau(name: str) -> Tensor | None:
+            if name not in self.names:
+                return None
+            parts = [rule(name, piece) for piece in self.pieces(name)]
+            return torch.cat(parts).view(self.base.info(name).shape) if parts else None
+
+        return finite_or_inf(self.need_loss(what)(Displaced(self.base, tau)))
+
+    def check_equal(self, name: str) -> None:
+        """An integer or boolean tensor is the same in every run that has it. Raises BadInput otherwise."""
+        for run, label in zip(self.runs, self.labels, strict=True):
+            if name in run and not torch.equal(run[name], self.base[name]):
+                raise BadInput(
+                    "only floating tensors can be merged",
+                    where=f"{name} of run {label}",
+                    expected="the base's values",
+                    found="others",
+                )
+
+
+def finite_or_inf(loss: float) -> float:
+    """A loss that can be compared: NaN is worse than anything."""
+    return math.inf if math.isnan(loss) else float(loss)
+
+
+def _floating(checkpoint: Checkpoint) -> tuple[str, ...]:
+    return tuple(name for name in checkpoint.names() if checkpoint.info(name).dtype.is_floating_point)
+
+
+def _check_headers(base: Checkpoint, run: Checkpoint, label: str) -> None:
+    ours, theirs = _floating(base), _floating(run)
+    for name in ours:
+        if name not in run:
+            raise BadInput("run lacks a tensor", where=f"{name} of run {label}", expected=_describe(base, name))
+        if name not in theirs or run.info(name).shape != base.info(name).shape:
+            raise BadInput(
+                "run does not fit the base",
+                where=f"{name} of run {label}",
+                expected=_describe(base, name),
+                found=_describe(run, name),
+            )
+    for name in theirs:
+        if name not in ours:
+            found = _describe(run, name)
+            raise BadInput("run has a tensor that the base lacks", where=f"{name} of run {label}", found=found)
+
+
+def _describe(checkpoint: Checkpoint, name: str) -> str:
+    info = checkpoint.info(name)
+    return f"{str(info.dtype).removeprefix('torch.')} {list(info.shape)}"

@@ -1,0 +1,212 @@
+"""emoPulse: a learning rate from nothing but the loss (paper, chapters 2–4 and supplementary material 1).
+
+Plain Python floats in IEEE double precision. The order of operations is part of the definition: where σ compares two
+quantities that differ only by rounding, rounding decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal
+
+from emomerge.errors import BadInput, NonFiniteLossError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The constants of one version of emoPulse."""
+
+    grow: float = 1.50
+    """Largest factor by which a trusted step raises dNR_hist."""
+    decay: float = 0.80
+    """Brake of the hesitation band |trust| ≤ 0.5."""
+    noise_floor: float = 1e-10
+    base_scale: float = 1e-4
+    """η_base: the rate at dNR_hist = 1 and emoScope = 1."""
+    min_rate: float = 1e-7
+    max_rate: float = 3e-3
+    hold_first: bool = False
+    """The first step leaves dNR_hist alone."""
+    only_down: bool = False
+    """The brake never raises dNR_hist."""
+    chained: bool = False
+    """emoScope is stretched by 100^c, where c is a short EMA of σ, and the largest rate follows emoScope."""
+    stop: Literal["v3.7", "v3.8", "v3.9"] = "v3.8"
+    """Which rule turns `should_stop` on."""
+
+    def next_dnr(self, dnr: float, dnr_now: float, trust: float) -> float:
+        """dNR_hist after a step (paper 3.2): trust is hard to earn and easy to lose."""
+        if dnr_now >= dnr and trust >= 0.5:
+            return min(dnr_now, dnr * self.grow)
+        if -0.5 <= trust <= 0.5:
+            return (min(dnr_now, dnr) if self.only_down else dnr_now) * self.decay
+        return dnr
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "v3.7": Preset(grow=1.05, decay=0.98, noise_floor=1e-3, min_rate=1e-6, hold_first=True, stop="v3.7"),
+        "v3.8": Preset(),
+        "v3.8-fft": Preset(base_scale=1e-5, min_rate=1e-8, max_rate=3e-4),
+        "v3.9": Preset(min_rate=1e-8, chained=True, stop="v3.9"),
+        "guarded": Preset(only_down=True),
+    }
+)
+"""Every preset by name; `v3.8-fft` is for full fine-tuning, `guarded` is v3.8 with a brake that can only slow down."""
+
+
+@dataclass
+class EmoPulse:
+    """The controller: one loss in, one learning rate out.
+
+    Args:
+        preset: a name in `PRESETS`.
+        scope: emoScope, the user's multiplier of the rate.
+        cautious: start with N = d = 0.2, for small or noisy data (paper, chapter 4, "Implementation Considerations").
+
+    Raises:
+        BadInput: an unknown preset, or a scope that is negative or not finite.
+
+    Example:
+        >>> pulse = EmoPulse()
+        >>> pulse.update(2.5)
+        0.0001
+    """
+
+    preset: str = "v3.8"
+    scope: float = 1.0
+    cautious: bool = False
+
+    steps: int = field(default=0, init=False)
+    """Losses seen so far."""
+    short: float = field(default=0.0, init=False)
+    """The fast EMA of the loss; all three start at the first loss."""
+    medium: float = field(default=0.0, init=False)
+    long: float = field(default=0.0, init=False)
+    noise: float = field(default=1.0, init=False)
+    """N, the EMA of |σ|: wandering."""
+    distance: float = field(default=0.02, init=False)
+    """d, the EMA of |trust|: progress."""
+    chain: float = field(default=0.0, init=False)
+    """c, the short EMA of σ (v3.9)."""
+    dnr: float = field(default=1.0, init=False)
+    """dNR_hist, the signal-to-noise ratio that the rate is proportional to."""
+    sigma: float = field(default=0.0, init=False)
+    """σ in [−1, 1]: above 0 while the loss falls."""
+    trust: float = field(default=1.0, init=False)
+    """sgn(σ)·(1 − |σ|)."""
+    gain: float = field(default=1.0, init=False)
+    """What the version multiplies emoScope by: 100^c (v3.9), or 0.1 once the loss has come to rest (v3.8)."""
+    rate: float = field(default=0.0, init=False)
+    """η of the last step; before the first, the rate that dNR_hist = 1 stands for."""
+    stop_steps: int = field(default=0, init=False)
+    """For how many steps in a row `should_stop` has been true."""
+
+    def __post_init__(self) -> None:
+        _require_preset(self.preset)
+        if not 0 <= self.scope < math.inf:
+            raise BadInput("emoScope (`lr`, `scope`) is not usable", expected="a finite number ≥ 0", found=self.scope)
+        if self.cautious:
+            self.noise = self.distance = 0.2
+        self.rate = self.rate_at(self.scope)
+
+    @property
+    def should_stop(self) -> bool:
+        """The early-stop signal: the loss has come to rest. A hint only; nothing stops by itself."""
+        return self.stop_steps > 0
+
+    def update(self, loss: float) -> float:
+        """Take in the loss of a step and return its learning rate η.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite; the state is as it was. Catch it to skip the step.
+        """
+        loss = float(loss)
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is {loss}; weights and optimizer state are as they were before this step"
+            )
+        preset = PRESETS[self.preset]
+        if self.steps == 0:
+            self.short = self.medium = self.long = loss
+        self.steps += 1
+
+        self.short = 0.30 * loss + 0.70 * self.short
+        self.medium = 0.05 * loss + 0.95 * self.medium
+        self.long = 0.01 * loss + 0.99 * self.long
+        self.sigma, sigma_long = _sigma(self.short, self.medium, self.long)
+        self.trust = math.copysign(1 - abs(self.sigma), self.sigma)
+
+        self.noise = 0.97 * self.noise + 0.03 * abs(self.sigma)
+        self.distance = 0.97 * self.distance + 0.03 * abs(self.trust)
+        noise_base = abs(self.sigma - self.trust) + 0.1
+        d_base = abs(max(self.noise, preset.noise_floor) - self.distance) + 0.1
+        if self.steps > 1 or not preset.hold_first:
+            self.dnr = preset.next_dnr(self.dnr, snr(d_base, noise_base), self.trust)
+
+        if preset.chained:
+            self.chain = 0.7 * self.chain + 0.3 * self.sigma
+            self.gain = max(100**self.chain, 1e-2)
+        elif preset.stop == "v3.8":  # the signal of a step is judged after its rate, so it slows the next one
+            self.gain = 0.1 if self.should_stop else 1.0
+        self.rate = self.rate_at(self.scope)
+        self.stop_steps = self.stop_steps + 1 if self._at_rest(sigma_long, noise_base - d_base) else 0
+        return self.rate
+
+    def rate_at(self, scope: float) -> float:
+        """η of the last step for another emoScope, such as that of another parameter group (paper 3.2)."""
+        preset = PRESETS[self.preset]
+        max_rate = preset.max_rate * scope if preset.chained else preset.max_rate
+        return max(min(self.dnr * (scope * self.gain * preset.base_scale), max_rate), preset.min_rate)
+
+    def _at_rest(self, sigma_long: float, imbalance: float) -> bool:
+        preset = PRESETS[self.preset]
+        if preset.stop == "v3.7":
+            return abs(sigma_long) <= 1e-6 and abs(imbalance) <= 1e-7
+        if preset.stop == "v3.8":
+            still = preset.min_rate * 0.3
+            return abs(self.sigma) <= still and abs(imbalance) <= still
+        return self.distance - self.noise >= 0.3 and max(self.medium, 1e-5) <= 0.04
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as plain numbers and one string; always the same keys."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue bit-identically from a `state_dict()`, whose preset and scope replace the present ones.
+
+        Raises:
+            BadInput: a figure is missing, or the preset is unknown; the state is as it was.
+        """
+        names = [part.name for part in fields(self)]
+        missing = [name for name in names if name not in state]
+        if missing:
+            raise BadInput("not the state of an emoPulse", found=f"no {', '.join(missing)}")
+        _require_preset(state["preset"])
+        for name in names:
+            setattr(self, name, state[name])
+
+
+def snr(d_base: float, noise_base: float) -> float:
+    """dNR of this moment: certainty over time against doubt of the moment, squared (paper 3.2)."""
+    return (d_base / noise_base) ** 2
+
+
+def _require_preset(name: str) -> None:
+    if name not in PRESETS:
+        raise BadInput("unknown preset", expected=" | ".join(PRESETS), found=repr(name))
+
+
+def _sigma(short: float, medium: float, long: float) -> tuple[float, float]:
+    """σ, the compressed relative fall of the loss (paper 2.1), and σ_long, the same by the long EMA alone.
+
+    Both sides of the second test equal |long − short| up to rounding; it is kept as published.
+    """
+    diff = long - short
+    scale_long, scale_medium = max(long, 1e-5), max(medium, 1e-5)
+    d_long, d_medium = diff / scale_long, diff / scale_medium
+    by_medium = abs(d_long) >= 0.05 and abs(d_medium) * scale_medium < abs(d_long) * scale_long
+    return math.tanh(d_medium if by_medium else d_long), math.tanh(d_long)

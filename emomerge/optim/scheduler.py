@@ -1,0 +1,81 @@
+"""emoPulse as a learning-rate scheduler for any torch optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import Optimizer
+
+from emomerge.errors import BadInput
+from emomerge.optim.base import EmoOptimizer
+from emomerge.optim.intake import LossIntake
+from emomerge.optim.pulse import EmoPulse
+
+
+class EmoPulseLR(LRScheduler):
+    """Sets the `lr` of every parameter group to emoPulse (paper, chapter 3).
+
+    Args:
+        optimizer: any torch optimizer that has an `lr`; the emo optimizers have a pulse of their own.
+        preset: the version of emoPulse, a name in `PRESETS`.
+        scope: emoScope, a multiplier of the rate; the optimizer's own `lr` is not used.
+        cautious: start the pulse with N = d = 0.2.
+
+    Raises:
+        BadInput: an emo optimizer, an unknown preset, or a scope out of range.
+
+    Example:
+        >>> scheduler = EmoPulseLR(torch.optim.AdamW(model.parameters()))
+        >>> loss.backward()
+        >>> scheduler.step(loss)  # before the optimizer's step, so that the rate knows this loss
+        >>> optimizer.step()
+    """
+
+    def __init__(self, optimizer: Optimizer, preset: str = "v3.8", scope: float = 1.0, cautious: bool = False) -> None:
+        if isinstance(optimizer, EmoOptimizer):
+            raise BadInput(
+                "an emo optimizer needs no EmoPulseLR", found=type(optimizer).__name__, fix="use its own `pulse`"
+            )
+        self.optimizer = optimizer
+        self.pulse = EmoPulse(preset, scope, cautious)
+        self._intake = LossIntake()
+        self._write_lr()
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Note the loss of a micro-batch of the coming step; see `EmoOptimizer.observe`."""
+        self._intake.observe(loss)
+
+    def step(self, loss: Tensor | float | None = None) -> None:
+        """Set the rate of the coming optimizer step from this loss and those observed before.
+
+        Raises:
+            MissingLossError: neither given nor observed.
+            NonFiniteLossError: the loss is NaN or infinite; pulse and rate are as before.
+        """
+        if loss is not None:
+            self.observe(loss)
+        params = (p for group in self.optimizer.param_groups for p in group["params"])
+        first = next(params, torch.empty(0))
+        self.pulse.update(self._intake.take(first.device))
+        self._write_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pulse, as plain numbers."""
+        return self.pulse.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue bit-identically from a `state_dict()`."""
+        self.pulse.load_state_dict(state_dict)
+        self._write_lr()
+
+    def _write_lr(self) -> None:
+        self.last_epoch = self.pulse.steps
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):  # kept by compiled and capturable optimizers
+                group["lr"].fill_(self.pulse.rate)
+            else:
+                group["lr"] = self.pulse.rate
+        self._last_lr = [self.pulse.rate for _ in self.optimizer.param_groups]

@@ -1,0 +1,546 @@
+"""`emomerge run`: base, runs, merges, probe, report, in this order, each skipped when the hash of its inputs is already stamped."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from emomerge.adapters import open_run
+from emomerge.checkpoints import Checkpoint, atomic, model_checkpoint, open_checkpoint, write_checkpoint
+from emomerge.errors import BadInput, EmomergeError
+from emomerge.measure import Artefact, Contest, Measurer, choose_device, judge
+from emomerge.merging import MergedCheckpoint, check_params, merge
+from emomerge.progress import Display, Line
+from emomerge.recipe import Merge, Recipe, digest
+from emomerge.tasks import Task, TaskData, make_task
+from emomerge.training import RunDir, RunSpec, planned_runs, run_inputs, train_locally
+from emomerge.workspace import Workspace, files_below, stopwatch
+
+Results = dict[str, Any]
+
+
+class Pipeline:
+    """One recipe in one output folder.
+
+    Args:
+        recipe: what to do.
+        out: where; created if need be.
+        display: where progress is shown.
+        command: the command line, for the report.
+
+    Raises:
+        BadInput: a merge of the recipe has parameters that its method does not know.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, *, display: Display | None = None, command: str = "") -> None:
+        for spec in recipe.merge:
+            check_params(spec.method, spec.params)
+        self.recipe, self.command = recipe, command
+        self.space = Workspace(out)
+        self.display = display or Display(quiet=True)
+        self.base_hash = digest(["base", recipe.base, recipe.task, self.space.input_hash(recipe)])
+        self.specs = planned_runs(recipe)
+
+    # The stages.
+
+    def run(self) -> bool:
+        """All stages. Returns False where nothing was to be done."""
+        with self.working() as display:
+            todo = not self.is_complete()
+            if todo:
+                with display.live():
+                    self.make_base()
+                    self.train()
+                    self.merge()
+                    self.probe()
+                    self.report()
+        return todo
+
+    def train_all(self, only: Sequence[str] = ()) -> bool:
+        """The base and the runs (those of the optimizers in `only`, if given). Returns False where nothing was to be done."""
+        chosen = [spec for spec in self.specs if not only or spec.optimizer in only]
+        with self.working() as display:
+            todo = not (self.base_is_done() and all(self.run_is_done(spec) for spec in chosen))
+            if todo:
+                with display.live():
+                    self.make_base()
+                    self.train(chosen)
+        return todo
+
+    @contextmanager
+    def working(self) -> Iterator[Display]:
+        """The folder to ourselves, with the recipe written down in it."""
+        with self.space.locked():
+            atomic.write_text(self.space.out / "recipe.yaml", self.recipe_yaml)
+            yield self.display
+
+    def is_complete(self) -> bool:
+        """Whether every stage is stamped with its present inputs."""
+        return (
+            self.base_is_done()
+            and all(self.run_is_done(spec) for spec in self.specs)
+            and all(self.space.is_done(f"merge-{name}", inputs) for name, inputs in self.merge_stamps().items())
+            and self.space.is_done("probe", self.probe_inputs)
+            and self.space.is_done("report", self.report_inputs)
+        )
+
+    def make_base(self) -> None:
+        """The folder every run starts from: a given model with the head the task needs, or one trained here."""
+        if self.base_is_done():
+            return
+        prepare = self.recipe.base.prepare
+        with stopwatch() as clock:
+            line = self.display.line("base", prepare.steps if prepare else 1)
+            if prepare is not None:
+                section = self.recipe.task.model_copy(update={"transform": prepare.transform})
+                task = make_task(section)
+                data = task.load_data(self.recipe.base)
+                model = task.new_model(self.recipe.base, data)
+                _fit(model.to(self.device), task, data, prepare.steps, prepare.batch_size, prepare.learning_rate, prepare.seed, line)
+            else:
+                task, data = self.task, self.data
+                model = task.new_model(self.recipe.base, data)
+            self._write_model(model.cpu(), task)
+            line.at(prepare.steps if prepare else 1)
+        self.space.write_stamp("base", self.base_hash, files_below(self.space.base), seconds=clock["seconds"])
+
+    def _write_model(self, model: torch.nn.Module, task: Task) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            config: Any = model.config
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(scratch)
+            task.save_processor(Path(scratch))
+            weights = model_checkpoint(model, source="base")
+            write_checkpoint(weights, self.space.base, files_from=Path(scratch), force=True)
+
+    def train(self, specs: Sequence[RunSpec] | None = None) -> None:
+        """The shallow runs, and the long run where the recipe wants one."""
+        specs = self.specs if specs is None else specs
+        lines = {
+            spec.name: self.display.line(spec.name, spec.steps, "done" if self.run_is_done(spec) else "waiting") for spec in specs
+        }
+        for spec in specs:
+            if self.run_is_done(spec):
+                lines[spec.name].at(spec.steps, _closing_note(self.run_dir(spec)))
+        todo = [spec for spec in specs if not self.run_is_done(spec)]
+        if not todo:
+            return
+
+        def on_step(spec: RunSpec, row: dict[str, Any]) -> None:
+            lines[spec.name].at(row["step"], f"loss {row['loss']:.4f}   emoPulse {row['rate']:.2e}")
+
+        train_locally(
+            self.recipe, todo, self.space.runs, self.base_hash,
+            task=self.task, data=self.data, base_folder=self.space.base, device=self.device, on_step=on_step,
+        )  # fmt: skip
+
+    def merge(self) -> None:
+        """Every merge of the recipe, for each training seed."""
+        stamps = self.merge_stamps()
+        for spec in self.recipe.merge:
+            for seed in self.recipe.runs.seeds:
+                name = self.merge_name(spec, seed)
+                line = self.display.line(f"merge {name}", 1)
+                if not self.space.is_done(f"merge-{name}", stamps[name]):
+                    with stopwatch() as clock:
+                        self._merge_one(spec, seed, name, stamps[name])
+                    files = files_below(self.space.merges / name)
+                    self.space.write_stamp(f"merge-{name}", stamps[name], files, seconds=clock["seconds"])
+                line.at(1, self._merge_note(name))
+
+    def _merge_one(self, spec: Merge, seed: int, name: str, inputs: str) -> None:
+        artefacts = [self.run_artefact(run) for run in self.specs if run.seed == seed]
+        merged = merge(
+            self.base, [a.checkpoint for a in artefacts], method=spec.method, names=[a.name for a in artefacts],
+            held_out_loss=self.measurer.held_out_loss, run_losses=[self.measurer.loss(a, "validation") for a in artefacts],
+            **spec.params,
+        )  # fmt: skip
+
+        def papers() -> dict[str, str]:
+            record = self._merge_record(spec, name, artefacts, merged, inputs)
+            return {"merge.json": json.dumps(record, indent=2) + "\n", "README.md": self._card(name, record, [])}
+
+        write_checkpoint(
+            merged, self.space.merges / name, dtype=spec.dtype, files_from=self.space.base, extra_files=papers, force=True
+        )
+
+    def _merge_record(
+        self, spec: Merge, name: str, artefacts: Sequence[Artefact], merged: MergedCheckpoint, inputs: str
+    ) -> dict[str, Any]:
+        runs = [{"name": a.name, "source": str(a.path), "sha256": a.facts["sha256"]} for a in artefacts]
+        return {
+            "name": name, "method": spec.method, "params": spec.params, "dtype": spec.dtype, "base": str(self.space.base),
+            "runs": runs, "inputs": inputs, "diagnostics": merged.diagnostics(), "emomerge": version("emomerge"),
+        }  # fmt: skip
+
+    def _merge_note(self, name: str) -> str:
+        diagnostics = self.merge_record(name)["diagnostics"]
+        shown = [
+            ("scale", diagnostics["params"].get("scale")), ("kept", diagnostics.get("kept_density")),
+            ("cos(τ, mean)", diagnostics.get("cosine_to_mean")),
+        ]  # fmt: skip
+        return "   ".join(f"{key} {value:.3g}" for key, value in shown if isinstance(value, (int, float)))
+
+    def probe(self) -> None:
+        """Every figure of every artefact, the controls, and the verdict: results.json."""
+        if self.space.is_done("probe", self.probe_inputs):
+            return
+        with stopwatch() as clock:
+            results = self._measure()
+            results["seconds"]["probe"] = clock["seconds"]
+            atomic.write_json(self.space.results, results)
+        self.space.write_stamp("probe", self.probe_inputs, [self.space.results])
+
+    def report(self) -> None:
+        """report.html, its figures as PNG, and the model card of every merge, now with its figures."""
+        from emomerge.reporting import write_report
+
+        if self.space.is_done("report", self.report_inputs):
+            return
+        results = self.results()
+        line = self.display.line("report", 1)
+        write_report(results, self.space.report, png_dir=self.space.out / "figures")
+        for spec in self.recipe.merge:
+            for seed in self.recipe.runs.seeds:
+                name = self.merge_name(spec, seed)
+                card = self._card(name, self.merge_record(name), results["artefacts"])
+                atomic.write_text(self.space.merges / name / "README.md", card)
+                inputs = self.merge_stamps()[name]
+                seconds = self.space.stamp(f"merge-{name}").get("seconds")
+                self.space.write_stamp(f"merge-{name}", inputs, files_below(self.space.merges / name), seconds=seconds)
+        self.space.write_stamp("report", self.report_inputs, [self.space.report, *files_below(self.space.out / "figures")])
+        line.at(1, str(self.space.report))
+
+    # What the stages share.
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where models live."""
+        return choose_device(self.recipe.device)
+
+    @cached_property
+    def task(self) -> Task:
+        """What is learnt."""
+        return make_task(self.recipe.task)
+
+    @cached_property
+    def data(self) -> TaskData:
+        """The splits."""
+        return self.task.load_data(self.recipe.base)
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The base's weights."""
+        return open_checkpoint(self.space.base)
+
+    @cached_property
+    def measurer(self) -> Measurer:
+        """Measures artefacts on one live model."""
+        return Measurer(
+            self.recipe, self.task, self.data, self.base, self.space.base, self.base_hash, self.device, self.space.ledger
+        )
+
+    @cached_property
+    def recipe_yaml(self) -> str:
+        """The recipe with every default filled in."""
+        return yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def base_is_done(self) -> bool:
+        """Whether the base folder is up to date."""
+        return self.space.is_done("base", self.base_hash)
+
+    def run_dir(self, spec: RunSpec) -> RunDir:
+        """The directory of a run."""
+        return RunDir(self.space.runs / spec.name)
+
+    def run_is_done(self, spec: RunSpec) -> bool:
+        """Whether a run's result is up to date."""
+        return self.run_dir(spec).is_done(run_inputs(self.recipe, spec, self.base_hash))
+
+    def run_artefact(self, spec: RunSpec) -> Artefact:
+        """A trained run, as base + adapter or dense weights."""
+        run = self.run_dir(spec)
+        state = run.state
+        return Artefact(
+            spec.name, "run" if spec.role == "run" else "control", open_run(self.base, run.path),
+            digest([self.base_hash, state["sha256"]]), path=run.artefact, optimizer=spec.optimizer, seed=spec.seed,
+            facts={"seconds": state["seconds"], "sha256": state["sha256"]},
+        )  # fmt: skip
+
+    def merge_name(self, spec: Merge, seed: int) -> str:
+        """The folder of a merge; every training seed is merged on its own, as one repetition of the experiment."""
+        return spec.label if len(self.recipe.runs.seeds) == 1 else f"{spec.label}-seed{seed}"
+
+    def merge_stamps(self) -> dict[str, str]:
+        """Name → hash of inputs of every merge."""
+        probe = self.recipe.probe
+        return {
+            self.merge_name(spec, seed): digest(
+                [
+                    spec, [run_inputs(self.recipe, run, self.base_hash) for run in self.specs if run.seed == seed],
+                    self.recipe.device, probe.batch_size,
+                ]
+            )
+            for spec in self.recipe.merge
+            for seed in self.recipe.runs.seeds
+        }  # fmt: skip
+
+    def merge_record(self, name: str) -> dict[str, Any]:
+        """merge.json of a written merge."""
+        record: dict[str, Any] = json.loads((self.space.merges / name / "merge.json").read_text(encoding="utf-8"))
+        return record
+
+    def merge_artefact(self, spec: Merge, seed: int) -> Artefact:
+        """A written merge."""
+        name = self.merge_name(spec, seed)
+        folder = self.space.merges / name
+        weights = {file.name: atomic.sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+        facts = {
+            "seconds": self.space.stamp(f"merge-{name}").get("seconds"), "method": spec.method, "sha256": weights,
+            "cosine_to_mean": self.merge_record(name)["diagnostics"].get("cosine_to_mean"),
+        }  # fmt: skip
+        return Artefact(name, "merge", open_checkpoint(folder), digest(weights), path=folder, seed=seed, facts=facts)
+
+    @property
+    def probe_inputs(self) -> str:
+        """Hash of what the probe measures."""
+        runs = [run_inputs(self.recipe, spec, self.base_hash) for spec in self.specs]
+        return digest([runs, self.merge_stamps(), self.recipe.probe, self.recipe.controls, self.recipe.select])
+
+    @property
+    def report_inputs(self) -> str:
+        """Hash of what the report shows."""
+        return digest([self.probe_inputs, self.recipe.name, version("emomerge")])
+
+    def results(self) -> Results:
+        """results.json."""
+        return load_results(self.space.out)
+
+    # Measuring.
+
+    def _measure(self) -> Results:
+        from emomerge.reporting.numbers import loss as shown_loss
+
+        measurer, seeds = self.measurer, self.recipe.runs.seeds
+        base = Artefact("base", "base", self.base, self.base_hash, path=self.space.base)
+        runs = [self.run_artefact(spec) for spec in self.specs]
+        merges = {spec.label: [self.merge_artefact(spec, seed) for seed in seeds] for spec in self.recipe.merge}
+        best_runs = [
+            min((r for r in runs if r.seed == seed), key=lambda r: measurer.loss(r, "validation")) for seed in seeds
+        ]
+        label = min(merges, key=lambda m: sum(measurer.loss(a, "validation") for a in merges[m]))
+        matched = []
+        if "distance-matched" in self.recipe.controls:
+            matched = [
+                [measurer.distance_matched(run, merges[label][i]) for run in runs if run.seed == seed]
+                for i, seed in enumerate(seeds)
+            ]
+        everything = [base, *runs, *(a for group in merges.values() for a in group), *(a for group in matched for a in group)]
+
+        rows, curves, sharpness_of = [], {}, {}
+        for artefact in everything:
+            line = self.display.line(f"probe {artefact.name}", self.recipe.probe.directions)
+            row, values, curve = measurer.probe(artefact, line)
+            line.at(self.recipe.probe.directions, f"test loss {shown_loss(row['test_loss'])}")
+            rows.append(row)
+            sharpness_of[artefact.name] = values
+            if curve["alpha"]:
+                curves[artefact.name] = curve
+        contests = [
+            self._contest(label, i, merges, best_runs[i], matched[i] if matched else [], sharpness_of)
+            for i in range(len(seeds))
+        ]
+        return {
+            **self._heading(),
+            "artefacts": rows,
+            "probe": self._probe_facts(base),
+            "curves": curves,
+            "traces": self._traces(),
+            "cosines": self._cosines(merges),
+            "merges": {name: self.merge_record(name)["diagnostics"] for name in self.merge_stamps()},
+            "verdict": self._verdict(label, contests, best_runs, merges),
+            "selected": self._select(rows),
+            "seconds": self._seconds(),
+        }
+
+    def _contest(
+        self, label: str, index: int, merges: dict[str, list[Artefact]], best: Artefact, matched: list[Artefact],
+        sharpness_of: dict[str, list[Any]],
+    ) -> Contest:  # fmt: skip
+        measurer = self.measurer
+        merged = merges[label][index]
+        flat = {"merge": sharpness_of[merged.name], "best single run": sharpness_of[best.name]}
+        flat |= {"distance-matched": sharpness_of[c.name] for c in matched if c.of == best.name}
+        loss = {"merge": measurer.scores(merged, "test")["loss"], "best single run": measurer.scores(best, "test")["loss"]}
+        mean = self._plain_mean(label)
+        if mean is not None:
+            loss["plain mean"] = measurer.scores(merges[mean][index], "test")["loss"]
+        return Contest(flat, loss)
+
+    def _plain_mean(self, label: str) -> str | None:
+        """The recipe's plain mean, unless that is the merge under judgement."""
+        plain = [s.label for s in self.recipe.merge if s.method == "mean" and not s.params]
+        return plain[0] if plain and plain[0] != label else None
+
+    def _verdict(
+        self, label: str, contests: Sequence[Contest], best_runs: Sequence[Artefact], merges: dict[str, list[Artefact]]
+    ) -> dict[str, Any]:
+        measurer = self.measurer
+        is_mean = any(s.label == label and s.method == "mean" and not s.params for s in self.recipe.merge)
+        better_missing = ["a long run of equal total compute"]
+        if self._plain_mean(label) is None and not is_mean:
+            better_missing.append("the plain mean")
+        flat_missing = ["λmax and trace of the Hessian", "the loss-matched control"]
+        if "distance-matched" not in self.recipe.controls:
+            flat_missing.append("the distance-matched control")
+        probed = measurer.probe_rows[self.recipe.probe.data].split(self.recipe.probe.batch_size)
+        found = judge(
+            label, contests, self.recipe.probe.radii,
+            np.array([float(len(rows)) for rows in probed]), measurer.scores(best_runs[0], "test")["weight"],
+            flat_missing, better_missing,
+        )  # fmt: skip
+        return {**found, "best_single": [run.name for run in best_runs], "merge": merges[label][0].name}
+
+    def _select(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """The artefact with the lowest validation loss; says so where that is no merge."""
+        if self.recipe.select == "none":
+            return None
+        runs = [row for row in rows if row["role"] == "run"]
+        merges = [row for row in rows if row["role"] == "merge"]
+        run = min(runs, key=lambda row: row["validation_loss"])
+        merged = min(merges, key=lambda row: row["validation_loss"])
+        winner, other = (merged, run) if merged["validation_loss"] <= run["validation_loss"] else (run, merged)
+        kind = "merge" if winner is merged else "single run, not a merge,"
+        sentence = (
+            f"Use {winner['name']}: the {kind} with the lowest validation loss, {winner['validation_loss']:.4f} "
+            f"against {other['validation_loss']:.4f} of {other['name']}."
+        )
+        return {
+            "name": winner["name"], "path": winner["path"], "validation_loss": winner["validation_loss"], "sentence": sentence,
+        }  # fmt: skip
+
+    def _heading(self) -> dict[str, Any]:
+        packages = ("emomerge", "torch", "transformers", "peft", "numpy")
+        data = self.data
+        return {
+            "name": self.recipe.name,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": self.command,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe_yaml": self.recipe_yaml,
+            "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+            "device": str(self.device),
+            "data": {
+                "summary": data.summary,
+                "rows": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+                "classes": list(data.classes),
+            },
+        }
+
+    def _probe_facts(self, base: Artefact) -> dict[str, Any]:
+        probe = self.recipe.probe
+        rows = len(self.measurer.probe_rows[probe.data])
+        return {**probe.model_dump(mode="json"), "rows": rows, "noise_floor": self.measurer.noise_floor(base)}
+
+    def _traces(self) -> dict[str, Any]:
+        columns = ("step", "loss", "rate", "sigma", "trust")
+        traces = {}
+        for spec in self.specs:
+            rows = list(self.run_dir(spec).metrics())
+            traces[spec.name] = {"optimizer": spec.optimizer, "seed": spec.seed} | {c: [row[c] for row in rows] for c in columns}
+        return traces
+
+    def _cosines(self, merges: dict[str, list[Artefact]]) -> dict[str, Any]:
+        """Pairwise cosines of the task vectors; every merge of one seed measured the same ones."""
+        diagnostics = self.merge_record(next(iter(merges.values()))[0].name)["diagnostics"]
+        return {"names": diagnostics["runs"], "matrix": diagnostics["cosines"], "sign_agreement": diagnostics["sign_agreement"]}
+
+    def _seconds(self) -> dict[str, float]:
+        return {
+            "base": self.space.stamp("base").get("seconds", 0.0),
+            "runs": sum(self.run_dir(spec).state["seconds"] for spec in self.specs),
+            "merge": sum(self.space.stamp(f"merge-{name}").get("seconds", 0.0) for name in self.merge_stamps()),
+        }
+
+    def _card(self, name: str, record: dict[str, Any], figures: Sequence[dict[str, Any]]) -> str:
+        from emomerge.reporting import model_card
+
+        return model_card(
+            {
+                "title": f"{self.recipe.name}, {name}",
+                "base": self.recipe.base.model or "prepared",
+                "base_path": str(self.space.base),
+                "method": record["method"],
+                "params": record["diagnostics"].get("params", record["params"]),
+                "runs": record["runs"],
+                "diagnostics": record["diagnostics"],
+                "figures": list(figures),
+                "name": name,
+                "recipe_yaml": self.recipe_yaml,
+                "command": self.command or None,
+                "version": record["emomerge"],
+            }
+        )
+
+
+def load_results(out: Path) -> Results:
+    """results.json of an output folder. Raises BadInput where there is none."""
+    file = out / "results.json"
+    try:
+        found: Results = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput("no results here", where=file, fix="run the recipe to its end first") from None
+    except json.JSONDecodeError as error:
+        raise BadInput("the results cannot be read", where=file, found=error) from None
+    return found
+
+
+def restart(out: Path) -> None:
+    """Remove what an earlier run of a recipe left in a folder, and nothing else."""
+    for name in ("base", "runs", "merges", "stamps", "figures"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("evaluations.jsonl", "results.json", "report.html", "recipe.yaml"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _fit(
+    model: torch.nn.Module, task: Task, data: TaskData, steps: int, batch_size: int, peak: float, seed: int, line: Line
+) -> None:
+    """Train a demonstration base with AdamW and cosine decay."""
+    from emomerge.training.order import BatchOrder, seed_of
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = BatchOrder(len(data.train), batch_size, "prepare", seed)
+    device = next(model.parameters()).device
+    model.train()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_of("prepare", seed))
+        for step in range(steps):
+            batch = {key: value.to(device) for key, value in data.train.batch(order.batch(step)).items()}
+            loss = task.loss(model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            line.at(step + 1, f"loss {float(loss.detach()):.4f}")
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise EmomergeError(f"the base did not survive its training with learning_rate {peak:g}; choose a smaller one")
+    model.eval()
+
+
+def _closing_note(run: RunDir) -> str:
+    return f"loss {run.state['last_loss']:.4f}"

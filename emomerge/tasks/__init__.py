@@ -1,0 +1,24 @@
+"""What is learnt: one file a task, one entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from emomerge import recipe
+from emomerge.tasks.base import Batch, Evaluation, Split, Task, TaskData, evaluate
+from emomerge.tasks.image_classification import ImageClassificationTask
+from emomerge.tasks.text_classification import TextClassificationTask
+
+__all__ = ["TASKS", "Batch", "Evaluation", "Split", "Task", "TaskData", "evaluate", "make_task"]
+
+TASKS: dict[str, Callable[[Any], Task]] = {
+    TextClassificationTask.kind: TextClassificationTask,
+    ImageClassificationTask.kind: ImageClassificationTask,
+}
+"""The recipe's `task.kind` → what builds the task from its section."""
+
+
+def make_task(section: recipe.Task) -> Task:
+    """The task that a recipe's section describes."""
+    return TASKS[section.kind](section)

@@ -1,0 +1,319 @@
+"""Sentences into classes: TSV, CSV, JSONL or a `datasets` id, a tokenizer, and a sequence classifier."""
+
+from __future__ import annotations
+
+import csv
+import json
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from emomerge import recipe
+from emomerge.errors import BadInput
+from emomerge.recipe import TextColumns
+from emomerge.tasks import sources
+from emomerge.tasks.base import Batch, Split, Task, TaskData
+from emomerge.tasks.pretrained import load_classifier, load_config, load_tokenizer, reload_classifier
+
+
+class TextSplit(Split):
+    """Token ids and their like, each (rows, longest), padded on the right; a batch is as wide as its longest row."""
+
+    def __init__(self, fields: Mapping[str, Tensor]) -> None:
+        super().__init__({name: field.int() for name, field in fields.items()})
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
+        """Token fields (len(indices), longest of these) and labels (len(indices),), all int64."""
+        fields = super().batch(indices)
+        width = int(fields["attention_mask"].sum(dim=1).max()) if len(fields["labels"]) else 0
+        return {name: (field if field.ndim == 1 else field[:, :width]).long() for name, field in fields.items()}
+
+
+class TextClassificationTask(Task):
+    """Cross-entropy of a transformers sequence classifier.
+
+    Args:
+        section: the recipe's `task`.
+    """
+
+    kind = "text-classification"
+    peft_task_type = "SEQ_CLS"
+
+    def __init__(self, section: recipe.TextClassification) -> None:
+        self.section = section
+        self._tokenizer: Any = None
+
+    def load_data(self, base: recipe.Base) -> TaskData:
+        """Read, label, split and tokenise all sentences; see `Task.load_data`."""
+        section = self.section
+        given = {"train": section.train, "validation": section.validation, "test": section.test}
+        rows = {role: _read(source, role, section.columns) for role, source in given.items() if source is not None}
+        labelling = _labelling(section, rows["train"])
+        labelled = {role: _label(part, labelling, given[role]) for role, part in rows.items()}
+        left_out = sum(len(rows[role]) - len(part) for role, part in labelled.items())
+
+        train = labelled.pop("train")
+        picks = sources.split_rows(
+            len(train), section, validation=section.validation is None, test=section.test is None
+        )
+        parts = dict(zip(given, map(train.take, picks), strict=True)) | labelled
+        sources.check_classes(parts["train"].labels, labelling.classes, section.train)
+
+        self._tokenizer = load_tokenizer(base)
+        _check_length(section.max_length, self._tokenizer, base)
+        splits = {role: self._tokenise(part) for role, part in parts.items()}
+        summary = sources.summarise(list(splits.values()), labelling.classes, left_out)
+        return TaskData(**splits, classes=labelling.classes, summary=summary)
+
+    def new_model(self, base: recipe.Base, data: TaskData) -> nn.Module:
+        """A sequence classifier on the base; see `Task.new_model`."""
+        from transformers import AutoModelForSequenceClassification
+
+        model: Any = load_classifier(AutoModelForSequenceClassification, base, data.classes)
+        config = model.config.get_text_config()
+        if config.pad_token_id is None:  # decoders classify at the last token that is no padding
+            config.pad_token_id = load_tokenizer(base).pad_token_id
+        classifier: nn.Module = model
+        return classifier
+
+    def save_processor(self, folder: str | Path) -> None:
+        """Write the tokenizer's files."""
+        if self._tokenizer is None:
+            raise RuntimeError("load_data comes before save_processor")
+        self._tokenizer.save_pretrained(str(folder))
+
+    def reload_model(self, folder: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
+        """A saved sequence classifier; see `Task.reload_model`."""
+        from transformers import AutoModelForSequenceClassification
+
+        return reload_classifier(AutoModelForSequenceClassification, folder, trust_remote_code)
+
+    def _tokenise(self, sentences: _Sentences) -> TextSplit:
+        # On the right for every model: positions counted from the left are then those of the sentence alone.
+        tokens = self._tokenizer(
+            sentences.texts,
+            truncation=True,
+            max_length=self.section.max_length,
+            padding="longest",
+            padding_side="right",
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        lengths = tokens["attention_mask"].sum(dim=1)
+        if not lengths.all():
+            raise BadInput(
+                "the tokenizer makes no token of a sentence", found=repr(sentences.texts[int(lengths.argmin())])
+            )
+        return TextSplit({**tokens, "labels": sentences.labels})
+
+
+def _check_length(max_length: int, tokenizer: Any, base: recipe.Base) -> None:
+    """The model must have a position for every token, and an embedding for every token id."""
+    config = load_config(base).get_text_config()
+    positions = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or max_length)
+    if max_length > positions:
+        raise BadInput(
+            "sentences may be longer than the base can read",
+            where="task.max_length",
+            expected=f"at most {positions}",
+            found=max_length,
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise BadInput(
+            "the tokenizer knows more tokens than the base",
+            where=base.model,
+            expected=f"at most {config.vocab_size}",
+            found=len(tokenizer),
+        )
+
+
+# Labels
+
+
+@dataclass(frozen=True)
+class _Labelling:
+    """How labels become class numbers; None leaves the row out."""
+
+    classes: tuple[str, ...]
+    find: Callable[[Any, str], int | None]
+    """(label, where) → number of its class."""
+
+
+@dataclass(frozen=True)
+class _Sentences:
+    """Texts and their class numbers (rows,)."""
+
+    texts: list[str]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Tensor) -> _Sentences:
+        """These rows only."""
+        return _Sentences([self.texts[row] for row in rows.tolist()], self.labels[rows])
+
+
+def _labelling(section: recipe.TextClassification, train: Sequence[_Row]) -> _Labelling:
+    if isinstance(section.classes, dict):
+        return _Labelling(tuple(section.classes), _by_rating(section.classes))
+    names = section.classes or sources.distinct_classes(sources.label_text(row.label) for row in train)
+    if len(set(names)) < len(names):
+        raise BadInput("a class is named twice", where="task.classes", found=", ".join(names))
+    number = sources.class_index(names)
+    return _Labelling(names, lambda label, where: number(sources.label_text(label), where))
+
+
+def _label(rows: Sequence[_Row], labelling: _Labelling, source: object) -> _Sentences:
+    """The rows that have a class. Raises BadInput for a row of them that has no text."""
+    texts, labels = [], []
+    for row in rows:
+        where = f"{source}, row {row.number}"
+        label = labelling.find(row.label, where)
+        if label is None:
+            continue
+        if not isinstance(row.text, str) or not row.text.strip():
+            raise BadInput("row without text", where=where, found=repr(row.text))
+        texts.append(row.text)
+        labels.append(label)
+    if not texts:
+        raise BadInput("no usable rows", where=source)
+    return _Sentences(texts, torch.tensor(labels))
+
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_COMPARISON = re.compile(rf"\s*(<=|>=|==|<|>)\s*({_NUMBER})\s*")
+_OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq}
+
+
+def _by_rating(conditions: Mapping[str, str]) -> Callable[[Any, str], int | None]:
+    """A function (rating, where) → number of the one class whose condition the rating meets, None if it meets none."""
+    tests = [_condition(name, text) for name, text in conditions.items()]
+    names = list(conditions)
+
+    def find(rating: Any, where: str) -> int | None:
+        text = sources.label_text(rating)
+        if not re.fullmatch(_NUMBER, text):
+            raise BadInput("rating is no number", where=where, found=repr(rating))
+        met = [index for index, test in enumerate(tests) if test(float(text))]
+        if len(met) > 1:
+            raise BadInput(
+                "a rating meets two conditions", where=where, found=f"{text} in {names[met[0]]!r} and {names[met[1]]!r}"
+            )
+        return met[0] if met else None
+
+    return find
+
+
+def _condition(name: str, text: str) -> Callable[[float], bool]:
+    """`>= 1, < 3` as a function of a rating."""
+    comparisons = [_COMPARISON.fullmatch(part) for part in text.split(",")]
+    if not all(comparisons):
+        raise BadInput(
+            "condition not understood",
+            where=f"task.classes.{name}",
+            expected="comparisons with numbers such as '< -0.5' or '>= 1, < 3'",
+            found=repr(text),
+        )
+    bounds = [(_OPERATORS[match[1]], float(match[2])) for match in comparisons if match]
+    return lambda rating: all(compare(rating, bound) for compare, bound in bounds)
+
+
+# Files
+
+
+class _Row(NamedTuple):
+    text: Any
+    label: Any
+    number: int
+    """Line of the file (its last, where a quoted cell has several), or row of the data set, from 1."""
+
+
+def _read(source: str, role: str, columns: TextColumns) -> list[_Row]:
+    """All rows of a file or of the split `role` of a data set; every one has a label."""
+    path = sources.local_path(source)
+    rows = _read_hub(source, role, columns) if path is None else _read_file(path, columns)
+    for row in rows:
+        if row.label is None or row.label == "":
+            raise BadInput("row without a label", where=f"{source}, row {row.number}")
+    return rows
+
+
+def _read_hub(name: str, split: str, columns: TextColumns) -> list[_Row]:
+    data = sources.hub_dataset(name, split, [columns.text, columns.label])
+    labels = sources.class_names(data, str(columns.label))
+    return [_Row(*pair, n) for n, pair in enumerate(zip(data[str(columns.text)], labels, strict=True), start=1)]
+
+
+def _read_file(path: Path, columns: TextColumns) -> list[_Row]:
+    readers = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise BadInput("no text data", where=path, expected="a .tsv, .csv or .jsonl file, or a `datasets` id")
+    try:
+        return list(reader(path, columns))
+    except UnicodeDecodeError as error:
+        raise BadInput("the file is not UTF-8", where=path, found=error) from None
+    except (OSError, csv.Error) as error:
+        raise BadInput("the file cannot be read", where=path, found=error) from None
+
+
+def _read_tsv(path: Path, columns: TextColumns) -> Iterator[_Row]:
+    return _read_table(path, columns, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_csv(path: Path, columns: TextColumns) -> Iterator[_Row]:
+    return _read_table(path, columns, strict=True)
+
+
+def _read_table(path: Path, columns: TextColumns, **dialect: Any) -> Iterator[_Row]:
+    """Rows of cells; the first row names the columns if the recipe does."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        table = csv.reader(file, **dialect)
+        named = isinstance(columns.text, str) or isinstance(columns.label, str)
+        header = next(table, []) if named else []
+        text, label = _position(columns.text, header, path), _position(columns.label, header, path)
+        for cells in table:
+            if not cells:
+                continue
+            if max(text, label) >= len(cells):
+                raise BadInput(
+                    "row with too few columns",
+                    where=f"{path}, row {table.line_num}",
+                    expected=f"a column {max(text, label)}, counted from 0",
+                    found=f"{len(cells)} columns",
+                )
+            yield _Row(cells[text], cells[label], table.line_num)
+
+
+def _position(column: str | int, header: Sequence[str], path: Path) -> int:
+    if isinstance(column, str):
+        return header.index(sources.find_column(column, header, path))
+    if column < 0:
+        raise BadInput("columns are counted from 0", where="task.columns", found=column)
+    return column
+
+
+def _read_jsonl(path: Path, columns: TextColumns) -> Iterator[_Row]:
+    """One object a line."""
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, row {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadInput("line is not JSON", where=where, found=error) from None
+            if not isinstance(row, dict):
+                raise BadInput("line is no JSON object", where=where, found=type(row).__name__)
+            text, label = (
+                row[sources.find_column(column, list(row), where)] for column in (columns.text, columns.label)
+            )
+            yield _Row(text, label, number)

@@ -1,0 +1,125 @@
+"""The output folder of a recipe: what is in it, what is up to date, and that only one process works in it.
+
+A stage is stamped with the hash of its inputs and the sizes of its files once it is complete; a stamp that agrees lets the
+stage be skipped: an up-to-date folder is recognised in a moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from emomerge.checkpoints import atomic
+from emomerge.errors import BadInput
+from emomerge.recipe import Recipe, digest
+from emomerge.training.runs import sizes_agree
+
+
+class Workspace:
+    """Paths and stamps of one output folder.
+
+    out/
+      recipe.yaml    base/    runs/<run>/    merges/<merge>/    evaluations.jsonl    results.json    report.html    figures/
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.base = out / "base"
+        self.runs = out / "runs"
+        self.merges = out / "merges"
+        self.ledger = out / "evaluations.jsonl"
+        self.results = out / "results.json"
+        self.report = out / "report.html"
+        self._stamps = out / "stamps"
+
+    def stamp(self, stage: str) -> dict[str, Any]:
+        """What is known of a stage that was completed once; empty otherwise."""
+        try:
+            stamp = json.loads((self._stamps / f"{stage}.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return {}
+        return stamp if isinstance(stamp, dict) else {}
+
+    def is_done(self, stage: str, inputs: str) -> bool:
+        """Whether the stage was completed from these inputs and its files are as long as they were."""
+        stamp = self.stamp(stage)
+        return stamp.get("inputs") == inputs and sizes_agree(self.out, stamp.get("sizes", {}))
+
+    def write_stamp(self, stage: str, inputs: str, files: list[Path], **facts: Any) -> None:
+        """Mark a stage as complete."""
+        sizes = {str(file.relative_to(self.out)): file.stat().st_size for file in files}
+        atomic.write_json(self._stamps / f"{stage}.json", {"inputs": inputs, "sizes": sizes, **facts})
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder while the block runs. Raises BadInput where one is in it already."""
+        with atomic.translate_os_error(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock = (self.out / ".lock").open("w")
+        with lock:
+            try:
+                import fcntl
+            except ImportError:  # no such locks on this system; the atomic files still keep everything whole
+                yield
+                return
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise BadInput("another emomerge is working here", where=self.out, fix="wait for it, or choose another -o") from None
+            yield
+
+    def input_hash(self, recipe: Recipe) -> str:
+        """Hash of what comes from outside the recipe: data files and a local base model."""
+        return digest([self._fingerprint(Path(source)) or source for source in external_sources(recipe)])
+
+    def _fingerprint(self, path: Path) -> str | None:
+        """Content hash of a file or folder; None where there is none (a Hub or datasets id).
+
+        Hashes are remembered with size and modification time, so that a large base is read once.
+        """
+        if not path.exists():
+            return None
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        memory_file = self._stamps / "fingerprints.json"
+        try:
+            memory = json.loads(memory_file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            memory = {}
+        found, fresh = {}, False
+        for file in files:
+            status = file.stat()
+            seen = [status.st_size, status.st_mtime_ns]
+            known = memory.get(str(file.absolute()))
+            if known is None or known["seen"] != seen:
+                known = {"seen": seen, "sha256": atomic.sha256(file)}
+                memory[str(file.absolute())] = known
+                fresh = True
+            found[file.relative_to(path).as_posix()] = known["sha256"]
+        if fresh and self.out.exists():
+            atomic.write_json(memory_file, memory)
+        return digest(found)
+
+
+def external_sources(recipe: Recipe) -> list[str]:
+    """Everything the recipe names that may be a path."""
+    return [s for s in (recipe.base.model, recipe.task.train, recipe.task.validation, recipe.task.test) if s is not None]
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted."""
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+@contextlib.contextmanager
+def stopwatch() -> Iterator[dict[str, float]]:
+    """Seconds a block took, under `seconds` once it is over."""
+    started, measured = time.perf_counter(), {"seconds": 0.0}
+    try:
+        yield measured
+    finally:
+        measured["seconds"] = time.perf_counter() - started
+

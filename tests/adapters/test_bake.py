@@ -1,0 +1,303 @@
+"""Baked weights against PEFT's live adapter, on tiny random models."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from emomerge.adapters import BakedCheckpoint, bake, open_run
+from emomerge.checkpoints import (
+    MemoryCheckpoint,
+    load_into,
+    model_checkpoint,
+    open_checkpoint,
+    write_checkpoint,
+    write_json,
+)
+from emomerge.errors import BadInput
+
+TOLERANCE = 1e-5
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def bert(labels: int = 3) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=labels, **SMALL))
+
+
+def gpt2(tied: bool = False) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=50,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=16,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=3, **SMALL))
+
+
+def mixtral(hidden: int = 16) -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = SMALL | {"num_hidden_layers": 1, "hidden_size": hidden}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=50, num_key_value_heads=2, num_local_experts=4, **sizes))
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.mix = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mix(self.stem(x).relu()).relu().mean((2, 3)))
+
+
+class Lines(nn.Module):
+    """One- and three-dimensional convolutions and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Conv1d(3, 8, 3, padding=1)
+        self.cube = nn.Conv3d(1, 2, 3, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.line(x.flatten(2)).mT
+        y = self.attention(y, y, y)[0]
+        return self.cube(y[:, None, None]).flatten(1)
+
+
+def output(model: nn.Module) -> torch.Tensor:
+    model.eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        if not hasattr(model, "config") or model.config.model_type in ("vit", "custom"):
+            out = model(torch.randn(4, 3, 16, 16, generator=generator))
+        else:
+            out = model(input_ids=torch.randint(0, 50, (4, 7), generator=generator))
+    return getattr(out, "logits", out)
+
+
+def loud(model: nn.Module) -> nn.Module:
+    """The model with weights so large that every change shows in its output."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model
+
+
+def save_base(model: nn.Module, folder: Path) -> Path:
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+    else:
+        write_checkpoint(model_checkpoint(model, source="test"), folder)
+    return folder
+
+
+def adapted(model: nn.Module, folder: Path, **config: object) -> torch.Tensor:
+    """Save a random adapter of the model to the folder and return what the live one computes."""
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        live = get_peft_model(copy.deepcopy(model), LoraConfig(init_lora_weights=False, **config))
+        with torch.no_grad():
+            for parameter in live.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+        live.save_pretrained(folder)
+    return output(live)
+
+
+QUERY_VALUE = ["query", "value"]
+CASES = {
+    "lora": (bert, {"target_modules": QUERY_VALUE, "r": 4, "lora_alpha": 10}),
+    "all-linear": (bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "rslora": (bert, {"target_modules": QUERY_VALUE, "r": 4, "lora_alpha": 10, "use_rslora": True}),
+    "patterns": (
+        bert,
+        {
+            "target_modules": ["query", "value", "dense"],
+            "rank_pattern": {"layer.1.attention.self.query": 3, "output.dense": 2},
+            "alpha_pattern": {r"layer\.0\..*\.value": 5, "dense": 32},
+        },
+    ),
+    "embedding": (bert, {"target_modules": ["word_embeddings", "query"], "r": 3}),
+    "lora-bias": (bert, {"target_modules": QUERY_VALUE, "lora_bias": True, "lora_alpha": 12}),
+    "bias-lora-only": (bert, {"target_modules": QUERY_VALUE, "bias": "lora_only"}),
+    "bias-all": (bert, {"target_modules": QUERY_VALUE, "bias": "all", "modules_to_save": ["classifier"]}),
+    "modules-to-save": (bert, {"target_modules": QUERY_VALUE, "modules_to_save": ["classifier", "pooler"]}),
+    "token-rows": (bert, {"target_modules": QUERY_VALUE, "trainable_token_indices": {"word_embeddings": [3, 7, 30]}}),
+    "conv1d-gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "r": 3}),
+    "conv1d-and-linear": (gpt2, {"target_modules": ["c_proj", "lm_head"], "r": 3}),
+    "embedding-gpt2": (gpt2, {"target_modules": ["c_attn", "wte"], "r": 3}),
+    "conv2d": (ConvNet, {"target_modules": ["stem", "mix", "head"], "r": 2, "lora_bias": True}),
+    "conv1d-conv3d-attention": (Lines, {"target_modules": ["line", "cube", "attention"], "r": 2}),
+    "vit": (vit, {"target_modules": ["q_proj", "v_proj", "projection"], "modules_to_save": ["classifier"]}),
+    "experts": (
+        mixtral,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.down_proj", "experts.gate_up_proj"],
+            "rank_pattern": {"experts.down_proj": 2},
+            "r": 3,
+        },
+    ),
+    "square-experts": (
+        lambda: mixtral(hidden=24),
+        {"target_modules": [], "target_parameters": ["experts.down_proj"], "r": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_baked_model_computes_what_the_live_adapter_does(case, tmp_path, record_property):
+    make, config = CASES[case]
+    model = loud(make())
+    if case.endswith("experts"):  # fused experts are written under the module's names
+        model.config.save_pretrained(tmp_path / "base")
+        write_checkpoint(
+            model_checkpoint(model, source="test"), tmp_path / "base", files_from=tmp_path / "base", force=True
+        )
+    else:
+        save_base(model, tmp_path / "base")
+    live = adapted(model, tmp_path / "adapter", **config)
+    before = output(model)
+    baked = bake(tmp_path / "base", tmp_path / "adapter")
+    write_checkpoint(baked, tmp_path / "out", files_from=tmp_path / "base")
+    load_into(model, open_checkpoint(tmp_path / "out"))
+    difference = (output(model) - live).abs().max().item()
+    record_property("difference", difference)
+    print(f"{case}: {difference:.1e}")
+    assert difference <= TOLERANCE
+    assert (before - live).abs().max() > 0.05  # or the test would show nothing
+
+
+def test_a_baked_folder_loads_with_from_pretrained(tmp_path):
+    from transformers import AutoModelForImageClassification
+
+    model = vit()
+    save_base(model, tmp_path / "base")
+    live = adapted(model, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["classifier"])
+    write_checkpoint(bake(tmp_path / "base", tmp_path / "adapter"), tmp_path / "out", files_from=tmp_path / "base")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(output(loaded), live, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("make", [bert, vit])
+def test_an_adapter_finds_a_base_without_the_head_prefix(make, tmp_path):
+    model = make()
+    targets = ["query"] if make is bert else ["q_proj"]
+    adapted(model, tmp_path / "adapter", target_modules=targets)
+    save_base(model, tmp_path / "base")
+    save_base(model.base_model, tmp_path / "headless")
+    whole, headless = (bake(tmp_path / name, tmp_path / "adapter") for name in ("base", "headless"))
+    prefix = model.base_model_prefix + "."
+    assert len(headless.touched()) == 2
+    assert tuple(prefix + name for name in headless.touched()) == whole.touched()
+    for name in headless.touched():
+        assert torch.equal(headless[name], whole[prefix + name])
+
+
+def test_deltas_are_exact_over_a_bf16_base(tmp_path):
+    model = bert()
+    save_base(model, tmp_path / "full")
+    write_checkpoint(
+        open_checkpoint(tmp_path / "full"), tmp_path / "base", dtype="bfloat16", files_from=tmp_path / "full"
+    )
+    adapted(model, tmp_path / "adapter", target_modules=["query"], modules_to_save=["classifier"], lora_alpha=0.001)
+    base = open_checkpoint(tmp_path / "base")
+    baked, exact = bake(base, tmp_path / "adapter"), bake(tmp_path / "full", tmp_path / "adapter")
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    assert baked.info(name).dtype == torch.bfloat16
+    assert baked[name].dtype == torch.float32
+    full = open_checkpoint(tmp_path / "full")
+    assert torch.equal(baked.delta(name, base), exact._changes[name].delta(torch.float32))
+    assert torch.equal(baked[name], base[name].float() + baked.delta(name, base))
+    assert not torch.equal(baked[name].bfloat16() - base[name], baked.delta(name, base))  # what rounding would lose
+    assert baked.delta("bert.embeddings.word_embeddings.weight", base) is None
+    head = "classifier.weight"
+    assert torch.equal(baked.delta(head, base), baked[head] - base[head].float())
+    assert torch.equal(baked.delta(name, full), baked[name] - full[name])  # another base: the plain difference
+
+
+def test_a_float64_base_is_baked_in_float64(tmp_path):
+    model = ConvNet()
+    adapted(model, tmp_path / "adapter", target_modules=["head"])
+    base = MemoryCheckpoint({name: tensor.double() for name, tensor in model.state_dict().items()})
+    baked = bake(base, tmp_path / "adapter")
+    assert baked["head.weight"].dtype == baked.delta("head.weight", base).dtype == torch.float64
+
+
+def test_baking_does_not_depend_on_the_thread_count(tmp_path):
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(700, 1030)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x.flatten(1)[:, :700])
+
+    model = Wide()
+    adapted(model, tmp_path / "adapter", target_modules=["layer"], r=24)
+    baked = bake(model_checkpoint(model, source="test"), tmp_path / "adapter")
+    one = baked["layer.weight"]
+    torch.set_num_threads(2)
+    assert torch.equal(one, baked["layer.weight"])
+
+
+def test_a_tied_embedding_is_refused_but_an_untied_view_of_it_is_not(tmp_path):
+    model = gpt2(tied=True)
+    save_base(model, tmp_path / "base")
+    adapted(model, tmp_path / "adapter", target_modules=["wte"])
+    with pytest.raises(BadInput, match=r"ties.*lm_head"):
+        bake(tmp_path / "base", tmp_path / "adapter")
+    live = adapted(model, tmp_path / "both", target_modules=["wte", "lm_head"], ensure_weight_tying=True)
+    write_checkpoint(bake(tmp_path / "base", tmp_path / "both"), tmp_path / "out")
+    load_into(model, open_checkpoint(tmp_path / "out"))
+    torch.testing.assert_close(output(model), live, rtol=0, atol=TOLERANCE)
+
+
+def test_open_run_takes_all_that_a_run_can_leave(tmp_path):
+    model = ConvNet()
+    base = open_checkpoint(save_base(model, tmp_path / "base"))
+    adapted(model, tmp_path / "run" / "adapter", target_modules=["head"])
+    with pytest.raises(BadInput, match="no weights"):
+        open_run(base, tmp_path / "run")
+    write_json(tmp_path / "run" / "run.json", {"artefact": "adapter"})
+    baked = open_run(base, tmp_path / "run")
+    assert isinstance(baked, BakedCheckpoint)
+    assert open_run(base, baked) is baked
+    assert torch.equal(open_run(base, tmp_path / "run" / "adapter")["head.weight"], baked["head.weight"])
+    write_checkpoint(baked, tmp_path / "run" / "model")
+    write_json(tmp_path / "run" / "run.json", {"artefact": "model"})
+    assert torch.equal(open_run(base, tmp_path / "run")["head.weight"], baked["head.weight"])
+    assert open_run(base, tmp_path / "base" / "model.safetensors").names() == base.names()
+
+
+@pytest.mark.parametrize("name", ["../base", "/etc", "missing", ""])
+def test_a_run_that_names_what_it_has_not_is_refused(name, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "run.json", {"artefact": name})
+    with pytest.raises(BadInput):
+        open_run(MemoryCheckpoint({}), tmp_path / "run")

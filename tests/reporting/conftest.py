@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import copy
+import math
+import random
+from typing import Any
+
+import pytest
+
+OPTIMIZERS = ("sens", "airy", "cats", "tion", "void")
+TEST_LOSS = {"sens": 0.3421, "airy": 0.3368, "cats": 0.3515, "tion": 0.3402, "void": 0.3607}
+SHARPNESS = {"sens": 0.0142, "airy": 0.0131, "cats": 0.0188, "tion": 0.0139, "void": 0.0213}
+DISTANCE = {"sens": 3.1, "airy": 2.9, "cats": 3.8, "tion": 3.0, "void": 4.2}
+MERGES = {"tall-mask": (0.3215, 0.0083, 1.95), "ties": (0.3341, 0.0107, 2.3), "mean": (0.3229, 0.0086, 1.9), "greedy-soup": (0.3252, 0.0091, 2.1)}
+
+
+def _artefact(name: str, role: str, test: float, sharp: float, distance: float, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "role": role,
+        "path": f"out/{name}",
+        "optimizer": None,
+        "seed": None,
+        "control": None,
+        "of": None,
+        "train_loss": round(test - 0.06, 4),
+        "train_accuracy": round(1 - test / 3 + 0.02, 4),
+        "validation_loss": round(test + 0.004, 4),
+        "validation_accuracy": round(1 - test / 3 - 0.002, 4),
+        "test_loss": test,
+        "test_accuracy": round(1 - test / 3, 4),
+        "entropy": 0.21,
+        "grad_norm": 0.131,
+        "distance": distance,
+        "cosine_to_mean": None if role == "base" else 0.91,
+        "sharpness": {
+            radius: {"mean": sharp * scale, "stderr": sharp * scale * 0.05, "n": 64}
+            for radius, scale in (("0.01", 0.11), ("0.03", 1.0), ("0.1", 10.4))
+        },
+        "seconds": 8.4 if role == "run" else None,
+        **more,
+    }
+
+
+def _trace(optimizer: str, seed: int, steps: int = 300) -> dict[str, Any]:
+    rng = random.Random(f"{optimizer}-{seed}")
+    end = TEST_LOSS[optimizer] - 0.06
+    loss = [end + 1.6 * math.exp(-s / 45) + rng.gauss(0, 0.07 + 0.1 * math.exp(-s / 60)) for s in range(steps)]
+    rate = [2e-3 * math.exp(-s / (90 + 20 * len(optimizer))) * math.exp(rng.gauss(0, 0.25)) + 2e-5 for s in range(steps)]
+    return {
+        "optimizer": optimizer,
+        "seed": seed,
+        "step": list(range(1, steps + 1)),
+        "loss": [max(0.02, v) for v in loss],
+        "rate": rate,
+        "sigma": [rng.gauss(0, 0.1) for _ in range(steps)],
+        "trust": [rng.uniform(0.4, 0.9) for _ in range(steps)],
+    }
+
+
+def example_results() -> dict[str, Any]:
+    """What one `emomerge run` of five optimizers, four merges and their controls writes, with invented numbers."""
+    rng = random.Random(0)
+    runs = [
+        _artefact(f"{o}-0", "run", TEST_LOSS[o], SHARPNESS[o], DISTANCE[o], optimizer=o, seed=0) for o in OPTIMIZERS
+    ]
+    merges = [_artefact(name, "merge", *figures) for name, figures in MERGES.items()]
+    controls = [
+        _artefact(
+            f"{o}-0 at |tall-mask|",
+            "control",
+            round(TEST_LOSS[o] + 0.011 + 0.002 * i, 4),
+            SHARPNESS[o] * 0.71,
+            1.95,
+            optimizer=o,
+            seed=0,
+            control="distance-matched",
+            of=f"{o}-0",
+        )
+        for i, o in enumerate(OPTIMIZERS)
+    ]
+    base = _artefact("base", "base", 0.6982, 0.0021, 0.0, train_accuracy=0.512, test_accuracy=0.498, cosine_to_mean=None)
+    alphas = [round(0.1 * i, 1) for i in range(16)]
+    curves = {
+        a["name"]: {
+            "alpha": alphas,
+            "loss": [a["train_loss"] + (0.69 - a["train_loss"]) * (1 - x / (1.02 + 0.02 * i)) ** 2 for x in alphas],
+        }
+        for i, a in enumerate([*runs, *merges])
+    }
+    names = [a["name"] for a in runs]
+    cosines = [[1.0 if i == j else round(0.35 + 0.3 * rng.random(), 3) for j in range(5)] for i in range(5)]
+    for i in range(5):
+        for j in range(i):
+            cosines[i][j] = cosines[j][i]
+    return {
+        "name": "movie-reviews",
+        "created": "2031-04-05T10:11:12+00:00",
+        "command": "emomerge run movie-reviews.yaml -o out",
+        "recipe": {"name": "movie-reviews", "runs": {"seeds": [0]}},
+        "recipe_yaml": "name: movie-reviews\nbase: {model: small-encoder}\nruns: {steps: 300, seeds: [0]}\n",
+        "versions": {"emomerge": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+        "device": "cpu",
+        "data": {
+            "summary": "reviews.tsv: 4 200 sentences in two classes",
+            "rows": {"train": 3780, "validation": 210, "test": 210},
+            "classes": ["bad", "good"],
+        },
+        "artefacts": [base, *runs, *merges, *controls],
+        "probe": {
+            "preset": "quick",
+            "data": "train",
+            "radii": [0.01, 0.03, 0.1],
+            "directions": 16,
+            "batches": 4,
+            "batch_size": 128,
+            "rows": 512,
+            "noise_floor": 1.2e-7,
+        },
+        "curves": curves,
+        "traces": {f"{o}-0": _trace(o, 0) for o in OPTIMIZERS},
+        "cosines": {
+            "names": names,
+            "matrix": cosines,
+            "sign_agreement": [[0.5 + c / 2 for c in row] for row in cosines],
+        },
+        "merges": {
+            "tall-mask": {
+                "method": "tall-mask",
+                "params": {"reference": "mean", "k": 2, "lambda": 0.4},
+                "runs": names,
+                "lambda_crit": 0.25,
+                "mask_density": {n: 0.5 + 0.02 * i for i, n in enumerate(names)},
+                "kept_density": 0.61,
+                "kept_energy": 0.93,
+                "norm": 1.95,
+                "cosine_to_mean": 0.964,
+                "warnings": [],
+                "chosen": {"scale": 1.1, "by": "validation loss"},
+            },
+            "ties": {
+                "method": "ties",
+                "params": {"density": 0.2},
+                "runs": names,
+                "kept_density": 0.44,
+                "norm": 2.3,
+                "cosine_to_mean": 0.871,
+                "warnings": ["the kept set excludes 38 % of the largest entries of the mean"],
+            },
+            "mean": {"method": "mean", "params": {}, "runs": names, "norm": 1.9, "cosine_to_mean": 1.0, "warnings": []},
+            "greedy-soup": {"method": "greedy-soup", "params": {}, "runs": names[:3], "chosen": {"runs": names[:3]}},
+        },
+        "verdict": {
+            "status": "better and flatter",
+            "sentence": "The merge tall-mask is better and flatter than the best single run (airy-0).",
+            "merge": "tall-mask",
+            "better": {
+                "status": "better",
+                "evidence": [
+                    {"against": "airy-0", "what": "test loss", "difference": -0.0153, "low": -0.0240, "high": -0.0068},
+                    {"against": "mean", "what": "test loss", "difference": -0.0014, "low": -0.0050, "high": 0.0021},
+                ],
+                "note": "bootstrap over 210 test rows",
+            },
+            "flatter": {
+                "status": "flatter",
+                "evidence": [
+                    {"against": against, "what": f"gaussian σ={r}", "log_ratio": m, "low": m - 0.11 * w, "high": m + 0.12 * w}
+                    for against, m0 in (("airy-0", -0.46), ("airy-0 at |tall-mask|", -0.11))
+                    for r, m, w in ((0.01, m0 + 0.02, 1.4), (0.03, m0, 1.0), (0.1, m0 - 0.03, 0.8))
+                ],
+                "note": "paired over 16 directions × 4 batches",
+            },
+            "caveats": ["The Hessian was not measured; flatness rests on Gaussian sharpness alone."],
+        },
+        "selected": {
+            "name": "tall-mask",
+            "path": "out/merges/tall-mask",
+            "validation_loss": 0.3255,
+            "sentence": "tall-mask has the lowest validation loss (0.3255) of 9 artefacts.",
+        },
+        "seconds": {"base": 3.1, "runs": 41.8, "merge": 2.2, "probe": 33.0},
+    }
+
+
+@pytest.fixture(scope="session")
+def _example() -> dict[str, Any]:
+    return example_results()
+
+
+@pytest.fixture
+def results(_example: dict[str, Any]) -> dict[str, Any]:
+    """A fresh copy that a test may change."""
+    return copy.deepcopy(_example)
