@@ -70,7 +70,9 @@ def _verb(group: click.Group, name: str, example: str) -> Callable[[Callable[...
 
 quiet_option = click.option("--quiet", is_flag=True, help="Show nothing but errors and results.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on the standard output.")
-set_option = click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a field of the recipe.")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a field of the recipe."
+)
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
 
@@ -117,7 +119,12 @@ def run(recipe: str, out: Path | None, overrides: Sequence[str], again: bool, qu
 @_verb(main, "train-all", "emomerge train-all recipes/movie-reviews.yaml --only sens,cats")
 @click.argument("recipe")
 @click.option("-o", "--out", type=out_path, help="Output folder (default: out/<name of the recipe>).")
-@click.option("--only", default="", metavar="NAMES", help="Only these optimizers, separated by commas: sens, airy, cats, tion, void.")
+@click.option(
+    "--only",
+    default="",
+    metavar="NAMES",
+    help="Only these optimizers, separated by commas: sens, airy, cats, tion, void.",
+)
 @set_option
 @quiet_option
 @json_option
@@ -127,7 +134,11 @@ def train_all(recipe: str, out: Path | None, only: str, overrides: Sequence[str]
     chosen = [name.strip() for name in only.split(",") if name.strip()]
     for name in chosen:
         if name not in pipeline.recipe.runs.optimizers:
-            raise BadInput("--only names no optimizer of the recipe", found=name, expected=", ".join(pipeline.recipe.runs.optimizers))
+            raise BadInput(
+                "--only names no optimizer of the recipe",
+                found=name,
+                expected=", ".join(pipeline.recipe.runs.optimizers),
+            )
     if not pipeline.train_all(chosen):
         click.echo("Nothing to do: every run is up to date.", err=as_json)
     _print_status(pipeline.space.out, as_json)
@@ -137,9 +148,15 @@ def train_all(recipe: str, out: Path | None, only: str, overrides: Sequence[str]
 @click.argument("base")
 @click.argument("adapter")
 @click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
-@click.option("--dtype", type=click.Choice(["base", "float32", "bfloat16", "float16"]), default="base", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["base", "float32", "bfloat16", "float16"]), default="base", show_default=True
+)
 @click.option("--max-shard-size", default="5GB", show_default=True)
-@click.option("--allow-unmatched", is_flag=True, help="Warn about adapter tensors that BASE has no place for, instead of refusing.")
+@click.option(
+    "--allow-unmatched",
+    is_flag=True,
+    help="Warn about adapter tensors that BASE has no place for, instead of refusing.",
+)
 @force_option
 @quiet_option
 def bake(
@@ -164,17 +181,27 @@ def bake(
 )  # fmt: skip
 @click.argument("base")
 @click.argument("runs", nargs=-1, required=True)
-@click.option("--method", default="tall-mask", show_default=True, help="mean, task-arithmetic, ties, tall-mask or greedy-soup.")
+@click.option(
+    "--method", default="tall-mask", show_default=True, help="mean, task-arithmetic, ties, tall-mask or greedy-soup."
+)
 @click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
-@click.option("--weight", "weights", type=float, multiple=True, help="Weight of a run; give one for each run, in their order.")
+@click.option(
+    "--weight", "weights", type=float, multiple=True, help="Weight of a run; give one for each run, in their order."
+)
 @click.option("--scale", help="Factor on the merged task vector, or `auto` (needs --recipe).")
 @click.option("--density", type=float, help="ties: the share of each run's task vector that is kept.")
 @click.option("--lambda", "lambda_", help="tall-mask: λ, or `auto` (needs --recipe).")
 @click.option("--k", type=int, help="tall-mask: runs that must agree on a weight.")
-@click.option("--reference", type=click.Choice(["mean", "sum", "ties"]), help="tall-mask: what the masks are measured against.")
-@click.option("--trim", type=click.Choice(["global", "tensor", "touched"]), help="ties: over what the density is taken.")
+@click.option(
+    "--reference", type=click.Choice(["mean", "sum", "ties"]), help="tall-mask: what the masks are measured against."
+)
+@click.option(
+    "--trim", type=click.Choice(["global", "tensor", "touched"]), help="ties: over what the density is taken."
+)
 @click.option("--aggregate", type=click.Choice(["mean", "sum"]), help="ties: how agreeing weights are joined.")
-@click.option("--dtype", type=click.Choice(["base", "float32", "bfloat16", "float16"]), default="base", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["base", "float32", "bfloat16", "float16"]), default="base", show_default=True
+)
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--recipe", "recipe_path", help="A recipe whose validation data decides what is `auto`, and greedy-soup.")
 @set_option
@@ -204,7 +231,15 @@ def merge(
         return _merge_papers(record, merged.diagnostics(), out)
 
     _write(
-        merged, opened, out, f"merge {method}", dtype=dtype, max_shard_size=max_shard_size, force=force, quiet=quiet, papers=papers
+        merged,
+        opened,
+        out,
+        f"merge {method}",
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        force=force,
+        quiet=quiet,
+        papers=papers,
     )
     diagnostics = merged.diagnostics()
     if as_json:

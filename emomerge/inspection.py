@@ -24,12 +24,22 @@ def describe(path: str) -> dict[str, Any]:
     if (place / "run.json").is_file():
         run = RunDir(place)
         if run.state.get("state") != "done":
-            raise BadInput("the run has no result yet", where=place, found=run.state.get("state"), fix="run its recipe to the end")
+            raise BadInput(
+                "the run has no result yet", where=place, found=run.state.get("state"), fix="run its recipe to the end"
+            )
         return {**describe(str(run.artefact)), "run": run.state["name"], "optimizer": run.state["optimizer"]}
     adapter: dict[str, Any] = {}
     if (place / "adapter_config.json").is_file():
         config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
-        shown = ("peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save", "base_model_name_or_path")
+        shown = (
+            "peft_type",
+            "r",
+            "lora_alpha",
+            "use_rslora",
+            "target_modules",
+            "modules_to_save",
+            "base_model_name_or_path",
+        )
         adapter = {key: config[key] for key in shown if config.get(key)}
         place = place / "adapter_model.safetensors"
     checkpoint = open_checkpoint(place if adapter else path)
@@ -66,7 +76,11 @@ def compare(path: str, other: str) -> dict[str, Any]:
     here = open_checkpoint(path)
     there = open_run(here, other)
     shared = [name for name in here if name in there]
-    shapes = {n: [list(here.info(n).shape), list(there.info(n).shape)] for n in shared if here.info(n).shape != there.info(n).shape}
+    shapes = {
+        n: [list(here.info(n).shape), list(there.info(n).shape)]
+        for n in shared
+        if here.info(n).shape != there.info(n).shape
+    }
     found: dict[str, Any] = {
         "here": path, "there": other,
         "only_here": [name for name in here if name not in there], "only_there": [name for name in there if name not in here],
@@ -142,6 +156,8 @@ def show_status(found: dict[str, Any]) -> Table:
     for heading in ("run", "state", "step", "loss", "emoPulse", ""):
         table.add_column(heading, justify="right" if heading in ("step", "loss", "emoPulse") else "left")
     for run in found["runs"]:
-        loss, rate = (f"{run[key]:{form}}" if run[key] is not None else "–" for key, form in (("loss", ".4f"), ("rate", ".2e")))
+        loss, rate = (
+            f"{run[key]:{form}}" if run[key] is not None else "–" for key, form in (("loss", ".4f"), ("rate", ".2e"))
+        )
         table.add_row(run["name"], run["state"], f"{run['step']}/{run['steps']}", loss, rate, run["error"] or "")
     return table

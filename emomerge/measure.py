@@ -71,7 +71,9 @@ class Measurer:
         self.base_hash = base_hash
         self.device = device
         self.ledger = Ledger(ledger)
-        self.model: nn.Module = task.reload_model(base_folder, trust_remote_code=recipe.base.trust_remote_code).to(device)
+        self.model: nn.Module = task.reload_model(base_folder, trust_remote_code=recipe.base.trust_remote_code).to(
+            device
+        )
         load_into(self.model, base)
         self.base_parameters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.reference = rms(self.model)
@@ -103,7 +105,9 @@ class Measurer:
         return {
             "train": self._cut(self.data.train, self.probe_rows["train"], size),
             # Small batches: the bootstrap over batches needs many of them.
-            "validation": self._cut(self.data.validation, torch.arange(validation), max(1, min(size, validation // 50))),
+            "validation": self._cut(
+                self.data.validation, torch.arange(validation), max(1, min(size, validation // 50))
+            ),
             "test": self._cut(self.data.test, torch.arange(test), max(1, min(size, test // 50))),
         }
 
@@ -174,7 +178,7 @@ class Measurer:
             row[f"{split}_accuracy"] = controls.mean_score(found, "accuracy")
             if split == "train":
                 row["entropy"] = controls.mean_score(found, "entropy")
-        curve = {"alpha": [], "loss": []}
+        curve: dict[str, list[float]] = {"alpha": [], "loss": []}
         if artefact.role in ("run", "merge"):
             losses = landscape.alpha_curve(probe, self.base_parameters)
             curve = {"alpha": list(landscape.ALPHAS), "loss": losses.tolist()}
@@ -189,7 +193,9 @@ class Measurer:
         recipe = self.recipe.probe
         split: SplitName = recipe.data
         batches = self._cut(self.split(split), self.probe_rows[split], recipe.batch_size)
-        data = digest([self.split(split).digest, split, self.probe_rows[split].tolist(), recipe.batch_size, recipe.seed])
+        data = digest(
+            [self.split(split).digest, split, self.probe_rows[split].tolist(), recipe.batch_size, recipe.seed]
+        )
         return Perturbable(
             self.model,
             lambda model, batch: (self.task.loss(model, batch), float(len(batch["labels"]))),
@@ -266,7 +272,9 @@ def judge(
     )
 
 
-def probe_models(recipe: Recipe, models: Sequence[str], base_folder: Path, out: Path, display: Display) -> dict[str, Any]:
+def probe_models(
+    recipe: Recipe, models: Sequence[str], base_folder: Path, out: Path, display: Display
+) -> dict[str, Any]:
     """Measure given models on a recipe's data, resumably: `results.json` and `evaluations.jsonl` in `out`.
 
     Args:
@@ -280,7 +288,14 @@ def probe_models(recipe: Recipe, models: Sequence[str], base_folder: Path, out: 
     task = make_task(recipe.task)
     checkpoints = [open_run(base, model) for model in models]
     measurer = Measurer(
-        recipe, task, task.load_data(recipe.base), base, base_folder, fingerprint(base), choose_device(recipe.device), out / "evaluations.jsonl"
+        recipe,
+        task,
+        task.load_data(recipe.base),
+        base,
+        base_folder,
+        fingerprint(base),
+        choose_device(recipe.device),
+        out / "evaluations.jsonl",
     )
     artefacts = [Artefact("base", "base", base, measurer.base_hash, path=base_folder)]
     for model, checkpoint in zip(models, checkpoints, strict=True):

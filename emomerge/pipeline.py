@@ -109,7 +109,16 @@ class Pipeline:
                 task = make_task(section)
                 data = task.load_data(self.recipe.base)
                 model = task.new_model(self.recipe.base, data)
-                _fit(model.to(self.device), task, data, prepare.steps, prepare.batch_size, prepare.learning_rate, prepare.seed, line)
+                _fit(
+                    model.to(self.device),
+                    task,
+                    data,
+                    prepare.steps,
+                    prepare.batch_size,
+                    prepare.learning_rate,
+                    prepare.seed,
+                    line,
+                )
             else:
                 task, data = self.task, self.data
                 model = task.new_model(self.recipe.base, data)
@@ -130,7 +139,8 @@ class Pipeline:
         """The shallow runs, and the long run where the recipe wants one."""
         specs = self.specs if specs is None else specs
         lines = {
-            spec.name: self.display.line(spec.name, spec.steps, "done" if self.run_is_done(spec) else "waiting") for spec in specs
+            spec.name: self.display.line(spec.name, spec.steps, "done" if self.run_is_done(spec) else "waiting")
+            for spec in specs
         }
         for spec in specs:
             if self.run_is_done(spec):
@@ -174,7 +184,12 @@ class Pipeline:
             return {"merge.json": json.dumps(record, indent=2) + "\n", "README.md": self._card(name, record, [])}
 
         write_checkpoint(
-            merged, self.space.merges / name, dtype=spec.dtype, files_from=self.space.base, extra_files=papers, force=True
+            merged,
+            self.space.merges / name,
+            dtype=spec.dtype,
+            files_from=self.space.base,
+            extra_files=papers,
+            force=True,
         )
 
     def _merge_record(
@@ -221,7 +236,9 @@ class Pipeline:
                 inputs = self.merge_stamps()[name]
                 seconds = self.space.stamp(f"merge-{name}").get("seconds")
                 self.space.write_stamp(f"merge-{name}", inputs, files_below(self.space.merges / name), seconds=seconds)
-        self.space.write_stamp("report", self.report_inputs, [self.space.report, *files_below(self.space.out / "figures")])
+        self.space.write_stamp(
+            "report", self.report_inputs, [self.space.report, *files_below(self.space.out / "figures")]
+        )
         line.at(1, str(self.space.report))
 
     # What the stages share.
@@ -250,7 +267,14 @@ class Pipeline:
     def measurer(self) -> Measurer:
         """Measures artefacts on one live model."""
         return Measurer(
-            self.recipe, self.task, self.data, self.base, self.space.base, self.base_hash, self.device, self.space.ledger
+            self.recipe,
+            self.task,
+            self.data,
+            self.base,
+            self.space.base,
+            self.base_hash,
+            self.device,
+            self.space.ledger,
         )
 
     @cached_property
@@ -332,8 +356,6 @@ class Pipeline:
     # Measuring.
 
     def _measure(self) -> Results:
-        from emomerge.reporting.numbers import loss as shown_loss
-
         measurer, seeds = self.measurer, self.recipe.runs.seeds
         base = Artefact("base", "base", self.base, self.base_hash, path=self.space.base)
         runs = [self.run_artefact(spec) for spec in self.specs]
@@ -348,13 +370,18 @@ class Pipeline:
                 [measurer.distance_matched(run, merges[label][i]) for run in runs if run.seed == seed]
                 for i, seed in enumerate(seeds)
             ]
-        everything = [base, *runs, *(a for group in merges.values() for a in group), *(a for group in matched for a in group)]
+        everything = [
+            base,
+            *runs,
+            *(a for group in merges.values() for a in group),
+            *(a for group in matched for a in group),
+        ]
 
         rows, curves, sharpness_of = [], {}, {}
         for artefact in everything:
             line = self.display.line(f"probe {artefact.name}", self.recipe.probe.directions)
             row, values, curve = measurer.probe(artefact, line)
-            line.at(self.recipe.probe.directions, f"test loss {shown_loss(row['test_loss'])}")
+            line.at(self.recipe.probe.directions, f"test loss {row['test_loss']:.4f}")
             rows.append(row)
             sharpness_of[artefact.name] = values
             if curve["alpha"]:
@@ -384,7 +411,10 @@ class Pipeline:
         merged = merges[label][index]
         flat = {"merge": sharpness_of[merged.name], "best single run": sharpness_of[best.name]}
         flat |= {"distance-matched": sharpness_of[c.name] for c in matched if c.of == best.name}
-        loss = {"merge": measurer.scores(merged, "test")["loss"], "best single run": measurer.scores(best, "test")["loss"]}
+        loss = {
+            "merge": measurer.scores(merged, "test")["loss"],
+            "best single run": measurer.scores(best, "test")["loss"],
+        }
         mean = self._plain_mean(label)
         if mean is not None:
             loss["plain mean"] = measurer.scores(merges[mean][index], "test")["loss"]
@@ -460,13 +490,19 @@ class Pipeline:
         traces = {}
         for spec in self.specs:
             rows = list(self.run_dir(spec).metrics())
-            traces[spec.name] = {"optimizer": spec.optimizer, "seed": spec.seed} | {c: [row[c] for row in rows] for c in columns}
+            traces[spec.name] = {"optimizer": spec.optimizer, "seed": spec.seed} | {
+                c: [row[c] for row in rows] for c in columns
+            }
         return traces
 
     def _cosines(self, merges: dict[str, list[Artefact]]) -> dict[str, Any]:
         """Pairwise cosines of the task vectors; every merge of one seed measured the same ones."""
         diagnostics = self.merge_record(next(iter(merges.values()))[0].name)["diagnostics"]
-        return {"names": diagnostics["runs"], "matrix": diagnostics["cosines"], "sign_agreement": diagnostics["sign_agreement"]}
+        return {
+            "names": diagnostics["runs"],
+            "matrix": diagnostics["cosines"],
+            "sign_agreement": diagnostics["sign_agreement"],
+        }
 
     def _seconds(self) -> dict[str, float]:
         return {

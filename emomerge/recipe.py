@@ -211,7 +211,8 @@ class Probe(Section):
     seed: int = 0
 
 
-Control = Literal["best-single", "distance-matched"]
+Control = Literal["best-single", "distance-matched", "long-run"]
+"""What the merge must beat; `long-run` trains the best single run's optimizer for as many steps as all runs together."""
 
 
 class Recipe(Section):
@@ -223,9 +224,10 @@ class Recipe(Section):
     adapter: Adapter = Lora(kind="lora")
     runs: Runs = Runs()
     merge: tuple[Merge, ...] = Field(
-        (Merge(method="tall-mask"), Merge(method="ties"), Merge(method="mean"), Merge(method="greedy-soup")), min_length=1
+        (Merge(method="tall-mask"), Merge(method="ties"), Merge(method="mean"), Merge(method="greedy-soup")),
+        min_length=1,
     )
-    controls: tuple[Control, ...] = ("best-single", "distance-matched")
+    controls: tuple[Control, ...] = ("best-single", "distance-matched", "long-run")
     probe: Probe = Probe()
     select: Literal["best", "none"] = "best"
     """`best` names the artefact with the lowest validation loss, be it a merge or a single run."""
@@ -350,7 +352,9 @@ def _fields_at(path: list[str], raw: tuple[int | str, ...]) -> set[str]:
         models = [model for annotation in annotations for model in _models_in(annotation)]
     tags = {str(part) for part in raw} & _TAGS
     if tags:  # of a tagged union only the chosen member counts
-        chosen = [m for m in models if "kind" in m.model_fields and set(get_args(m.model_fields["kind"].annotation)) & tags]
+        chosen = [
+            m for m in models if "kind" in m.model_fields and set(get_args(m.model_fields["kind"].annotation)) & tags
+        ]
         models = chosen or models
     return {name for model in models for name in model.model_fields}
 

@@ -69,7 +69,9 @@ class Workspace:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise BadInput("another emomerge is working here", where=self.out, fix="wait for it, or choose another -o") from None
+                raise BadInput(
+                    "another emomerge is working here", where=self.out, fix="wait for it, or choose another -o"
+                ) from None
             yield
 
     def input_hash(self, recipe: Recipe) -> str:
@@ -106,7 +108,9 @@ class Workspace:
 
 def external_sources(recipe: Recipe) -> list[str]:
     """Everything the recipe names that may be a path."""
-    return [s for s in (recipe.base.model, recipe.task.train, recipe.task.validation, recipe.task.test) if s is not None]
+    return [
+        s for s in (recipe.base.model, recipe.task.train, recipe.task.validation, recipe.task.test) if s is not None
+    ]
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -122,4 +126,3 @@ def stopwatch() -> Iterator[dict[str, float]]:
         yield measured
     finally:
         measured["seconds"] = time.perf_counter() - started
-

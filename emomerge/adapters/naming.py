@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +29,7 @@ class BaseNames:
         """The base's name of a module tensor: the same, else as transformers renames it, else by a leading prefix."""
         if name in self._base:
             return name
-        renamed = [self._disk[variant] for variant in self._module_variants(name)]
+        renamed = [self._disk[variant] for variant in _variants(name, self._disk, self._disk_by_tail)]
         direct = _variants(name, self._base, self._by_tail)
         for candidates in (renamed, direct):
             present = sorted({candidate for candidate in candidates if candidate in self._base})
@@ -39,9 +39,8 @@ class BaseNames:
 
     def module(self, name: str) -> nn.Module | None:
         """The module of that name in a model of the base's configuration, without data; None where that is unknown."""
-        modules = dict(self.model.named_modules()) if self.model is not None else {}
-        found = [modules[variant] for variant in _variants(name, modules, _index_by_tail(modules))]
-        return found[0] if len(found) == 1 else None
+        found = _variants(name, self._modules, self._modules_by_tail)
+        return self._modules[found[0]] if len(found) == 1 else None
 
     def tied_partner(self, name: str) -> str | None:
         """The module tensor that transformers ties to this one, such as a language model's head to its embedding."""
@@ -90,11 +89,16 @@ class BaseNames:
     def _disk_by_tail(self) -> dict[str, list[str]]:
         return _index_by_tail(self._disk)
 
-    def _module_variants(self, name: str) -> list[str]:
-        return _variants(name, self._disk, self._disk_by_tail)
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self.model.named_modules()) if self.model is not None else {}
+
+    @cached_property
+    def _modules_by_tail(self) -> dict[str, list[str]]:
+        return _index_by_tail(self._modules)
 
 
-def _variants(name: str, names: Any, by_tail: dict[str, list[str]]) -> list[str]:
+def _variants(name: str, names: Container[str], by_tail: dict[str, list[str]]) -> list[str]:
     """Which of `names` are `name`, or else differ by one leading component such as `bert.`"""
     if name in names:
         return [name]

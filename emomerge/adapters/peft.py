@@ -14,6 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -103,26 +104,31 @@ class _Reader:
                 module, factor, leaf = match[1], match[2], match[3] or "weight"
                 factors[module, "embedding" in factor]["bias" if leaf == "bias" else factor[-1]] = key
             elif match := _TOKENS.fullmatch(name):
-                self._add(changes, f"{match[1]}.weight", key, self._token_rows(match[1], key))
+                self._add_token_rows(changes, match[1], key)
             elif ".lora_" in name:
                 raise BadInput("a kind of LoRA that cannot be baked yet", where=f"{self.file}, {key}")
             else:
-                self._add(changes, _without_wrappers(name), key, self._replacement(key))
+                self._add_replacement(changes, _without_wrappers(name), key)
         for (module, embedding), keys in sorted(factors.items()):
             self._add_low_rank(changes, module, embedding, keys)
-        self._report_unmatched(len(self.tensors))
+        self._report_unmatched(nothing_matched=not changes)
         return {name: changes[name] for name in sorted(changes)}
 
-    def _add(self, changes: dict[str, Change], tensor: str, key: str, change: Change) -> None:
-        """Enter a change under the base's name of a module tensor, after comparing shapes."""
+    def _add(self, changes: dict[str, Change], name: str, key: str, change: Change) -> None:
+        earlier = changes.get(name, Change())
+        if change.delta is not None and earlier.delta is not None:
+            raise BadInput("two adapter keys change one base tensor", where=f"{self.file}, {key}", found=name)
+        changes[name] = Change(change.replace or earlier.replace, change.delta or earlier.delta)
+
+    def _add_replacement(self, changes: dict[str, Change], tensor: str, key: str) -> None:
+        """Enter a tensor that takes the place of the base's."""
         name = self._find(tensor, key)
         if name is None:
             return
-        earlier = changes.get(name, Change())
-        changes[name] = Change(change.replace or earlier.replace, change.delta or earlier.delta)
-        if change.replace is not None and _TOKENS.search(key) is None:
-            self._require_shape(name, key, tuple(self.tensors.info(key).shape))
-            self._refuse_tied(tensor, name, key)
+        value = self.tensors[key]
+        self._require_shape(name, key, tuple(value.shape))
+        self._refuse_tied(tensor, name, key)
+        self._add(changes, name, key, Change(replace=lambda _: value))
 
     def _add_low_rank(self, changes: dict[str, Change], module: str, embedding: bool, keys: dict[str, str]) -> None:
         """Enter s·BA of one module, and s·b of its bias."""
@@ -137,29 +143,28 @@ class _Reader:
         if name is None:
             return
         scale = self._scale(place, self._rank(place, name, keys))
-        change = Change(delta=self._low_rank(place, name, keys, scale))
-        self._add(changes, place.tensor, place.key, change)
+        self._add(changes, name, place.key, Change(delta=self._low_rank(place, name, keys, scale)))
         if embedding:
             self._refuse_tied(place.tensor, name, key)
-        if "bias" in keys:
+        bias_name = self._find(f"{place.module}.bias", keys["bias"]) if "bias" in keys else None
+        if bias_name is not None:
             bias = self.tensors[keys["bias"]]
-            self._add(changes, f"{place.module}.bias", keys["bias"], Change(delta=lambda dtype: bias.to(dtype) * scale))
+            self._require_shape(bias_name, keys["bias"], tuple(bias.shape))
+            self._add(changes, bias_name, keys["bias"], Change(delta=lambda dtype: bias.to(dtype) * scale))
 
     def _place(self, module: str, embedding: bool, key: str) -> _Place:
         """The tensor that a pair of factors belongs to."""
         plain = _without_wrappers(module)
-        depth = (len(module) - len(module.removesuffix(".base_layer" * module.count(".base_layer")))) // len(
-            ".base_layer"
-        )
+        depth = sum(1 for _ in takewhile("base_layer".__eq__, reversed(module.split("."))))
         parameters = self._target_parameters(plain)
         if parameters:  # several parameters of one module wrap each other, the first defined innermost
             if depth >= len(parameters):
                 raise BadInput("a parameter that target_parameters does not name", where=f"{self.file}, {key}")
             return _Place(plain, f"{plain}.{parameters[-1 - depth]}", key, parameter=True)
-        weight = f"{plain}.weight"
-        if not embedding and self.names.find(weight) is None and self.names.find(f"{plain}.in_proj_weight"):
-            weight = f"{plain}.in_proj_weight"  # nn.MultiheadAttention
-        return _Place(plain, weight, key, embedding=embedding)
+        if self.names.find(f"{plain}.in_proj_weight") is not None:
+            # PEFT 0.21 adds the output projection's Δ twice, so what such an adapter means depends on its version
+            raise BadInput("LoRA of nn.MultiheadAttention cannot be baked", where=f"{self.file}, {key}")
+        return _Place(plain, f"{plain}.weight", key, embedding=embedding)
 
     def _target_parameters(self, module: str) -> list[str]:
         """Parameters of a module that `target_parameters` names, in the order of their definition."""
@@ -257,26 +262,31 @@ class _Reader:
         live = self.names.module(place.module)
         return type(live).__name__ == "Conv1D" if live is not None else bool(self.config.get("fan_in_fan_out"))
 
-    def _replacement(self, key: str) -> Change:
-        tensor = self.tensors[key]
-        return Change(replace=lambda _: tensor)
-
-    def _token_rows(self, module: str, key: str) -> Change:
-        """Rows of an embedding that `trainable_token_indices` replaces."""
+    def _add_token_rows(self, changes: dict[str, Change], module: str, key: str) -> None:
+        """Enter rows of an embedding, those of `trainable_token_indices`, that take the place of the base's."""
+        name = self._find(f"{module}.weight", key)
+        if name is None:
+            return
         indices = self.config.get("trainable_token_indices")
         if isinstance(indices, dict):
-            indices = next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), None)
+            indices = next((rows for target, rows in indices.items() if f".{module}".endswith(f".{target}")), None)
         rows = self.tensors[key]
-        if not isinstance(indices, list) or len(indices) != rows.shape[0]:
+        vocabulary, *features = self.base.info(name).shape
+        fits = isinstance(indices, list) and all(type(i) is int and 0 <= i < vocabulary for i in indices)
+        if not fits or tuple(rows.shape) != (len(indices or ()), *features):
             raise BadInput(
-                "token rows without their indices", where=f"{self.file}, {key}", expected="trainable_token_indices"
+                "token rows that do not fit trainable_token_indices or the base",
+                where=f"{self.file}, {key}",
+                expected=f"rows of {self.base.info(name).shape} at {indices}",
+                found=tuple(rows.shape),
             )
 
         def replace(base: Tensor) -> Tensor:
             dtype = torch.promote_types(base.dtype, rows.dtype)
-            return base.to(dtype).index_copy(0, torch.tensor(indices, device=base.device), rows.to(base.device, dtype))
+            where = torch.tensor(indices, device=base.device)
+            return base.to(dtype).index_copy(0, where, rows.to(base.device, dtype))
 
-        return Change(replace=replace)
+        self._add(changes, name, key, Change(replace=replace))
 
     def _find(self, tensor: str, key: str) -> str | None:
         """The base's name of a module tensor; None, and noted, where it has none and that is allowed."""
@@ -296,20 +306,17 @@ class _Reader:
             )
         return name
 
-    def _report_unmatched(self, total: int) -> None:
+    def _report_unmatched(self, *, nothing_matched: bool) -> None:
         if not self.unmatched:
             return
-        what = (
-            "the adapter is of another model" if len(self.unmatched) == total else "an adapter key finds no base tensor"
-        )
         error = BadInput(
-            what,
+            "the adapter is of another model" if nothing_matched else "an adapter key finds no base tensor",
             where=f"{self.file}, {self.unmatched[0]}",
             expected=f"a tensor of {self.base.source}",
-            found=f"none for {len(self.unmatched)} of {total} keys",
-            fix="give its own base, or --allow-unmatched to leave them out",
+            found="none for any key" if nothing_matched else f"none for {len(self.unmatched)} of its tensors",
+            fix="give the adapter's own base" + ("" if nothing_matched else ", or --allow-unmatched to leave them out"),
         )
-        if not self.allow_unmatched or len(self.unmatched) == total:
+        if nothing_matched or not self.allow_unmatched:
             raise error
         warnings.warn(str(error), stacklevel=2)
 

@@ -26,6 +26,7 @@ _TROUBLE = {
     errno.EPERM: ("no permission to write", "choose another place"),
     errno.EROFS: ("the file system is read-only", "choose another place"),
     errno.ENAMETOOLONG: ("the file name is too long", "choose a shorter one"),
+    errno.EEXIST: ("a part of the path is a file", "choose another place"),
     errno.ENOTDIR: ("a part of the path is a file", "choose another place"),
 }
 

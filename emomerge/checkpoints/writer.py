@@ -62,6 +62,9 @@ def write_checkpoint(
     plan = {name: _stored(checkpoint.info(name), dtype) for name in checkpoint.names()}
     needed = sum(info.nbytes for info in plan.values())
     limit = _bytes(max_shard_size)
+    for folder in (checkpoint.folder, files_from):
+        if folder is not None and out.resolve() in folder.resolve().parents:
+            raise BadInput("refusing to replace a folder that is read from", where=out, found=folder)
     with translate_os_error(out, needed=needed), new_path(out, force=force) as temporary:
         require_space(out, needed)
         if out.suffix == ".safetensors":
@@ -135,7 +138,7 @@ def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo) -> Tensor:
     where = f"{checkpoint.source}, {name}"
     if tuple(tensor.shape) != info.shape:
         raise BadInput("tensor of another shape than announced", where=where, expected=info.shape, found=tensor.shape)
-    rounded = tensor.to(device="cpu", dtype=info.dtype).contiguous()
+    rounded = round_to(tensor, info.dtype).cpu().contiguous()
     if not all_finite(rounded):
         overflow = all_finite(tensor)
         raise BadInput(
@@ -144,6 +147,17 @@ def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo) -> Tensor:
             fix="write it as bfloat16 or float32" if overflow else "look at the run that it comes from",
         )
     return rounded
+
+
+def round_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round once, to nearest even. torch takes float64 to 16 bits through fp32, which would round twice."""
+    if tensor.dtype == torch.float64 and dtype.is_floating_point and dtype.itemsize < 4:
+        near = tensor.float()
+        # Round to odd: an inexact fp32 value gets its last bit set, so that it can be no tie of the second rounding.
+        away = torch.where(tensor > near, torch.inf, -torch.inf).to(near.dtype)
+        even = near.view(torch.int32) % 2 == 0
+        tensor = torch.where((near != tensor) & even, torch.nextafter(near, away), near)
+    return tensor.to(dtype)
 
 
 def _raw_bytes(tensor: Tensor) -> memoryview:

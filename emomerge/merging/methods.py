@@ -7,7 +7,7 @@ otherwise. Sums over runs are loops in the order of the runs, so that no result 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ from emomerge.merging.vectors import TaskVectors
 
 Density = Annotated[float, Field(gt=0, le=1)]
 Lambda = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Votes = Annotated[int, Field(ge=0)]
 Trim = Literal["global", "tensor", "touched"]
 Reference = Literal["mean", "sum", "ties"]
 
@@ -63,19 +64,19 @@ def choose_members(vectors: TaskVectors) -> dict[str, Any]:
     vectors.need_loss("greedy-soup")
     losses = vectors.run_losses("greedy-soup")
     best, *others = sorted(range(len(vectors)), key=losses.__getitem__)
-    members, lowest = (best,), losses[best]
+    chosen, lowest = (best,), losses[best]
     for run in others:
-        candidate = (*members, run)
-        loss = vectors.loss_of(lambda _, deltas, soup=candidate: greedy_soup(deltas, members=soup))
+        candidate = (*chosen, run)
+        loss = vectors.loss_of(lambda _, deltas: greedy_soup(deltas, chosen=candidate), "greedy-soup")  # noqa: B023
         if loss <= lowest:
-            members, lowest = candidate, loss
-    return {"members": members}
+            chosen, lowest = candidate, loss
+    return {"chosen": chosen, "members": tuple(vectors.labels[run] for run in chosen)}
 
 
 @merge_method("greedy-soup", source="Wortsman et al. 2022", elementwise=True, first_pass=choose_members)
-def greedy_soup(deltas: Tensor, *, members: tuple[int, ...]) -> Tensor:
+def greedy_soup(deltas: Tensor, *, chosen: tuple[int, ...]) -> Tensor:
     """The plain mean of the runs that a greedy search by held-out loss picks."""
-    return run_sum(deltas[run] for run in members) / len(members)
+    return run_sum(deltas[run] for run in chosen) / len(chosen)
 
 
 # ----------------------------------------------------------------------------------------------------------------- ties
@@ -102,20 +103,21 @@ def trim_thresholds(vectors: TaskVectors, density: float, trim: Trim) -> Mapping
     def rank(d: int) -> int:
         return max(d - int(d * density), 1)
 
+    def thresholds(stream: Callable[[], Iterable[Tensor]], ranks: list[int], numel: int) -> Tensor:
+        return kth_magnitude(stream, ranks, numel=numel, dtype=vectors.dtype).unsqueeze(1)
+
     runs, total = len(vectors), vectors.numel
     if trim == "tensor":
-        sizes = {name: vectors.base.info(name).numel for name in vectors.names if vectors.base.info(name).numel}
-        return {
-            name: vectors.kth_magnitude([rank(d)] * runs, partial(vectors.pieces, name), numel=d)
-            for name, d in sizes.items()
-        }
+        sizes = {name: vectors.base.info(name).numel for name in vectors.names}
+        return {name: thresholds(partial(vectors.pieces, name), [rank(d)] * runs, d) for name, d in sizes.items()}
+    ranks = [rank(total)] * runs
     if trim == "touched":
-        still = [total - moved for moved in vectors.count_moved()]
-        ranks = [min(zeros + rank(total - zeros), total) for zeros in still]
-    else:
-        ranks = [rank(total)] * runs
-    pieces = (lambda: (deltas for _, deltas in vectors.all_pieces()))
-    return dict.fromkeys(vectors.names, kth_magnitude(pieces, ranks, numel=total, dtype=vectors.dtype).unsqueeze(1))
+        moved = torch.zeros(runs, dtype=torch.int64)
+        for _, deltas in vectors.all_pieces():
+            moved = moved.to(deltas.device) + deltas.count_nonzero(dim=1)
+        ranks = [min(total - d + rank(d), max(total, 1)) for d in moved.tolist()]
+    one_for_all = thresholds(lambda: (deltas for _, deltas in vectors.all_pieces()), ranks, total)
+    return dict.fromkeys(vectors.names, one_for_all)
 
 
 def trimmed(deltas: Tensor, threshold: Tensor) -> Tensor:
@@ -125,10 +127,120 @@ def trimmed(deltas: Tensor, threshold: Tensor) -> Tensor:
 
 def ties_advice(report: dict[str, Any]) -> list[str]:
     """A global threshold that is zero trims nothing."""
-    params, density = report["params"], report["density"]
-    if params["trim"] != "global" or max(density["mask"].values()) >= params["density"]:
+    density, kept = report["params"]["density"], report.get("mask_density")
+    if report["params"]["trim"] != "global" or not kept or max(kept.values()) >= density - 1 / report["elements"]:
         return []
     return [
-        f"ties trimmed nothing: no run moved as much as density {params['density']:g} of the weights, so every weight that "
-        "moved was kept; use trim: touched to keep that share of the weights that moved"
+        f"ties trimmed nothing: no run moved more than the {density:.0%} of the weights that it may keep, "
+        "and the sign is elected by all of them; trim: touched keeps that share of the weights that moved"
     ]
+
+
+@merge_method("ties", source="Yadav et al. 2023", elementwise=True, first_pass=trim_and_elect, advice=ties_advice)
+def ties(
+    deltas: Tensor,
+    name: str,
+    *,
+    thresholds: Mapping[str, Tensor],
+    majority: int,
+    aggregate: Literal["mean", "sum"] = "mean",
+) -> tuple[Tensor, Tensor]:
+    """Trim each τ_t to its largest elements, elect a sign sgn(Σ_t τ̂_t), and average (or add) the τ̂_t that have it.
+
+    Where the trimmed elements cancel, the sign that most coordinates elected decides; a draw counts as minus, as published.
+    """
+    kept = trimmed(deltas, thresholds[name])
+    total = run_sum(kept)
+    positive = (total > 0) | ((total == 0) & (majority > 0))
+    agreeing = torch.where(positive, kept > 0, kept < 0)
+    merged = run_sum(torch.where(agreeing, kept, 0))
+    if aggregate == "mean":
+        merged = merged / agreeing.sum(dim=0).clamp(min=1)
+    return merged, kept != 0
+
+
+# ------------------------------------------------------------------------------------------------------------ tall-mask
+
+
+def reference_vector(
+    deltas: Tensor, weights: Tensor, name: str, reference: Reference, survey: Mapping[str, Any]
+) -> Tensor:
+    """R: the (weighted) mean τ̄, the sum S = N·τ̄, or TIES(20 %, sum)."""
+    if reference == "ties":
+        return ties(deltas, name, aggregate="sum", **survey)[0]
+    total = weighted_sum(deltas, weights)
+    return total if reference == "sum" else total / len(deltas)
+
+
+def localize(deltas: Tensor, reference: Tensor, lambda_: Tensor | float) -> Tensor:
+    """The weights that matter to a run: |τ_t| > λ·|R − τ_t|, strictly."""
+    return deltas.abs() > lambda_ * (reference - deltas).abs()
+
+
+def settle_lambdas(
+    vectors: TaskVectors, *, lambda_: Lambda | Literal["auto"] = 0.4, reference: Reference = "mean", k: Votes = 2
+) -> dict[str, Any]:
+    """λ of each run; `auto` is the λ whose masked reconstruction θ₀ + mask_t ⊙ R has the lowest held-out loss."""
+    runs = len(vectors)
+    if k > runs:
+        raise BadInput(
+            "tall-mask wants more runs to agree than there are", expected=f"k from 0 to {runs}", found=f"k {k}"
+        )
+    survey = trim_and_elect(vectors, density=0.2) if reference == "ties" else {}
+    if lambda_ != "auto":
+        return {"lambdas": (lambda_,) * runs, "survey": survey}
+
+    def loss(run: int, candidate: float) -> float:
+        def reconstruction(name: str, deltas: Tensor) -> Tensor:
+            r = reference_vector(deltas, vectors.weights_for(deltas), name, reference, survey)
+            return torch.where(localize(deltas[run], r, candidate), r, 0)
+
+        return vectors.loss_of(reconstruction, "lambda: auto")
+
+    return {
+        "lambdas": tuple(min(LAMBDAS, key=partial(loss, run)) for run in range(runs)),
+        "survey": survey,
+    }
+
+
+def tall_mask_advice(report: dict[str, Any]) -> list[str]:
+    """Runs on one task agree, and a mask that removes what they agree on removes the best of the merge."""
+    critical, lambdas = report["lambda_crit"], report["params"]["lambdas"]
+    shown = "λ " + ", ".join(f"{value:g}" for value in sorted(set(lambdas)))
+    warnings = []
+    if report["params"]["reference"] == "sum" and critical is not None and max(lambdas) >= critical:
+        warnings.append(
+            f"with reference: sum and {shown} a weight on which all runs agree is removed, because λ ≥ λ_crit = "
+            f"1/(N−1) = {critical:.3g}; use reference: mean or a λ below {critical:.3g}"
+        )
+    if (energy := report["kept_energy"]) is not None and energy < 0.5:
+        limit = "" if critical is None else f" (λ_crit = 1/(N−1) = {critical:.3g})"
+        warnings.append(
+            f"the masks at {shown}{limit}, k {report['params']['k']} keep only {energy:.0%} of the energy of the runs' "
+            "mean; use reference: mean, a smaller λ or a smaller k, and compare with method: mean"
+        )
+    return warnings
+
+
+@merge_method(
+    "tall-mask",
+    source="Wang et al. 2024",
+    elementwise=True,
+    tuned=True,
+    first_pass=settle_lambdas,
+    advice=tall_mask_advice,
+)
+def tall_mask(
+    deltas: Tensor,
+    weights: Tensor,
+    name: str,
+    *,
+    lambdas: tuple[float, ...],
+    survey: Mapping[str, Any],
+    reference: Reference = "mean",
+    k: Votes = 2,
+) -> tuple[Tensor, Tensor]:
+    """keep ⊙ R where at least k masks |τ_t| > λ·|R − τ_t| agree; R is the runs' mean, sum or TIES."""
+    r = reference_vector(deltas, weights, name, reference, survey)
+    masks = localize(deltas, r, deltas.new_tensor(lambdas).unsqueeze(1))
+    return torch.where(masks.sum(dim=0) >= k, r, 0), masks

@@ -78,7 +78,7 @@ def merge_method(
         relative_weights: weights are rescaled to a mean of 1; otherwise they are used as given.
         tuned: where a held-out loss is at hand it chooses weights and scale, unless they are given.
         first_pass: a function of all the task vectors (`TaskVectors`) and of parameters that runs once before the function
-            and returns further keyword arguments for it. Those that are plain values appear in the diagnostics.
+            and returns further keyword arguments for it. Whatever of them is plain appears in the diagnostics.
         advice: warnings that the finished diagnostics call for.
     """
 

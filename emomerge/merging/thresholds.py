@@ -21,7 +21,7 @@ def kth_magnitude(
     Args:
         stream: starts a reading of the pieces (rows, n); there is one reading for every 16 bits of the dtype.
         ranks: k of each row, from 1 to `numel`.
-        numel: elements of a row; those that the stream leaves out are zeros.
+        numel: elements of a row; those that the stream leaves out are zeros, and so is the one of an empty row.
         dtype: float32 or float64, no narrower than any piece.
 
     Returns:
@@ -42,7 +42,7 @@ def kth_magnitude(
                 counts[row] += torch.bincount((pattern >> shift) & (2**DIGIT - 1), minlength=2**DIGIT)
         counts, prefix = counts.cpu(), prefix.cpu()
         if shift + DIGIT == width:
-            left_out = numel - counts.sum(1)
+            left_out = max(numel, 1) - counts.sum(1)
         counts[:, 0] += torch.where(prefix == 0, left_out, 0)
         up_to = counts.cumsum(1)
         digit = torch.searchsorted(up_to, remaining.unsqueeze(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -20,23 +21,17 @@ Rule = Callable[[str, Tensor], Tensor]
 
 
 class Displaced(Checkpoint):
-    """θ₀ + scale·τ, tensor by tensor, in τ's dtype; the base's own tensor where nothing moves.
+    """θ₀ + scale·τ, tensor by tensor, in τ's dtype; the base's own tensor where nothing moves."""
 
-    Args:
-        base: θ₀.
-        tau: the displacement of a tensor, or None where it does not move.
-        scale: its factor.
-        source: where the weights come from.
-    """
-
-    def __init__(
-        self, base: Checkpoint, tau: Callable[[str], Tensor | None], *, scale: float = 1.0, source: str = "candidate"
-    ) -> None:
+    def __init__(self, base: Checkpoint, *, scale: float = 1.0, source: str = "candidate") -> None:
         self.base = base
-        self.tau = tau
         self.scale = scale
         self.source = source
         self.folder = base.folder
+
+    @abstractmethod
+    def tau(self, name: str) -> Tensor | None:
+        """The displacement of a tensor before scaling, or None where it does not move."""
 
     def names(self) -> tuple[str, ...]:
         """The base's tensor names, sorted."""
@@ -47,8 +42,8 @@ class Displaced(Checkpoint):
         return self.base.info(name)
 
     def __getitem__(self, name: str) -> Tensor:
-        tau = self.tau(name)
-        return self.base[name] if tau is None else self.base[name].to(tau.dtype) + self.scale * tau
+        theta, tau = self.base[name], self.tau(name)
+        return theta if tau is None else theta.to(tau.dtype) + self.scale * tau.to(theta.device)
 
     def delta(self, name: str, base: Checkpoint) -> Tensor | None:
         """scale·τ without the rounding of the sum, if `base` is the very base of this checkpoint."""
@@ -56,6 +51,18 @@ class Displaced(Checkpoint):
             return super().delta(name, base)
         tau = self.tau(name)
         return None if tau is None else self.scale * tau
+
+
+class Candidate(Displaced):
+    """A merge that is only tried: τ from a function of the tensor's name."""
+
+    def __init__(self, base: Checkpoint, tau: Callable[[str], Tensor | None], *, scale: float = 1.0) -> None:
+        super().__init__(base, scale=scale)
+        self._tau = tau
+
+    def tau(self, name: str) -> Tensor | None:
+        """What the function says."""
+        return self._tau(name)
 
 
 class TaskVectors:
@@ -85,13 +92,15 @@ class TaskVectors:
         self.runs = tuple(runs)
         self.labels = tuple(labels)
         self.names = _floating(base)
+        for run, label in zip(self.runs, self.labels, strict=True):
+            _check_headers(base, run, label)
         self.numel = sum(base.info(name).numel for name in self.names)
         """Elements of one task vector."""
+        self.dtype = working_dtype(*(theta.info(name).dtype for theta in (base, *runs) for name in self.names))
+        """The widest dtype that any of it has."""
         self.weights: tuple[float, ...] = (1.0,) * len(self.runs)
         self.held_out_loss = held_out_loss
         self._run_losses = run_losses
-        for run, label in zip(self.runs, self.labels, strict=True):
-            _check_headers(base, run, label)
 
     def __len__(self) -> int:
         return len(self.runs)
@@ -105,9 +114,9 @@ class TaskVectors:
         return deltas
 
     def pieces(self, name: str, *, whole: bool = False) -> Iterator[Tensor]:
-        """The runs' τ of one tensor, stacked: flat pieces (runs, n), or one (runs, *shape). Nothing if no run moved it."""
+        """The runs' τ of one tensor, stacked: flat pieces (runs, n), or one (runs, *shape); nothing if no run moved it."""
         deltas = self.deltas(name)
-        moved = [delta for delta in deltas if delta is not None]
+        moved = [delta for delta in deltas if delta is not None and delta.numel()]
         if not moved:
             return
         dtype = working_dtype(self.base.info(name).dtype, *(delta.dtype for delta in moved))
@@ -117,7 +126,7 @@ class TaskVectors:
             yield torch.stack([delta.to(dtype) for delta in full])
             return
         flat = [delta.flatten() for delta in full]
-        for start in range(0, max(still.numel(), 1), CHUNK):
+        for start in range(0, still.numel(), CHUNK):
             yield torch.stack([delta[start : start + CHUNK].to(dtype) for delta in flat])
 
     def all_pieces(self) -> Iterator[tuple[str, Tensor]]:
@@ -125,6 +134,10 @@ class TaskVectors:
         for name in self.names:
             for piece in self.pieces(name):
                 yield name, piece
+
+    def weights_for(self, deltas: Tensor) -> Tensor:
+        """The weights of the runs (runs,), rounded to the deltas' dtype."""
+        return deltas.new_tensor(self.weights)
 
     def need_loss(self, what: str) -> Loss:
         """The held-out loss. Raises BadInput, naming what is chosen by it, where there is none."""
@@ -144,11 +157,11 @@ class TaskVectors:
 
     @property
     def known_run_losses(self) -> list[float] | None:
-        """The held-out loss of each single run, if somebody measured it already."""
+        """The held-out loss of each single run, if it was given or measured already."""
         return None if self._run_losses is None else list(self._run_losses)
 
     def loss_of(self, rule: Rule, what: str) -> float:
-        """The held-out loss of θ₀ + rule(τ); NaN counts as infinite."""
+        """The held-out loss of θ₀ + rule(τ), from which `what` is chosen; NaN counts as infinite."""
 
         def tau(name: str) -> Tensor | None:
             if name not in self.names:
@@ -156,17 +169,17 @@ class TaskVectors:
             parts = [rule(name, piece) for piece in self.pieces(name)]
             return torch.cat(parts).view(self.base.info(name).shape) if parts else None
 
-        return finite_or_inf(self.need_loss(what)(Displaced(self.base, tau)))
+        return finite_or_inf(self.need_loss(what)(Candidate(self.base, tau)))
 
     def check_equal(self, name: str) -> None:
-        """An integer or boolean tensor is the same in every run that has it. Raises BadInput otherwise."""
+        """A tensor that does not merge is the same in every run that has it. Raises BadInput otherwise."""
         for run, label in zip(self.runs, self.labels, strict=True):
-            if name in run and not torch.equal(run[name], self.base[name]):
+            if name in run and not (run.info(name) == self.base.info(name) and _same_bytes(run[name], self.base[name])):
                 raise BadInput(
-                    "only floating tensors can be merged",
+                    "a tensor that cannot be merged differs from the base's",
                     where=f"{name} of run {label}",
-                    expected="the base's values",
-                    found="others",
+                    expected=f"the base's {_describe(self.base, name)}",
+                    found=f"another {_describe(run, name)}",
                 )
 
 
@@ -176,7 +189,12 @@ def finite_or_inf(loss: float) -> float:
 
 
 def _floating(checkpoint: Checkpoint) -> tuple[str, ...]:
-    return tuple(name for name in checkpoint.names() if checkpoint.info(name).dtype.is_floating_point)
+    """The tensors that merge. FP8 is left out: it means nothing without the scales stored beside it."""
+    return tuple(name for name in checkpoint.names() if _merges(checkpoint.info(name)))
+
+
+def _merges(info: TensorInfo) -> bool:
+    return info.dtype.is_floating_point and info.dtype.itemsize > 1
 
 
 def _check_headers(base: Checkpoint, run: Checkpoint, label: str) -> None:
@@ -195,6 +213,10 @@ def _check_headers(base: Checkpoint, run: Checkpoint, label: str) -> None:
         if name not in ours:
             found = _describe(run, name)
             raise BadInput("run has a tensor that the base lacks", where=f"{name} of run {label}", found=found)
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
 def _describe(checkpoint: Checkpoint, name: str) -> str:

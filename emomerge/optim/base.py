@@ -45,7 +45,7 @@ class EmoOptimizer(Optimizer):
     """
 
     pulse: EmoPulse
-    """The controller: `.rate`, `.sigma`, `.trust`, `.dnr`, `.should_stop` and more, readable at any time."""
+    """The controller: `.rate` (of the first group), `.sigma`, `.trust`, `.dnr`, `.should_stop` …, at any time."""
 
     def __init__(
         self,
@@ -127,6 +127,7 @@ class EmoOptimizer(Optimizer):
 
         self._check_step(trained)
         mean = self._intake.take(self._device())
+        self.pulse.scope = self.param_groups[0]["lr"]
         self.pulse.update(-mean if self.param_groups[0]["maximize"] else mean)
         self.prepare()
         for p, grad, group in trained:

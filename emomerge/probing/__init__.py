@@ -81,7 +81,11 @@ def _hash(value: Any) -> str:
     """SHA-256 of tensors, numbers, texts, and containers of them: a ledger must not mistake one batch for another."""
     if isinstance(value, Tensor):
         array = value.detach().cpu().contiguous()
-        parts = [str(array.dtype), str(tuple(array.shape)), hashlib.sha256(array.flatten().view(torch.uint8).numpy()).hexdigest()]
+        parts = [
+            str(array.dtype),
+            str(tuple(array.shape)),
+            hashlib.sha256(array.flatten().view(torch.uint8).numpy()).hexdigest(),
+        ]
     elif isinstance(value, Mapping):
         parts = [f"{key}={_hash(item)}" for key, item in value.items()]
     elif isinstance(value, (list, tuple)):
@@ -89,7 +93,11 @@ def _hash(value: Any) -> str:
     elif value is None or isinstance(value, (str, int, float, bool)):
         parts = [repr(value)]
     else:
-        raise BadInput("with a ledger, batches hold tensors, numbers and texts", found=type(value).__name__, fix="leave the ledger out")
+        raise BadInput(
+            "with a ledger, batches hold tensors, numbers and texts",
+            found=type(value).__name__,
+            fix="leave the ledger out",
+        )
     return hashlib.sha256("/".join([type(value).__name__, *parts]).encode()).hexdigest()
 
 

@@ -20,7 +20,14 @@ Score = Callable[[nn.Module, Batch], Mapping[str, float]]
 
 
 def scores(
-    model: nn.Module, batches: Sequence[Batch], score: Score, *, ledger: Ledger, model_hash: str, data_hash: str, split: str
+    model: nn.Module,
+    batches: Sequence[Batch],
+    score: Score,
+    *,
+    ledger: Ledger,
+    model_hash: str,
+    data_hash: str,
+    split: str,
 ) -> dict[str, NDArray[np.float64]]:
     """Figures of every batch of a split, by name, each (batches,); one ledger row a batch, so that a kill loses one batch."""
     training = model.training
@@ -34,7 +41,13 @@ def scores(
 
         rows.append(
             ledger.ask(
-                evaluate, model=model_hash, data=data_hash, metric=f"scores of {split}", radius=0.0, direction=None, batch=index
+                evaluate,
+                model=model_hash,
+                data=data_hash,
+                metric=f"scores of {split}",
+                radius=0.0,
+                direction=None,
+                batch=index,
             )
         )
     model.train(training)

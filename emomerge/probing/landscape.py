@@ -28,7 +28,9 @@ def alpha_curve(
     Returns:
         (alphas,), batch-weighted mean losses in nats.
     """
-    backwards = {name: base[name] - p.detach() for name, p in probe.parameters.items()}  # −τ, so that α = 1 is θ to the bit
+    backwards = {
+        name: base[name] - p.detach() for name, p in probe.parameters.items()
+    }  # −τ, so that α = 1 is θ to the bit
 
     def evaluate(move: Move, alpha: float, batch: int) -> dict[str, float]:
         move(backwards, 1 - alpha)

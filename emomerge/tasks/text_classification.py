@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,8 +67,9 @@ class TextClassificationTask(Task):
         sources.check_classes(parts["train"].labels, labelling.classes, section.train)
 
         self._tokenizer = load_tokenizer(base)
-        _check_length(section.max_length, self._tokenizer, base)
-        splits = {role: self._tokenise(part) for role, part in parts.items()}
+        config = load_config(base).get_text_config()
+        longest, vocabulary = _longest(section, self._tokenizer, config), getattr(config, "vocab_size", math.inf)
+        splits = {role: _tokenise(part, self._tokenizer, longest, vocabulary) for role, part in parts.items()}
         summary = sources.summarise(list(splits.values()), labelling.classes, left_out)
         return TaskData(**splits, classes=labelling.classes, summary=summary)
 
@@ -76,9 +78,8 @@ class TextClassificationTask(Task):
         from transformers import AutoModelForSequenceClassification
 
         model: Any = load_classifier(AutoModelForSequenceClassification, base, data.classes)
-        config = model.config.get_text_config()
-        if config.pad_token_id is None:  # decoders classify at the last token that is no padding
-            config.pad_token_id = load_tokenizer(base).pad_token_id
+        # Decoders classify at the last token that is no padding, so the model must know what we pad with.
+        model.config.get_text_config().pad_token_id = load_tokenizer(base).pad_token_id
         classifier: nn.Module = model
         return classifier
 
@@ -94,43 +95,42 @@ class TextClassificationTask(Task):
 
         return reload_classifier(AutoModelForSequenceClassification, folder, trust_remote_code)
 
-    def _tokenise(self, sentences: _Sentences) -> TextSplit:
-        # On the right for every model: positions counted from the left are then those of the sentence alone.
-        tokens = self._tokenizer(
-            sentences.texts,
-            truncation=True,
-            max_length=self.section.max_length,
-            padding="longest",
-            padding_side="right",
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        lengths = tokens["attention_mask"].sum(dim=1)
-        if not lengths.all():
-            raise BadInput(
-                "the tokenizer makes no token of a sentence", found=repr(sentences.texts[int(lengths.argmin())])
-            )
-        return TextSplit({**tokens, "labels": sentences.labels})
+
+# Tokens
 
 
-def _check_length(max_length: int, tokenizer: Any, base: recipe.Base) -> None:
-    """The model must have a position for every token, and an embedding for every token id."""
-    config = load_config(base).get_text_config()
-    positions = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or max_length)
-    if max_length > positions:
+def _tokenise(sentences: _Sentences, tokenizer: Any, longest: int, vocabulary: float) -> TextSplit:
+    # Padded on the right for every model: positions counted from the left are then those of the sentence alone.
+    tokens = tokenizer(
+        sentences.texts,
+        truncation=True,
+        max_length=longest,
+        padding="longest",
+        padding_side="right",
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    lengths = tokens["attention_mask"].sum(dim=1)
+    if not lengths.all():
+        raise BadInput("the tokenizer finds no token in a text", found=repr(sentences.texts[int(lengths.argmin())]))
+    largest = int(tokens["input_ids"].max())
+    if largest >= vocabulary:
+        raise BadInput("the tokenizer gives tokens the base has not", expected=f"ids below {vocabulary}", found=largest)
+    return TextSplit({**tokens, "labels": sentences.labels})
+
+
+def _longest(section: recipe.TextClassification, tokenizer: Any, config: Any) -> int:
+    """Tokens a sentence may have: `max_length`, by default no more than the base has positions for."""
+    wanted = section.max_length
+    positions: int = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or wanted)
+    if wanted > positions and "max_length" in section.model_fields_set:
         raise BadInput(
             "sentences may be longer than the base can read",
             where="task.max_length",
             expected=f"at most {positions}",
-            found=max_length,
+            found=wanted,
         )
-    if len(tokenizer) > config.vocab_size:
-        raise BadInput(
-            "the tokenizer knows more tokens than the base",
-            where=base.model,
-            expected=f"at most {config.vocab_size}",
-            found=len(tokenizer),
-        )
+    return min(wanted, positions)
 
 
 # Labels

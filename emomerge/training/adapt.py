@@ -36,7 +36,7 @@ def adapt(model: nn.Module, adapter: Lora | Full, *, task_type: str | None, head
 
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         use_rslora=adapter.rslora,
         target_modules=adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
@@ -47,9 +47,12 @@ def adapt(model: nn.Module, adapter: Lora | Full, *, task_type: str | None, head
         warnings.simplefilter("ignore")
         torch.manual_seed(seed_of("adapter", seed))
         try:
-            return get_peft_model(model, config)
+            adapted: nn.Module = get_peft_model(model, config)
         except ValueError as error:
-            raise BadInput("the adapter fits no module", where=f"adapter.targets = {adapter.targets!r}", found=error) from None
+            raise BadInput(
+                "the adapter fits no module", where=f"adapter.targets = {adapter.targets!r}", found=error
+            ) from None
+    return adapted
 
 
 def save_adapted(model: nn.Module, folder: Path, *, base_folder: Path) -> None:

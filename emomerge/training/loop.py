@@ -181,7 +181,10 @@ def _resume(run: RunDir, inputs: str, model: nn.Module, optimizer: EmoOptimizer)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except Exception as error:  # safetensors raises its own type, which says nothing of the file
         raise BadInput(
-            "the run's checkpoint cannot be read", where=run.checkpoint, found=error, fix="delete it to train this run anew"
+            "the run's checkpoint cannot be read",
+            where=run.checkpoint,
+            found=error,
+            fix="delete it to train this run anew",
         ) from None
     if header["inputs"] != inputs:
         return 0

@@ -1,10 +1,10 @@
 """Run directories: one shallow run on disk, its state, metrics and artefact.
 
-    runs/sens-0/
-      run.json                 state, figures, hashes; `artefact` names the folder below
-      metrics.jsonl            one row a step: loss, emoPulse and what it was made of
-      adapter/ or model/       the result, PEFT or dense, once the run is done
-      checkpoint.safetensors   where a killed run resumes; gone once the run is done
+runs/sens-0/
+  run.json                 state, figures, hashes; `artefact` names the folder below
+  metrics.jsonl            one row a step: loss, emoPulse and what it was made of
+  adapter/ or model/       the result, PEFT or dense, once the run is done
+  checkpoint.safetensors   where a killed run resumes; gone once the run is done
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def planned_runs(recipe: Recipe) -> list[RunSpec]:
     """The shallow runs of a recipe, optimizer by optimizer within each training seed."""
     runs = recipe.runs
     return [
-        RunSpec(f"{optimizer}-{seed}", optimizer, seed, runs.steps) for seed in runs.seeds for optimizer in runs.optimizers
+        RunSpec(f"{optimizer}-{seed}", optimizer, seed, runs.steps)
+        for seed in runs.seeds
+        for optimizer in runs.optimizers
     ]
 
 

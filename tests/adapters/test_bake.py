@@ -72,18 +72,15 @@ class ConvNet(nn.Module):
 
 
 class Lines(nn.Module):
-    """One- and three-dimensional convolutions and attention."""
+    """One- and three-dimensional convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.line = nn.Conv1d(3, 8, 3, padding=1)
         self.cube = nn.Conv3d(1, 2, 3, padding=1)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.line(x.flatten(2)).mT
-        y = self.attention(y, y, y)[0]
-        return self.cube(y[:, None, None]).flatten(1)
+        return self.cube(self.line(x.flatten(2)).tanh()[:, None, None]).flatten(1)
 
 
 def output(model: nn.Module) -> torch.Tensor:
@@ -151,7 +148,7 @@ CASES = {
     "conv1d-and-linear": (gpt2, {"target_modules": ["c_proj", "lm_head"], "r": 3}),
     "embedding-gpt2": (gpt2, {"target_modules": ["c_attn", "wte"], "r": 3}),
     "conv2d": (ConvNet, {"target_modules": ["stem", "mix", "head"], "r": 2, "lora_bias": True}),
-    "conv1d-conv3d-attention": (Lines, {"target_modules": ["line", "cube", "attention"], "r": 2}),
+    "conv1d-conv3d": (Lines, {"target_modules": ["line", "cube"], "r": 2}),
     "vit": (vit, {"target_modules": ["q_proj", "v_proj", "projection"], "modules_to_save": ["classifier"]}),
     "experts": (
         mixtral,
@@ -266,7 +263,7 @@ def test_baking_does_not_depend_on_the_thread_count(tmp_path):
 
 
 def test_a_tied_embedding_is_refused_but_an_untied_view_of_it_is_not(tmp_path):
-    model = gpt2(tied=True)
+    model = loud(gpt2(tied=True))
     save_base(model, tmp_path / "base")
     adapted(model, tmp_path / "adapter", target_modules=["wte"])
     with pytest.raises(BadInput, match=r"ties.*lm_head"):
@@ -274,7 +271,7 @@ def test_a_tied_embedding_is_refused_but_an_untied_view_of_it_is_not(tmp_path):
     live = adapted(model, tmp_path / "both", target_modules=["wte", "lm_head"], ensure_weight_tying=True)
     write_checkpoint(bake(tmp_path / "base", tmp_path / "both"), tmp_path / "out")
     load_into(model, open_checkpoint(tmp_path / "out"))
-    torch.testing.assert_close(output(model), live, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(output(model), live, rtol=1e-6, atol=TOLERANCE)
 
 
 def test_open_run_takes_all_that_a_run_can_leave(tmp_path):

@@ -1,0 +1,7 @@
+"""From several runs over one base to one model: `merge` streams tensors through a merge method."""
+
+from emomerge.merging import methods  # noqa: F401  (registers them)
+from emomerge.merging.engine import MergedCheckpoint, merge
+from emomerge.merging.registry import METHODS, MergeMethod, check_params, merge_method
+
+__all__ = ["METHODS", "MergeMethod", "MergedCheckpoint", "check_params", "merge", "merge_method"]

@@ -1,0 +1,128 @@
+"""What a merge did to the runs: norms, cosines, sign agreement, what was kept.
+
+Counts are exact. Other sums are float64 over rows of a fixed length, which no thread count splits, joined by `math.fsum`,
+which is exact in any order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import combinations_with_replacement
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from emomerge.merging.methods import run_sum
+
+ROW = 4096
+"""Elements of a row."""
+PIECE = 32 * ROW
+"""Elements worked on at a time: they stay in the cache, and float32 counts up to 2²⁴ of them exactly."""
+
+
+class Figures:
+    """Sums over the coordinates of a tensor, or of several, for N runs.
+
+    `products[i, j]` = Σ x_i·x_j, where x_0 … x_N₋₁ are the task vectors, then the merged τ_m, the mean τ̄, and τ̄ where τ_m ≠ 0.
+    """
+
+    def __init__(self, runs: int) -> None:
+        merged, mean, kept = range(runs, runs + 3)
+        pairs = [
+            *combinations_with_replacement(range(runs), 2),
+            (merged, merged),
+            (merged, mean),
+            (mean, mean),
+            (kept, kept),
+        ]
+        self.products: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
+        self.signs = torch.zeros(runs, runs, dtype=torch.int64)
+        """Coordinates that two runs move alike, less those that they move apart."""
+        self.shared = torch.zeros(runs, runs, dtype=torch.int64)
+        """Coordinates that both runs move."""
+        self.masked = torch.zeros(runs, dtype=torch.int64)
+        """Coordinates in each run's mask."""
+        self.moved = 0
+        """Coordinates that any run moves."""
+        self.kept = 0
+        """Coordinates that the merge moves."""
+
+    def add(self, deltas: Tensor, merged: Tensor, masks: Tensor | None) -> None:
+        """A tensor or a piece of one: deltas (runs, *shape), merged (*shape), masks (runs, *shape) or None."""
+        pieces = deltas.flatten(1).split(PIECE, dim=1), merged.flatten().split(PIECE)
+        for some_deltas, some_merged in zip(*pieces, strict=True):
+            self._add(some_deltas, some_merged)
+        if masks is not None:
+            self.masked += masks.flatten(1).sum(dim=1).cpu()
+
+    def _add(self, deltas: Tensor, merged: Tensor) -> None:
+        mean = run_sum(deltas) / len(deltas)
+        x = torch.cat([deltas, torch.stack([merged, mean, torch.where(merged != 0, mean, 0)])]).double()
+        rows = pad(x, (0, -x.shape[1] % ROW)).unflatten(1, (-1, ROW))
+        partial = torch.stack([(rows[i] * rows[j]).sum(dim=1) for i, j in self.products])
+        for sums, new in zip(self.products.values(), partial.tolist(), strict=True):
+            sums.append(math.fsum(new))
+        signs, moves = deltas.sign(), (deltas != 0).to(deltas.dtype)
+        self.signs += (signs @ signs.T).to("cpu", torch.int64)
+        self.shared += (moves @ moves.T).to("cpu", torch.int64)
+        self.moved += int(deltas.any(dim=0).count_nonzero())
+        self.kept += int(merged.count_nonzero())
+
+    def join(self, others: Iterable[Figures]) -> Figures:
+        """These figures and all the others."""
+        for other in others:
+            for pair, sums in other.products.items():
+                self.products[pair] += sums
+            self.signs += other.signs
+            self.shared += other.shared
+            self.masked += other.masked
+            self.moved += other.moved
+            self.kept += other.kept
+        return self
+
+
+def describe(figures: Figures, labels: Sequence[str], elements: int, *, masking: bool) -> dict[str, Any]:
+    """The figures in the reader's terms, ready for JSON; what has no value (a cosine with zero) is None.
+
+    Args:
+        figures: of the whole task vectors.
+        labels: the runs' names.
+        elements: coordinates of a task vector, which densities are fractions of.
+        masking: whether the method gives each run a mask.
+    """
+    runs = len(labels)
+    merged, mean, kept = range(runs, runs + 3)
+    products = {pair: math.fsum(sums) for pair, sums in figures.products.items()}
+    norms = [math.sqrt(products[run, run]) for run in range(runs)]
+    agreeing = ((figures.shared + figures.signs) // 2).tolist()
+    shared = figures.shared.tolist()
+
+    def cosine(i: int, j: int) -> float | None:
+        i, j = min(i, j), max(i, j)
+        return ratio(products[i, j], math.sqrt(products[i, i]) * math.sqrt(products[j, j]))
+
+    report: dict[str, Any] = {
+        "elements": elements,
+        "lambda_crit": 1 / (runs - 1) if runs > 1 else None,
+        "moved_density": ratio(figures.moved, elements),
+        "kept_density": ratio(figures.kept, elements),
+        "kept_energy": ratio(products[kept, kept], products[mean, mean]),
+        "cosine_to_mean": cosine(merged, mean),
+        "merged_norm": math.sqrt(products[merged, merged]),
+        "mean_norm": math.sqrt(products[mean, mean]),
+        "run_norms": dict(zip(labels, norms, strict=True)),
+        "cosines": [[cosine(i, j) for j in range(runs)] for i in range(runs)],
+        "sign_agreement": [[ratio(agreeing[i][j], shared[i][j]) for j in range(runs)] for i in range(runs)],
+    }
+    if masking:
+        densities = [ratio(count, elements) for count in figures.masked.tolist()]
+        report["mask_density"] = dict(zip(labels, densities, strict=True))
+    return report
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """part/whole, or None of nothing."""
+    return part / whole if whole else None

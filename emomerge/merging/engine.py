@@ -1,0 +1,225 @@
+"""Merging: runs over one base go through a method, tensor by tensor, when a tensor of the result is asked for."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from emomerge.adapters import open_run
+from emomerge.checkpoints import Checkpoint, open_checkpoint
+from emomerge.errors import BadInput, EmomergeError
+from emomerge.merging.diagnostics import Figures, describe
+from emomerge.merging.registry import MergeMethod, check_params, find_method, select
+from emomerge.merging.vectors import Candidate, Displaced, Loss, TaskVectors, finite_or_inf
+
+SCALES = tuple(step / 10 for step in range(1, 16))
+"""What scale: auto chooses from."""
+
+Weights = Sequence[float] | Literal["equal", "auto"]
+
+
+def merge(
+    base: Checkpoint | str | Path,
+    runs: Sequence[Checkpoint | str | Path],
+    *,
+    method: str = "tall-mask",
+    weights: Weights | None = None,
+    scale: float | Literal["auto"] | None = None,
+    held_out_loss: Loss | None = None,
+    run_losses: Sequence[float] | None = None,
+    names: Sequence[str] | None = None,
+    **params: Any,
+) -> MergedCheckpoint:
+    """Merge runs that started from one base: θ₀ + scale·τ_m, lazily.
+
+    Args:
+        base: θ₀.
+        runs: the θ_t, dense or adapters, each with the base's floating tensors.
+        method: one of `METHODS`.
+        weights: one number a run, "equal", or "auto": the softmax of the runs' z-scored negative held-out losses. Methods
+            that average take weights relative to each other; task-arithmetic takes them as they are, by default 1.
+        scale: the factor on τ_m, by default 1, or "auto": that of 0.1, 0.2 … 1.5 with the lowest held-out loss.
+        held_out_loss: the loss of a checkpoint on held-out data. With it, tall-mask's weights and scale are "auto" unless
+            they are given.
+        run_losses: the held-out loss of each run, if already known.
+        names: what to call the runs in messages and diagnostics.
+        **params: the method's own parameters (see `check_params`).
+
+    Returns:
+        MergedCheckpoint: the merge; a tensor is computed when it is asked for.
+
+    Raises:
+        BadInput: an unknown method or parameter, a run that does not fit the base, or something to be chosen by held-out
+            loss where none can be had. A non-finite task vector is found when its tensor is reached.
+    """
+    definition = find_method(method)
+    given: dict[str, Any] = {"scale": scale, "weights": weights if isinstance(weights, str | None) else list(weights)}
+    options = check_params(method, params | {key: value for key, value in given.items() if value is not None})
+    base = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+    _check_lengths(len(runs), weights=options.get("weights"), run_losses=run_losses, names=names)
+    opened = [open_run(base, run) for run in runs]
+    task = TaskVectors(base, opened, labels=names or _labels(runs), held_out_loss=held_out_loss, run_losses=run_losses)
+    task.weights = _resolve_weights(task, definition, options.pop("weights", None))
+    scale = options.pop("scale")
+    merged = MergedCheckpoint(task, definition, options)
+    if scale == "auto" or (scale is None and definition.tuned and held_out_loss is not None):
+        merged.choose_scale()
+    elif scale is not None:
+        merged.scale = float(scale)
+    return merged
+
+
+class MergedCheckpoint(Displaced):
+    """A merge: the base's names, dtypes and shapes; `merged[name]` is θ₀ + scale·τ_m in float32 (float64 where an input is).
+
+    Made by `merge`.
+    """
+
+    def __init__(self, task: TaskVectors, method: MergeMethod, options: dict[str, Any]) -> None:
+        super().__init__(task.base, source=f"{method.name} of {len(task)} runs over {task.base.source}")
+        self._task = task
+        self._method = method
+        self._options = options
+        self._found = method.first_pass(task, **select(method.first_pass, options)) if method.first_pass else {}
+        self._arguments = select(method.function, options | self._found)
+        self._masking = False
+        self._figures: dict[str, Figures] = {}
+        self._scale_losses: dict[float, float] = {}
+
+    def tau(self, name: str) -> Tensor | None:
+        """τ_m of a tensor, before scaling; None where no run moved it."""
+        if name not in self._task.names:
+            self._task.check_equal(name)
+            return None
+        figures = Figures(len(self._task))
+        parts = []
+        for deltas in self._task.pieces(name, whole=not self._method.elementwise):
+            inputs = {"deltas": deltas, "weights": self._task.weights_for(deltas), "name": name}
+            result = self._method.function(**select(self._method.function, inputs), **self._arguments)
+            tau, masks = result if isinstance(result, tuple) else (result, None)
+            parts.append(tau.flatten())
+            if name not in self._figures:
+                self._masking |= masks is not None
+                figures.add(deltas, tau, masks)
+        self._figures.setdefault(name, figures)
+        return torch.cat(parts).view(self.info(name).shape) if parts else None
+
+    def choose_scale(self) -> None:
+        """Take the scale with the lowest held-out loss, the smaller of equals. τ_m is computed once and kept on disk."""
+        loss = self._task.need_loss("scale: auto")
+        with tempfile.TemporaryDirectory(prefix="emomerge-") as folder:
+            files = {}
+            for number, name in enumerate(self._task.names):
+                if (tau := self.tau(name)) is not None:
+                    files[name] = Path(folder) / f"{number}.safetensors"
+                    save_file({"tau": tau.contiguous()}, files[name])
+
+            def spooled(name: str) -> Tensor | None:
+                return load_file(files[name])["tau"] if name in files else None
+
+            for scale in SCALES:
+                self._scale_losses[scale] = finite_or_inf(loss(Candidate(self.base, spooled, scale=scale)))
+        self.scale = min(SCALES, key=self._scale_losses.__getitem__)
+        if math.isinf(self._scale_losses[self.scale]):
+            raise EmomergeError(
+                f"{self.source}: the held-out loss is finite at no scale from {SCALES[0]} to {SCALES[-1]}"
+            )
+
+    def diagnostics(self) -> dict[str, Any]:
+        """What the merge did, ready for JSON; tensors that nobody asked for yet are computed now.
+
+        Densities are fractions of all floating weights. `method`, `params` (as resolved, with scale and weights), `runs`;
+        `lambda_crit` 1/(N−1); `moved_density`: of any run; `kept_density`: of τ_m; `kept_energy`: the share of ‖τ̄‖² where
+        τ_m ≠ 0, τ̄ the plain mean; `cosine_to_mean`: of τ_m to τ̄; `merged_norm`, `mean_norm`, `run_norms`: of τ_m, τ̄, τ_t;
+        `cosines` and `sign_agreement` of the τ_t, pairwise, the latter over coordinates that both moved; `mask_density` of
+        each run where the method masks; `held_out`: losses that were measured; `warnings`.
+        """
+        for name in self._task.names:
+            if name not in self._figures:
+                self.tau(name)
+        figures = Figures(len(self._task)).join(self._figures.values())
+        report = {
+            "method": self._method.name,
+            "params": self._resolved(),
+            "runs": list(self._task.labels),
+            **describe(figures, self._task.labels, self._task.numel, masking=self._masking),
+        }
+        losses = self._task.known_run_losses
+        if losses is not None:
+            report["run_losses"] = dict(zip(self._task.labels, losses, strict=True))
+        if self._scale_losses:
+            report["scale_losses"] = {f"{scale:g}": _json(loss) for scale, loss in self._scale_losses.items()}
+        advice = self._method.advice(report) if self._method.advice and self._figures else []
+        report["warnings"] = advice + self._compare_with_runs(losses)
+        return report
+
+    def _resolved(self) -> dict[str, Any]:
+        """The parameters as a recipe writes them, with what was chosen."""
+        params = {key.rstrip("_"): value for key, value in self._options.items()}
+        plain = {key: value for key, value in self._found.items() if isinstance(value, str | int | float | tuple)}
+        if self._method.takes_weights:
+            total = len(self._task) if self._method.relative_weights else 1
+            params["weights"] = [weight / total for weight in self._task.weights]
+        return {key: _json(value) for key, value in {**params, **plain, "scale": self.scale}.items()}
+
+    def _compare_with_runs(self, losses: list[float] | None) -> list[str]:
+        """A merge that is worse than its best run is not worth having."""
+        if not losses or not self._scale_losses:
+            return []
+        best, merged = min(losses), self._scale_losses[self.scale]
+        if merged <= best:
+            return []
+        label = self._task.labels[losses.index(best)]
+        return [f"the merge's held-out loss {merged:.4g} is worse than {best:.4g} of run {label}; use that run instead"]
+
+
+def _resolve_weights(task: TaskVectors, method: MergeMethod, given: Weights | None) -> tuple[float, ...]:
+    """One weight a run; with mean 1 where the method averages."""
+    runs = len(task)
+    measurable = task.known_run_losses is not None or task.held_out_loss is not None
+    if given == "auto" or (given is None and method.tuned and measurable):
+        given = softmax_weights(task.run_losses("weights: auto"))
+    elif given is None or isinstance(given, str):
+        given = [1.0] * runs
+    if not method.relative_weights:
+        return tuple(given)
+    total = math.fsum(given)
+    if total <= 0:
+        raise BadInput("weights must have a positive sum", found=list(given))
+    return tuple(weight * runs / total for weight in given)
+
+
+def softmax_weights(losses: Sequence[float]) -> list[float]:
+    """Softmax of the z-scored negative losses (population deviation); equal weights where the losses are equal."""
+    mean, deviation = statistics.fmean(losses), statistics.pstdev(losses)
+    powers = [math.exp((mean - loss) / deviation) if deviation else 1.0 for loss in losses]
+    return [power / math.fsum(powers) for power in powers]
+
+
+def _check_lengths(runs: int, **given: Sequence[Any] | None) -> None:
+    if runs == 0:
+        raise BadInput("no runs to merge", expected="at least one")
+    for what, values in given.items():
+        if values is not None and not isinstance(values, str) and len(values) != runs:
+            raise BadInput(f"`{what}` does not fit the runs", expected=f"{runs}, one for each run", found=len(values))
+
+
+def _labels(runs: Sequence[Checkpoint | str | Path]) -> list[str]:
+    """What the runs are called: where they come from, numbered where that is the same."""
+    sources = [run.source if isinstance(run, Checkpoint) else str(run) for run in runs]
+    return [f"{source} #{i}" if sources.count(source) > 1 else source for i, source in enumerate(sources, start=1)]
+
+
+def _json(value: Any) -> Any:
+    """A value that JSON can hold: tuples as lists, infinity as nothing."""
+    if isinstance(value, tuple):
+        return [_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,296 @@
+"""The five rules against their formulas, written out once more in plain tensor arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emomerge.optim import OPTIMIZERS, EmoAiry, EmoTion, EmoVoid
+from emomerge.optim.base import EmoOptimizer
+from emomerge.optim.pulse import PRESETS
+
+B1, B2, EPS, DECAY = 0.9, 0.995, 1e-8, 0.01
+LOSSES = [1.0, 0.9, 0.95, 0.7, 0.72, 4.0, 4.2, 3.9, 0.6, 0.5, 0.45, 0.44]
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("sens", {}),
+    ("airy", {}),
+    ("airy", {"sign": False}),
+    ("cats", {}),
+    ("tion", {}),
+    ("tion", {"geometry": "l1"}),
+    ("void", {}),
+    ("void", {"geometry": "l1"}),
+]
+SHAPES = [(4, 3), (5,), (2, 3, 2), ()]
+
+
+def problem(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[list[nn.Parameter], list[list[Tensor]]]:
+    """Parameters of every number of dimensions, and a gradient of each for every step."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> list[Tensor]:
+        return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+
+    return [nn.Parameter(w) for w in draw()], [draw() for _ in LOSSES]
+
+
+def run(opt: EmoOptimizer, params: list[nn.Parameter], gradients: list[list[Tensor]]) -> None:
+    for loss, grads in zip(LOSSES, gradients, strict=True):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g.clone()
+        opt.observe(loss)
+        opt.step()
+        for p, g in zip(params, grads, strict=True):
+            assert torch.equal(p.grad, g)  # gradients are read, never changed
+
+
+def rho(w: Tensor, g: Tensor) -> Tensor:
+    return (w * g).sum().abs() / (w.norm() * g.norm() + EPS)
+
+
+def plain_sens(
+    ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]
+) -> list[Tensor]:
+    new = []
+    for w, g, state in zip(ws, gs, s, strict=True):
+        state["m"] = B1 * state.get("m", 0) + (1 - B1) * g
+        state["v"] = B2 * state.get("v", 0) + (1 - B2) * g**2
+        new.append(w * (1 - DECAY * eta) - eta * state["m"] / (state["v"].sqrt() + EPS))
+    return new
+
+
+def plain_airy(
+    ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]
+) -> list[Tensor]:
+    new = []
+    for w, g, state in zip(ws, gs, s, strict=True):
+        if w.dim() >= 2:
+            state["r"] = B2 * state.get("r", 0) + (1 - B2) * (g**2).mean(dim=list(range(1, g.dim())), keepdim=True)
+            state["c"] = B2 * state.get("c", 0) + (1 - B2) * (g**2).mean(dim=0, keepdim=True)
+            second = state["r"] * state["c"]
+        else:
+            second = state["v"] = B2 * state.get("v", 0) + (1 - B2) * g**2
+        u = g / (second.sqrt() + EPS)
+        new.append(w * (1 - DECAY * eta) - eta * (u.sign() if memory.get("sign", True) else u))
+    return new
+
+
+def plain_cats(
+    ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]
+) -> list[Tensor]:
+    new = []
+    for w, g, state in zip(ws, gs, s, strict=True):
+        m = state.get("m", torch.zeros_like(g))
+        new.append(w * (1 - DECAY * eta) - eta * (B1 * m + (1 - B1) * g).sign())
+        state["m"] = B2 * m + (1 - B2) * g
+    return new
+
+
+def plain_tion(
+    ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]
+) -> list[Tensor]:
+    new = []
+    now, last = memory["now"], memory.get("last")
+    fresh = 1.0 if last is None else min(max(abs(now - last) / (last + 1e-8) / 0.03, 1 - B1), 1.0)
+    memory["last"] = now
+    for w, g, state in zip(ws, gs, s, strict=True):
+        m = state.get("m", torch.zeros_like(g))
+        if memory.get("geometry") == "l1":
+            a = (1 - B1) * fresh
+            state["m"] = (1 - a) * m + a * g
+        else:
+            state["rho"] = 0.9 * state["rho"] + 0.1 * rho(w, g) if "rho" in state else rho(w, g)
+            state["m"] = B1 * m + (1 - B1) * (1 - state["rho"]) * g
+        new.append(w * (1 - DECAY * eta) - eta * state["m"].sign())
+    return new
+
+
+def plain_void(
+    ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]
+) -> list[Tensor]:
+    if memory.get("geometry") != "l1":
+        return [w - eta * (1 - rho(w, g)) * g.sign() for w, g in zip(ws, gs, strict=True)]
+    scale = memory["last"] / (memory["now"] + 1e-8) if "last" in memory else 1.0
+    memory["last"] = memory["now"] * scale
+    return [w * scale - eta * g.sign() for w, g in zip(ws, gs, strict=True)]
+
+
+PLAIN: dict[str, Callable[..., list[Tensor]]] = {
+    "sens": plain_sens, "airy": plain_airy, "cats": plain_cats, "tion": plain_tion, "void": plain_void,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_is_the_formula(name: str, options: dict[str, Any], shadow: bool) -> None:
+    params, gradients = problem()
+    opt = OPTIMIZERS[name](params, lr=50.0, use_shadow=shadow, **options)
+    ws = [p.detach().clone() for p in params]
+    slow, states, memory = [w.clone() for w in ws], [{} for _ in ws], dict(options)
+    jumps = 0
+    for loss, grads in zip(LOSSES, gradients, strict=True):
+        memory["now"] = sum(float(w.abs().sum()) for w in ws)  # before the shadow
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g.clone()
+        opt.observe(loss)
+        opt.step()
+        sigma, trust = abs(opt.pulse.sigma), abs(opt.pulse.trust)
+        if shadow and sigma > 0.625:
+            jumps += 1
+            ws = [w * sigma + trust * s for w, s in zip(ws, slow, strict=True)]
+        elif shadow:
+            slow = [s + 0.1 * trust * (w - s) for w, s in zip(ws, slow, strict=True)]
+        ws = PLAIN[name](ws, grads, states, opt.pulse.rate, memory)
+        for p, w in zip(params, ws, strict=True):
+            torch.testing.assert_close(p.detach(), w, atol=1e-12, rtol=1e-12)
+    assert bool(jumps) == shadow
+
+
+def test_airy_steps_by_the_sign_of_the_gradient() -> None:
+    params, gradients = problem()
+    twins, _ = problem()
+    run(EmoAiry(params, weight_decay=0.0), params, gradients)
+    rates = []
+    pulse = EmoAiry(twins).pulse
+    for loss, grads in zip(LOSSES, gradients, strict=True):
+        rates.append(pulse.update(loss))
+        for p, g in zip(twins, grads, strict=True):
+            p.data.sub_(rates[-1] * g.sign())
+    for p, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(p.detach(), twin.detach(), atol=1e-12, rtol=0)
+
+
+def test_airy_state_is_small() -> None:
+    p = nn.Parameter(torch.ones(30, 20, 2))
+    opt = EmoAiry([p])
+    p.grad = torch.ones_like(p)
+    opt.observe(1.0)
+    opt.step()
+    assert {name: tuple(t.shape) for name, t in opt.state[p].items()} == {"r": (30, 1, 1), "c": (1, 20, 2)}
+
+
+def test_zero_gradient_moves_only_by_decay() -> None:
+    for name, opt_class in OPTIMIZERS.items():
+        p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        opt = opt_class([p])
+        p.grad = torch.zeros_like(p)
+        opt.observe(1.0)
+        opt.step()
+        factor = 1.0 if name == "void" else 1 - 0.01 * opt.pulse.rate
+        assert p.tolist() == pytest.approx([factor, -2 * factor], abs=1e-15)
+
+
+def test_void_holds_the_norm_for_55_steps_and_again_at_rest() -> None:
+    w = nn.Parameter(torch.linspace(0.5, 1.5, 8, dtype=torch.float64))
+    opt = EmoVoid([w], geometry="l1")
+    norms, held, rest = [], [], None
+    for step in range(1, 900):
+        w.grad = -torch.ones_like(w)  # every step wants to grow Σ|W| by 8η
+        opt.observe(0.5)
+        opt.step()
+        norms.append(float(w.detach().abs().sum()))
+        held.append(opt.scale != 1.0)
+        if rest is None and opt.pulse.should_stop:
+            rest = step
+    assert rest is not None
+    active = [step for step, on in enumerate(held, start=1) if on]
+    assert active == [*range(2, 56), *range(rest + 1, rest + 56)]
+    start = 8.0
+    assert norms[54] == pytest.approx(start, abs=8 * 1.1e-4)  # held: only the last step's growth shows
+    assert norms[99] > norms[54] + 40 * 8e-5  # not held: it grows
+
+
+def test_tion_momentum_takes_in_fresh_gradients_only() -> None:
+    for along in (True, False):
+        w = nn.Parameter(torch.tensor([3.0, 4.0]))
+        opt = EmoTion([w])
+        w.grad = torch.tensor([3.0, 4.0]) if along else torch.tensor([-4.0, 3.0])
+        opt.observe(1.0)
+        opt.step()
+        expected = [0.0, 0.0] if along else [-0.4, 0.3]
+        assert opt.state[w]["m"].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_maximize_is_minimising_the_mirrored_problem(name: str, options: dict[str, Any], preset: str) -> None:
+    params, gradients = problem()
+    mirrored, _ = problem()
+    up = OPTIMIZERS[name](params, preset=preset, maximize=True, **options)
+    down = OPTIMIZERS[name](mirrored, preset=preset, **options)
+    for loss, grads in zip(LOSSES, gradients, strict=True):
+        for p, q, g in zip(params, mirrored, grads, strict=True):
+            p.grad, q.grad = g.clone(), -g
+        up.observe(loss)
+        down.observe(-loss)
+        up.step()
+        down.step()
+    assert up.pulse == down.pulse
+    for p, q in zip(params, mirrored, strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_half_precision_rounds_once_a_step(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    params, gradients = problem(dtype)
+    wide = [nn.Parameter(p.detach().float()) for p in params]
+    half_opt = OPTIMIZERS[name](params, lr=20.0, use_shadow=True, **options)
+    wide_opt = OPTIMIZERS[name](wide, lr=20.0, use_shadow=True, **options)
+    for loss, grads in zip(LOSSES, gradients, strict=True):
+        for p, q, g in zip(params, wide, grads, strict=True):
+            p.grad, q.grad = g.clone(), g.float()
+        for opt in (half_opt, wide_opt):
+            opt.observe(loss)
+            opt.step()
+        with torch.no_grad():
+            for p, q in zip(params, wide, strict=True):
+                q.copy_(q.to(dtype))
+                assert torch.equal(p.float(), q)
+    for state in half_opt.state.values():
+        assert all(t.dtype == torch.float32 for t in state.values())
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_does_not_depend_on_the_number_of_threads(name: str, options: dict[str, Any]) -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            generator = torch.Generator().manual_seed(0)
+            params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 40_001), (70_001,))]
+            opt = OPTIMIZERS[name](params, lr=10.0, use_shadow=True, **options)
+            for loss in LOSSES[:7]:
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=generator)
+                opt.observe(loss)
+                opt.step()
+            results.append([*params, *(t for p in params for t in opt.state[p].values())])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_converges_on_a_small_regression() -> None:
+    for opt_class in OPTIMIZERS.values():
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(64, 5, generator=generator)
+        y = x @ torch.randn(5, 1, generator=generator) * 0.1
+        w = nn.Parameter(torch.zeros(5, 1) + 0.01)
+        opt = opt_class([w], preset="guarded")
+
+        def closure(w: nn.Parameter = w, x: Tensor = x, y: Tensor = y) -> Tensor:
+            w.grad = None
+            loss = (x @ w - y).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        first = float(opt.step(closure))
+        for _ in range(900):
+            last = float(opt.step(closure))
+        assert last < 0.5 * first

@@ -1,0 +1,78 @@
+"""A tiny base with a tokenizer, and a small data file, made afresh."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from emomerge import recipe
+from emomerge.tasks import Task, make_task
+
+GOOD = ["good", "fine", "lovely", "bright"]
+BAD = ["bad", "dull", "awful", "grey"]
+FILLER = ["the", "film", "a", "story", "is", "and", "very", "quite"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> Path:
+    """A BERT encoder without a head, and its tokenizer."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLER]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=32).save_pretrained(str(folder))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=32, **sizes)).save_pretrained(str(folder))
+    return folder
+
+
+def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(text, label) pairs of 2 to 11 words."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        label, words = (("pos", GOOD), ("neg", BAD))[number % 2]
+        text = [*rng.choices(FILLER, k=rng.randint(1, 10)), rng.choice(words)]
+        rows.append((" ".join(text), label))
+    return rows
+
+
+@pytest.fixture
+def reviews(tmp_path) -> Path:
+    """80 labelled sentences as TSV with a header."""
+    path = tmp_path / "reviews.tsv"
+    path.write_text("text\tlabel\n" + "".join(f"{t}\t{n}\n" for t, n in sentences(80)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def text_task() -> Callable[..., Task]:
+    def build(train: object, **options: Any) -> Task:
+        return make_task(recipe.TextClassification(kind="text-classification", train=str(train), **options))
+
+    return build
+
+
+@pytest.fixture
+def image_task() -> Callable[..., Task]:
+    def build(train: object, **options: Any) -> Task:
+        return make_task(recipe.ImageClassification(kind="image-classification", train=str(train), **options))
+
+    return build

@@ -1,0 +1,226 @@
+import hashlib
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from emomerge.checkpoints import load_into, open_checkpoint
+from emomerge.errors import BadInput
+from emomerge.measure import Measurer
+from emomerge.pipeline import Pipeline, load_results
+from emomerge.recipe import parse_recipe
+from emomerge.training import RunDir
+from emomerge.workspace import Workspace
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_recipe, tmp_path_factory):
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert Pipeline(parse_recipe(tiny_recipe), out).run()
+    return out
+
+
+def hashes(out):
+    return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in out.glob("*/*/*.safetensors")}
+
+
+def test_everything_is_there(finished, tiny_recipe):
+    results = load_results(finished)
+    names = [a["name"] for a in results["artefacts"]]
+    runs = ["sens-0", "airy-0", "cats-0", "tion-0", "void-0"]
+    merges = ["tall-mask", "ties", "mean", "greedy-soup"]
+    assert names[:10] == ["base", *runs, *merges]
+    assert [a["role"] for a in results["artefacts"]][10:] == ["control"] * 5
+    for artefact in results["artefacts"]:
+        assert artefact["test_loss"] > 0
+        assert 0 <= artefact["test_accuracy"] <= 1
+        assert set(artefact["sharpness"]) == {"0.01", "0.03", "0.1"}
+    assert set(results["traces"]) == set(runs)
+    assert all(len(t["rate"]) == 6 for t in results["traces"].values())
+    assert results["merges"]["tall-mask"]["lambda_crit"] == pytest.approx(0.25)
+    assert (finished / "report.html").stat().st_size > 100_000
+    assert results["verdict"]["sentence"] in (finished / "report.html").read_text().replace("&#39;", "'")
+    assert results["selected"]["name"] in names
+
+
+def test_controls_have_the_length_of_the_merge(finished):
+    results = load_results(finished)
+    by_name = {a["name"]: a for a in results["artefacts"]}
+    merged = by_name[results["verdict"]["merge"]]
+    for control in (a for a in results["artefacts"] if a["role"] == "control"):
+        assert control["distance"] == pytest.approx(merged["distance"], rel=1e-4)
+        assert control["of"] in by_name
+
+
+def test_test_figures_come_from_the_test_split_and_choices_from_validation(finished, tiny_recipe):
+    made = Pipeline(parse_recipe(tiny_recipe), finished)
+    data = made.data
+    rows = [{tuple(x.flatten().tolist()) for x in s.batch(range(len(s)))["pixel_values"]} for s in (data.train, data.validation, data.test)]  # fmt: skip
+    assert not rows[0] & rows[1]
+    assert not rows[1] & rows[2]
+    results = load_results(finished)
+    best = min((a for a in results["artefacts"] if a["role"] in ("run", "merge")), key=lambda a: a["validation_loss"])
+    assert results["selected"]["name"] == best["name"]
+
+
+def test_the_written_merge_is_what_was_evaluated(finished, tiny_recipe):
+    made = Pipeline(parse_recipe(tiny_recipe), finished)
+    measurer: Measurer = made.measurer
+    batch = measurer.batches("test")[0]
+    for spec in made.recipe.merge:
+        load_into(measurer.model, open_checkpoint(finished / "merges" / spec.label))
+        with torch.inference_mode():
+            evaluated = made.task.logits(measurer.model, batch)
+            loaded = made.task.logits(made.task.reload_model(finished / "merges" / spec.label), batch)
+        assert (evaluated - loaded).abs().max() <= 1e-5
+
+
+def test_again_there_is_nothing_to_do(finished, tiny_recipe):
+    before = hashes(finished), {f: f.stat().st_mtime_ns for f in finished.rglob("*.safetensors")}
+    started = time.monotonic()
+    assert not Pipeline(parse_recipe(tiny_recipe), finished).run()
+    assert time.monotonic() - started < 5
+    assert before == (hashes(finished), {f: f.stat().st_mtime_ns for f in finished.rglob("*.safetensors")})
+
+
+def test_only_what_changed_is_done_again(finished, tiny_recipe, tmp_path):
+    import shutil
+
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    before = {f: f.stat().st_mtime_ns for f in (out / "runs").rglob("*.safetensors")}
+    changed = {**tiny_recipe, "merge": [{"method": "mean"}, {"method": "ties", "density": 0.5}]}
+    assert Pipeline(parse_recipe(changed), out).run()
+    assert before == {f: f.stat().st_mtime_ns for f in (out / "runs").rglob("*.safetensors")}
+    assert json.loads((out / "merges/ties/merge.json").read_text())["params"] == {"density": 0.5}
+    assert [a["name"] for a in load_results(out)["artefacts"] if a["role"] == "merge"] == ["mean", "ties"]
+    (out / "merges/mean/model.safetensors").unlink()
+    assert Pipeline(parse_recipe(changed), out).run()
+    assert (out / "merges/mean/model.safetensors").exists()
+
+
+KILLS = {
+    "base": ("torch.optim.AdamW.step", 7),
+    "run 1": ("emomerge.training.runs.RunDir.append_metrics", 3),
+    "run 2": ("emomerge.training.runs.RunDir.append_metrics", 6 + 1),
+    "run 3": ("emomerge.training.runs.RunDir.append_metrics", 12 + 6),
+    "run 4, between weights and state": ("emomerge.training.runs.RunDir.write_state", 3 * 5 + 3),
+    "run 5": ("emomerge.training.runs.RunDir.append_metrics", 24 + 4),
+    "merge, in a file": ("emomerge.merging.MergedCheckpoint.__getitem__", 200),
+    "merge, before its stamp": ("emomerge.workspace.Workspace.write_stamp", 3),
+    "probe, early": ("emomerge.probing.ledger.Ledger.ask", 300),
+    "probe, late": ("emomerge.probing.ledger.Ledger.ask", 1100),
+    "report": ("emomerge.reporting.write_report", 1),
+}
+
+
+def in_child(function):
+    """Run a function in a forked process; its exit status, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, f"{error!r}\n".encode())
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_at_call(target, number):
+    """Let the n-th call of a function end this process as `kill -9` does."""
+    import importlib
+
+    parts = target.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        try:
+            owner = importlib.import_module(".".join(parts[:split]))
+            break
+        except ModuleNotFoundError:
+            continue
+    for part in parts[split:-1]:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, parts[-1]), iter(range(1, number + 1))
+
+    def counted(*args, **kwargs):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, parts[-1], counted)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("point", KILLS)
+def test_killed_anywhere_it_ends_with_the_same_bits(finished, tiny_recipe, tmp_path, point):
+    recipe, out = parse_recipe(tiny_recipe), tmp_path / "out"
+
+    def killed():
+        kill_at_call(*KILLS[point])
+        Pipeline(recipe, out).run()
+
+    assert in_child(killed) == -signal.SIGKILL
+    assert hashes(out) != hashes(finished) or point.startswith(("probe", "report"))
+    assert in_child(lambda: Pipeline(recipe, out).run()) == 0
+    assert hashes(out) == hashes(finished)
+    again, whole = load_results(out), load_results(finished)
+    for a, b in zip(again["artefacts"], whole["artefacts"], strict=True):
+        assert {k: v for k, v in a.items() if k not in ("seconds", "path")} == {
+            k: v for k, v in b.items() if k not in ("seconds", "path")
+        }
+    assert again["verdict"] == whole["verdict"]
+    assert not [f for f in out.rglob("*") if f.name.endswith((".tmp", ".old"))]
+
+
+def test_two_processes_never_share_a_folder(finished, tiny_recipe):
+    made = Pipeline(parse_recipe(tiny_recipe), finished)
+    with Workspace(finished).locked(), pytest.raises(BadInput, match="another emomerge is working here"):
+        made.run()
+
+
+def test_training_seeds_are_merged_and_judged_apart(tiny_recipe, tmp_path):
+    recipe = {**tiny_recipe, "merge": [{"method": "mean"}], "runs": {**tiny_recipe["runs"], "seeds": [0, 1], "optimizers": ["sens", "cats"]}}  # fmt: skip
+    out = tmp_path / "out"
+    assert Pipeline(parse_recipe(recipe), out).run()
+    results = load_results(out)
+    assert {a["name"] for a in results["artefacts"] if a["role"] == "merge"} == {"mean-seed0", "mean-seed1"}
+    assert any("2 training seeds" in caveat for caveat in results["verdict"]["caveats"])
+
+
+def test_train_all_only(tiny_recipe, tmp_path):
+    made = Pipeline(parse_recipe(tiny_recipe), tmp_path / "out")
+    assert made.train_all(["cats"])
+    assert [d.name for d in (tmp_path / "out/runs").iterdir()] == ["cats-0"]
+    assert RunDir(tmp_path / "out/runs/cats-0").state["state"] == "done"
+    assert not made.train_all(["cats"])
+
+
+def test_wrong_merge_parameters_are_found_before_anything_is_trained(tiny_recipe, tmp_path):
+    recipe = {**tiny_recipe, "merge": [{"method": "ties", "densty": 0.2}]}
+    with pytest.raises(BadInput, match="densty.*density"):
+        Pipeline(parse_recipe(recipe), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_changed_data_are_noticed(tmp_path):
+    file = tmp_path / "a.tsv"
+    recipe = parse_recipe({"name": "r", "base": {"model": "m"}, "task": {"kind": "text-classification", "train": str(file)}})
+    space = Workspace(tmp_path / "out")
+    space.out.mkdir()
+    file.write_text("a\tb\n")
+    first = space.input_hash(recipe)
+    assert space.input_hash(recipe) == first
+    os.utime(file, ns=(1, 1))
+    assert space.input_hash(recipe) == first  # touched, not changed
+    file.write_text("a\tc\n")
+    os.utime(file, ns=(2, 2))
+    assert space.input_hash(recipe) != first

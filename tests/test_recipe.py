@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from emomerge.errors import BadInput
+from emomerge.recipe import FAMILY, Recipe, digest, load_recipe, parse_recipe
+
+MINIMAL = {
+    "name": "r",
+    "base": {"model": "some/model"},
+    "task": {"kind": "text-classification", "train": "a.tsv"},
+}
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+
+def with_(**changes):
+    return parse_recipe({**MINIMAL, **changes})
+
+
+def test_defaults():
+    recipe = parse_recipe(MINIMAL)
+    assert recipe.runs.optimizers == FAMILY
+    assert recipe.runs.preset == "guarded"
+    assert [m.method for m in recipe.merge] == ["tall-mask", "ties", "mean", "greedy-soup"]
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
+def test_shipped_recipes_are_valid_and_say_how_to_run_them(file):
+    assert load_recipe(file).name == file.stem
+    assert "emomerge run" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runz": {}}, r"unknown recipe key: `runz` in recipe; did you mean `runs`\?"),
+        ({"runs": {"step": 3}}, r"unknown recipe key: `runs\.step` in recipe; did you mean `steps`\?"),
+        ({"adapter": {"kind": "lora", "ranks": 3}}, r"`adapter\.ranks` in recipe; did you mean `rank`\?"),
+        ({"adapter": {"kind": "full", "rank": 3}}, r"`adapter\.rank` in recipe; known keys: kind"),
+        ({"task": MINIMAL["task"] | {"columns": {"txt": 1}}}, r"`task\.columns\.txt` in recipe; did you mean `text`\?"),
+        ({"task": MINIMAL["task"] | {"transform": {}}}, r"unknown recipe key: `task\.transform`"),
+        ({"task": {"kind": "text-clasification", "train": "a"}}, "expected.*'text-classification', 'image-classification'"),
+        ({"task": {"kind": "text-classification"}}, r"recipe key missing: `task\.train` in recipe"),
+        ({"runs": {"steps": 0}}, r"`runs\.steps` in recipe; expected input should be greater than or equal to 1; found 0"),
+        ({"runs": {"steps": "many"}}, r"`runs\.steps`.*found 'many'"),
+        ({"runs": {"optimizers": ["sens", "adam"]}}, r"`runs\.optimizers\.1`.*found 'adam'"),
+        ({"runs": {"optimizers": ["sens", "sens"]}}, "`optimizers` names something twice"),
+        ({"base": {}}, "either `model`"),
+        ({"base": {"model": "a", "prepare": {"model": "mlp"}}}, "either `model`"),
+        ({"base": {"prepare": {"model": "mlp"}}}, "builds image models"),
+        ({"merge": [{"method": "mean"}, {"method": "mean", "scale": 2}]}, "two entries called 'mean'"),
+        ({"merge": [{"method": "mean", "name": "../x"}]}, r"`merge\.0\.name`"),
+        ({"name": "../escape"}, "`name` in recipe"),
+    ],
+)
+def test_wrong_fields_are_named_in_one_line(changes, message):
+    with pytest.raises(BadInput, match=message) as caught:
+        with_(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def write(tmp_path, data):
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(data))
+    return file
+
+
+def test_overrides(tmp_path):
+    file = write(tmp_path, MINIMAL | {"merge": [{"method": "mean"}, {"method": "ties"}]})
+    recipe = load_recipe(file, ["runs.steps=7", "merge.1.density=0.5", "task.train=../x=y.tsv", "runs.optimizers=[sens]"])
+    assert recipe.runs.steps == 7
+    assert recipe.merge[1].params == {"density": 0.5}
+    assert recipe.task.train == "../x=y.tsv"
+    assert recipe.runs.optimizers == ("sens",)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("runs.steps", "--set wants key.sub=value; found 'runs.steps'"),
+        ("merge.9.k=1", "--set names no item of the list"),
+        ("name.sub=1", "--set reaches into a plain value"),
+        ("runs.stesp=1", r"did you mean `steps`\?"),
+    ],
+)
+def test_wrong_overrides(tmp_path, override, message):
+    file = write(tmp_path, MINIMAL | {"merge": [{"method": "mean"}]})
+    with pytest.raises(BadInput, match=message):
+        load_recipe(file, [override])
+
+
+def test_unreadable_recipes(tmp_path):
+    with pytest.raises(BadInput, match="no such recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(BadInput, match="a recipe is a mapping of keys.*found list"):
+        load_recipe(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(BadInput, match="the recipe is not YAML") as caught:
+        load_recipe(tmp_path / "broken.yaml")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInput, match="the recipe"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+def test_yaml_cannot_build_objects(tmp_path):
+    (tmp_path / "evil.yaml").write_text("name: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(BadInput, match="not YAML"):
+        load_recipe(tmp_path / "evil.yaml")
+
+
+def test_a_recipe_survives_its_own_yaml():
+    recipe = with_(merge=[{"method": "tall-mask", "lambda": 0.3}], task={"kind": "image-classification", "train": "digits"})
+    assert Recipe.model_validate(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
+
+
+def test_digest_does_not_depend_on_key_order():
+    assert digest({"a": 1, "b": [2, 3]}) == digest({"b": [2, 3], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})

@@ -1,0 +1,39 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from emomerge.checkpoints import model_checkpoint, write_checkpoint
+from emomerge.recipe import parse_recipe
+from emomerge.tasks import make_task
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """A recipe, its task and data, small enough for a few steps to take a moment."""
+    pytest.importorskip("sklearn")
+    torch.set_num_threads(1)
+    recipe = parse_recipe(
+        {
+            "name": "t",
+            "base": {"prepare": {"model": "vit", "hidden": 16, "layers": 1, "patch_size": 4}},
+            "task": {"kind": "image-classification", "train": "digits", "limit": 64, "eval_fraction": 0.25},
+            "adapter": {"kind": "lora", "rank": 2, "alpha": 4, "dropout": 0.2},
+            "runs": {"steps": 6, "batch_size": 8, "checkpoint_every": 2},
+        }
+    )
+    task = make_task(recipe.task)
+    return recipe, task, task.load_data(recipe.base)
+
+
+@pytest.fixture(scope="session")
+def base_folder(digits, tmp_path_factory):
+    recipe, task, data = digits
+    model = task.new_model(recipe.base, data)
+    files, folder = tmp_path_factory.mktemp("files"), tmp_path_factory.mktemp("made") / "base"
+    model.config.save_pretrained(files)
+    task.save_processor(files)
+    write_checkpoint(model_checkpoint(model, source="base"), folder, files_from=files)
+    return folder

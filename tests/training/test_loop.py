@@ -1,0 +1,171 @@
+import math
+
+import pytest
+import torch
+
+from emomerge.checkpoints import open_checkpoint
+from emomerge.errors import BadInput, RunFailed
+from emomerge.recipe import FAMILY
+from emomerge.training import RunDir, RunSpec, planned_runs, run_inputs, train_locally, train_run
+
+
+class Stop(Exception):
+    """Stands for a kill: nothing of the run survives it but its files."""
+
+
+@pytest.fixture
+def train(digits, base_folder, tmp_path):
+    recipe, task, data = digits
+
+    def train(name="sens-0", folder="runs", stop_after=None, task=task, inputs="i", **changes):
+        changed = recipe.model_copy(
+            update={key: getattr(recipe, key).model_copy(update=value) if isinstance(value, dict) else value for key, value in changes.items()}
+        )  # fmt: skip
+        optimizer, seed = name.split("-")
+        run = RunDir(tmp_path / folder / name)
+
+        def on_step(spec, row):
+            if row["step"] == stop_after:
+                raise Stop
+
+        spec = RunSpec(name, optimizer, int(seed), changed.runs.steps)
+        train_run(
+            changed, spec, run, inputs,
+            task=task, data=data, base_folder=base_folder, device=torch.device("cpu"), on_step=on_step,
+        )  # fmt: skip
+        return run
+
+    return train
+
+
+def weights(run):
+    return {name: tensor for name, tensor in open_checkpoint(next(run.artefact.glob("*.safetensors"))).items()}
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("name", [f"{optimizer}-0" for optimizer in FAMILY])
+def test_a_run_killed_at_any_step_ends_with_the_same_bits(train, name, kind):
+    from emomerge.recipe import Full, Lora
+
+    adapter = Lora(kind="lora", rank=2, alpha=4, dropout=0.2) if kind == "lora" else Full(kind="full")
+    options = {"adapter": adapter, "runs": {"use_shadow": True, "accumulation": 2}}
+    whole = train(name, "whole", **options)
+    for step in (1, 2, 5):
+        with pytest.raises(Stop):
+            train(name, f"cut{step}", stop_after=step, **options)
+        run = train(name, f"cut{step}", **options)
+        assert run.state["sha256"] == whole.state["sha256"]
+        rows = list(run.metrics())
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        assert [r["loss"] for r in rows] == [r["loss"] for r in whole.metrics()]
+        assert not run.checkpoint.exists()
+
+
+def test_conditions_are_identical_and_only_the_optimizer_differs(train):
+    runs = [train(f"{optimizer}-0") for optimizer in FAMILY]
+    first = {next(run.metrics())["loss"] for run in runs}
+    assert len(first) == 1  # same weights, same adapter, same rows, same dropout
+    assert len({str(run.state["sha256"]) for run in runs}) == 5
+    assert next(train("sens-1").metrics())["loss"] not in first
+    assert next(train("cats-0", "different", runs={"data_order": "different"}).metrics())["loss"] not in first
+
+
+def test_accumulation_sees_the_same_rows_and_the_same_pulse(train):
+    options = {"adapter": {"dropout": 0.0}}
+    whole = list(train(folder="a", runs={"batch_size": 16, "accumulation": 1}, **options).metrics())
+    parts = list(train(folder="b", runs={"batch_size": 4, "accumulation": 4}, **options).metrics())
+    for a, b in zip(whole, parts, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["rate"] == pytest.approx(b["rate"], rel=1e-6)
+
+
+def test_training_lowers_the_loss_and_moves_only_the_adapter(train):
+    run = train(runs={"steps": 100, "lr": 30.0})
+    rows = list(run.metrics())
+    assert sum(r["loss"] for r in rows[-10:]) < 0.95 * sum(r["loss"] for r in rows[:10])
+    assert all("lora_" in name for name in weights(run))
+    assert run.state["artefact"] == "adapter"
+    assert {"step", "loss", "rate", "sigma", "trust", "dnr", "should_stop", "seconds"} <= set(rows[0])
+
+
+def test_a_full_run_loads_by_itself(train, digits, base_folder):
+    from emomerge.recipe import Full
+
+    run = train(adapter=Full(kind="full"))
+    base, trained = open_checkpoint(base_folder), open_checkpoint(run.artefact)
+    assert trained.names() == base.names()
+    assert not torch.equal(trained["classifier.weight"], base["classifier.weight"])
+    digits[1].reload_model(run.artefact)
+
+
+def test_bfloat16_autocast_and_clipping_train(train):
+    rows = list(train(runs={"precision": "bfloat16", "max_grad_norm": 0.1}).metrics())
+    assert all(math.isfinite(row["loss"]) for row in rows)
+
+
+class Poisoned:
+    """A task whose loss is NaN whenever a given row of the training data is in the batch."""
+
+    def __init__(self, task, label):
+        self._task, self._label = task, label
+
+    def __getattr__(self, name):
+        return getattr(self._task, name)
+
+    def loss(self, model, batch):
+        self._label -= 1
+        loss = self._task.loss(model, batch)
+        return loss * float("nan") if self._label < 0 else loss
+
+
+def test_a_non_finite_loss_ends_the_run_with_step_and_rows_and_keeps_its_checkpoint(train, digits):
+    with pytest.raises(RunFailed, match=r"run sens-0 failed: .* at step 4, rows \d+, \d+.* of the training data"):
+        train(task=Poisoned(digits[1], 3))
+    run = train()  # the same directory, healthy again: resumes from step 2
+    assert run.state["state"] == "done"
+    assert run.state["error"] is None
+    assert run.state["sha256"] == train(folder="whole").state["sha256"]
+
+
+def test_the_other_runs_go_on(digits, base_folder, tmp_path):
+    recipe, task, data = digits
+    specs = planned_runs(recipe)[:3]
+    broken = Poisoned(task, 7)  # six steps of the first run, then the second one's second step
+    with pytest.raises(RunFailed, match="run airy-0 failed"):
+        train_locally(
+            recipe, specs[:2], tmp_path, "b", task=broken, data=data, base_folder=base_folder, device=torch.device("cpu")
+        )
+    states = {spec.name: RunDir(tmp_path / spec.name).state["state"] for spec in specs[:2]}
+    assert states == {"sens-0": "done", "airy-0": "failed"}
+    train_locally(recipe, specs, tmp_path, "b", task=task, data=data, base_folder=base_folder, device=torch.device("cpu"))
+    assert all(RunDir(tmp_path / s.name).is_done(run_inputs(recipe, s, "b")) for s in specs)
+
+
+def test_a_checkpoint_of_other_inputs_is_not_resumed(train):
+    with pytest.raises(Stop):
+        train(stop_after=5, inputs="other")
+    assert train().state["sha256"] == train(folder="whole").state["sha256"]
+
+
+def test_a_damaged_checkpoint_is_named(train):
+    with pytest.raises(Stop):
+        train(stop_after=5)
+    run = RunDir(train(folder="x").path.parent.parent / "runs" / "sens-0")
+    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:200])
+    with pytest.raises(BadInput, match="checkpoint cannot be read: .*checkpoint.safetensors.*delete it"):
+        train()
+
+
+def test_an_adapter_that_fits_no_module_is_refused(train):
+    with pytest.raises(BadInput, match=r"the adapter fits no module: adapter.targets = \('nonsense',\)"):
+        train(adapter={"targets": ("nonsense",)})
+
+
+def test_a_run_is_done_only_with_its_files_and_inputs(train):
+    run = train()
+    assert run.is_done("i")
+    assert not run.is_done("other")
+    file = next(run.artefact.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    assert not run.is_done("i")
+    assert not RunDir(run.path / "nowhere").is_done("i")
