@@ -1,4 +1,4 @@
-"""Everything that is measured of the artefacts of a recipe: losses, sharpness, curves, controls, and the verdict over them.
+"""What is measured of each artefact of a recipe: losses, sharpness, α-curve, and its distance-matched control.
 
 One live model serves all artefacts: their weights are streamed into it in turn. Choices (weights, λ, scale, greedy soup,
 the selected artefact) see the validation split only; the reported held-out figures come from the test split.
@@ -23,7 +23,7 @@ from emomerge.adapters import open_run
 from emomerge.checkpoints import Checkpoint, atomic, load_into, open_checkpoint
 from emomerge.errors import BadInput
 from emomerge.merging import merge
-from emomerge.probing import controls, landscape, sharpness, verdict
+from emomerge.probing import controls, landscape, sharpness
 from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Perturbable, rms
 from emomerge.progress import Display, Line
@@ -231,45 +231,6 @@ def score(task: Task, model: nn.Module, batch: Batch) -> dict[str, float]:
         "entropy": float(-(log_p.exp() * log_p).sum(-1).mean()),
         "weight": float(len(labels)),
     }
-
-
-@dataclass(frozen=True)
-class Contest:
-    """What one training seed brings to the verdict: the merge and its rivals, as paired arrays."""
-
-    sharpness: Mapping[str, Sequence[Array]]
-    """rival or `merge` → one (directions, batches) array a radius."""
-    test_loss: Mapping[str, Array]
-    """rival or `merge` → (batches,)."""
-
-
-def judge(
-    label: str, contests: Sequence[Contest], radii: Sequence[float], probe_weight: Array, test_weight: Array,
-    flat_missing: Sequence[str], better_missing: Sequence[str],
-) -> dict[str, Any]:  # fmt: skip
-    """The verdict on one merge method over all training seeds."""
-    flat = [
-        verdict.sharpness_ratio(
-            [c.sharpness["merge"][r] for c in contests],
-            [c.sharpness[rival][r] for c in contests],
-            probe_weight, against=rival, what=f"gaussian σ={radius:g}",
-        )
-        for rival in contests[0].sharpness if rival != "merge"
-        for r, radius in enumerate(radii)
-    ]  # fmt: skip
-    better = [
-        verdict.loss_difference(
-            [c.test_loss["merge"] for c in contests], [c.test_loss[rival] for c in contests],
-            test_weight, against=rival, what="test loss",
-        )
-        for rival in contests[0].test_loss if rival != "merge"
-    ]  # fmt: skip
-    return verdict.overall(
-        label,
-        verdict.judge_better(better, better_missing),
-        verdict.judge_flatter(flat, len(radii), flat_missing),
-        seeds=len(contests),
-    )
 
 
 def probe_models(

@@ -14,14 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
 from emomerge.adapters import open_run
 from emomerge.checkpoints import Checkpoint, atomic, model_checkpoint, open_checkpoint, write_checkpoint
 from emomerge.errors import BadInput, EmomergeError
-from emomerge.measure import Artefact, Contest, Measurer, choose_device, judge
+from emomerge.assessment import assess
+from emomerge.measure import Artefact, Measurer, choose_device
 from emomerge.merging import MergedCheckpoint, check_params, merge
 from emomerge.progress import Display, Line
 from emomerge.recipe import Merge, Recipe, digest
@@ -64,6 +64,7 @@ class Pipeline:
                 with display.live():
                     self.make_base()
                     self.train()
+                    self.train_controls()
                     self.merge()
                     self.probe()
                     self.report()
@@ -92,6 +93,7 @@ class Pipeline:
         return (
             self.base_is_done()
             and all(self.run_is_done(spec) for spec in self.specs)
+            and self.controls_are_done()
             and all(self.space.is_done(f"merge-{name}", inputs) for name, inputs in self.merge_stamps().items())
             and self.space.is_done("probe", self.probe_inputs)
             and self.space.is_done("report", self.report_inputs)
@@ -156,6 +158,30 @@ class Pipeline:
             self.recipe, todo, self.space.runs, self.base_hash,
             task=self.task, data=self.data, base_folder=self.space.base, device=self.device, on_step=on_step,
         )  # fmt: skip
+
+    def train_controls(self) -> None:
+        """The long run of equal total compute, where the recipe wants one: the rival that a merge must beat."""
+        if self.controls_are_done():
+            return
+        best = [self.best_run(seed) for seed in self.recipe.runs.seeds]
+        if "long-run" in self.recipe.controls:
+            self.train([self._long_run(spec) for spec in best])
+        self.space.write_stamp("controls", self.controls_inputs, [], best=[spec.name for spec in best])
+
+    def _long_run(self, best: RunSpec) -> RunSpec:
+        steps = self.recipe.runs.steps * len(self.recipe.runs.optimizers)
+        return RunSpec(f"long-{best.name}", best.optimizer, best.seed, steps, role="control")
+
+    def best_run(self, seed: int) -> RunSpec:
+        """The single run of a training seed with the lowest validation loss."""
+        runs = [spec for spec in self.specs if spec.seed == seed]
+        return min(runs, key=lambda spec: self.measurer.loss(self.run_artefact(spec), "validation"))
+
+    @property
+    def long_runs(self) -> list[RunSpec]:
+        """The long runs that were trained, one for each training seed."""
+        best = self.space.stamp("controls").get("best", []) if "long-run" in self.recipe.controls else []
+        return [self._long_run(spec) for spec in self.specs if spec.name in best]
 
     def merge(self) -> None:
         """Every merge of the recipe, for each training seed."""
@@ -294,13 +320,25 @@ class Pipeline:
         """Whether a run's result is up to date."""
         return self.run_dir(spec).is_done(run_inputs(self.recipe, spec, self.base_hash))
 
+    @property
+    def controls_inputs(self) -> str:
+        """Hash of what the controls are trained from."""
+        runs = [run_inputs(self.recipe, spec, self.base_hash) for spec in self.specs]
+        return digest([runs, "long-run" in self.recipe.controls, self.recipe.probe.batch_size])
+
+    def controls_are_done(self) -> bool:
+        """Whether every control that has to be trained is."""
+        done = self.space.is_done("controls", self.controls_inputs)
+        return done and all(self.run_is_done(spec) for spec in self.long_runs)
+
     def run_artefact(self, spec: RunSpec) -> Artefact:
         """A trained run, as base + adapter or dense weights."""
         run = self.run_dir(spec)
         state = run.state
         return Artefact(
-            spec.name, "run" if spec.role == "run" else "control", open_run(self.base, run.path),
+            spec.name, spec.role, open_run(self.base, run.path),
             digest([self.base_hash, state["sha256"]]), path=run.artefact, optimizer=spec.optimizer, seed=spec.seed,
+            control="long-run" if spec.role == "control" else None,
             facts={"seconds": state["seconds"], "sha256": state["sha256"]},
         )  # fmt: skip
 
@@ -356,111 +394,26 @@ class Pipeline:
     # Measuring.
 
     def _measure(self) -> Results:
-        measurer, seeds = self.measurer, self.recipe.runs.seeds
-        base = Artefact("base", "base", self.base, self.base_hash, path=self.space.base)
-        runs = [self.run_artefact(spec) for spec in self.specs]
+        seeds = self.recipe.runs.seeds
         merges = {spec.label: [self.merge_artefact(spec, seed) for seed in seeds] for spec in self.recipe.merge}
-        best_runs = [
-            min((r for r in runs if r.seed == seed), key=lambda r: measurer.loss(r, "validation")) for seed in seeds
-        ]
-        label = min(merges, key=lambda m: sum(measurer.loss(a, "validation") for a in merges[m]))
-        matched = []
-        if "distance-matched" in self.recipe.controls:
-            matched = [
-                [measurer.distance_matched(run, merges[label][i]) for run in runs if run.seed == seed]
-                for i, seed in enumerate(seeds)
-            ]
-        everything = [
-            base,
-            *runs,
-            *(a for group in merges.values() for a in group),
-            *(a for group in matched for a in group),
-        ]
-
-        rows, curves, sharpness_of = [], {}, {}
-        for artefact in everything:
-            line = self.display.line(f"probe {artefact.name}", self.recipe.probe.directions)
-            row, values, curve = measurer.probe(artefact, line)
-            line.at(self.recipe.probe.directions, f"test loss {row['test_loss']:.4f}")
-            rows.append(row)
-            sharpness_of[artefact.name] = values
-            if curve["alpha"]:
-                curves[artefact.name] = curve
-        contests = [
-            self._contest(label, i, merges, best_runs[i], matched[i] if matched else [], sharpness_of)
-            for i in range(len(seeds))
-        ]
+        assessed = assess(
+            self.recipe,
+            self.measurer,
+            base=Artefact("base", "base", self.base, self.base_hash, path=self.space.base),
+            runs=[self.run_artefact(spec) for spec in self.specs],
+            merges=merges,
+            best=[self.run_artefact(self.best_run(seed)) for seed in seeds],
+            long=[self.run_artefact(spec) for spec in self.long_runs],
+            display=self.display,
+        )
         return {
             **self._heading(),
-            "artefacts": rows,
-            "probe": self._probe_facts(base),
-            "curves": curves,
+            **assessed,
             "traces": self._traces(),
             "cosines": self._cosines(merges),
             "merges": {name: self.merge_record(name)["diagnostics"] for name in self.merge_stamps()},
-            "verdict": self._verdict(label, contests, best_runs, merges),
-            "selected": self._select(rows),
             "seconds": self._seconds(),
         }
-
-    def _contest(
-        self, label: str, index: int, merges: dict[str, list[Artefact]], best: Artefact, matched: list[Artefact],
-        sharpness_of: dict[str, list[Any]],
-    ) -> Contest:  # fmt: skip
-        measurer = self.measurer
-        merged = merges[label][index]
-        flat = {"merge": sharpness_of[merged.name], "best single run": sharpness_of[best.name]}
-        flat |= {"distance-matched": sharpness_of[c.name] for c in matched if c.of == best.name}
-        loss = {
-            "merge": measurer.scores(merged, "test")["loss"],
-            "best single run": measurer.scores(best, "test")["loss"],
-        }
-        mean = self._plain_mean(label)
-        if mean is not None:
-            loss["plain mean"] = measurer.scores(merges[mean][index], "test")["loss"]
-        return Contest(flat, loss)
-
-    def _plain_mean(self, label: str) -> str | None:
-        """The recipe's plain mean, unless that is the merge under judgement."""
-        plain = [s.label for s in self.recipe.merge if s.method == "mean" and not s.params]
-        return plain[0] if plain and plain[0] != label else None
-
-    def _verdict(
-        self, label: str, contests: Sequence[Contest], best_runs: Sequence[Artefact], merges: dict[str, list[Artefact]]
-    ) -> dict[str, Any]:
-        measurer = self.measurer
-        is_mean = any(s.label == label and s.method == "mean" and not s.params for s in self.recipe.merge)
-        better_missing = ["a long run of equal total compute"]
-        if self._plain_mean(label) is None and not is_mean:
-            better_missing.append("the plain mean")
-        flat_missing = ["λmax and trace of the Hessian", "the loss-matched control"]
-        if "distance-matched" not in self.recipe.controls:
-            flat_missing.append("the distance-matched control")
-        probed = measurer.probe_rows[self.recipe.probe.data].split(self.recipe.probe.batch_size)
-        found = judge(
-            label, contests, self.recipe.probe.radii,
-            np.array([float(len(rows)) for rows in probed]), measurer.scores(best_runs[0], "test")["weight"],
-            flat_missing, better_missing,
-        )  # fmt: skip
-        return {**found, "best_single": [run.name for run in best_runs], "merge": merges[label][0].name}
-
-    def _select(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-        """The artefact with the lowest validation loss; says so where that is no merge."""
-        if self.recipe.select == "none":
-            return None
-        runs = [row for row in rows if row["role"] == "run"]
-        merges = [row for row in rows if row["role"] == "merge"]
-        run = min(runs, key=lambda row: row["validation_loss"])
-        merged = min(merges, key=lambda row: row["validation_loss"])
-        winner, other = (merged, run) if merged["validation_loss"] <= run["validation_loss"] else (run, merged)
-        kind = "merge" if winner is merged else "single run, not a merge,"
-        sentence = (
-            f"Use {winner['name']}: the {kind} with the lowest validation loss, {winner['validation_loss']:.4f} "
-            f"against {other['validation_loss']:.4f} of {other['name']}."
-        )
-        return {
-            "name": winner["name"], "path": winner["path"], "validation_loss": winner["validation_loss"], "sentence": sentence,
-        }  # fmt: skip
 
     def _heading(self) -> dict[str, Any]:
         packages = ("emomerge", "torch", "transformers", "peft", "numpy")
@@ -479,11 +432,6 @@ class Pipeline:
                 "classes": list(data.classes),
             },
         }
-
-    def _probe_facts(self, base: Artefact) -> dict[str, Any]:
-        probe = self.recipe.probe
-        rows = len(self.measurer.probe_rows[probe.data])
-        return {**probe.model_dump(mode="json"), "rows": rows, "noise_floor": self.measurer.noise_floor(base)}
 
     def _traces(self) -> dict[str, Any]:
         columns = ("step", "loss", "rate", "sigma", "trust")

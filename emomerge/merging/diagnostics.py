@@ -1,7 +1,7 @@
 """What a merge did to the runs: norms, cosines, sign agreement, what was kept.
 
-Counts are exact. Other sums are float64 over rows of a fixed length, which no thread count splits, joined by `math.fsum`,
-which is exact in any order.
+Counts are exact. Other sums are float64 over rows of a fixed length, which no thread count splits, and `math.fsum`, which is
+exact in any order, joins them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PIECE = 32 * ROW
 class Figures:
     """Sums over the coordinates of a tensor, or of several, for N runs.
 
-    `products[i, j]` = Σ x_i·x_j, where x_0 … x_N₋₁ are the task vectors, then the merged τ_m, the mean τ̄, and τ̄ where τ_m ≠ 0.
+    `products[i, j]` = Σ x_i·x_j, where the first N x are the τ_t, then come τ_m, the mean τ̄, and τ̄ where τ_m ≠ 0.
     """
 
     def __init__(self, runs: int) -> None:
@@ -102,7 +102,8 @@ def describe(figures: Figures, labels: Sequence[str], elements: int, *, masking:
 
     def cosine(i: int, j: int) -> float | None:
         i, j = min(i, j), max(i, j)
-        return ratio(products[i, j], math.sqrt(products[i, i]) * math.sqrt(products[j, j]))
+        value = ratio(products[i, j], math.sqrt(products[i, i]) * math.sqrt(products[j, j]))
+        return None if value is None else max(-1.0, min(value, 1.0))
 
     report: dict[str, Any] = {
         "elements": elements,

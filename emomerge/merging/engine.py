@@ -44,11 +44,11 @@ def merge(
         base: θ₀.
         runs: the θ_t, dense or adapters, each with the base's floating tensors.
         method: one of `METHODS`.
-        weights: one number a run, "equal", or "auto": the softmax of the runs' z-scored negative held-out losses. Methods
-            that average take weights relative to each other; task-arithmetic takes them as they are, by default 1.
+        weights: one number a run, "equal", or "auto": the softmax of the runs' z-scored negative held-out losses.
+            Methods that average take them relative to each other; task-arithmetic takes them as they are, by default 1.
         scale: the factor on τ_m, by default 1, or "auto": that of 0.1, 0.2 … 1.5 with the lowest held-out loss.
-        held_out_loss: the loss of a checkpoint on held-out data. With it, tall-mask's weights and scale are "auto" unless
-            they are given.
+        held_out_loss: the loss of a checkpoint on held-out data. With it, tall-mask's weights and scale are "auto"
+            unless they are given.
         run_losses: the held-out loss of each run, if already known.
         names: what to call the runs in messages and diagnostics.
         **params: the method's own parameters (see `check_params`).
@@ -57,8 +57,8 @@ def merge(
         MergedCheckpoint: the merge; a tensor is computed when it is asked for.
 
     Raises:
-        BadInput: an unknown method or parameter, a run that does not fit the base, or something to be chosen by held-out
-            loss where none can be had. A non-finite task vector is found when its tensor is reached.
+        BadInput: an unknown method or parameter, a run that does not fit the base, or a choice by held-out loss where
+            none can be had. A non-finite task vector is found when its tensor is reached.
     """
     definition = find_method(method)
     given: dict[str, Any] = {"scale": scale, "weights": weights if isinstance(weights, str | None) else list(weights)}
@@ -78,10 +78,7 @@ def merge(
 
 
 class MergedCheckpoint(Displaced):
-    """A merge: the base's names, dtypes and shapes; `merged[name]` is θ₀ + scale·τ_m in float32 (float64 where an input is).
-
-    Made by `merge`.
-    """
+    """A merge, made by `merge`: the base's names, dtypes and shapes, but `merged[name]` is not rounded to that dtype."""
 
     def __init__(self, task: TaskVectors, method: MergeMethod, options: dict[str, Any]) -> None:
         super().__init__(task.base, source=f"{method.name} of {len(task)} runs over {task.base.source}")
@@ -113,7 +110,7 @@ class MergedCheckpoint(Displaced):
         return torch.cat(parts).view(self.info(name).shape) if parts else None
 
     def choose_scale(self) -> None:
-        """Take the scale with the lowest held-out loss, the smaller of equals. τ_m is computed once and kept on disk."""
+        """Take the scale with the lowest held-out loss, the smaller of equals. τ_m is computed once, to a file."""
         loss = self._task.need_loss("scale: auto")
         with tempfile.TemporaryDirectory(prefix="emomerge-") as folder:
             files = {}
@@ -136,11 +133,15 @@ class MergedCheckpoint(Displaced):
     def diagnostics(self) -> dict[str, Any]:
         """What the merge did, ready for JSON; tensors that nobody asked for yet are computed now.
 
-        Densities are fractions of all floating weights. `method`, `params` (as resolved, with scale and weights), `runs`;
-        `lambda_crit` 1/(N−1); `moved_density`: of any run; `kept_density`: of τ_m; `kept_energy`: the share of ‖τ̄‖² where
-        τ_m ≠ 0, τ̄ the plain mean; `cosine_to_mean`: of τ_m to τ̄; `merged_norm`, `mean_norm`, `run_norms`: of τ_m, τ̄, τ_t;
-        `cosines` and `sign_agreement` of the τ_t, pairwise, the latter over coordinates that both moved; `mask_density` of
-        each run where the method masks; `held_out`: losses that were measured; `warnings`.
+        Of N runs with task vectors τ_t and the plain mean τ̄:
+
+        - `method`, `runs`, `params`: as resolved, with `scale` and `weights`; `lambda_crit`: 1/(N−1).
+        - `elements`: the floating weights; as shares of them `moved_density` (by any run), `kept_density` (by τ_m) and,
+          where the method masks, `mask_density` of each run.
+        - `kept_energy`: the share of ‖τ̄‖² where τ_m ≠ 0; `cosine_to_mean`: of τ_m and τ̄.
+        - `merged_norm`, `mean_norm`, `run_norms`: of τ_m, τ̄ and the τ_t.
+        - `cosines`, `sign_agreement`: of each two τ_t, the latter where both are not zero.
+        - `run_losses`, `scale_losses`: held-out losses, if measured; `warnings`.
         """
         for name in self._task.names:
             if name not in self._figures:

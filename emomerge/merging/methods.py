@@ -64,7 +64,8 @@ def choose_members(vectors: TaskVectors) -> dict[str, Any]:
     vectors.need_loss("greedy-soup")
     losses = vectors.run_losses("greedy-soup")
     best, *others = sorted(range(len(vectors)), key=losses.__getitem__)
-    chosen, lowest = (best,), losses[best]
+    chosen: tuple[int, ...] = (best,)
+    lowest = losses[best]
     for run in others:
         candidate = (*chosen, run)
         loss = vectors.loss_of(lambda _, deltas: greedy_soup(deltas, chosen=candidate), "greedy-soup")  # noqa: B023
@@ -147,7 +148,7 @@ def ties(
 ) -> tuple[Tensor, Tensor]:
     """Trim each τ_t to its largest elements, elect a sign sgn(Σ_t τ̂_t), and average (or add) the τ̂_t that have it.
 
-    Where the trimmed elements cancel, the sign that most coordinates elected decides; a draw counts as minus, as published.
+    Where the τ̂_t cancel, the sign that most coordinates elected decides; a draw of these counts as minus, as published.
     """
     kept = trimmed(deltas, thresholds[name])
     total = run_sum(kept)
@@ -182,13 +183,12 @@ def settle_lambdas(
 ) -> dict[str, Any]:
     """λ of each run; `auto` is the λ whose masked reconstruction θ₀ + mask_t ⊙ R has the lowest held-out loss."""
     runs = len(vectors)
-    if k > runs:
-        raise BadInput(
-            "tall-mask wants more runs to agree than there are", expected=f"k from 0 to {runs}", found=f"k {k}"
-        )
+    if k > max(runs, 2):
+        raise BadInput("more votes than runs", where="`k` of tall-mask", expected=f"0 to {runs}", found=k)
     survey = trim_and_elect(vectors, density=0.2) if reference == "ties" else {}
+    found = {"votes": min(k, runs), "survey": survey}
     if lambda_ != "auto":
-        return {"lambdas": (lambda_,) * runs, "survey": survey}
+        return {**found, "lambdas": (lambda_,) * runs}
 
     def loss(run: int, candidate: float) -> float:
         def reconstruction(name: str, deltas: Tensor) -> Tensor:
@@ -197,10 +197,7 @@ def settle_lambdas(
 
         return vectors.loss_of(reconstruction, "lambda: auto")
 
-    return {
-        "lambdas": tuple(min(LAMBDAS, key=partial(loss, run)) for run in range(runs)),
-        "survey": survey,
-    }
+    return {**found, "lambdas": tuple(min(LAMBDAS, key=partial(loss, run)) for run in range(runs))}
 
 
 def tall_mask_advice(report: dict[str, Any]) -> list[str]:
@@ -216,7 +213,7 @@ def tall_mask_advice(report: dict[str, Any]) -> list[str]:
     if (energy := report["kept_energy"]) is not None and energy < 0.5:
         limit = "" if critical is None else f" (λ_crit = 1/(N−1) = {critical:.3g})"
         warnings.append(
-            f"the masks at {shown}{limit}, k {report['params']['k']} keep only {energy:.0%} of the energy of the runs' "
+            f"the masks at {shown}{limit}, k {report['params']['votes']} keep only {energy:.0%} of the energy of the runs' "
             "mean; use reference: mean, a smaller λ or a smaller k, and compare with method: mean"
         )
     return warnings
@@ -236,11 +233,11 @@ def tall_mask(
     name: str,
     *,
     lambdas: tuple[float, ...],
+    votes: int,
     survey: Mapping[str, Any],
     reference: Reference = "mean",
-    k: Votes = 2,
 ) -> tuple[Tensor, Tensor]:
     """keep ⊙ R where at least k masks |τ_t| > λ·|R − τ_t| agree; R is the runs' mean, sum or TIES."""
     r = reference_vector(deltas, weights, name, reference, survey)
     masks = localize(deltas, r, deltas.new_tensor(lambdas).unsqueeze(1))
-    return torch.where(masks.sum(dim=0) >= k, r, 0), masks
+    return torch.where(masks.sum(dim=0) >= votes, r, 0), masks

@@ -1,7 +1,7 @@
 """The merge methods on flat task vectors, in the order of the papers: slow, without pieces, passes or laziness.
 
-Every function takes `taus`, the task vectors (runs, d) of all tensors joined end to end, and returns τ_m (d,). The tests
-hold the methods that stream equal to these, bit for bit.
+`taus` are the task vectors (runs, d) of all tensors joined end to end. The tests hold the methods that stream equal to
+these, bit for bit.
 """
 
 from __future__ import annotations

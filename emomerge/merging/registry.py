@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from torch import Tensor
@@ -14,7 +14,9 @@ from torch import Tensor
 from emomerge.errors import BadInput
 
 Merged = Tensor | tuple[Tensor, Tensor]
-"""A method's result on one tensor: τ_m (*shape), and from methods that mask also each run's mask (runs, *shape) bool."""
+"""What a method makes of one tensor: τ_m (*shape), or τ_m and each run's mask (runs, *shape) of bool."""
+
+Method = TypeVar("Method", bound=Callable[..., Merged])
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -65,11 +67,12 @@ def merge_method(
     tuned: bool = False,
     first_pass: Callable[..., dict[str, Any]] | None = None,
     advice: Callable[[dict[str, Any]], list[str]] | None = None,
-) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
+) -> Callable[[Method], Method]:
     """Register a function on one tensor as a merge method.
 
-    The function takes what it names of `deltas` (runs, *shape), `weights` (runs,) and the tensor's `name`. Its keyword-only
-    parameters with a default, and those of the first pass, are what a user can set; those without one come from the first pass.
+    The function takes what it names of `deltas` (runs, *shape), `weights` (runs,) and the tensor's `name`. What a user can
+    set are the keyword-only parameters that have a default, its own and the first pass's; those without one come from the
+    first pass.
 
     Args:
         name: what the user types.
@@ -77,12 +80,12 @@ def merge_method(
         elementwise: the function treats every element alike, so that it may be given flat pieces (runs, n) of a tensor.
         relative_weights: weights are rescaled to a mean of 1; otherwise they are used as given.
         tuned: where a held-out loss is at hand it chooses weights and scale, unless they are given.
-        first_pass: a function of all the task vectors (`TaskVectors`) and of parameters that runs once before the function
-            and returns further keyword arguments for it. Whatever of them is plain appears in the diagnostics.
+        first_pass: a function of all the task vectors (`TaskVectors`) and of parameters, which runs once before the
+            function and returns further keyword arguments for it. What of them is plain appears in the diagnostics.
         advice: warnings that the finished diagnostics call for.
     """
 
-    def register(function: Callable[..., Merged]) -> Callable[..., Merged]:
+    def register(function: Method) -> Method:
         fields = _parameters(first_pass) | _parameters(function)
         if "weights" in inspect.signature(function).parameters:
             fields["weights"] = (list[Finite] | Literal["equal", "auto"] | None, None)
@@ -107,11 +110,11 @@ def check_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         method: the method's name.
-        params: the method's own parameters and, of those common to all, `scale` and `weights`, as a recipe or a caller writes
-            them (`lambda` or `lambda_`).
+        params: the method's own parameters, `scale`, and `weights` where the method has them, as a recipe or a caller
+            writes them (`lambda` or `lambda_`).
 
     Raises:
-        BadInput: an unknown method or parameter (suggests the nearest known one), or a value that the parameter cannot take.
+        BadInput: an unknown method or parameter (suggests the nearest known one), or an impossible value.
     """
     schema = find_method(method).schema
     try:
@@ -120,14 +123,14 @@ def check_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
         problems = error.errors(include_url=False)
         known = sorted(field.alias or name for name, field in schema.model_fields.items())
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    key = str(first["loc"][0])
+    written = str(first["loc"][0])
+    key = written.rstrip("_")
     where = f"`{key}` of {method}"
     if first["type"] == "extra_forbidden":
         raise BadInput("unknown merge parameter", where=where, fix=_suggestion(key, known))
-    messages = [problem["msg"] for problem in problems if problem["loc"][0] == first["loc"][0]]
-    expected = " or ".join(dict.fromkeys(message[:1].lower() + message[1:] for message in messages))
-    value = params.get(key, params.get(f"{key}_"))
-    raise BadInput("merge parameter not usable", where=where, expected=expected, found=repr(value))
+    messages = [problem["msg"] for problem in problems if problem["loc"][0] == written]
+    expected = " or ".join(dict.fromkeys(message.removeprefix("Input should be ") for message in messages))
+    raise BadInput("merge parameter not usable", where=where, expected=expected, found=repr(params.get(written)))
 
 
 def select(function: Callable[..., Any], available: Mapping[str, Any]) -> dict[str, Any]:

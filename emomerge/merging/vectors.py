@@ -114,7 +114,7 @@ class TaskVectors:
         return deltas
 
     def pieces(self, name: str, *, whole: bool = False) -> Iterator[Tensor]:
-        """The runs' τ of one tensor, stacked: flat pieces (runs, n), or one (runs, *shape); nothing if no run moved it."""
+        """The runs' τ of one tensor, stacked: flat pieces (runs, n) or the `whole` (runs, *shape); none if none moved."""
         deltas = self.deltas(name)
         moved = [delta for delta in deltas if delta is not None and delta.numel()]
         if not moved:

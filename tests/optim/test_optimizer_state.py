@@ -93,6 +93,7 @@ def test_resumes_bit_identically(name: str, options: dict[str, Any], preset: str
         assert bits(resumed)[:2] == bits(uncut)[:2]
         assert resumed.pulse == uncut.pulse
         assert resumed.param_groups[0].get("geometry") == uncut.param_groups[0].get("geometry")
+    assert json.dumps(saved, default=lambda t: t.tolist()) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -147,6 +147,15 @@ def test_v39_follows_the_trend() -> None:
     assert falling.gain == 100**falling.chain
 
 
+def test_largest_rate_follows_the_scope_in_v39_only() -> None:
+    for preset, largest in (("v3.8", 3e-3), ("v3.8-fft", 3e-4), ("v3.9", 1.5e-3), ("guarded", 3e-3)):
+        pulse = EmoPulse(preset, scope=0.5)
+        pulse.dnr = 1e6
+        assert pulse.rate_at(0.5) == largest
+        pulse.dnr = 0.0
+        assert pulse.rate_at(0.5) == PRESETS[preset].min_rate
+
+
 def test_cautious_start() -> None:
     for preset in PRESETS:
         pulse = EmoPulse(preset, cautious=True)

@@ -1,0 +1,180 @@
+"""The experiment's result: every figure of every artefact, its controls, the verdict, and which artefact to use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emomerge.measure import Artefact, Measurer
+from emomerge.probing import verdict
+from emomerge.progress import Display
+from emomerge.recipe import Recipe
+
+Array = NDArray[np.float64]
+
+SINGLE, MATCHED, MEAN, LONG = "best single run", "distance-matched", "plain mean", "long run of equal steps"
+"""The merge's rivals."""
+UNMEASURED_FLATNESS = ("λmax and trace of the Hessian", "the loss-matched control")
+"""What the claim `flatter` needs and the preset `quick` does not measure."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What one training seed brings to the verdict: the merge and its rivals as paired arrays."""
+
+    merge: Artefact
+    flat: Mapping[str, Artefact]
+    """Rivals in sharpness."""
+    better: Mapping[str, Artefact]
+    """Rivals in held-out loss."""
+
+
+def assess(
+    recipe: Recipe,
+    measurer: Measurer,
+    *,
+    base: Artefact,
+    runs: Sequence[Artefact],
+    merges: Mapping[str, Sequence[Artefact]],
+    best: Sequence[Artefact],
+    long: Sequence[Artefact],
+    display: Display,
+) -> dict[str, Any]:
+    """Measure everything and judge the merge with the lowest validation loss.
+
+    Args:
+        recipe: what was asked for.
+        measurer: measures artefacts.
+        base: where all started.
+        runs: the shallow runs.
+        merges: label → one merge for each training seed.
+        best: the best single run of each training seed.
+        long: the long run of each training seed; may be empty.
+        display: shows progress.
+
+    Returns:
+        `artefacts`, `probe`, `curves`, `verdict` and `selected` of results.json.
+    """
+    label = min(merges, key=lambda name: sum(measurer.loss(merge, "validation") for merge in merges[name]))
+    matched = _distance_matched(recipe, measurer, runs, merges[label])
+    rows, curves, sharpness = [], {}, {}
+    for artefact in [base, *runs, *(merge for group in merges.values() for merge in group), *long, *matched]:
+        line = display.line(f"probe {artefact.name}", recipe.probe.directions)
+        row, values, curve = measurer.probe(artefact, line)
+        line.at(recipe.probe.directions, f"test loss {row['test_loss']:.4f}")
+        rows.append(row)
+        sharpness[artefact.name] = values
+        if curve["alpha"]:
+            curves[artefact.name] = curve
+    mean = next((spec.label for spec in recipe.merge if spec.method == "mean" and not spec.params), None)
+    contests = [
+        Contest(
+            merged,
+            flat=_present({SINGLE: [single], MATCHED: [m for m in matched if m.of == single.name]}),
+            better=_present(
+                {
+                    SINGLE: [single],
+                    MEAN: [merges[mean][index]] if mean not in (None, label) else [],
+                    LONG: [run for run in long if run.seed == single.seed],
+                }
+            ),
+        )
+        for index, (merged, single) in enumerate(zip(merges[label], best, strict=True))
+    ]
+    found = _judge(recipe, measurer, label, contests, sharpness, mean_needed=mean != label)
+    return {
+        "artefacts": rows,
+        "probe": {
+            **recipe.probe.model_dump(mode="json"),
+            "rows": len(measurer.probe_rows[recipe.probe.data]),
+            "noise_floor": measurer.noise_floor(base),
+        },
+        "curves": curves,
+        "verdict": {**found, "merge": merges[label][0].name, "best_single": [run.name for run in best]},
+        "selected": select(rows) if recipe.select == "best" else None,
+    }
+
+
+def _distance_matched(
+    recipe: Recipe, measurer: Measurer, runs: Sequence[Artefact], merged: Sequence[Artefact]
+) -> list[Artefact]:
+    if "distance-matched" not in recipe.controls:
+        return []
+    return [measurer.distance_matched(run, merge) for merge in merged for run in runs if run.seed == merge.seed]
+
+
+def _present(rivals: Mapping[str, Sequence[Artefact]]) -> dict[str, Artefact]:
+    return {name: found[0] for name, found in rivals.items() if found}
+
+
+def _judge(
+    recipe: Recipe,
+    measurer: Measurer,
+    label: str,
+    contests: Sequence[Contest],
+    sharpness: Mapping[str, Sequence[Array]],
+    *,
+    mean_needed: bool,
+) -> dict[str, Any]:
+    """The verdict on one merge method over all training seeds."""
+    probe = recipe.probe
+    rows = measurer.probe_rows[probe.data].split(probe.batch_size)
+    weight = np.array([float(len(part)) for part in rows])
+    flat = [
+        verdict.sharpness_ratio(
+            [sharpness[c.merge.name][r] for c in contests],
+            [sharpness[c.flat[rival].name][r] for c in contests],
+            weight,
+            against=rival,
+            what=f"gaussian σ={radius:g}",
+        )
+        for rival in contests[0].flat
+        for r, radius in enumerate(probe.radii)
+    ]
+    losses = {a.name: measurer.scores(a, "test") for c in contests for a in (c.merge, *c.better.values())}
+    better = [
+        verdict.loss_difference(
+            [losses[c.merge.name]["loss"] for c in contests],
+            [losses[c.better[rival].name]["loss"] for c in contests],
+            losses[contests[0].merge.name]["weight"],
+            against=rival,
+            what="test loss",
+        )
+        for rival in contests[0].better
+    ]
+    flat_missing = [
+        *UNMEASURED_FLATNESS,
+        *(["the distance-matched control"] if MATCHED not in contests[0].flat else []),
+    ]
+    needed = {MEAN: mean_needed, LONG: True}
+    better_missing = [
+        f"the {rival}" for rival, is_needed in needed.items() if is_needed and rival not in contests[0].better
+    ]
+    return verdict.overall(
+        label,
+        verdict.judge_better(better, better_missing),
+        verdict.judge_flatter(flat, len(probe.radii), flat_missing),
+        seeds=len(contests),
+    )
+
+
+def select(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The run or merge with the lowest validation loss, and a sentence that says so where it is no merge."""
+    run, merged = (
+        min((row for row in rows if row["role"] == role), key=lambda row: float(row["validation_loss"]))
+        for role in ("run", "merge")
+    )
+    merge_wins = merged["validation_loss"] <= run["validation_loss"]
+    winner, other = (merged, run) if merge_wins else (run, merged)
+    kind = "the merge" if merge_wins else "a single run, better than every merge:"
+    return {
+        "name": winner["name"],
+        "path": winner["path"],
+        "validation_loss": winner["validation_loss"],
+        "sentence": f"Use {winner['name']}, {kind} with the lowest validation loss, {winner['validation_loss']:.4f} "
+        f"against {other['validation_loss']:.4f} of {other['name']}.",
+    }
