@@ -44,7 +44,7 @@ def assess(
     long: Sequence[Artefact],
     display: Display,
 ) -> dict[str, Any]:
-    """Measure everything and judge the merge with the lowest validation loss.
+    """Measure everything and judge the recipe's first merge: named before any figure was seen, it is no pick of the luckiest.
 
     Args:
         recipe: what was asked for.
@@ -59,7 +59,7 @@ def assess(
     Returns:
         `artefacts`, `probe`, `curves`, `verdict` and `selected` of results.json.
     """
-    label = min(merges, key=lambda name: sum(measurer.loss(merge, "validation") for merge in merges[name]))
+    label = recipe.merge[0].label
     matched = _distance_matched(recipe, measurer, runs, merges[label])
     rows, curves, sharpness = [], {}, {}
     for artefact in [base, *runs, *(merge for group in merges.values() for merge in group), *long, *matched]:
@@ -168,7 +168,7 @@ def select(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         min((row for row in rows if row["role"] == role), key=lambda row: float(row["validation_loss"]))
         for role in ("run", "merge")
     )
-    merge_wins = merged["validation_loss"] <= run["validation_loss"]
+    merge_wins = merged["validation_loss"] < run["validation_loss"]
     winner, other = (merged, run) if merge_wins else (run, merged)
     kind = "the merge" if merge_wins else "a single run, better than every merge:"
     return {

@@ -227,6 +227,7 @@ class Recipe(Section):
         (Merge(method="tall-mask"), Merge(method="ties"), Merge(method="mean"), Merge(method="greedy-soup")),
         min_length=1,
     )
+    """The first one is what the verdict judges."""
     controls: tuple[Control, ...] = ("best-single", "distance-matched", "long-run")
     probe: Probe = Probe()
     select: Literal["best", "none"] = "best"

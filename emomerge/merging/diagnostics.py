@@ -1,7 +1,7 @@
 """What a merge did to the runs: norms, cosines, sign agreement, what was kept.
 
-Counts are exact. Other sums are float64 over rows of a fixed length, which no thread count splits, and `math.fsum`, which is
-exact in any order, joins them.
+Counts are exact. Other sums are float64 over rows of a fixed length, which no thread count splits; `math.fsum`, exact
+in any order, joins them.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from emomerge.checkpoints import Checkpoint, open_checkpoint
 from emomerge.errors import BadInput, EmomergeError
 from emomerge.merging.diagnostics import Figures, describe
 from emomerge.merging.registry import MergeMethod, check_params, find_method, select
-from emomerge.merging.vectors import Candidate, Displaced, Loss, TaskVectors, finite_or_inf
+from emomerge.merging.vectors import Candidate, Displaced, Loss, TaskVectors, finite_or_inf, merges
 
 SCALES = tuple(step / 10 for step in range(1, 16))
 """What scale: auto chooses from."""
@@ -78,7 +78,7 @@ def merge(
 
 
 class MergedCheckpoint(Displaced):
-    """A merge, made by `merge`: the base's names, dtypes and shapes, but `merged[name]` is not rounded to that dtype."""
+    """A merge, made by `merge`: the base's names, dtypes and shapes; `merged[name]` is not yet rounded to the dtype."""
 
     def __init__(self, task: TaskVectors, method: MergeMethod, options: dict[str, Any]) -> None:
         super().__init__(task.base, source=f"{method.name} of {len(task)} runs over {task.base.source}")
@@ -93,7 +93,7 @@ class MergedCheckpoint(Displaced):
 
     def tau(self, name: str) -> Tensor | None:
         """τ_m of a tensor, before scaling; None where no run moved it."""
-        if name not in self._task.names:
+        if not merges(self.info(name)):
             self._task.check_equal(name)
             return None
         figures = Figures(len(self._task))
@@ -110,7 +110,7 @@ class MergedCheckpoint(Displaced):
         return torch.cat(parts).view(self.info(name).shape) if parts else None
 
     def choose_scale(self) -> None:
-        """Take the scale with the lowest held-out loss, the smaller of equals. τ_m is computed once, to a file."""
+        """Take the scale with the lowest held-out loss, the smaller of equals; τ_m is computed once, to a file."""
         loss = self._task.need_loss("scale: auto")
         with tempfile.TemporaryDirectory(prefix="emomerge-") as folder:
             files = {}
@@ -155,7 +155,7 @@ class MergedCheckpoint(Displaced):
         }
         losses = self._task.known_run_losses
         if losses is not None:
-            report["run_losses"] = dict(zip(self._task.labels, losses, strict=True))
+            report["run_losses"] = {label: _json(loss) for label, loss in zip(self._task.labels, losses, strict=True)}
         if self._scale_losses:
             report["scale_losses"] = {f"{scale:g}": _json(loss) for scale, loss in self._scale_losses.items()}
         advice = self._method.advice(report) if self._method.advice and self._figures else []
@@ -211,6 +211,8 @@ def _check_lengths(runs: int, **given: Sequence[Any] | None) -> None:
     for what, values in given.items():
         if values is not None and not isinstance(values, str) and len(values) != runs:
             raise BadInput(f"`{what}` does not fit the runs", expected=f"{runs}, one for each run", found=len(values))
+    if (names := given["names"]) and len(set(names)) < runs:
+        raise BadInput("`names` names two runs alike", found=", ".join(names))
 
 
 def _labels(runs: Sequence[Checkpoint | str | Path]) -> list[str]:

@@ -123,7 +123,7 @@ def trim_thresholds(vectors: TaskVectors, density: float, trim: Trim) -> Mapping
 
 def trimmed(deltas: Tensor, threshold: Tensor) -> Tensor:
     """τ̂_t: the elements that reach their run's threshold (runs, 1), zero elsewhere."""
-    return torch.where(deltas.abs() >= threshold, deltas, 0)
+    return torch.where(deltas.abs() >= threshold.to(deltas.device), deltas, 0)
 
 
 def ties_advice(report: dict[str, Any]) -> list[str]:
@@ -213,8 +213,8 @@ def tall_mask_advice(report: dict[str, Any]) -> list[str]:
     if (energy := report["kept_energy"]) is not None and energy < 0.5:
         limit = "" if critical is None else f" (λ_crit = 1/(N−1) = {critical:.3g})"
         warnings.append(
-            f"the masks at {shown}{limit}, k {report['params']['votes']} keep only {energy:.0%} of the energy of the runs' "
-            "mean; use reference: mean, a smaller λ or a smaller k, and compare with method: mean"
+            f"the masks at {shown}{limit} and k {report['params']['votes']} keep only {energy:.0%} of the energy of "
+            "the runs' mean; use reference: mean, a smaller λ or a smaller k, and compare with method: mean"
         )
     return warnings
 

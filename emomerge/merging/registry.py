@@ -70,9 +70,8 @@ def merge_method(
 ) -> Callable[[Method], Method]:
     """Register a function on one tensor as a merge method.
 
-    The function takes what it names of `deltas` (runs, *shape), `weights` (runs,) and the tensor's `name`. What a user can
-    set are the keyword-only parameters that have a default, its own and the first pass's; those without one come from the
-    first pass.
+    The function takes what it names of `deltas` (runs, *shape), `weights` (runs,) and the tensor's `name`. A user can
+    set its keyword-only parameters that have a default, and the first pass's; those without one the first pass returns.
 
     Args:
         name: what the user types.

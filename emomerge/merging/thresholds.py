@@ -39,7 +39,8 @@ def kth_magnitude(
             for row, pattern in enumerate(patterns):
                 if shift + DIGIT < width:
                     pattern = pattern[pattern >> (shift + DIGIT) == prefix[row]]
-                counts[row] += torch.bincount((pattern >> shift) & (2**DIGIT - 1), minlength=2**DIGIT)
+                digits = (pattern >> shift) & (2**DIGIT - 1)
+                counts[row].index_add_(0, digits, counts.new_ones(()).expand(len(digits)))
         counts, prefix = counts.cpu(), prefix.cpu()
         if shift + DIGIT == width:
             left_out = max(numel, 1) - counts.sum(1)

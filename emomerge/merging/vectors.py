@@ -114,7 +114,7 @@ class TaskVectors:
         return deltas
 
     def pieces(self, name: str, *, whole: bool = False) -> Iterator[Tensor]:
-        """The runs' τ of one tensor, stacked: flat pieces (runs, n) or the `whole` (runs, *shape); none if none moved."""
+        """The runs' τ of a tensor, stacked: flat pieces (runs, n) or the `whole` (runs, *shape); none if none moved."""
         deltas = self.deltas(name)
         moved = [delta for delta in deltas if delta is not None and delta.numel()]
         if not moved:
@@ -164,7 +164,7 @@ class TaskVectors:
         """The held-out loss of θ₀ + rule(τ), from which `what` is chosen; NaN counts as infinite."""
 
         def tau(name: str) -> Tensor | None:
-            if name not in self.names:
+            if not merges(self.base.info(name)):
                 return None
             parts = [rule(name, piece) for piece in self.pieces(name)]
             return torch.cat(parts).view(self.base.info(name).shape) if parts else None
@@ -183,36 +183,34 @@ class TaskVectors:
                 )
 
 
+def merges(info: TensorInfo) -> bool:
+    """Whether a tensor merges: floats do, but not FP8, which means nothing without the scales stored beside it."""
+    return info.dtype.is_floating_point and info.dtype.itemsize > 1
+
+
 def finite_or_inf(loss: float) -> float:
     """A loss that can be compared: NaN is worse than anything."""
     return math.inf if math.isnan(loss) else float(loss)
 
 
 def _floating(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The tensors that merge. FP8 is left out: it means nothing without the scales stored beside it."""
-    return tuple(name for name in checkpoint.names() if _merges(checkpoint.info(name)))
-
-
-def _merges(info: TensorInfo) -> bool:
-    return info.dtype.is_floating_point and info.dtype.itemsize > 1
+    return tuple(name for name in checkpoint.names() if merges(checkpoint.info(name)))
 
 
 def _check_headers(base: Checkpoint, run: Checkpoint, label: str) -> None:
-    ours, theirs = _floating(base), _floating(run)
+    """The run has the base's floating tensors, no others, each in the base's shape."""
+    present, ours, theirs = set(run.names()), dict.fromkeys(_floating(base)), _floating(run)
     for name in ours:
-        if name not in run:
-            raise BadInput("run lacks a tensor", where=f"{name} of run {label}", expected=_describe(base, name))
-        if name not in theirs or run.info(name).shape != base.info(name).shape:
-            raise BadInput(
-                "run does not fit the base",
-                where=f"{name} of run {label}",
-                expected=_describe(base, name),
-                found=_describe(run, name),
-            )
+        where = f"{name} of run {label}"
+        if name not in present:
+            raise BadInput("run lacks a tensor", where=where, expected=_describe(base, name))
+        if not merges(run.info(name)) or run.info(name).shape != base.info(name).shape:
+            expected, found = _describe(base, name), _describe(run, name)
+            raise BadInput("run does not fit the base", where=where, expected=expected, found=found)
     for name in theirs:
         if name not in ours:
-            found = _describe(run, name)
-            raise BadInput("run has a tensor that the base lacks", where=f"{name} of run {label}", found=found)
+            where, found = f"{name} of run {label}", _describe(run, name)
+            raise BadInput("run has a tensor that the base lacks", where=where, found=found)
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
