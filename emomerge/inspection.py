@@ -138,9 +138,7 @@ def status_of(folder: Path) -> dict[str, Any]:
     runs = []
     for place in sorted((folder / "runs").glob("*/run.json")):
         run = RunDir(place.parent)
-        last: dict[str, Any] = {}
-        for last in run.metrics():
-            pass
+        last = max(run.metrics(), key=lambda row: int(row["step"]), default={})
         state = run.state
         runs.append(
             {key: state.get(key) for key in ("name", "state", "steps", "error")}

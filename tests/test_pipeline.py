@@ -39,7 +39,7 @@ def test_everything_is_there(finished, tiny_recipe):
     runs = ["sens-0", "airy-0", "cats-0", "tion-0", "void-0"]
     merges = ["tall-mask", "ties", "mean", "greedy-soup"]
     assert names[:10] == ["base", *runs, *merges]
-    assert [a["role"] for a in results["artefacts"]][10:] == ["control"] * 5
+    assert [a["control"] for a in results["artefacts"]][10:] == ["long-run"] + ["distance-matched"] * 5
     for artefact in results["artefacts"]:
         assert artefact["test_loss"] > 0
         assert 0 <= artefact["test_accuracy"] <= 1
@@ -56,7 +56,7 @@ def test_controls_have_the_length_of_the_merge(finished):
     results = load_results(finished)
     by_name = {a["name"]: a for a in results["artefacts"]}
     merged = by_name[results["verdict"]["merge"]]
-    for control in (a for a in results["artefacts"] if a["role"] == "control"):
+    for control in (a for a in results["artefacts"] if a["control"] == "distance-matched"):
         assert control["distance"] == pytest.approx(merged["distance"], rel=1e-4)
         assert control["of"] in by_name
 
@@ -115,7 +115,7 @@ KILLS = {
     "run 3": ("emomerge.training.runs.RunDir.append_metrics", 12 + 6),
     "run 4, between weights and state": ("emomerge.training.runs.RunDir.write_state", 3 * 5 + 3),
     "run 5": ("emomerge.training.runs.RunDir.append_metrics", 24 + 4),
-    "merge, in a file": ("emomerge.merging.MergedCheckpoint.__getitem__", 200),
+    "merge, in a file": ("emomerge.merging.MergedCheckpoint.__getitem__", 30),
     "merge, before its stamp": ("emomerge.workspace.Workspace.write_stamp", 3),
     "probe, early": ("emomerge.probing.ledger.Ledger.ask", 300),
     "probe, late": ("emomerge.probing.ledger.Ledger.ask", 1100),

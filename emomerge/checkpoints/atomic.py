@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from emomerge.errors import BadInput
 
 _SERIAL = itertools.count()
@@ -118,11 +120,12 @@ def translate_os_error(where: str | Path, *, needed: int | None = None) -> Itera
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _TROUBLE:
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number not in _TROUBLE:
             raise
-        what, fix = _TROUBLE[error.errno]
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what, fix = _TROUBLE[number]
+        full = number in (errno.ENOSPC, errno.EDQUOT)
         raise BadInput(
             what,
             where=where,
@@ -130,6 +133,14 @@ def translate_os_error(where: str | Path, *, needed: int | None = None) -> Itera
             found=f"{size(free_space(Path(where)))} free" if full else None,
             fix=fix,
         ) from error
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    """The system's number of an error; safetensors only writes it into its message."""
+    if isinstance(error, OSError):
+        return error.errno
+    written = re.search(r"os error (\d+)", str(error))
+    return int(written[1]) if written else None
 
 
 def require_space(out: Path, needed: int) -> None:

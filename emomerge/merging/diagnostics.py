@@ -52,11 +52,11 @@ class Figures:
 
     def add(self, deltas: Tensor, merged: Tensor, masks: Tensor | None) -> None:
         """A tensor or a piece of one: deltas (runs, *shape), merged (*shape), masks (runs, *shape) or None."""
-        pieces = deltas.flatten(1).split(PIECE, dim=1), merged.flatten().split(PIECE)
+        pieces = deltas.reshape(len(deltas), -1).split(PIECE, dim=1), merged.flatten().split(PIECE)
         for some_deltas, some_merged in zip(*pieces, strict=True):
             self._add(some_deltas, some_merged)
         if masks is not None:
-            self.masked += masks.flatten(1).sum(dim=1).cpu()
+            self.masked += masks.reshape(len(masks), -1).sum(dim=1).cpu()
 
     def _add(self, deltas: Tensor, merged: Tensor) -> None:
         mean = run_sum(deltas) / len(deltas)

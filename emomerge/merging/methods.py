@@ -116,7 +116,7 @@ def trim_thresholds(vectors: TaskVectors, density: float, trim: Trim) -> Mapping
         moved = torch.zeros(runs, dtype=torch.int64)
         for _, deltas in vectors.all_pieces():
             moved = moved.to(deltas.device) + deltas.count_nonzero(dim=1)
-        ranks = [min(total - d + rank(d), max(total, 1)) for d in moved.tolist()]
+        ranks = [min(total - d + rank(d), total) for d in moved.tolist()]
     one_for_all = thresholds(lambda: (deltas for _, deltas in vectors.all_pieces()), ranks, total)
     return dict.fromkeys(vectors.names, one_for_all)
 

@@ -20,7 +20,7 @@ def kth_magnitude(
 
     Args:
         stream: starts a reading of the pieces (rows, n); there is one reading for every 16 bits of the dtype.
-        ranks: k of each row, from 1 to `numel`.
+        ranks: k of each row, up to `numel`; below 1 it gives the least of all.
         numel: elements of a row; those that the stream leaves out are zeros, and so is the one of an empty row.
         dtype: float32 or float64, no narrower than any piece.
 

@@ -84,7 +84,7 @@ def _hash(value: Any) -> str:
         parts = [
             str(array.dtype),
             str(tuple(array.shape)),
-            hashlib.sha256(array.flatten().view(torch.uint8).numpy()).hexdigest(),
+            hashlib.sha256(array.flatten().view(torch.uint8).numpy().tobytes()).hexdigest(),
         ]
     elif isinstance(value, Mapping):
         parts = [f"{key}={_hash(item)}" for key, item in value.items()]

@@ -16,13 +16,14 @@ from emomerge.probing.perturb import Move, Perturbable
 
 def center(probe: Perturbable) -> NDArray[np.float64]:
     """Loss at the model itself, (batches,)."""
-    return np.array([_at_center(probe, batch)["loss"] for batch in range(len(probe.batches))])
+    return np.array([_at_center(probe, batch)["loss"] for batch in range(len(probe.batches))], dtype=np.float64)
 
 
 def weights(probe: Perturbable) -> NDArray[np.float64]:
     """Weight of every batch, summing to one, (batches,)."""
-    found = np.array([_at_center(probe, batch)["weight"] for batch in range(len(probe.batches))])
-    return found / found.sum()
+    found = np.array([_at_center(probe, batch)["weight"] for batch in range(len(probe.batches))], dtype=np.float64)
+    total: float = found.sum()
+    return found / total
 
 
 def gaussian(

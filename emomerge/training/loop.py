@@ -165,9 +165,8 @@ def _save_checkpoint(run: RunDir, inputs: str, step: int, model: nn.Module, opti
             else:
                 scalars.setdefault(str(index), {})[key] = value
     header = {"inputs": inputs, "step": step, "groups": state["param_groups"], "scalars": scalars}
-    temporary = run.checkpoint.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"state": json.dumps(header)})
-    atomic.replace(temporary, run.checkpoint)
+    with atomic.translate_os_error(run.checkpoint), atomic.new_path(run.checkpoint, force=True) as temporary:
+        save_file(tensors, temporary, metadata={"state": json.dumps(header)})
     run.write_state(step=step)
 
 
