@@ -151,9 +151,7 @@ def _judge(
         *(["the distance-matched control"] if MATCHED not in contests[0].flat else []),
     ]
     needed = {MEAN: mean_needed, LONG: True}
-    better_missing = [
-        f"the {rival}" for rival, is_needed in needed.items() if is_needed and rival not in contests[0].better
-    ]
+    better_missing = [f"the {rival}" for rival, is_needed in needed.items() if is_needed and rival not in contests[0].better]
     return verdict.overall(
         label,
         verdict.judge_better(better, better_missing),
@@ -170,11 +168,16 @@ def select(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     )
     merge_wins = merged["validation_loss"] < run["validation_loss"]
     winner, other = (merged, run) if merge_wins else (run, merged)
-    kind = "the merge" if merge_wins else "a single run, better than every merge:"
+    reason = (
+        f"the lowest validation loss, {winner['validation_loss']:.4f}, against {other['validation_loss']:.4f} of the best "
+        f"single run, {other['name']}"
+        if merge_wins
+        else f"no merge has a lower validation loss than this single run's {winner['validation_loss']:.4f} "
+        f"({other['name']}: {other['validation_loss']:.4f})"
+    )
     return {
         "name": winner["name"],
         "path": winner["path"],
         "validation_loss": winner["validation_loss"],
-        "sentence": f"Use {winner['name']}, {kind} with the lowest validation loss, {winner['validation_loss']:.4f} "
-        f"against {other['validation_loss']:.4f} of {other['name']}.",
+        "sentence": f"Use {winner['name']}: {reason}.",
     }

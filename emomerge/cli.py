@@ -70,9 +70,7 @@ def _verb(group: click.Group, name: str, example: str) -> Callable[[Callable[...
 
 quiet_option = click.option("--quiet", is_flag=True, help="Show nothing but errors and results.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on the standard output.")
-set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a field of the recipe."
-)
+set_option = click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a field of the recipe.")
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
 
@@ -148,9 +146,7 @@ def train_all(recipe: str, out: Path | None, only: str, overrides: Sequence[str]
 @click.argument("base")
 @click.argument("adapter")
 @click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
-@click.option(
-    "--dtype", type=click.Choice(["base", "float32", "bfloat16", "float16"]), default="base", show_default=True
-)
+@click.option("--dtype", type=click.Choice(["base", "float32", "bfloat16", "float16"]), default="base", show_default=True)
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option(
     "--allow-unmatched",
@@ -181,27 +177,17 @@ def bake(
 )  # fmt: skip
 @click.argument("base")
 @click.argument("runs", nargs=-1, required=True)
-@click.option(
-    "--method", default="tall-mask", show_default=True, help="mean, task-arithmetic, ties, tall-mask or greedy-soup."
-)
+@click.option("--method", default="tall-mask", show_default=True, help="mean, task-arithmetic, ties, tall-mask or greedy-soup.")
 @click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
-@click.option(
-    "--weight", "weights", type=float, multiple=True, help="Weight of a run; give one for each run, in their order."
-)
+@click.option("--weight", "weights", type=float, multiple=True, help="Weight of a run; give one for each run, in their order.")
 @click.option("--scale", help="Factor on the merged task vector, or `auto` (needs --recipe).")
 @click.option("--density", type=float, help="ties: the share of each run's task vector that is kept.")
 @click.option("--lambda", "lambda_", help="tall-mask: λ, or `auto` (needs --recipe).")
 @click.option("--k", type=int, help="tall-mask: runs that must agree on a weight.")
-@click.option(
-    "--reference", type=click.Choice(["mean", "sum", "ties"]), help="tall-mask: what the masks are measured against."
-)
-@click.option(
-    "--trim", type=click.Choice(["global", "tensor", "touched"]), help="ties: over what the density is taken."
-)
+@click.option("--reference", type=click.Choice(["mean", "sum", "ties"]), help="tall-mask: what the masks are measured against.")
+@click.option("--trim", type=click.Choice(["global", "tensor", "touched"]), help="ties: over what the density is taken.")
 @click.option("--aggregate", type=click.Choice(["mean", "sum"]), help="ties: how agreeing weights are joined.")
-@click.option(
-    "--dtype", type=click.Choice(["base", "float32", "bfloat16", "float16"]), default="base", show_default=True
-)
+@click.option("--dtype", type=click.Choice(["base", "float32", "bfloat16", "float16"]), default="base", show_default=True)
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--recipe", "recipe_path", help="A recipe whose validation data decides what is `auto`, and greedy-soup.")
 @set_option

@@ -77,9 +77,7 @@ def compare(path: str, other: str) -> dict[str, Any]:
     there = open_run(here, other)
     shared = [name for name in here if name in there]
     shapes = {
-        n: [list(here.info(n).shape), list(there.info(n).shape)]
-        for n in shared
-        if here.info(n).shape != there.info(n).shape
+        n: [list(here.info(n).shape), list(there.info(n).shape)] for n in shared if here.info(n).shape != there.info(n).shape
     }
     found: dict[str, Any] = {
         "here": path, "there": other,
@@ -154,8 +152,6 @@ def show_status(found: dict[str, Any]) -> Table:
     for heading in ("run", "state", "step", "loss", "emoPulse", ""):
         table.add_column(heading, justify="right" if heading in ("step", "loss", "emoPulse") else "left")
     for run in found["runs"]:
-        loss, rate = (
-            f"{run[key]:{form}}" if run[key] is not None else "–" for key, form in (("loss", ".4f"), ("rate", ".2e"))
-        )
+        loss, rate = (f"{run[key]:{form}}" if run[key] is not None else "–" for key, form in (("loss", ".4f"), ("rate", ".2e")))
         table.add_row(run["name"], run["state"], f"{run['step']}/{run['steps']}", loss, rate, run["error"] or "")
     return table

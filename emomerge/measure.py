@@ -71,9 +71,7 @@ class Measurer:
         self.base_hash = base_hash
         self.device = device
         self.ledger = Ledger(ledger)
-        self.model: nn.Module = task.reload_model(base_folder, trust_remote_code=recipe.base.trust_remote_code).to(
-            device
-        )
+        self.model: nn.Module = task.reload_model(base_folder, trust_remote_code=recipe.base.trust_remote_code).to(device)
         load_into(self.model, base)
         self.base_parameters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.reference = rms(self.model)
@@ -105,9 +103,7 @@ class Measurer:
         return {
             "train": self._cut(self.data.train, self.probe_rows["train"], size),
             # Small batches: the bootstrap over batches needs many of them.
-            "validation": self._cut(
-                self.data.validation, torch.arange(validation), max(1, min(size, validation // 50))
-            ),
+            "validation": self._cut(self.data.validation, torch.arange(validation), max(1, min(size, validation // 50))),
             "test": self._cut(self.data.test, torch.arange(test), max(1, min(size, test // 50))),
         }
 
@@ -193,9 +189,7 @@ class Measurer:
         recipe = self.recipe.probe
         split: SplitName = recipe.data
         batches = self._cut(self.split(split), self.probe_rows[split], recipe.batch_size)
-        data = digest(
-            [self.split(split).digest, split, self.probe_rows[split].tolist(), recipe.batch_size, recipe.seed]
-        )
+        data = digest([self.split(split).digest, split, self.probe_rows[split].tolist(), recipe.batch_size, recipe.seed])
         return Perturbable(
             self.model,
             lambda model, batch: (self.task.loss(model, batch), float(len(batch["labels"]))),
@@ -233,9 +227,7 @@ def score(task: Task, model: nn.Module, batch: Batch) -> dict[str, float]:
     }
 
 
-def probe_models(
-    recipe: Recipe, models: Sequence[str], base_folder: Path, out: Path, display: Display
-) -> dict[str, Any]:
+def probe_models(recipe: Recipe, models: Sequence[str], base_folder: Path, out: Path, display: Display) -> dict[str, Any]:
     """Measure given models on a recipe's data, resumably: `results.json` and `evaluations.jsonl` in `out`.
 
     Args:

@@ -18,9 +18,9 @@ import torch
 import yaml
 
 from emomerge.adapters import open_run
+from emomerge.assessment import assess
 from emomerge.checkpoints import Checkpoint, atomic, model_checkpoint, open_checkpoint, write_checkpoint
 from emomerge.errors import BadInput, EmomergeError
-from emomerge.assessment import assess
 from emomerge.measure import Artefact, Measurer, choose_device
 from emomerge.merging import MergedCheckpoint, check_params, merge
 from emomerge.progress import Display, Line
@@ -241,8 +241,8 @@ class Pipeline:
             return
         with stopwatch() as clock:
             results = self._measure()
-            results["seconds"]["probe"] = clock["seconds"]
-            atomic.write_json(self.space.results, results)
+        results["seconds"]["probe"] = clock["seconds"]
+        atomic.write_json(self.space.results, results)
         self.space.write_stamp("probe", self.probe_inputs, [self.space.results])
 
     def report(self) -> None:
@@ -262,9 +262,7 @@ class Pipeline:
                 inputs = self.merge_stamps()[name]
                 seconds = self.space.stamp(f"merge-{name}").get("seconds")
                 self.space.write_stamp(f"merge-{name}", inputs, files_below(self.space.merges / name), seconds=seconds)
-        self.space.write_stamp(
-            "report", self.report_inputs, [self.space.report, *files_below(self.space.out / "figures")]
-        )
+        self.space.write_stamp("report", self.report_inputs, [self.space.report, *files_below(self.space.out / "figures")])
         line.at(1, str(self.space.report))
 
     # What the stages share.

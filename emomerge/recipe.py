@@ -353,9 +353,7 @@ def _fields_at(path: list[str], raw: tuple[int | str, ...]) -> set[str]:
         models = [model for annotation in annotations for model in _models_in(annotation)]
     tags = {str(part) for part in raw} & _TAGS
     if tags:  # of a tagged union only the chosen member counts
-        chosen = [
-            m for m in models if "kind" in m.model_fields and set(get_args(m.model_fields["kind"].annotation)) & tags
-        ]
+        chosen = [m for m in models if "kind" in m.model_fields and set(get_args(m.model_fields["kind"].annotation)) & tags]
         models = chosen or models
     return {name for model in models for name in model.model_fields}
 

@@ -108,9 +108,7 @@ class Workspace:
 
 def external_sources(recipe: Recipe) -> list[str]:
     """Everything the recipe names that may be a path."""
-    return [
-        s for s in (recipe.base.model, recipe.task.train, recipe.task.validation, recipe.task.test) if s is not None
-    ]
+    return [s for s in (recipe.base.model, recipe.task.train, recipe.task.validation, recipe.task.test) if s is not None]
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -13,9 +13,7 @@ def tiny_recipe():
     pytest.importorskip("sklearn")
     return {
         "name": "tiny",
-        "base": {
-            "prepare": {"model": "vit", "hidden": 16, "layers": 1, "patch_size": 4, "steps": 20, "learning_rate": 0.01}
-        },
+        "base": {"prepare": {"model": "vit", "hidden": 16, "layers": 1, "patch_size": 4, "steps": 20, "learning_rate": 0.01}},
         "task": {
             "kind": "image-classification",
             "train": "digits",

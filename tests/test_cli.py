@@ -114,7 +114,14 @@ def test_bake_probe_and_inspect(finished, tmp_path):
         assert json.loads(call("inspect", path, "--json").stdout)["tensors"] > 0
         assert call("inspect", path).exit_code == 0
     probed = call(
-        "probe", finished / "tiny.yaml", tmp_path / "baked", out / "runs/cats-0", "-o", tmp_path / "probed", "--base", out / "base"
+        "probe",
+        finished / "tiny.yaml",
+        tmp_path / "baked",
+        out / "runs/cats-0",
+        "-o",
+        tmp_path / "probed",
+        "--base",
+        out / "base",
     )
     assert probed.exit_code == 0, probed.output
     rows = json.loads((tmp_path / "probed/results.json").read_text())["artefacts"]
@@ -171,7 +178,9 @@ def listing(folder):
 
 def test_unknown_recipe_key(recipe_file, tmp_path):
     before = listing(tmp_path)
-    fails(call("run", recipe_file, "-o", tmp_path / "out", "--set", "runs.stepz=3"), "unknown recipe key", "did you mean `steps`?")
+    fails(
+        call("run", recipe_file, "-o", tmp_path / "out", "--set", "runs.stepz=3"), "unknown recipe key", "did you mean `steps`?"
+    )
     fails(call("run", tmp_path / "absent.yaml"), "no such recipe", "absent.yaml")
     assert listing(tmp_path) == before
 
@@ -282,5 +291,7 @@ def test_wrong_options(models):
 
 
 def test_a_failure_inside_the_work_has_status_one(recipe_file, tmp_path):
-    result = call("run", recipe_file, "-o", tmp_path / "out", "--set", "runs.lr=1e30", "--set", "base.prepare.learning_rate=1e30")
+    result = call(
+        "run", recipe_file, "-o", tmp_path / "out", "--set", "runs.lr=1e30", "--set", "base.prepare.learning_rate=1e30"
+    )
     fails(result, "learning_rate", status=1)

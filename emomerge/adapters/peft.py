@@ -135,9 +135,7 @@ class _Reader:
         key = next(iter(keys.values()))
         for factor in ("A", "B"):
             if factor not in keys:
-                raise BadInput(
-                    "a LoRA factor is missing", where=f"{self.file}, {module}", expected=f"lora_{factor}", found=key
-                )
+                raise BadInput("a LoRA factor is missing", where=f"{self.file}, {module}", expected=f"lora_{factor}", found=key)
         place = self._place(module, embedding, keys["A"])
         name = self._find(place.tensor, place.key)
         if name is None:
@@ -193,9 +191,7 @@ class _Reader:
         found = self.tensors.info(keys["A"]).shape[0]
         other = self.tensors.info(keys["B"]).shape[1]
         if found != other and len(self.base.info(name).shape) > 2 and not place.parameter:
-            raise BadInput(
-                "LoRA of a grouped convolution is no change of its weight", where=f"{self.file}, {place.key}"
-            )
+            raise BadInput("LoRA of a grouped convolution is no change of its weight", where=f"{self.file}, {place.key}")
         if not found == other == rank * experts:
             raise BadInput(
                 "a LoRA factor of another rank than the adapter's configuration",
@@ -221,9 +217,7 @@ class _Reader:
         shape = self.base.info(name).shape
         return shape[0] if place.parameter and len(shape) == 3 else 1
 
-    def _low_rank(
-        self, place: _Place, name: str, keys: dict[str, str], scale: float
-    ) -> Callable[[torch.dtype], Tensor]:
+    def _low_rank(self, place: _Place, name: str, keys: dict[str, str], scale: float) -> Callable[[torch.dtype], Tensor]:
         """Δ = s·BA in the layout of the base tensor."""
         a, b = self.tensors[keys["A"]], self.tensors[keys["B"]]
         shape = self.base.info(name).shape
@@ -239,9 +233,7 @@ class _Reader:
             return lambda dtype: _product(a, b, scale, dtype).T
         return lambda dtype: _product(a, b, scale, dtype)
 
-    def _expert_delta(
-        self, place: _Place, name: str, a: Tensor, b: Tensor, scale: float
-    ) -> Callable[[torch.dtype], Tensor]:
+    def _expert_delta(self, place: _Place, name: str, a: Tensor, b: Tensor, scale: float) -> Callable[[torch.dtype], Tensor]:
         """Δ of stacked experts. A (experts·r, in), B (out, r·experts) → (experts, out, in) or (experts, in, out)."""
         shape = self.base.info(name).shape
         outs, ins, experts = b.shape[0], a.shape[1], shape[0]

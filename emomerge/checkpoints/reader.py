@@ -41,8 +41,7 @@ DTYPES: dict[str, torch.dtype] = {
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TO_CONVERT = (
-    "convert it where you trust it: "
-    "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
+    "convert it where you trust it: safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
 )
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 
@@ -62,9 +61,7 @@ class SafetensorsCheckpoint(Checkpoint):
         headers: the header of each of those files.
     """
 
-    def __init__(
-        self, files: Mapping[str, Path], headers: Mapping[Path, Header], *, source: str, folder: Path | None
-    ) -> None:
+    def __init__(self, files: Mapping[str, Path], headers: Mapping[Path, Header], *, source: str, folder: Path | None) -> None:
         self._files = {name: files[name] for name in sorted(files)}
         self._names = tuple(self._files)
         self._headers = headers
@@ -153,9 +150,7 @@ def inside(folder: Path, name: str, *, named_by: Path) -> Path:
         allowed.append(root.parent.parent / "blobs")
     plain = name and not Path(name).is_absolute() and ".." not in Path(name).parts and "\\" not in name
     if not plain or not any(real.is_relative_to(place) for place in allowed):
-        raise BadInput(
-            "a file name leads out of its folder", where=named_by, expected=f"a file inside {folder}", found=name
-        )
+        raise BadInput("a file name leads out of its folder", where=named_by, expected=f"a file inside {folder}", found=name)
     return path
 
 
@@ -193,9 +188,7 @@ def _open_folder(folder: Path, *, source: str) -> Checkpoint:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
         raise BadInput("the weights are a pickle, which is never loaded", where=folder / pickles[0], fix=_TO_CONVERT)
-    raise BadInput(
-        "no weights in this folder", where=folder, expected="model.safetensors or model.safetensors.index.json"
-    )
+    raise BadInput("no weights in this folder", where=folder, expected="model.safetensors or model.safetensors.index.json")
 
 
 def _open_index(index: Path, *, source: str) -> Checkpoint:
@@ -211,12 +204,8 @@ def _open_index(index: Path, *, source: str) -> Checkpoint:
     headers = {path: read_header(path) for path in paths.values()}
     for name, file in items:
         if name not in headers[paths[file]].tensors:
-            raise BadInput(
-                "a tensor that the index names is not in its file", where=index, expected=f"{name} in {file}"
-            )
-    return SafetensorsCheckpoint(
-        {name: paths[file] for name, file in items}, headers, source=source, folder=index.parent
-    )
+            raise BadInput("a tensor that the index names is not in its file", where=index, expected=f"{name} in {file}")
+    return SafetensorsCheckpoint({name: paths[file] for name, file in items}, headers, source=source, folder=index.parent)
 
 
 def _open_files(paths: list[Path], *, source: str, folder: Path) -> Checkpoint:
@@ -246,9 +235,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     try:
         # only the files that an AutoModel reads: the repository's own folder, not onnx/ and the like
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
-    except (
-        Exception
-    ) as error:  # the library raises many kinds: offline, not found, gated, a bad id, a broken connection
+    except Exception as error:  # the library raises many kinds: offline, not found, gated, a bad id, a broken connection
         raise BadInput(
             "no such file or folder, and the Hub did not give it",
             where=name if revision is None else f"{name}, revision {revision}",
@@ -258,9 +245,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:
-    if start[:4] == b"PK\x03\x04" or (
-        start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[2:] != bytes(6)
-    ):
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[2:] != bytes(6)):
         raise BadInput("the weights are a pickle, which is never loaded", where=path, fix=_TO_CONVERT)
 
 

@@ -86,9 +86,7 @@ def _write_shards(
     if len(shards) == 1:
         return {"model.safetensors": _write_file(checkpoint, plan, folder / "model.safetensors", progress)}
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    hashes = {
-        name: _write_file(checkpoint, shard, folder / name, progress) for name, shard in zip(names, shards, strict=True)
-    }
+    hashes = {name: _write_file(checkpoint, shard, folder / name, progress) for name, shard in zip(names, shards, strict=True)}
     index = {
         "metadata": {
             "total_parameters": sum(info.numel for info in plan.values()),

@@ -146,9 +146,7 @@ class EmoOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in any torch optimizer, but a copy: later steps do not change it. The pulse is in `param_groups[0]`."""
         saved = super().state_dict()
-        saved["state"] = {
-            key: {name: value.clone() for name, value in state.items()} for key, state in saved["state"].items()
-        }
+        saved["state"] = {key: {name: value.clone() for name, value in state.items()} for key, state in saved["state"].items()}
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -126,9 +126,7 @@ class EmoPulse:
         """
         loss = float(loss)
         if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss is {loss}; weights and optimizer state are as they were before this step"
-            )
+            raise NonFiniteLossError(f"the loss is {loss}; weights and optimizer state are as they were before this step")
         preset = PRESETS[self.preset]
         if self.steps == 0:
             self.short = self.medium = self.long = loss

@@ -36,9 +36,7 @@ class EmoPulseLR(LRScheduler):
 
     def __init__(self, optimizer: Optimizer, preset: str = "v3.8", scope: float = 1.0, cautious: bool = False) -> None:
         if isinstance(optimizer, EmoOptimizer):
-            raise BadInput(
-                "an emo optimizer needs no EmoPulseLR", found=type(optimizer).__name__, fix="use its own `pulse`"
-            )
+            raise BadInput("an emo optimizer needs no EmoPulseLR", found=type(optimizer).__name__, fix="use its own `pulse`")
         self.optimizer = optimizer
         self.pulse = EmoPulse(preset, scope, cautious)
         self._intake = LossIntake()

@@ -15,9 +15,7 @@ from emomerge.probing.sharpness import key, weights
 ALPHAS: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
 
-def alpha_curve(
-    probe: Perturbable, base: Mapping[str, Tensor], alphas: Sequence[float] = ALPHAS
-) -> NDArray[np.float64]:
+def alpha_curve(probe: Perturbable, base: Mapping[str, Tensor], alphas: Sequence[float] = ALPHAS) -> NDArray[np.float64]:
     """Loss at θ₀ + α·τ, from the base (α = 0) through the model (α = 1) and beyond.
 
     Args:
@@ -28,9 +26,7 @@ def alpha_curve(
     Returns:
         (alphas,), batch-weighted mean losses in nats.
     """
-    backwards = {
-        name: base[name] - p.detach() for name, p in probe.parameters.items()
-    }  # −τ, so that α = 1 is θ to the bit
+    backwards = {name: base[name] - p.detach() for name, p in probe.parameters.items()}  # −τ, so that α = 1 is θ to the bit
 
     def evaluate(move: Move, alpha: float, batch: int) -> dict[str, float]:
         move(backwards, 1 - alpha)

@@ -121,6 +121,5 @@ class Perturbable:
 def rms(model: nn.Module) -> dict[str, float]:
     """Parameter name → root mean square: the ball every model of one probe shares, taken from the base."""
     return {
-        name: float(p.detach().double().square().mean().sqrt()) if p.numel() else 0.0
-        for name, p in model.named_parameters()
+        name: float(p.detach().double().square().mean().sqrt()) if p.numel() else 0.0 for name, p in model.named_parameters()
     }

@@ -40,9 +40,7 @@ class Evidence:
         return -1 if self.high < 0 else 1 if self.low > 0 else 0
 
 
-def sharpness_ratio(
-    merge: Sequence[Array], rival: Sequence[Array], weight: Array, *, against: str, what: str
-) -> Evidence:
+def sharpness_ratio(merge: Sequence[Array], rival: Sequence[Array], weight: Array, *, against: str, what: str) -> Evidence:
     """log(mean sharpness of the merge / of the rival).
 
     Args:
@@ -64,9 +62,7 @@ def sharpness_ratio(
     return Evidence(against, what, "log-ratio", *_interval(log_ratio))
 
 
-def loss_difference(
-    merge: Sequence[Array], rival: Sequence[Array], weight: Array, *, against: str, what: str
-) -> Evidence:
+def loss_difference(merge: Sequence[Array], rival: Sequence[Array], weight: Array, *, against: str, what: str) -> Evidence:
     """Mean loss of the merge minus the rival's, in nats; one (batches,) array for each training seed."""
     pairs = list(zip(merge, rival, strict=True))
 
@@ -167,9 +163,7 @@ def overall(merge: str, better: Mapping[str, Any], flatter: Mapping[str, Any], s
         caveats.append(
             f"{seeds} training seed{'s' if seeds > 1 else ''}: the intervals hold measurement error only, not the spread between trainings"
         )
-    status = (
-        " and ".join(shown) if len(shown) == 2 or (shown and not refuted) else "refuted" if refuted else "not shown"
-    )
+    status = " and ".join(shown) if len(shown) == 2 or (shown and not refuted) else "refuted" if refuted else "not shown"
     return {
         "status": status,
         "sentence": f"The merge {merge} " + " and ".join(clauses) + ".",

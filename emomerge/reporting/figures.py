@@ -9,16 +9,16 @@ from typing import Any
 
 from emomerge.reporting.labels import Box, place
 from emomerge.reporting.table import artefacts, middle_radius, sharpness_at
-from emomerge.reporting.text import finite
+from emomerge.reporting.text import finite, short
 
 Results = Mapping[str, Any]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; grey for what is not a run.
 COLOURS = {"sens": "#0072B2", "airy": "#56B4E9", "cats": "#D55E00", "tion": "#009E73", "void": "#CC79A7"}
-MERGE_COLOURS = ("#E69F00", "#B8860B", "#8B5A00", "#F0C75E", "#C08A3E")
+MERGE_COLOURS = ("#E69F00", "#8F5FBF", "#8B5A00", "#A8A400", "#C2185B")
 NEUTRAL = "#7A7F87"
 SHAPES = {"base": "diamond", "run": "circle", "merge": "square", "control": "cross"}
-WIDTH, HEIGHT = 620, 400
+WIDTH, HEIGHT = 800, 440
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def figures(results: Results) -> dict[str, Figure]:
 
 
 def colour_of(results: Results, name: str) -> str:
-    """One colour an artefact, the same in every figure: runs by optimizer, merges in shades of orange, the rest grey."""
+    """One colour an artefact, the same in every figure: runs by optimizer, merges in colours of their own, the rest grey."""
     merges = [a["name"] for a in artefacts(results) if a.get("role") == "merge"]
     if name in merges:
         return MERGE_COLOURS[merges.index(name) % len(MERGE_COLOURS)]
@@ -75,6 +75,7 @@ def _tradeoff(results: Results) -> Figure | None:
             )
     if len(rows) < 2:
         return None
+    rows, left_out = _without_distant_base(rows)
     x = _domain([row["loss"] for row in rows])
     y = _domain([value for row in rows for value in (row["low"], row["high"])])
     _label(rows, x, y)
@@ -118,10 +119,24 @@ def _tradeoff(results: Results) -> Figure | None:
         "Loss against sharpness",
         f"Held-out loss and average-case sharpness (σ = {radius:g} of the base's RMS per tensor; bars: standard error over "
         "directions). Lower left is better and flatter. A control named “x at ‖m‖” is run x with its task vector rescaled "
-        "to the length of merge m: a merge must lie below it to be flat and not merely near the base.",
+        "to the length of merge m: a merge must lie below it to be flat and not merely near the base." + left_out,
         "Scatter plot of test loss against sharpness for base, runs, merges and controls.",
         alt.layer(bars, leads, points, *texts).properties(width=WIDTH, height=HEIGHT),
     )
+
+
+def _without_distant_base(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Leave the base out where it would squeeze everything else into a corner, and say where it is."""
+    others = [row for row in rows if row["role"] != "base"]
+    base = next((row for row in rows if row["role"] == "base"), None)
+    if base is None or len(others) < 2:
+        return rows, ""
+    for axis in ("loss", "sharpness"):
+        low, high = min(row[axis] for row in others), max(row[axis] for row in others)
+        reach = 0.6 * (high - low)
+        if not low - reach <= base[axis] <= high + reach:
+            return others, f" Not shown: the base, at loss {short(base['loss'])} and sharpness {short(base['sharpness'])}."
+    return rows, ""
 
 
 def _domain(values: Sequence[float]) -> list[float]:
@@ -181,9 +196,7 @@ def _evidence(results: Results) -> Figure | None:
         dots = base.mark_point(filled=True, size=80, opacity=1).encode(
             alt.X("value:Q", title=axis), tooltip=[alt.Tooltip(f"{k}:Q", format=".3g") for k in ("value", "low", "high")]
         )
-        panels.append(
-            alt.layer(zero, bars, dots).properties(width=WIDTH - 220, height=alt.Step(26), title=f"Is it {claim}?")
-        )
+        panels.append(alt.layer(zero, bars, dots).properties(width=WIDTH - 220, height=alt.Step(26), title=f"Is it {claim}?"))
     if not panels:
         return None
     return Figure(
@@ -252,7 +265,11 @@ def _traces(results: Results) -> Figure | None:
         return None
     names = list(traces)
     colours = [COLOURS.get(str(traces[name].get("optimizer")), NEUTRAL) for name in names]
-    colour = alt.Color("name:N", scale=alt.Scale(domain=names, range=colours), legend=alt.Legend(title=None))
+    colour = alt.Color(
+        "name:N",
+        scale=alt.Scale(domain=names, range=colours),
+        legend=alt.Legend(title=None, symbolOpacity=1, symbolStrokeWidth=3),
+    )
     base = alt.Chart(alt.Data(values=rows)).encode(alt.X("step:Q", title="step"), colour)
     raw = base.mark_line(opacity=0.18, strokeWidth=1).encode(alt.Y("loss:Q", title="training loss (nats)"))
     smooth_line = base.mark_line(strokeWidth=2).encode(alt.Y("smooth:Q", title="training loss (nats)"))

@@ -107,7 +107,16 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
 
 def _candidates() -> list[tuple[float, Offset]]:
     """(cost, offset) around a point, cheapest first: near before far, the right side before the left."""
-    sides = ((1, 0, 0.0), (-1, 0, 2.0), (0, -1, 3.0), (0, 1, 3.5), (0.8, -0.8, 1.0), (0.8, 0.8, 1.5), (-0.8, -0.8, 3.0), (-0.8, 0.8, 3.5))
+    sides = (
+        (1, 0, 0.0),
+        (-1, 0, 2.0),
+        (0, -1, 3.0),
+        (0, 1, 3.5),
+        (0.8, -0.8, 1.0),
+        (0.8, 0.8, 1.5),
+        (-0.8, -0.8, 3.0),
+        (-0.8, 0.8, 3.5),
+    )
     found = []
     for radius in (10, 15, 22, 30, 40, 52, 66, 82, 100):
         for ux, uy, preference in sides:

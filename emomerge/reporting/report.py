@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -46,18 +47,22 @@ def write_report(results: Mapping[str, Any], out: str | Path, *, png_dir: Path |
     drawn = figures(results)
     charts = {name: figure.chart.to_dict() for name, figure in drawn.items()}
     verdict = results.get("verdict") or {}
-    page = environment().get_template("report.html.j2").render(
-        results=results,
-        verdict=verdict,
-        status=STATUS_CLASS.get(str(verdict.get("status")), "open"),
-        figures=drawn,
-        charts=_script_safe(json.dumps(charts)),
-        vega=_script_safe(_vega()) if charts else "",
-        rows=artefacts(results),
-        columns=columns(results),
-        merges=results.get("merges") or {},
-        probe=results.get("probe") or {},
-        data=results.get("data") or {},
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            results=results,
+            verdict=verdict,
+            status=STATUS_CLASS.get(str(verdict.get("status")), "open"),
+            figures=drawn,
+            charts=json.dumps(charts).replace("<", "\\u003c"),
+            vega=_script_safe(_vega()) if charts else "",
+            rows=artefacts(results),
+            columns=columns(results),
+            merges=results.get("merges") or {},
+            probe=results.get("probe") or {},
+            data=results.get("data") or {},
+        )
     )
     atomic.write_text(out, page)
     if png_dir is not None:
@@ -66,8 +71,8 @@ def write_report(results: Mapping[str, Any], out: str | Path, *, png_dir: Path |
 
 
 def _script_safe(text: str) -> str:
-    """Text that cannot end the script element it stands in."""
-    return text.replace("</", "<\\/").replace("<!--", "<\\!--")
+    """A script whose strings cannot end the element it stands in."""
+    return re.sub(r"<(?=/script|!--)", r"\\x3C", text, flags=re.IGNORECASE)
 
 
 @cache

@@ -60,7 +60,13 @@ def columns(results: Mapping[str, Any]) -> list[Column]:
         *(_accuracies(rows, split) for split in ("test", "validation", "train")),
         *(_sharpness(rows, radius) for radius in radii(results)),
         _plain(rows, "distance", "distance", "‖θ − θ₀‖, the length of the task vector"),
-        _plain(rows, "cosine_to_mean", "cos to mean", "cosine between the task vector and the mean of the runs' task vectors", places=3),
+        _plain(
+            rows,
+            "cosine_to_mean",
+            "cos to mean",
+            "cosine between the task vector and the mean of the runs' task vectors",
+            places=3,
+        ),
         _plain(rows, "entropy", "entropy", "mean entropy of the predictions (nats); confident models look flatter"),
         _plain(rows, "grad_norm", "‖∇L‖", "norm of the gradient at the artefact"),
     ]
@@ -71,13 +77,22 @@ def _losses(rows: Sequence[Mapping[str, Any]], split: str) -> Column:
     values = tuple(finite(a.get(f"{split}_loss")) for a in rows)
     places = decimals(values, 4)
     cells = tuple(fixed(v, places) for v in values)
-    return Column(f"{split}_loss", f"{split} loss", f"mean cross-entropy on the {split} rows (nats)", values, cells, _best(rows, values, cells, min))
+    return Column(
+        f"{split}_loss",
+        f"{split} loss",
+        f"mean cross-entropy on the {split} rows (nats)",
+        values,
+        cells,
+        _best(rows, values, cells, min),
+    )
 
 
 def _accuracies(rows: Sequence[Mapping[str, Any]], split: str) -> Column:
     values = tuple(finite(a.get(f"{split}_accuracy")) for a in rows)
     cells = tuple(percent(v) for v in values)
-    return Column(f"{split}_accuracy", f"{split} acc.", f"accuracy on the {split} rows", values, cells, _best(rows, values, cells, max))
+    return Column(
+        f"{split}_accuracy", f"{split} acc.", f"accuracy on the {split} rows", values, cells, _best(rows, values, cells, max)
+    )
 
 
 def _sharpness(rows: Sequence[Mapping[str, Any]], radius: float) -> Column:
@@ -107,7 +122,9 @@ def _plain(rows: Sequence[Mapping[str, Any]], key: str, title: str, meaning: str
     return Column(key, title, meaning, values, tuple(fixed(v, places) for v in values))
 
 
-def _best(rows: Sequence[Mapping[str, Any]], values: Sequence[float | None], cells: Sequence[str], choose: Any) -> frozenset[int]:
+def _best(
+    rows: Sequence[Mapping[str, Any]], values: Sequence[float | None], cells: Sequence[str], choose: Any
+) -> frozenset[int]:
     """Only runs and merges compete: the base and rescaled task vectors look flat merely because they lie near the base."""
     held = {i: v for i, v in enumerate(values) if v is not None and rows[i].get("role") in ("run", "merge")}
     if len(held) < 2:

@@ -269,9 +269,7 @@ def _idx(path: Path) -> _Source:
         raise BadInput("no image data", where=path, expected="an IDX file …images-idx3-ubyte[.gz], or a folder")
     pixels, labels = _read_idx(path, dims=3).unsqueeze(1), _read_idx(path.with_name(name), dims=1)
     if len(pixels) != len(labels):
-        raise BadInput(
-            "images and labels differ in number", where=path, expected=len(pixels), found=f"{len(labels)} labels"
-        )
+        raise BadInput("images and labels differ in number", where=path, expected=len(pixels), found=f"{len(labels)} labels")
     return _Source(str(path), [str(label) for label in labels.tolist()], lambda rows: pixels[rows])
 
 

@@ -60,9 +60,7 @@ class TextClassificationTask(Task):
         left_out = sum(len(rows[role]) - len(part) for role, part in labelled.items())
 
         train = labelled.pop("train")
-        picks = sources.split_rows(
-            len(train), section, validation=section.validation is None, test=section.test is None
-        )
+        picks = sources.split_rows(len(train), section, validation=section.validation is None, test=section.test is None)
         parts = dict(zip(given, map(train.take, picks), strict=True)) | labelled
         sources.check_classes(parts["train"].labels, labelling.classes, section.train)
 
@@ -313,7 +311,5 @@ def _read_jsonl(path: Path, columns: TextColumns) -> Iterator[_Row]:
                 raise BadInput("line is not JSON", where=where, found=error) from None
             if not isinstance(row, dict):
                 raise BadInput("line is no JSON object", where=where, found=type(row).__name__)
-            text, label = (
-                row[sources.find_column(column, list(row), where)] for column in (columns.text, columns.label)
-            )
+            text, label = (row[sources.find_column(column, list(row), where)] for column in (columns.text, columns.label))
             yield _Row(text, label, number)

@@ -49,9 +49,7 @@ def adapt(model: nn.Module, adapter: Lora | Full, *, task_type: str | None, head
         try:
             adapted: nn.Module = get_peft_model(model, config)
         except ValueError as error:
-            raise BadInput(
-                "the adapter fits no module", where=f"adapter.targets = {adapter.targets!r}", found=error
-            ) from None
+            raise BadInput("the adapter fits no module", where=f"adapter.targets = {adapter.targets!r}", found=error) from None
     return adapted
 
 

@@ -35,11 +35,7 @@ class RunSpec:
 def planned_runs(recipe: Recipe) -> list[RunSpec]:
     """The shallow runs of a recipe, optimizer by optimizer within each training seed."""
     runs = recipe.runs
-    return [
-        RunSpec(f"{optimizer}-{seed}", optimizer, seed, runs.steps)
-        for seed in runs.seeds
-        for optimizer in runs.optimizers
-    ]
+    return [RunSpec(f"{optimizer}-{seed}", optimizer, seed, runs.steps) for seed in runs.seeds for optimizer in runs.optimizers]
 
 
 def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:

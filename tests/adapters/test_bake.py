@@ -172,9 +172,7 @@ def test_the_baked_model_computes_what_the_live_adapter_does(case, tmp_path, rec
     model = loud(make())
     if case.endswith("experts"):  # fused experts are written under the module's names
         model.config.save_pretrained(tmp_path / "base")
-        write_checkpoint(
-            model_checkpoint(model, source="test"), tmp_path / "base", files_from=tmp_path / "base", force=True
-        )
+        write_checkpoint(model_checkpoint(model, source="test"), tmp_path / "base", files_from=tmp_path / "base", force=True)
     else:
         save_base(model, tmp_path / "base")
     live = adapted(model, tmp_path / "adapter", **config)
@@ -218,9 +216,7 @@ def test_an_adapter_finds_a_base_without_the_head_prefix(make, tmp_path):
 def test_deltas_are_exact_over_a_bf16_base(tmp_path):
     model = bert()
     save_base(model, tmp_path / "full")
-    write_checkpoint(
-        open_checkpoint(tmp_path / "full"), tmp_path / "base", dtype="bfloat16", files_from=tmp_path / "full"
-    )
+    write_checkpoint(open_checkpoint(tmp_path / "full"), tmp_path / "base", dtype="bfloat16", files_from=tmp_path / "full")
     adapted(model, tmp_path / "adapter", target_modules=["query"], modules_to_save=["classifier"], lora_alpha=0.001)
     base = open_checkpoint(tmp_path / "base")
     baked, exact = bake(base, tmp_path / "adapter"), bake(tmp_path / "full", tmp_path / "adapter")

@@ -45,13 +45,9 @@ def assert_same(left, right) -> None:
         assert raw(left[name]) == raw(right[name])
 
 
-names = st.text(string.ascii_letters + '._0123é"\\', min_size=1, max_size=12).filter(
-    lambda name: name != "__metadata__"
-)
+names = st.text(string.ascii_letters + '._0123é"\\', min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
-states = st.dictionaries(
-    names, st.tuples(st.sampled_from(list(DTYPES.values())), shapes, st.integers(0, 99)), max_size=6
-)
+states = st.dictionaries(names, st.tuples(st.sampled_from(list(DTYPES.values())), shapes, st.integers(0, 99)), max_size=6)
 
 
 @settings(max_examples=60, deadline=None)

@@ -52,9 +52,7 @@ def rho(w: Tensor, g: Tensor) -> Tensor:
     return (w * g).sum().abs() / (w.norm() * g.norm() + EPS)
 
 
-def plain_sens(
-    ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]
-) -> list[Tensor]:
+def plain_sens(ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]) -> list[Tensor]:
     new = []
     for w, g, state in zip(ws, gs, s, strict=True):
         state["m"] = B1 * state.get("m", 0) + (1 - B1) * g
@@ -63,9 +61,7 @@ def plain_sens(
     return new
 
 
-def plain_airy(
-    ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]
-) -> list[Tensor]:
+def plain_airy(ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]) -> list[Tensor]:
     new = []
     for w, g, state in zip(ws, gs, s, strict=True):
         if w.dim() >= 2:
@@ -79,9 +75,7 @@ def plain_airy(
     return new
 
 
-def plain_cats(
-    ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]
-) -> list[Tensor]:
+def plain_cats(ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]) -> list[Tensor]:
     new = []
     for w, g, state in zip(ws, gs, s, strict=True):
         m = state.get("m", torch.zeros_like(g))
@@ -90,9 +84,7 @@ def plain_cats(
     return new
 
 
-def plain_tion(
-    ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]
-) -> list[Tensor]:
+def plain_tion(ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]) -> list[Tensor]:
     new = []
     now, last = memory["now"], memory.get("last")
     fresh = 1.0 if last is None else min(max(abs(now - last) / (last + 1e-8) / 0.03, 1 - B1), 1.0)
@@ -109,9 +101,7 @@ def plain_tion(
     return new
 
 
-def plain_void(
-    ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]
-) -> list[Tensor]:
+def plain_void(ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]) -> list[Tensor]:
     if memory.get("geometry") != "l1":
         return [w - eta * (1 - rho(w, g)) * g.sign() for w, g in zip(ws, gs, strict=True)]
     scale = memory["last"] / (memory["now"] + 1e-8) if "last" in memory else 1.0

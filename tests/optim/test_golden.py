@@ -52,9 +52,7 @@ def test_optimizer(name: str) -> None:
         opt.observe(GOLDEN["losses"][t - 1])
         opt.step()
         assert opt.pulse.rate == pytest.approx(recorded["lr"][t - 1], abs=1e-18, rel=1e-12)
-        for p, values in zip(
-            params, recorded["params"].get(str(t), [p.detach().flatten() for p in params]), strict=True
-        ):
+        for p, values in zip(params, recorded["params"].get(str(t), [p.detach().flatten() for p in params]), strict=True):
             wanted = torch.as_tensor(values, dtype=torch.float64)
             torch.testing.assert_close(p.detach().flatten(), wanted, atol=1e-10, rtol=0)
 

@@ -258,9 +258,7 @@ def test_no_host_sync_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     syncs = []
     for name in ("item", "tolist", "__float__", "__bool__", "cpu", "numpy"):
         original = getattr(Tensor, name)
-        monkeypatch.setattr(
-            Tensor, name, lambda self, *a, f=original, n=name, **k: (syncs.append(n), f(self, *a, **k))[1]
-        )
+        monkeypatch.setattr(Tensor, name, lambda self, *a, f=original, n=name, **k: (syncs.append(n), f(self, *a, **k))[1])
     for _ in range(3):
         opt.observe(torch.tensor(1.0))
     assert not syncs

@@ -7,9 +7,7 @@ from emomerge.probing.perturb import Perturbable, rms
 
 
 def probe_of(model, seed=0, reference=None):
-    return Perturbable(
-        model, lambda m, b: (m(b).square().mean(), len(b)), [torch.ones(2, 3)], reference or rms(model), seed
-    )
+    return Perturbable(model, lambda m, b: (m(b).square().mean(), len(b)), [torch.ones(2, 3)], reference or rms(model), seed)
 
 
 class Tied(nn.Module):

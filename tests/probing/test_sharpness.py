@@ -139,9 +139,7 @@ def test_a_probe_cut_short_anywhere_ends_with_the_same_figures(tmp_path):
 def test_the_public_probe(tmp_path):
     model, base = Quadratic([1.0, -2.0], 1.0), {"w": 1.0}
     batches = [torch.tensor(1.0)]
-    found = emomerge.probe(
-        model, loss, batches, reference=base, radii=(0.1,), directions=4, ledger=tmp_path / "l.jsonl"
-    )
+    found = emomerge.probe(model, loss, batches, reference=base, radii=(0.1,), directions=4, ledger=tmp_path / "l.jsonl")
     assert found["loss"] == pytest.approx(2.5)
     assert set(found) == {"loss", "gradient_norm", "noise_floor", "gaussian"}
     rows = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]

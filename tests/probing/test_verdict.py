@@ -97,9 +97,7 @@ def test_the_sentence_says_what_was_found():
     assert overall(yes, open_)["status"] == "better"
     assert overall(no, flat)["status"] == "refuted"
     assert "is not better (it loses to best single run)" in overall(no, flat)["sentence"]
-    assert (
-        "flatter in everything measured, which is not yet all that the claim needs" in overall(yes, open_)["sentence"]
-    )
+    assert "flatter in everything measured, which is not yet all that the claim needs" in overall(yes, open_)["sentence"]
     assert any("not measured: the Hessian" in c for c in overall(yes, open_)["caveats"])
 
 

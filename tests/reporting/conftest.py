@@ -11,7 +11,12 @@ OPTIMIZERS = ("sens", "airy", "cats", "tion", "void")
 TEST_LOSS = {"sens": 0.3421, "airy": 0.3368, "cats": 0.3515, "tion": 0.3402, "void": 0.3607}
 SHARPNESS = {"sens": 0.0142, "airy": 0.0131, "cats": 0.0188, "tion": 0.0139, "void": 0.0213}
 DISTANCE = {"sens": 3.1, "airy": 2.9, "cats": 3.8, "tion": 3.0, "void": 4.2}
-MERGES = {"tall-mask": (0.3215, 0.0083, 1.95), "ties": (0.3341, 0.0107, 2.3), "mean": (0.3229, 0.0086, 1.9), "greedy-soup": (0.3252, 0.0091, 2.1)}
+MERGES = {
+    "tall-mask": (0.3215, 0.0083, 1.95),
+    "ties": (0.3341, 0.0107, 2.3),
+    "mean": (0.3229, 0.0086, 1.9),
+    "greedy-soup": (0.3252, 0.0091, 2.1),
+}
 
 
 def _artefact(name: str, role: str, test: float, sharp: float, distance: float, **more: Any) -> dict[str, Any]:
@@ -61,9 +66,7 @@ def _trace(optimizer: str, seed: int, steps: int = 300) -> dict[str, Any]:
 def example_results() -> dict[str, Any]:
     """What one `emomerge run` of five optimizers, four merges and their controls writes, with invented numbers."""
     rng = random.Random(0)
-    runs = [
-        _artefact(f"{o}-0", "run", TEST_LOSS[o], SHARPNESS[o], DISTANCE[o], optimizer=o, seed=0) for o in OPTIMIZERS
-    ]
+    runs = [_artefact(f"{o}-0", "run", TEST_LOSS[o], SHARPNESS[o], DISTANCE[o], optimizer=o, seed=0) for o in OPTIMIZERS]
     merges = [_artefact(name, "merge", *figures) for name, figures in MERGES.items()]
     controls = [
         _artefact(

@@ -120,9 +120,7 @@ def test_transform_shifts_every_split(tmp_path, image_task):
     for name in ("train", "validation", "test"):
         before, labels = everything(getattr(plain, name))
         after, same = everything(getattr(moved, name))
-        turned = torch.stack(
-            [torch.stack([image[0][:, 5 - r] for r in range(6)]) for image in before]
-        )  # counter-clockwise
+        turned = torch.stack([torch.stack([image[0][:, 5 - r] for r in range(6)]) for image in before])  # counter-clockwise
         torch.testing.assert_close(after[:, 0], -turned)
         assert torch.equal(labels, same)
 
@@ -338,6 +336,4 @@ def test_prepared_base_read_back_from_its_folder_gives_the_same_data(tmp_path, i
 
 
 def test_registry_names_both_tasks():
-    assert (
-        type(make_task(ImageClassification(kind="image-classification", train="digits"))).kind == "image-classification"
-    )
+    assert type(make_task(ImageClassification(kind="image-classification", train="digits"))).kind == "image-classification"

@@ -84,9 +84,7 @@ def test_no_layer_couples_rows_and_linear_layers_abound(kind):
 
 
 def test_sizes_that_do_not_fit():
-    with pytest.raises(
-        BadInput, match="base.prepare.patch_size; expected a divisor of the image's 8 pixels a side; found 3"
-    ):
+    with pytest.raises(BadInput, match="base.prepare.patch_size; expected a divisor of the image's 8 pixels a side; found 3"):
         build("vit", patch_size=3)
     with pytest.raises(BadInput, match="base.prepare.hidden; expected a multiple of 16; found 50"):
         build("vit", hidden=50)
@@ -111,8 +109,6 @@ model = make_task(ImageClassification(kind="image-classification", train="digits
 torch.set_num_threads(1)
 print(model(pixel_values=torch.ones(1, 1, 8, 8)).logits.flatten().tolist())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True)
     assert done.stdout.strip() == str(model(pixel_values=torch.ones(1, 1, 8, 8)).logits.flatten().tolist())
     assert done.stderr == ""

@@ -131,10 +131,7 @@ def test_split_rows_partition_what_is_used(rows, fraction, seed, validation, tes
 
 
 def test_limit_draws_by_seed():
-    draws = [
-        set(sources.split_rows(100, section(seed=s, limit=10), validation=False, test=False)[0].tolist())
-        for s in (0, 1)
-    ]
+    draws = [set(sources.split_rows(100, section(seed=s, limit=10), validation=False, test=False)[0].tolist()) for s in (0, 1)]
     assert draws[0] != draws[1] and draws[0] != set(range(10))
 
 

@@ -124,9 +124,7 @@ def test_a_datasets_id(monkeypatch, text_task, base):
     import datasets
 
     features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["neg", "pos"]))
-    stored = datasets.Dataset.from_dict(
-        {"text": ["bad film", "good film"] * 20, "label": [0, 1] * 20}, features=features
-    )
+    stored = datasets.Dataset.from_dict({"text": ["bad film", "good film"] * 20, "label": [0, 1] * 20}, features=features)
 
     def load_dataset(name, split):
         assert name == "user/reviews"
@@ -137,9 +135,7 @@ def test_a_datasets_id(monkeypatch, text_task, base):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = text_task("user/reviews", test="user/reviews").load_data(base)
     assert data.classes == ("neg", "pos") and len(data.test) == 40
-    with pytest.raises(
-        BadInput, match=r"no column 'txt': user/reviews; found columns text, label; did you mean 'text'\?"
-    ):
+    with pytest.raises(BadInput, match=r"no column 'txt': user/reviews; found columns text, label; did you mean 'text'\?"):
         text_task("user/reviews", columns={"text": "txt"}).load_data(base)
     with pytest.raises(BadInput, match="user/reviews, split validation; found ValueError: Unknown split"):
         text_task("user/reviews", validation="user/reviews").load_data(base)
@@ -195,9 +191,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, text_task, base
 def test_labels_of_the_test_file_must_be_among_the_classes(reviews, tmp_path, text_task, base):
     other = tmp_path / "other.tsv"
     other.write_text("text\tlabel\nbad story\todd\n")
-    with pytest.raises(
-        BadInput, match=r"label outside the classes: .*other.tsv, row 2; expected neg, pos; found 'odd'"
-    ):
+    with pytest.raises(BadInput, match=r"label outside the classes: .*other.tsv, row 2; expected neg, pos; found 'odd'"):
         text_task(reviews, test=str(other)).load_data(base)
 
 
