@@ -1,4 +1,4 @@
-"""`emomerge run`: base, runs, merges, probe, report, in this order, each skipped when the hash of its inputs is already stamped."""
+"""`emomerge run`: base, runs, merges, probe, report, in this order; a stage whose inputs are already stamped is skipped."""
 
 from __future__ import annotations
 

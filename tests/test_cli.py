@@ -141,7 +141,8 @@ def test_merge_writes_a_file_or_a_folder(models, method):
 
 
 def test_merge_options_arrive(models):
-    assert merge(models, "--method", "task-arithmetic", "--weight", 2, "--weight", -1, "--scale", "0.5", out="m.safetensors").exit_code == 0  # fmt: skip
+    options = ("--method", "task-arithmetic", "--weight", 2, "--weight", -1, "--scale", "0.5")
+    assert merge(models, *options, out="m.safetensors").exit_code == 0
     base, one, two = (load_file(models / f"{n}.safetensors")["b.bias"] for n in ("base", "one", "two"))
     expected = base + 0.5 * (2 * (one - base) - (two - base))
     assert torch.allclose(load_file(models / "m.safetensors")["b.bias"], expected, atol=1e-6)

@@ -64,7 +64,8 @@ def test_controls_have_the_length_of_the_merge(finished):
 def test_test_figures_come_from_the_test_split_and_choices_from_validation(finished, tiny_recipe):
     made = Pipeline(parse_recipe(tiny_recipe), finished)
     data = made.data
-    rows = [{tuple(x.flatten().tolist()) for x in s.batch(range(len(s)))["pixel_values"]} for s in (data.train, data.validation, data.test)]  # fmt: skip
+    splits = (data.train, data.validation, data.test)
+    rows = [{tuple(x.flatten().tolist()) for x in split.batch(range(len(split)))["pixel_values"]} for split in splits]
     assert not rows[0] & rows[1]
     assert not rows[1] & rows[2]
     results = load_results(finished)
@@ -188,7 +189,8 @@ def test_two_processes_never_share_a_folder(finished, tiny_recipe):
 
 
 def test_training_seeds_are_merged_and_judged_apart(tiny_recipe, tmp_path):
-    recipe = {**tiny_recipe, "merge": [{"method": "mean"}], "runs": {**tiny_recipe["runs"], "seeds": [0, 1], "optimizers": ["sens", "cats"]}}  # fmt: skip
+    runs = {**tiny_recipe["runs"], "seeds": [0, 1], "optimizers": ["sens", "cats"]}
+    recipe = {**tiny_recipe, "merge": [{"method": "mean"}], "runs": runs}
     out = tmp_path / "out"
     assert Pipeline(parse_recipe(recipe), out).run()
     results = load_results(out)

@@ -126,9 +126,7 @@ class MergedCheckpoint(Displaced):
                 self._scale_losses[scale] = finite_or_inf(loss(Candidate(self.base, spooled, scale=scale)))
         self.scale = min(SCALES, key=self._scale_losses.__getitem__)
         if math.isinf(self._scale_losses[self.scale]):
-            raise EmomergeError(
-                f"{self.source}: the held-out loss is finite at no scale from {SCALES[0]} to {SCALES[-1]}"
-            )
+            raise EmomergeError(f"{self.source}: the held-out loss is finite at no scale from {SCALES[0]} to {SCALES[-1]}")
 
     def diagnostics(self) -> dict[str, Any]:
         """What the merge did, ready for JSON; tensors that nobody asked for yet are computed now.

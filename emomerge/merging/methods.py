@@ -163,9 +163,7 @@ def ties(
 # ------------------------------------------------------------------------------------------------------------ tall-mask
 
 
-def reference_vector(
-    deltas: Tensor, weights: Tensor, name: str, reference: Reference, survey: Mapping[str, Any]
-) -> Tensor:
+def reference_vector(deltas: Tensor, weights: Tensor, name: str, reference: Reference, survey: Mapping[str, Any]) -> Tensor:
     """R: the (weighted) mean τ̄, the sum S = N·τ̄, or TIES(20 %, sum)."""
     if reference == "ties":
         return ties(deltas, name, aggregate="sum", **survey)[0]

@@ -89,9 +89,7 @@ def merge_method(
         if "weights" in inspect.signature(function).parameters:
             fields["weights"] = (list[Finite] | Literal["equal", "auto"] | None, None)
         schema = create_model(f"{name} parameters", __base__=Schema, **fields)
-        METHODS[name] = MergeMethod(
-            name, function, source, elementwise, relative_weights, tuned, first_pass, advice, schema
-        )
+        METHODS[name] = MergeMethod(name, function, source, elementwise, relative_weights, tuned, first_pass, advice, schema)
         return function
 
     return register

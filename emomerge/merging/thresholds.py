@@ -13,9 +13,7 @@ DIGIT = 16
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def kth_magnitude(
-    stream: Callable[[], Iterable[Tensor]], ranks: Sequence[int], *, numel: int, dtype: torch.dtype
-) -> Tensor:
+def kth_magnitude(stream: Callable[[], Iterable[Tensor]], ranks: Sequence[int], *, numel: int, dtype: torch.dtype) -> Tensor:
     """Each row's k-th smallest |x|: the bit patterns of magnitudes sort as the magnitudes do, so counting finds it.
 
     Args:

@@ -161,7 +161,8 @@ def overall(merge: str, better: Mapping[str, Any], flatter: Mapping[str, Any], s
     caveats = [f"“{c}”: {f['note']}" for c, f in (("better", better), ("flatter", flatter)) if f["note"]]
     if seeds < 3:
         caveats.append(
-            f"{seeds} training seed{'s' if seeds > 1 else ''}: the intervals hold measurement error only, not the spread between trainings"
+            f"{seeds} training seed{'s' if seeds > 1 else ''}: the intervals hold measurement error only, "
+            "not the spread between trainings"
         )
     status = " and ".join(shown) if len(shown) == 2 or (shown and not refuted) else "refuted" if refuted else "not shown"
     return {

@@ -42,10 +42,7 @@ def cases(draw, dtype=torch.float32):
     flat = torch.stack(
         [
             torch.cat(
-                [
-                    torch.zeros(math.prod(s), dtype=dtype) if run[n] is None else run[n].flatten()
-                    for n, s in SHAPES.items()
-                ]
+                [torch.zeros(math.prod(s), dtype=dtype) if run[n] is None else run[n].flatten() for n, s in SHAPES.items()]
             )
             for run in taus
         ]
@@ -114,9 +111,7 @@ def test_task_arithmetic(exact_run, case, chunk, threads):
 def test_ties_of_the_paper(exact_run, case, density, aggregate, chunk, threads):
     trimmed = reference.trim(case.taus, density)
     expected = reference.ties(trimmed, reference.elect(trimmed), aggregate)
-    assert_same(
-        case, exact_run, expected, method="ties", density=density, aggregate=aggregate, chunk=chunk, threads=threads
-    )
+    assert_same(case, exact_run, expected, method="ties", density=density, aggregate=aggregate, chunk=chunk, threads=threads)
 
 
 @few

@@ -18,9 +18,8 @@ def train(digits, base_folder, tmp_path):
     recipe, task, data = digits
 
     def train(name="sens-0", folder="runs", stop_after=None, task=task, inputs="i", **changes):
-        changed = recipe.model_copy(
-            update={key: getattr(recipe, key).model_copy(update=value) if isinstance(value, dict) else value for key, value in changes.items()}
-        )  # fmt: skip
+        updated = {k: getattr(recipe, k).model_copy(update=v) if isinstance(v, dict) else v for k, v in changes.items()}
+        changed = recipe.model_copy(update=updated)
         optimizer, seed = name.split("-")
         run = RunDir(tmp_path / folder / name)
 
@@ -39,7 +38,7 @@ def train(digits, base_folder, tmp_path):
 
 
 def weights(run):
-    return {name: tensor for name, tensor in open_checkpoint(next(run.artefact.glob("*.safetensors"))).items()}
+    return dict(open_checkpoint(next(run.artefact.glob("*.safetensors"))))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
