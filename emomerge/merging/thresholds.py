@@ -18,7 +18,7 @@ def kth_magnitude(stream: Callable[[], Iterable[Tensor]], ranks: Sequence[int], 
 
     Args:
         stream: starts a reading of the pieces (rows, n); there is one reading for every 16 bits of the dtype.
-        ranks: k of each row, up to `numel`; below 1 it gives the least of all.
+        ranks: k of each row, up to `numel`; a k below 1 gives 0.
         numel: elements of a row; those that the stream leaves out are zeros, and so is the one of an empty row.
         dtype: float32 or float64, no narrower than any piece.
 

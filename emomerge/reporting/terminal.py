@@ -12,7 +12,10 @@ from emomerge.reporting.table import artefacts, columns, middle_radius
 
 
 def figures_table(results: Mapping[str, Any]) -> Table:
-    """Test loss, accuracy, sharpness at the middle radius and distance of every artefact; the best run or merge in bold."""
+    """Losses, accuracy, sharpness at the middle radius and distance of every artefact: base, runs, merges, controls.
+
+    The best run or merge of a column is bold.
+    """
     radius = middle_radius(results)
     wanted = ["validation_loss", "test_loss", "test_accuracy", "distance"]
     if radius is not None:
@@ -20,8 +23,7 @@ def figures_table(results: Mapping[str, Any]) -> Table:
     shown = {column.key: column for column in columns(results)}
     chosen = [shown[key] for key in wanted if key in shown]
     table = Table(title=str(results.get("name", "")))
-    table.add_column("")
-    table.add_column("role", style="dim")
+    table.add_column("", no_wrap=True)
     for column in chosen:
         table.add_column(column.title, justify="right")
     role = None
@@ -29,6 +31,6 @@ def figures_table(results: Mapping[str, Any]) -> Table:
         if role not in (None, artefact.get("role")):
             table.add_section()
         role = artefact.get("role")
-        cells = [Text(c.cells[i], style="bold green" if i in c.best else "") for c in chosen]
-        table.add_row(Text(str(artefact["name"])), str(artefact.get("control") or role), *cells)
+        cells = [Text(c.cells[i].partition(" ± ")[0], style="bold green" if i in c.best else "") for c in chosen]
+        table.add_row(Text(str(artefact["name"])), *cells)
     return table

@@ -81,7 +81,7 @@ def mean_one(case):
 
 split = {"chunk": st.sampled_from([1, 4, 1000]), "threads": st.sampled_from([1, 2])}
 any_case = st.one_of(cases(), cases(dtype=torch.float64))
-few = settings(max_examples=80, deadline=None)
+few = settings(max_examples=40, deadline=None)
 densities = st.sampled_from([0.001, 0.02, 0.2, 1 / 3, 0.5, 0.99, 1.0])
 
 
