@@ -62,10 +62,10 @@ def assess(
     label = recipe.merge[0].label
     matched = _distance_matched(recipe, measurer, runs, merges[label])
     rows, curves, sharpness = [], {}, {}
-    for artefact in [base, *runs, *(merge for group in merges.values() for merge in group), *long, *matched]:
-        line = display.line(f"probe {artefact.name}", recipe.probe.directions)
+    everything = [base, *runs, *(merge for group in merges.values() for merge in group), *long, *matched]
+    line = display.line("probe", len(everything) * recipe.probe.directions)
+    for artefact in everything:
         row, values, curve = measurer.probe(artefact, line)
-        line.at(recipe.probe.directions, f"test loss {row['test_loss']:.4f}")
         rows.append(row)
         sharpness[artefact.name] = values
         if curve["alpha"]:

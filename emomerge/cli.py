@@ -185,6 +185,7 @@ def bake(
 @click.option("--lambda", "lambda_", help="tall-mask: λ, or `auto` (needs --recipe).")
 @click.option("--k", type=int, help="tall-mask: runs that must agree on a weight.")
 @click.option("--reference", type=click.Choice(["mean", "sum", "ties"]), help="tall-mask: what the masks are measured against.")
+@click.option("--preset", type=click.Choice(["paper"]), help="ties: whose reading of the method.")
 @click.option("--trim", type=click.Choice(["global", "tensor", "touched"]), help="ties: over what the density is taken.")
 @click.option("--aggregate", type=click.Choice(["mean", "sum"]), help="ties: how agreeing weights are joined.")
 @click.option("--dtype", type=click.Choice(["base", "float32", "bfloat16", "float16"]), default="base", show_default=True)
@@ -196,7 +197,7 @@ def bake(
 @json_option
 def merge(
     base: str, runs: Sequence[str], method: str, out: Path, weights: Sequence[float], scale: str | None, density: float | None,
-    lambda_: str | None, k: int | None, reference: str | None, trim: str | None, aggregate: str | None, dtype: str,
+    lambda_: str | None, k: int | None, reference: str | None, preset: str | None, trim: str | None, aggregate: str | None, dtype: str,
     max_shard_size: str, recipe_path: str | None, overrides: Sequence[str], force: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Merge RUNS (dense checkpoints, adapters or run directories) into BASE."""
@@ -205,7 +206,7 @@ def merge(
 
     given = {
         "weights": list(weights) or None, "scale": _number("--scale", scale), "density": density,
-        "lambda_": _number("--lambda", lambda_), "k": k, "reference": reference, "trim": trim, "aggregate": aggregate,
+        "lambda_": _number("--lambda", lambda_), "k": k, "reference": reference, "preset": preset, "trim": trim, "aggregate": aggregate,
     }  # fmt: skip
     params = merging.check_params(method, {key: value for key, value in given.items() if value is not None})
     opened = open_checkpoint(base)

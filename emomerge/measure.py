@@ -158,7 +158,7 @@ class Measurer:
         recipe = self.recipe.probe
         self.load(artefact)
         probe = self._perturbable(artefact)
-        values = sharpness.gaussian(probe, recipe.radii, recipe.directions, lambda number: line.add(1))
+        values = sharpness.gaussian(probe, recipe.radii, recipe.directions, lambda number: line.add(1, artefact.name))
         weight = sharpness.weights(probe)
         row: dict[str, Any] = {
             "name": artefact.name, "role": artefact.role, "path": None if artefact.path is None else str(artefact.path),
@@ -256,8 +256,9 @@ def probe_models(recipe: Recipe, models: Sequence[str], base_folder: Path, out: 
         artefacts.append(Artefact(name, "merge", checkpoint, fingerprint(checkpoint), path=Path(model)))
     rows, curves = [], {}
     with display.live():
+        line = display.line("probe", len(artefacts) * recipe.probe.directions)
         for artefact in artefacts:
-            row, _, curve = measurer.probe(artefact, display.line(f"probe {artefact.name}", recipe.probe.directions))
+            row, _, curve = measurer.probe(artefact, line)
             rows.append(row)
             if curve["alpha"]:
                 curves[artefact.name] = curve

@@ -152,7 +152,7 @@ class Pipeline:
             return
 
         def on_step(spec: RunSpec, row: dict[str, Any]) -> None:
-            lines[spec.name].at(row["step"], f"loss {row['loss']:.4f}   emoPulse {row['rate']:.2e}")
+            lines[spec.name].at(row["step"], f"loss {row['loss']:.4f}  emoPulse {row['rate']:.2e}")
 
         train_locally(
             self.recipe, todo, self.space.runs, self.base_hash,

@@ -141,7 +141,7 @@ def _without_distant_base(rows: list[dict[str, Any]]) -> tuple[list[dict[str, An
 
 def _domain(values: Sequence[float]) -> list[float]:
     low, high = min(values), max(values)
-    margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+    margin = max(0.08 * (high - low), 0.01 * max(abs(low), abs(high))) or 1.0
     return [low - margin, high + margin]
 
 

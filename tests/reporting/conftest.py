@@ -160,15 +160,15 @@ def example_results() -> dict[str, Any]:
             "better": {
                 "status": "better",
                 "evidence": [
-                    {"against": "airy-0", "what": "test loss", "difference": -0.0153, "low": -0.0240, "high": -0.0068},
-                    {"against": "mean", "what": "test loss", "difference": -0.0014, "low": -0.0050, "high": 0.0021},
+                    {"against": "airy-0", "what": "test loss", "estimate": -0.0153, "low": -0.0240, "high": -0.0068},
+                    {"against": "mean", "what": "test loss", "estimate": -0.0014, "low": -0.0050, "high": 0.0021},
                 ],
                 "note": "bootstrap over 210 test rows",
             },
             "flatter": {
                 "status": "flatter",
                 "evidence": [
-                    {"against": against, "what": f"gaussian σ={r}", "log_ratio": m, "low": m - 0.11 * w, "high": m + 0.12 * w}
+                    {"against": against, "what": f"gaussian σ={r}", "estimate": m, "low": m - 0.11 * w, "high": m + 0.12 * w}
                     for against, m0 in (("airy-0", -0.46), ("airy-0 at |tall-mask|", -0.11))
                     for r, m, w in ((0.01, m0 + 0.02, 1.4), (0.03, m0, 1.0), (0.1, m0 - 0.03, 0.8))
                 ],
