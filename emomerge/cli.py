@@ -197,7 +197,8 @@ def bake(
 @json_option
 def merge(
     base: str, runs: Sequence[str], method: str, out: Path, weights: Sequence[float], scale: str | None, density: float | None,
-    lambda_: str | None, k: int | None, reference: str | None, preset: str | None, trim: str | None, aggregate: str | None, dtype: str,
+    lambda_: str | None, k: int | None, reference: str | None, preset: str | None, trim: str | None, aggregate: str | None,
+    dtype: str,
     max_shard_size: str, recipe_path: str | None, overrides: Sequence[str], force: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Merge RUNS (dense checkpoints, adapters or run directories) into BASE."""
@@ -206,7 +207,8 @@ def merge(
 
     given = {
         "weights": list(weights) or None, "scale": _number("--scale", scale), "density": density,
-        "lambda_": _number("--lambda", lambda_), "k": k, "reference": reference, "preset": preset, "trim": trim, "aggregate": aggregate,
+        "lambda_": _number("--lambda", lambda_), "k": k, "reference": reference, "preset": preset, "trim": trim,
+        "aggregate": aggregate,
     }  # fmt: skip
     params = merging.check_params(method, {key: value for key, value in given.items() if value is not None})
     opened = open_checkpoint(base)

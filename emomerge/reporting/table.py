@@ -109,7 +109,7 @@ def _sharpness(rows: Sequence[Mapping[str, Any]], radius: float) -> Column:
     return Column(
         f"sharpness_{radius:g}",
         f"sharpness σ={radius:g}",
-        f"mean rise of the loss (nats) under Gaussian noise of σ = {radius:g} times the RMS of the base's tensor, ± standard error",
+        f"mean rise of the loss (nats) under Gaussian noise of {radius:g} times the RMS of the base's tensor, ± standard error",
         tuple(values),
         tuple(cells),
         _best(rows, means, plain, min),
