@@ -129,7 +129,8 @@ class Measurer:
     def scores(self, artefact: Artefact, split: SplitName) -> dict[str, Array]:
         """Loss, accuracy, entropy and weight of every batch of a split, each (batches,)."""
         batches = self.batches(split)
-        data = digest([self.split(split).digest, split, len(batches), self.recipe.probe.seed])
+        rows = self.probe_rows["train"].tolist() if split == "train" else None
+        data = digest([self.split(split).digest, split, rows, [len(batch["labels"]) for batch in batches]])
         if not self._is_known(artefact, data, split, len(batches)):
             self.load(artefact)
         return controls.scores(
