@@ -122,8 +122,7 @@ def _judge(
 ) -> dict[str, Any]:
     """The verdict on one merge method over all training seeds."""
     probe = recipe.probe
-    rows = measurer.probe_rows[probe.data].split(probe.batch_size)
-    weight = np.array([float(len(part)) for part in rows])
+    weight = measurer.unit_weights(contests[0].merge)
     flat = [
         verdict.sharpness_ratio(
             [sharpness[c.merge.name][r] for c in contests],

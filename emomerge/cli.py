@@ -164,7 +164,11 @@ def bake(
 
     opened = open_checkpoint(base)
     baked = adapters.bake(opened, adapter, allow_unmatched=allow_unmatched)
-    _write(baked, opened, out, "bake", dtype=dtype, max_shard_size=max_shard_size, force=force, quiet=quiet)
+    record = {"title": out.stem, "about": f"`{adapter}` merged into the weights of its base.", "base": base}
+    _write(
+        baked, opened, out, "bake", dtype=dtype, max_shard_size=max_shard_size, force=force, quiet=quiet,
+        papers=lambda: {"README.md": _card(record)},
+    )  # fmt: skip
     click.echo(str(out))
 
 
@@ -269,21 +273,28 @@ def probe(
 @_verb(main, "report", "emomerge report out/digits -o digits.html")
 @click.argument("folder", type=out_path)
 @click.option("-o", "--out", type=out_path, help="The page to write (default: FOLDER/report.html).")
+@force_option
 @quiet_option
-def report(folder: Path, out: Path | None, quiet: bool) -> None:
+def report(folder: Path, out: Path | None, force: bool, quiet: bool) -> None:
     """Draw the report of what `emomerge run` left in FOLDER."""
+    from emomerge.checkpoints import atomic
     from emomerge.pipeline import load_results
     from emomerge.reporting import write_report
 
-    page = write_report(load_results(folder), out or folder / "report.html")
-    click.echo(str(page))
+    results = load_results(folder)
+    if out is not None:
+        atomic.refuse_existing(out, force=force)
+    page = write_report(results, out or folder / "report.html")
+    if not quiet:
+        click.echo(str(page))
 
 
 @_verb(main, "inspect", "emomerge inspect out/digits/base out/digits/runs/sens-0")
 @click.argument("path")
 @click.argument("other", required=False)
+@quiet_option
 @json_option
-def inspect(path: str, other: str | None, as_json: bool) -> None:
+def inspect(path: str, other: str | None, quiet: bool, as_json: bool) -> None:
     """Say what PATH is (a checkpoint or an adapter); with OTHER, tensor by tensor what differs."""
     from emomerge.inspection import compare, describe, show_comparison, show_description
 
@@ -297,8 +308,9 @@ def inspect(path: str, other: str | None, as_json: bool) -> None:
 
 @_verb(main, "status", "emomerge status out/digits")
 @click.argument("folder", type=out_path)
+@quiet_option
 @json_option
-def status(folder: Path, as_json: bool) -> None:
+def status(folder: Path, quiet: bool, as_json: bool) -> None:
     """A table of the runs and stages in FOLDER."""
     _print_status(folder, as_json)
 
@@ -307,7 +319,8 @@ def status(folder: Path, as_json: bool) -> None:
 @click.argument("template", default="digits")
 @click.option("-o", "--out", type=out_path, help="Where to write it (default: <template>.yaml).")
 @force_option
-def init(template: str, out: Path | None, force: bool) -> None:
+@quiet_option
+def init(template: str, out: Path | None, force: bool, quiet: bool) -> None:
     """Write a commented recipe to start from: digits, movie-reviews or fashion-mnist."""
     from emomerge.checkpoints import atomic
 
@@ -315,7 +328,8 @@ def init(template: str, out: Path | None, force: bool) -> None:
     target = out or Path(f"{template}.yaml")
     atomic.refuse_existing(target, force=force)
     atomic.write_text(target, text)
-    click.echo(f"{target}: run it with `emomerge run {shlex.quote(str(target))}`")
+    if not quiet:
+        click.echo(f"{target}: run it with `emomerge run {shlex.quote(str(target))}`")
 
 
 # Shared by the commands.
@@ -349,15 +363,15 @@ def _default_out(name: str) -> Path:
 
 def _pipeline(recipe: str, out: Path | None, overrides: Sequence[str], quiet: bool, *, again: bool = False) -> Any:
     parsed = _load(recipe, overrides)
-    from emomerge.pipeline import Pipeline, restart
+    from emomerge.pipeline import Pipeline
     from emomerge.progress import Display
 
     folder = out or _default_out(parsed.name)
     if folder.exists() and not folder.is_dir():
         raise BadInput("the output folder is a file", where=folder, fix="choose another -o")
     pipeline = Pipeline(parsed, folder, display=Display(quiet=quiet), command=shlex.join(["emomerge", *sys.argv[1:]]))
-    if again:
-        restart(folder)
+    if again and folder.exists():
+        pipeline.restart()
     return pipeline
 
 
@@ -400,18 +414,16 @@ def _write(
 
 
 def _merge_papers(record: dict[str, Any], diagnostics: dict[str, Any], out: Path) -> dict[str, str]:
+    context = {**record, "title": out.stem, "name": out.stem, "diagnostics": diagnostics, "params": diagnostics["params"]}
+    return {"merge.json": json.dumps({**record, "diagnostics": diagnostics}, indent=2) + "\n", "README.md": _card(context)}
+
+
+def _card(context: dict[str, Any]) -> str:
     from importlib.metadata import version
 
     from emomerge.reporting import model_card
 
-    card = model_card(
-        {
-            "title": out.stem, "name": out.stem, "base": record["base"], "method": record["method"], "runs": record["runs"],
-            "params": diagnostics.get("params", record["params"]), "diagnostics": diagnostics, "figures": [],
-            "command": shlex.join(["emomerge", *sys.argv[1:]]), "version": version("emomerge"),
-        }
-    )  # fmt: skip
-    return {"merge.json": json.dumps({**record, "diagnostics": diagnostics}, indent=2) + "\n", "README.md": card}
+    return model_card({**context, "command": shlex.join(["emomerge", *sys.argv[1:]]), "version": version("emomerge")})
 
 
 def _console() -> Any:

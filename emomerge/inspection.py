@@ -11,45 +11,49 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from emomerge.adapters import open_run
+from emomerge.adapters import artefact_of, open_run
 from emomerge.checkpoints import Checkpoint, open_checkpoint
 from emomerge.checkpoints.atomic import size
 from emomerge.errors import BadInput
-from emomerge.training.runs import RunDir
+from emomerge.pipeline import Pipeline
+from emomerge.recipe import load_recipe
 
 
 def describe(path: str) -> dict[str, Any]:
-    """Kind, size and dtypes of a checkpoint or adapter; what an adapter was made for."""
-    place = Path(path)
-    if (place / "run.json").is_file():
-        run = RunDir(place)
-        if run.state.get("state") != "done":
-            raise BadInput(
-                "the run has no result yet", where=place, found=run.state.get("state"), fix="run its recipe to the end"
-            )
-        return {**describe(str(run.artefact)), "run": run.state["name"], "optimizer": run.state["optimizer"]}
-    adapter: dict[str, Any] = {}
-    if (place / "adapter_config.json").is_file():
-        config = json.loads((place / "adapter_config.json").read_text(encoding="utf-8"))
-        shown = (
-            "peft_type",
-            "r",
-            "lora_alpha",
-            "use_rslora",
-            "target_modules",
-            "modules_to_save",
-            "base_model_name_or_path",
-        )
-        adapter = {key: config[key] for key in shown if config.get(key)}
-        place = place / "adapter_model.safetensors"
-    checkpoint = open_checkpoint(place if adapter else path)
-    infos = [checkpoint.info(name) for name in checkpoint]
+    """Kind, size and dtypes of a checkpoint, an adapter or a run directory; what an adapter was made for."""
+    opened = _open(path)
+    infos = [opened.info(name) for name in opened]
     dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
+    config = _adapter_config(artefact_of(path))
     return {
-        "kind": "adapter" if adapter else "checkpoint", "source": path, "tensors": len(infos),
+        "kind": "adapter" if config else "checkpoint", "source": path, "tensors": len(infos),
         "parameters": sum(info.numel for info in infos), "bytes": sum(info.nbytes for info in infos), "dtypes": dict(dtypes),
-        **adapter,
+        **{key: config[key] for key in _ADAPTER_FACTS if config.get(key)},
     }  # fmt: skip
+
+
+_ADAPTER_FACTS = ("peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save", "base_model_name_or_path")
+
+
+def _open(path: str) -> Checkpoint:
+    """The tensors as they are stored: an adapter's factors, not what they do to a base."""
+    place = artefact_of(path)
+    if (place / "adapter_config.json").is_file():
+        return open_checkpoint(place / "adapter_model.safetensors")
+    return open_checkpoint(place if place.exists() else path)
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput("the adapter's configuration is not JSON", where=file, found=error) from None
+    if not isinstance(config, dict):
+        raise BadInput("the adapter's configuration is no mapping", where=file, found=type(config).__name__)
+    return config
 
 
 def show_description(found: dict[str, Any]) -> Table:
@@ -67,14 +71,15 @@ def show_description(found: dict[str, Any]) -> Table:
 
 
 def compare(path: str, other: str) -> dict[str, Any]:
-    """What `other` (a checkpoint, or an adapter of `path`) differs in from `path`, tensor by tensor.
+    """What `other` differs in from `path`, tensor by tensor: two checkpoints, two adapters, or a base and its adapter.
 
     Returns:
         `only_here`, `only_there`: names; `shapes`: name → both shapes where they differ; `equal`: how many tensors are the
         same; `changed`: for each other one ‖difference‖, it relative to ‖here‖, and the cosine between both.
     """
-    here = open_checkpoint(path)
-    there = open_run(here, other)
+    here = _open(path)
+    both_adapters = _adapter_config(artefact_of(path)) and _adapter_config(artefact_of(other))
+    there = _open(other) if both_adapters else open_run(here, other)
     shared = [name for name in here if name in there]
     shapes = {
         n: [list(here.info(n).shape), list(there.info(n).shape)] for n in shared if here.info(n).shape != there.info(n).shape
@@ -133,22 +138,28 @@ def status_of(folder: Path) -> dict[str, Any]:
     """Runs and stages of an output folder, as far as they have come."""
     if not (folder / "recipe.yaml").is_file():
         raise BadInput("not an output folder of emomerge", where=folder, expected="a folder with recipe.yaml")
+    pipeline = Pipeline(load_recipe(folder / "recipe.yaml"), folder)
+    busy = pipeline.space.is_busy()
     runs = []
-    for place in sorted((folder / "runs").glob("*/run.json")):
-        run = RunDir(place.parent)
+    for spec in [*pipeline.specs, *pipeline.long_runs]:
+        run = pipeline.run_dir(spec)
         last = max(run.metrics(), key=lambda row: int(row["step"]), default={})
-        state = run.state
+        state = "done" if pipeline.run_is_done(spec) else run.state.get("state", "waiting")
+        if state == "running" and not busy:
+            state = "stopped"
         runs.append(
-            {key: state.get(key) for key in ("name", "state", "steps", "error")}
+            {"name": spec.name, "state": state, "steps": spec.steps, "error": run.state.get("error")}
             | {"step": last.get("step", 0), "loss": last.get("loss"), "rate": last.get("rate")}
         )
-    stages = sorted(stamp.stem for stamp in (folder / "stamps").glob("*.json") if stamp.stem != "fingerprints")
-    return {"folder": str(folder), "runs": runs, "stages": stages}
+    return {"folder": str(folder), "busy": busy, "runs": runs, "stages": pipeline.stages()}
 
 
 def show_status(found: dict[str, Any]) -> Table:
     """`status_of` for people."""
-    table = Table(title=found["folder"], caption="stages done: " + (", ".join(found["stages"]) or "none"))
+    table = Table(
+        title=found["folder"],
+        caption="stages: " + ", ".join(f"{stage} {'done' if done else 'to do'}" for stage, done in found["stages"].items()),
+    )
     for heading in ("run", "state", "step", "loss", "emoPulse", ""):
         table.add_column(heading, justify="right" if heading in ("step", "loss", "emoPulse") else "left")
     for run in found["runs"]:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from emomerge.adapters import open_run
 from emomerge.checkpoints import Checkpoint, atomic, load_into, open_checkpoint
@@ -28,7 +27,7 @@ from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Perturbable, rms
 from emomerge.progress import Display, Line
 from emomerge.recipe import Recipe, digest
-from emomerge.tasks import Batch, Split, Task, TaskData, make_task
+from emomerge.tasks import Batch, Split, Task, TaskData, make_task, row_figures
 
 Array = NDArray[np.float64]
 SplitName = Literal["train", "validation", "test"]
@@ -154,7 +153,7 @@ class Measurer:
         """All figures of one artefact.
 
         Returns:
-            its row of the report; its sharpness, (directions, batches) for each radius; its α-curve.
+            its row of the report; its sharpness, (directions, units) for each radius; its α-curve.
         """
         recipe = self.recipe.probe
         self.load(artefact)
@@ -181,10 +180,21 @@ class Measurer:
             curve = {"alpha": list(landscape.ALPHAS), "loss": losses.tolist()}
         return row, list(values), curve
 
+    def unit_weights(self, artefact: Artefact) -> Array:
+        """Weights of the units that sharpness is resampled over, (units,)."""
+        self.load(artefact)
+        return sharpness.weights(self._perturbable(artefact))
+
     def noise_floor(self, artefact: Artefact) -> float:
         """By how much a repeated evaluation differs."""
         self.load(artefact)
         return controls.noise_floor(self._perturbable(artefact))
+
+    def grouped_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[float]]:
+        """Mean losses (groups,) of groups of rows and their sizes: about 64 units over the whole probe for the bootstrap."""
+        size = max(1, len(self.probe_rows[self.recipe.probe.data]) // 64)
+        groups = row_figures(self.task, model, batch)[0].split(size)
+        return torch.stack([group.mean() for group in groups]), [float(len(group)) for group in groups]
 
     def _perturbable(self, artefact: Artefact) -> Perturbable:
         recipe = self.recipe.probe
@@ -193,7 +203,7 @@ class Measurer:
         data = digest([self.split(split).digest, split, self.probe_rows[split].tolist(), recipe.batch_size, recipe.seed])
         return Perturbable(
             self.model,
-            lambda model, batch: (self.task.loss(model, batch), float(len(batch["labels"]))),
+            self.grouped_loss,
             batches, self.reference,
             seed=recipe.seed, model_hash=artefact.hash, data_hash=digest([data, self.base_hash]), ledger=self.ledger,
         )  # fmt: skip
@@ -206,7 +216,7 @@ class Measurer:
         for artefact in (run, merged):
             self.load(artefact)
             lengths.append(controls.distance(self.model, self.base_parameters))
-        factor = lengths[1] / lengths[0]
+        factor = lengths[1] / lengths[0] if lengths[0] else 0.0  # a run that did not move has no direction to rescale
         return Artefact(
             f"{run.name} at ‖{merged.name}‖", "control",
             merge(self.base, [run.checkpoint], method="task-arithmetic", weights=[1.0], scale=factor, names=[run.name]),
@@ -217,15 +227,9 @@ class Measurer:
 
 def score(task: Task, model: nn.Module, batch: Batch) -> dict[str, float]:
     """Mean cross-entropy, accuracy and mean predictive entropy of a batch, and its rows as weight."""
-    labels = batch["labels"]
     with torch.inference_mode():
-        log_p = F.log_softmax(task.logits(model, batch).float(), dim=-1)
-    return {
-        "loss": float(F.nll_loss(log_p, labels)),
-        "accuracy": float((log_p.argmax(-1) == labels).float().mean()),
-        "entropy": float(-(log_p.exp() * log_p).sum(-1).mean()),
-        "weight": float(len(labels)),
-    }
+        loss, accuracy, entropy = row_figures(task, model, batch).mean(dim=1).tolist()
+    return {"loss": loss, "accuracy": accuracy, "entropy": entropy, "weight": float(len(batch["labels"]))}
 
 
 def probe_models(recipe: Recipe, models: Sequence[str], base_folder: Path, out: Path, display: Display) -> dict[str, Any]:
@@ -238,6 +242,8 @@ def probe_models(recipe: Recipe, models: Sequence[str], base_folder: Path, out: 
         out: folder for results and ledger.
         display: shows progress.
     """
+    if (out / "recipe.yaml").exists():
+        raise BadInput("the output folder of a recipe has results of its own", where=out, fix="choose another -o")
     base = open_checkpoint(base_folder)
     task = make_task(recipe.task)
     checkpoints = [open_run(base, model) for model in models]
@@ -252,8 +258,9 @@ def probe_models(recipe: Recipe, models: Sequence[str], base_folder: Path, out: 
         out / "evaluations.jsonl",
     )
     artefacts = [Artefact("base", "base", base, measurer.base_hash, path=base_folder)]
+    short = [Path(model).name for model in models]
     for model, checkpoint in zip(models, checkpoints, strict=True):
-        name = Path(model).name if models.count(model) == 1 else model
+        name = Path(model).name if short.count(Path(model).name) == 1 and Path(model).name != "base" else model
         artefacts.append(Artefact(name, "merge", checkpoint, fingerprint(checkpoint), path=Path(model)))
     rows, curves = [], {}
     with display.live():
@@ -281,7 +288,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 def choose_device(name: str) -> torch.device:
     """The torch device of a recipe's `device`; `auto` takes an accelerator if there is one. Raises BadInput for others."""
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return torch.device("cpu") if accelerator is None else accelerator
     try:
         device = torch.device(name)

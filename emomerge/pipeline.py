@@ -5,10 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +18,13 @@ import yaml
 from emomerge.adapters import open_run
 from emomerge.assessment import assess
 from emomerge.checkpoints import Checkpoint, atomic, model_checkpoint, open_checkpoint, write_checkpoint
-from emomerge.errors import BadInput, EmomergeError
+from emomerge.errors import BadInput, EmomergeError, RunFailed
 from emomerge.measure import Artefact, Measurer, choose_device
 from emomerge.merging import MergedCheckpoint, check_params, merge
+from emomerge.optim import OPTIMIZERS
 from emomerge.progress import Display, Line
 from emomerge.recipe import Merge, Recipe, digest
+from emomerge.reporting import model_card, write_report
 from emomerge.tasks import Task, TaskData, make_task
 from emomerge.training import RunDir, RunSpec, planned_runs, run_inputs, train_locally
 from emomerge.workspace import Workspace, files_below, stopwatch
@@ -51,17 +51,18 @@ class Pipeline:
         self.recipe, self.command = recipe, command
         self.space = Workspace(out)
         self.display = display or Display(quiet=True)
-        self.base_hash = digest(["base", recipe.base, recipe.task, self.space.input_hash(recipe)])
+        self.base_inputs = digest(["base", recipe.base, recipe.task, self.space.input_hash(recipe)])
         self.specs = planned_runs(recipe)
 
     # The stages.
 
     def run(self) -> bool:
         """All stages. Returns False where nothing was to be done."""
-        with self.working() as display:
+        with self.space.locked():
             todo = not self.is_complete()
             if todo:
-                with display.live():
+                self.begin()
+                with self.display.live():
                     self.make_base()
                     self.train()
                     self.train_controls()
@@ -73,31 +74,50 @@ class Pipeline:
     def train_all(self, only: Sequence[str] = ()) -> bool:
         """The base and the runs (those of the optimizers in `only`, if given). Returns False where nothing was to be done."""
         chosen = [spec for spec in self.specs if not only or spec.optimizer in only]
-        with self.working() as display:
+        with self.space.locked():
             todo = not (self.base_is_done() and all(self.run_is_done(spec) for spec in chosen))
             if todo:
-                with display.live():
+                self.begin()
+                with self.display.live():
                     self.make_base()
                     self.train(chosen)
         return todo
 
-    @contextmanager
-    def working(self) -> Iterator[Display]:
-        """The folder to ourselves, with the recipe written down in it."""
+    def restart(self) -> None:
+        """Forget everything that an earlier run of a recipe left in the folder."""
         with self.space.locked():
-            atomic.write_text(self.space.out / "recipe.yaml", self.recipe_yaml)
-            yield self.display
+            self.space.clear()
+
+    def begin(self) -> None:
+        """Check what is given before anything is written, then write the recipe down.
+
+        Raises:
+            BadInput: the data are unusable, or the folder holds a `base` that is not ours.
+        """
+        if self.space.base.exists() and not self.space.stamp("base"):
+            raise BadInput(
+                "this folder has a `base` that emomerge did not make", where=self.space.base, fix="choose another -o"
+            )
+        given = Path(self.recipe.base.model).expanduser() if self.recipe.base.model else None
+        if given is not None and given.exists() and given.resolve().is_relative_to(self.space.out.resolve()):
+            raise BadInput("the base lies inside the output folder", where=given, fix="choose another -o")
+        _ = self.data
+        atomic.write_text(self.space.recipe, self.recipe_yaml)
+
+    def stages(self) -> dict[str, bool]:
+        """Every stage in order, and whether it is stamped with its present inputs."""
+        return {
+            "base": self.base_is_done(),
+            "runs": all(self.run_is_done(spec) for spec in self.specs),
+            "controls": self.controls_are_done(),
+            **{f"merge-{n}": self.space.is_done(f"merge-{n}", inputs) for n, inputs in self.merge_stamps().items()},
+            "probe": self.space.is_done("probe", self.probe_inputs),
+            "report": self.space.is_done("report", self.report_inputs),
+        }
 
     def is_complete(self) -> bool:
-        """Whether every stage is stamped with its present inputs."""
-        return (
-            self.base_is_done()
-            and all(self.run_is_done(spec) for spec in self.specs)
-            and self.controls_are_done()
-            and all(self.space.is_done(f"merge-{name}", inputs) for name, inputs in self.merge_stamps().items())
-            and self.space.is_done("probe", self.probe_inputs)
-            and self.space.is_done("report", self.report_inputs)
-        )
+        """Whether nothing is to be done."""
+        return all(self.stages().values())
 
     def make_base(self) -> None:
         """The folder every run starts from: a given model with the head the task needs, or one trained here."""
@@ -126,7 +146,9 @@ class Pipeline:
                 model = task.new_model(self.recipe.base, data)
             self._write_model(model.cpu(), task)
             line.at(prepare.steps if prepare else 1)
-        self.space.write_stamp("base", self.base_hash, files_below(self.space.base), seconds=clock["seconds"])
+        weights = {file.name: atomic.sha256(file) for file in sorted(self.space.base.glob("*.safetensors"))}
+        files = files_below(self.space.base)
+        self.space.write_stamp("base", self.base_inputs, files, seconds=clock["seconds"], sha256=weights)
 
     def _write_model(self, model: torch.nn.Module, task: Task) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -164,9 +186,15 @@ class Pipeline:
         if self.controls_are_done():
             return
         best = [self.best_run(seed) for seed in self.recipe.runs.seeds]
+        diverged = None
         if "long-run" in self.recipe.controls:
-            self.train([self._long_run(spec) for spec in best])
-        self.space.write_stamp("controls", self.controls_inputs, [], best=[spec.name for spec in best])
+            try:
+                self.train([self._long_run(spec) for spec in best])
+            except RunFailed as error:  # a finding about the rival, no reason to stop
+                diverged = str(error)
+                self.display.say(diverged)
+        names = [] if diverged else [spec.name for spec in best]
+        self.space.write_stamp("controls", self.controls_inputs, [], long=names, diverged=diverged)
 
     def _long_run(self, best: RunSpec) -> RunSpec:
         steps = self.recipe.runs.steps * len(self.recipe.runs.optimizers)
@@ -180,8 +208,8 @@ class Pipeline:
     @property
     def long_runs(self) -> list[RunSpec]:
         """The long runs that were trained, one for each training seed."""
-        best = self.space.stamp("controls").get("best", []) if "long-run" in self.recipe.controls else []
-        return [self._long_run(spec) for spec in self.specs if spec.name in best]
+        names = self.space.stamp("controls").get("long", []) if "long-run" in self.recipe.controls else []
+        return [self._long_run(spec) for spec in self.specs if spec.name in names]
 
     def merge(self) -> None:
         """Every merge of the recipe, for each training seed."""
@@ -193,7 +221,7 @@ class Pipeline:
                 if not self.space.is_done(f"merge-{name}", stamps[name]):
                     with stopwatch() as clock:
                         self._merge_one(spec, seed, name, stamps[name])
-                    files = files_below(self.space.merges / name)
+                    files = [file for file in files_below(self.space.merges / name) if file.name != "README.md"]
                     self.space.write_stamp(f"merge-{name}", stamps[name], files, seconds=clock["seconds"])
                 line.at(1, self._merge_note(name))
 
@@ -247,23 +275,33 @@ class Pipeline:
 
     def report(self) -> None:
         """report.html, its figures as PNG, and the model card of every merge, now with its figures."""
-        from emomerge.reporting import write_report
-
         if self.space.is_done("report", self.report_inputs):
             return
         results = self.results()
         line = self.display.line("report", 1)
-        write_report(results, self.space.report, png_dir=self.space.out / "figures")
-        for spec in self.recipe.merge:
-            for seed in self.recipe.runs.seeds:
-                name = self.merge_name(spec, seed)
-                card = self._card(name, self.merge_record(name), results["artefacts"])
-                atomic.write_text(self.space.merges / name / "README.md", card)
-                inputs = self.merge_stamps()[name]
-                seconds = self.space.stamp(f"merge-{name}").get("seconds")
-                self.space.write_stamp(f"merge-{name}", inputs, files_below(self.space.merges / name), seconds=seconds)
-        self.space.write_stamp("report", self.report_inputs, [self.space.report, *files_below(self.space.out / "figures")])
+        write_report(results, self.space.report, png_dir=self.space.figures)
+        self._write_cards(results)
+        self.space.write_stamp("report", self.report_inputs, [self.space.report, *files_below(self.space.figures)])
         line.at(1, str(self.space.report))
+
+    def _write_cards(self, results: Results) -> None:
+        """The card of every written model, now with figures."""
+        figures = results["artefacts"]
+        for name in self.merge_stamps():
+            atomic.write_text(self.space.merges / name / "README.md", self._card(name, self.merge_record(name), figures))
+        shared = {"figures": figures, "recipe_yaml": self.recipe_yaml, "command": self.command, "version": version("emomerge")}
+        base = self.recipe.base.model or f"a small {self.recipe.base.prepare.model if self.recipe.base.prepare else 'model'}"
+        about = f"The base of all runs of the recipe `{self.recipe.name}`: {base}."
+        self._write_card(self.space.base, {"name": "base", "about": about, **shared})
+        for spec in [*self.specs, *self.long_runs]:
+            about = f"Trained from `{self.space.base}` for {spec.steps} steps with {OPTIMIZERS[spec.optimizer].__name__}."
+            self._write_card(
+                self.run_dir(spec).artefact, {"name": spec.name, "about": about, "base": str(self.space.base), **shared}
+            )
+
+    def _write_card(self, folder: Path, context: dict[str, Any]) -> None:
+        title = f"{self.recipe.name}, {context['name']}"
+        atomic.write_text(folder / "README.md", model_card({"title": title, **context}))
 
     # What the stages share.
 
@@ -308,7 +346,12 @@ class Pipeline:
 
     def base_is_done(self) -> bool:
         """Whether the base folder is up to date."""
-        return self.space.is_done("base", self.base_hash)
+        return self.space.is_done("base", self.base_inputs)
+
+    @property
+    def base_hash(self) -> str:
+        """Hash of the base's weights, once it is made: another base makes everything after it stale."""
+        return digest([self.base_inputs, self.space.stamp("base").get("sha256")])
 
     def run_dir(self, spec: RunSpec) -> RunDir:
         """The directory of a run."""
@@ -321,8 +364,12 @@ class Pipeline:
     @property
     def controls_inputs(self) -> str:
         """Hash of what the controls are trained from."""
-        runs = [run_inputs(self.recipe, spec, self.base_hash) for spec in self.specs]
-        return digest([runs, "long-run" in self.recipe.controls, self.recipe.probe.batch_size])
+        return digest([self.run_hashes(), "long-run" in self.recipe.controls, self.recipe.probe.batch_size])
+
+    def run_hashes(self, seed: int | None = None) -> list[Any]:
+        """Inputs and weights of the runs, of one training seed or of all."""
+        wanted = [spec for spec in self.specs if seed in (None, spec.seed)]
+        return [[run_inputs(self.recipe, run, self.base_hash), self.run_dir(run).state.get("sha256")] for run in wanted]
 
     def controls_are_done(self) -> bool:
         """Whether every control that has to be trained is."""
@@ -346,17 +393,12 @@ class Pipeline:
 
     def merge_stamps(self) -> dict[str, str]:
         """Name → hash of inputs of every merge."""
-        probe = self.recipe.probe
+        shared = [self.recipe.task, self.recipe.probe.batch_size, version("emomerge")]
         return {
-            self.merge_name(spec, seed): digest(
-                [
-                    spec, [run_inputs(self.recipe, run, self.base_hash) for run in self.specs if run.seed == seed],
-                    self.recipe.device, probe.batch_size,
-                ]
-            )
+            self.merge_name(spec, seed): digest([spec, self.run_hashes(seed), shared])
             for spec in self.recipe.merge
             for seed in self.recipe.runs.seeds
-        }  # fmt: skip
+        }
 
     def merge_record(self, name: str) -> dict[str, Any]:
         """merge.json of a written merge."""
@@ -377,13 +419,14 @@ class Pipeline:
     @property
     def probe_inputs(self) -> str:
         """Hash of what the probe measures."""
-        runs = [run_inputs(self.recipe, spec, self.base_hash) for spec in self.specs]
-        return digest([runs, self.merge_stamps(), self.recipe.probe, self.recipe.controls, self.recipe.select])
+        recipe = self.recipe
+        long = [self.run_dir(spec).state.get("sha256") for spec in self.long_runs]
+        return digest([recipe.name, self.merge_stamps(), long, recipe.probe, recipe.controls, recipe.select])
 
     @property
     def report_inputs(self) -> str:
         """Hash of what the report shows."""
-        return digest([self.probe_inputs, self.recipe.name, version("emomerge")])
+        return digest([self.probe_inputs, version("emomerge")])
 
     def results(self) -> Results:
         """results.json."""
@@ -458,8 +501,6 @@ class Pipeline:
         }
 
     def _card(self, name: str, record: dict[str, Any], figures: Sequence[dict[str, Any]]) -> str:
-        from emomerge.reporting import model_card
-
         return model_card(
             {
                 "title": f"{self.recipe.name}, {name}",
@@ -487,15 +528,9 @@ def load_results(out: Path) -> Results:
         raise BadInput("no results here", where=file, fix="run the recipe to its end first") from None
     except json.JSONDecodeError as error:
         raise BadInput("the results cannot be read", where=file, found=error) from None
+    if not isinstance(found, dict) or "artefacts" not in found:
+        raise BadInput("the results cannot be read", where=file, expected="a mapping with `artefacts`")
     return found
-
-
-def restart(out: Path) -> None:
-    """Remove what an earlier run of a recipe left in a folder, and nothing else."""
-    for name in ("base", "runs", "merges", "stamps", "figures"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("evaluations.jsonl", "results.json", "report.html", "recipe.yaml"):
-        (out / name).unlink(missing_ok=True)
 
 
 def _fit(

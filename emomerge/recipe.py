@@ -158,7 +158,7 @@ class Runs(Section):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     data_order: Literal["same", "different"] = "same"
     preset: PresetName = "guarded"
-    lr: float = Field(1.0, ge=0)
+    lr: float = Field(1.0, gt=0)
     """emoScope, a multiplier of emoPulse; 1.0 needs no tuning."""
     weight_decay: float = Field(0.01, ge=0)
     geometry: Literal["exact", "l1"] = "exact"
@@ -212,7 +212,8 @@ class Probe(Section):
 
 
 Control = Literal["best-single", "distance-matched", "long-run"]
-"""What the merge must beat; `long-run` trains the best single run's optimizer for as many steps as all runs together."""
+"""What the merge must beat: the best single run (always), it rescaled to the merge's length, and its optimizer trained for as
+many steps as all runs together."""
 
 
 class Recipe(Section):
@@ -241,6 +242,8 @@ class Recipe(Section):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"`merge` has two entries called {label!r}; give one of them a `name`")
+            if label == "base" or label.removeprefix("long-").partition("-")[0] in FAMILY:
+                raise ValueError(f"`merge` has an entry called {label!r}, which is the name of the base or of a run")
         if self.base.prepare is not None and not isinstance(self.task, ImageClassification):
             raise ValueError("`base.prepare` builds image models; give `base.model` for this task")
         return self
@@ -277,12 +280,12 @@ def parse_recipe(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
 
 
 def digest(value: object) -> str:
-    """SHA-256 of a JSON-able value, independent of key order; pydantic models count by their fields."""
+    """SHA-256 of a JSON-able value; pydantic models count by their fields. The order of keys counts, as classes need it to."""
 
     def plain(item: object) -> object:
         return item.model_dump(mode="json") if isinstance(item, BaseModel) else str(item)
 
-    text = json.dumps(value, sort_keys=True, default=plain, ensure_ascii=False)
+    text = json.dumps(value, default=plain, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

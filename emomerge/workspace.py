@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from emomerge.checkpoints import atomic
 from emomerge.errors import BadInput
@@ -34,6 +35,8 @@ class Workspace:
         self.ledger = out / "evaluations.jsonl"
         self.results = out / "results.json"
         self.report = out / "report.html"
+        self.recipe = out / "recipe.yaml"
+        self.figures = out / "figures"
         self._stamps = out / "stamps"
 
     def stamp(self, stage: str) -> dict[str, Any]:
@@ -56,27 +59,63 @@ class Workspace:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out of the folder while the block runs. Raises BadInput where one is in it already."""
+        """Keep other processes out of the folder while the block runs; a folder that stays empty is removed again.
+
+        Raises:
+            BadInput: another process is in it already.
+        """
         with atomic.translate_os_error(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             lock = (self.out / ".lock").open("w")
-        with lock:
-            try:
-                import fcntl
-            except ImportError:  # no such locks on this system; the atomic files still keep everything whole
+        try:
+            with lock, self._held(lock):
                 yield
-                return
+        finally:
+            if [place.name for place in self.out.iterdir()] == [".lock"]:
+                shutil.rmtree(self.out)
+
+    def is_busy(self) -> bool:
+        """Whether a process is working in the folder."""
+        if not (self.out / ".lock").exists():
+            return False
+        with (self.out / ".lock").open("r") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise BadInput(
-                    "another emomerge is working here", where=self.out, fix="wait for it, or choose another -o"
-                ) from None
+                with self._held(lock):
+                    return False
+            except BadInput:
+                return True
+
+    @contextlib.contextmanager
+    def _held(self, lock: TextIO) -> Iterator[None]:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system; the atomic files still keep everything whole
             yield
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(
+                "another emomerge is working here", where=self.out, fix="wait for it, or choose another -o"
+            ) from None
+        yield
+
+    def clear(self) -> None:
+        """Remove what an earlier run of a recipe left here, and nothing else. Raises BadInput in a folder of another kind."""
+        if not any(place.name != ".lock" for place in self.out.iterdir()):
+            return
+        if not self.recipe.is_file():
+            raise BadInput(
+                "not an output folder of emomerge", where=self.out, expected="recipe.yaml in it", fix="choose another -o"
+            )
+        for folder in (self.base, self.runs, self.merges, self._stamps, self.figures):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.ledger, self.results, self.report, self.recipe):
+            file.unlink(missing_ok=True)
 
     def input_hash(self, recipe: Recipe) -> str:
         """Hash of what comes from outside the recipe: data files and a local base model."""
-        return digest([self._fingerprint(Path(source)) or source for source in external_sources(recipe)])
+        return digest([self._fingerprint(Path(source).expanduser()) or source for source in external_sources(recipe)])
 
     def _fingerprint(self, path: Path) -> str | None:
         """Content hash of a file or folder; None where there is none (a Hub or datasets id).
@@ -107,8 +146,9 @@ class Workspace:
 
 
 def external_sources(recipe: Recipe) -> list[str]:
-    """Everything the recipe names that may be a path."""
-    return [s for s in (recipe.base.model, recipe.task.train, recipe.task.validation, recipe.task.test) if s is not None]
+    """Everything the recipe names that may be a path, and the label files beside IDX images."""
+    named = [s for s in (recipe.base.model, recipe.task.train, recipe.task.validation, recipe.task.test) if s is not None]
+    return named + [s.replace("images-idx3", "labels-idx1") for s in named if "images-idx3" in s]
 
 
 def files_below(folder: Path) -> list[Path]:

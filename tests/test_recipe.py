@@ -51,6 +51,8 @@ def test_shipped_recipes_are_valid_and_say_how_to_run_them(file):
         ({"base": {"prepare": {"model": "mlp"}}}, "builds image models"),
         ({"merge": [{"method": "mean"}, {"method": "mean", "scale": 2}]}, "two entries called 'mean'"),
         ({"merge": [{"method": "mean", "name": "../x"}]}, r"`merge\.0\.name`"),
+        ({"merge": [{"method": "mean", "name": "tion-0"}]}, "'tion-0', which is the name of the base or of a run"),
+        ({"runs": {"lr": 0}}, r"`runs\.lr`"),
         ({"name": "../escape"}, "`name` in recipe"),
     ],
 )
@@ -116,6 +118,8 @@ def test_a_recipe_survives_its_own_yaml():
     assert Recipe.model_validate(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
 
 
-def test_digest_does_not_depend_on_key_order():
-    assert digest({"a": 1, "b": [2, 3]}) == digest({"b": [2, 3], "a": 1})
-    assert digest({"a": 1}) != digest({"a": 2})
+def test_the_order_of_classes_counts():
+    task = {**MINIMAL["task"], "classes": {"bad": "< 0", "good": "> 0"}}
+    turned = {**task, "classes": {"good": "> 0", "bad": "< 0"}}
+    assert digest(with_(task=task)) == digest(with_(task=dict(task)))
+    assert digest(with_(task=task)) != digest(with_(task=turned))

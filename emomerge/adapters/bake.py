@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from torch import Tensor
 
 from emomerge.adapters.peft import Change, read_peft
 from emomerge.checkpoints import Checkpoint, TensorInfo, open_checkpoint, working_dtype
+from emomerge.checkpoints.reader import inside
+from emomerge.errors import BadInput
 
 
 class BakedCheckpoint(Checkpoint):
@@ -61,11 +64,28 @@ def bake(base: Checkpoint | str | Path, adapter: str | Path, *, allow_unmatched:
 
     Args:
         base: the model that the adapter was trained on.
-        adapter: a PEFT LoRA folder.
+        adapter: a PEFT LoRA folder, or a run directory that holds one.
         allow_unmatched: leave out, with a warning, adapter keys that find no base tensor.
 
     Raises:
         BadInput: the adapter is damaged, cannot be expressed, or does not fit the base.
     """
     base = base if isinstance(base, Checkpoint) else open_checkpoint(base)
-    return BakedCheckpoint(base, read_peft(Path(adapter), base, allow_unmatched=allow_unmatched), source=str(adapter))
+    return BakedCheckpoint(base, read_peft(artefact_of(adapter), base, allow_unmatched=allow_unmatched), source=str(adapter))
+
+
+def artefact_of(run: str | Path) -> Path:
+    """The subfolder of a run directory that holds its weights; any other path as it is."""
+    folder, path = Path(run), Path(run) / "run.json"
+    if not path.is_file():
+        return folder
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["artefact"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            "a run that has left no weights yet", where=path, expected='"artefact"', fix="finish it first"
+        ) from error
+    artefact = inside(folder, str(name), named_by=path)
+    if not artefact.is_dir():
+        raise BadInput("the run's weights are missing", where=path, expected=f"a folder {name}")
+    return artefact

@@ -90,6 +90,7 @@ class MergedCheckpoint(Displaced):
         self._masking = False
         self._figures: dict[str, Figures] = {}
         self._scale_losses: dict[float, float] = {}
+        self._merged_loss: float | None = None
 
     def tau(self, name: str) -> Tensor | None:
         """τ_m of a tensor, before scaling; None where no run moved it."""
@@ -171,9 +172,12 @@ class MergedCheckpoint(Displaced):
 
     def _compare_with_runs(self, losses: list[float] | None) -> list[str]:
         """A merge that is worse than its best run is not worth having."""
-        if not losses or not self._scale_losses:
+        loss = self._task.held_out_loss
+        if not losses or loss is None:
             return []
-        best, merged = min(losses), self._scale_losses[self.scale]
+        if self._merged_loss is None:
+            self._merged_loss = self._scale_losses.get(self.scale) or finite_or_inf(loss(self))
+        best, merged = min(losses), self._merged_loss
         if merged <= best:
             return []
         label = self._task.labels[losses.index(best)]

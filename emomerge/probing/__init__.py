@@ -43,7 +43,7 @@ def probe(
         radii: perturbation sizes, as fractions of that RMS.
         directions: Gaussian directions, each taken both ways.
         seed: of the directions.
-        ledger: a JSONL file to resume from; None remembers nothing.
+        ledger: a JSONL file to resume from, one for each loss function; None remembers nothing.
         model_hash: what the ledger files the model under; by default the SHA-256 of its weights.
 
     Returns:

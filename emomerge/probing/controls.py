@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from emomerge.probing.ledger import Ledger
-from emomerge.probing.perturb import Batch, Perturbable
+from emomerge.probing.perturb import Batch, Perturbable, square_sum
 from emomerge.probing.sharpness import key
 
 Score = Callable[[nn.Module, Batch], Mapping[str, float]]
@@ -71,13 +71,14 @@ def gradient_norm(probe: Perturbable) -> float:
         weight_sum = 0.0
         for batch in probe.batches:
             loss, weight = probe.loss(probe.model, batch)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            weight_of = torch.as_tensor(weight, dtype=loss.dtype, device=loss.device)
+            gradients = torch.autograd.grad((loss * weight_of).sum(), parameters, allow_unused=True)
             for sum_, gradient in zip(total, gradients, strict=True):
                 if gradient is not None:
-                    sum_.add_(gradient, alpha=weight)
-            weight_sum += weight
+                    sum_.add_(gradient)
+            weight_sum += float(weight_of.sum())
         probe.model.train(training)
-        return {"norm": math.sqrt(sum(float(g.double().square().sum()) for g in total)) / weight_sum}
+        return {"norm": math.sqrt(sum(square_sum(g) for g in total)) / weight_sum}
 
     return float(probe.ledger.ask(evaluate, **key(probe, "gradient norm", 0.0, None, 0))["norm"])
 
@@ -90,11 +91,11 @@ def noise_floor(probe: Perturbable) -> float:
         probe.model.eval()
         pairs = [(probe.evaluate(i)[0], probe.evaluate(i)[0]) for i in range(len(probe.batches))]
         probe.model.train(training)
-        return {"difference": max(abs(a - b) for a, b in pairs)}
+        return {"difference": max(abs(a - b) for first, second in pairs for a, b in zip(first, second, strict=True))}
 
     return float(probe.ledger.ask(evaluate, **key(probe, "noise floor", 0.0, None, 0))["difference"])
 
 
 def distance(model: nn.Module, base: Mapping[str, Tensor]) -> float:
     """‖θ − θ₀‖₂ over all parameters."""
-    return math.sqrt(sum(float((p.detach() - base[n]).double().square().sum()) for n, p in model.named_parameters()))
+    return math.sqrt(sum(square_sum(p.detach() - base[n]) for n, p in model.named_parameters()))

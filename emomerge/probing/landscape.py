@@ -24,18 +24,19 @@ def alpha_curve(probe: Perturbable, base: Mapping[str, Tensor], alphas: Sequence
         alphas: where to look.
 
     Returns:
-        (alphas,), batch-weighted mean losses in nats.
+        (alphas,), weighted mean losses in nats.
     """
     backwards = {name: base[name] - p.detach() for name, p in probe.parameters.items()}  # −τ, so that α = 1 is θ to the bit
 
-    def evaluate(move: Move, alpha: float, batch: int) -> dict[str, float]:
+    def evaluate(move: Move, alpha: float, batch: int) -> dict[str, list[float]]:
         move(backwards, 1 - alpha)
         return {"loss": probe.evaluate(batch)[0]}
 
-    found = np.empty((len(alphas), len(probe.batches)))
+    found = []
     with probe.moved() as move:
-        for i, alpha in enumerate(alphas):
-            for batch in range(len(probe.batches)):
-                ask = partial(evaluate, move, alpha, batch)
-                found[i, batch] = probe.ledger.ask(ask, **key(probe, "curve", alpha, None, batch))["loss"]
-    return found @ weights(probe)
+        for alpha in alphas:
+            asked = [
+                (partial(evaluate, move, alpha, b), key(probe, "curve", alpha, None, b)) for b in range(len(probe.batches))
+            ]
+            found.append(np.concatenate([probe.ledger.ask(ask, **place)["loss"] for ask, place in asked]))
+    return np.array(found) @ weights(probe)

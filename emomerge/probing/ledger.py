@@ -29,8 +29,11 @@ class Ledger:
         text = path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line short
         for line in whole.splitlines():
-            row = json.loads(line)
-            self._rows[self._key(row)] = row
+            try:
+                row = json.loads(line)
+                self._rows[self._key(row)] = row
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue  # a damaged row is only evaluated again
         if whole != text:
             path.write_text(whole, encoding="utf-8")
 

@@ -8,6 +8,7 @@ weights is not rewarded (specification of the probe, traps 4 and 6).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,8 +22,9 @@ from emomerge.errors import BadInput, EmomergeError
 from emomerge.probing.ledger import Ledger
 
 Batch: TypeAlias = Any
-LossFunction: TypeAlias = Callable[[nn.Module, Batch], tuple[Tensor, float]]
-"""(model, batch) → the batch's mean loss (a scalar tensor) and its weight in the mean over batches (rows, tokens …)."""
+LossFunction: TypeAlias = Callable[[nn.Module, Batch], tuple[Tensor, float | Sequence[float]]]
+"""(model, batch) → mean loss and weight (rows, tokens …) of the batch as a whole, or of each of several groups of its rows:
+a scalar tensor and a number, or a tensor (groups,) and as many numbers. Groups give intervals more units to resample."""
 
 Move: TypeAlias = Callable[[Mapping[str, Tensor], float], None]
 """θ ← θ₀ + factor·direction."""
@@ -64,11 +66,11 @@ class Perturbable:
         """What is perturbed, tied tensors once."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad and p.is_floating_point()}
 
-    def evaluate(self, index: int) -> tuple[float, float]:
-        """Mean loss and weight of one batch at the present weights."""
+    def evaluate(self, index: int) -> tuple[list[float], list[float]]:
+        """Mean loss and weight of each group of rows in one batch, at the present weights."""
         with torch.inference_mode():
             loss, weight = self.loss(self.model, self.batches[index])
-        return float(loss), float(weight)
+        return loss.double().cpu().reshape(-1).tolist(), [*weight] if isinstance(weight, Sequence) else [float(weight)]
 
     def direction(self, number: int) -> dict[str, Tensor]:
         """One Gaussian direction: for each tensor, RMS of the base's tensor times standard normals of its shape."""
@@ -118,8 +120,11 @@ class Perturbable:
         return total.hexdigest()
 
 
+def square_sum(tensor: Tensor) -> float:
+    """Σ x² in float64, on the CPU: some accelerators have no float64."""
+    return float(tensor.detach().cpu().double().square().sum())
+
+
 def rms(model: nn.Module) -> dict[str, float]:
     """Parameter name → root mean square: the ball every model of one probe shares, taken from the base."""
-    return {
-        name: float(p.detach().double().square().mean().sqrt()) if p.numel() else 0.0 for name, p in model.named_parameters()
-    }
+    return {name: math.sqrt(square_sum(p) / p.numel()) if p.numel() else 0.0 for name, p in model.named_parameters()}

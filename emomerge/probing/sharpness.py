@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,13 @@ from emomerge.probing.perturb import Move, Perturbable
 
 
 def center(probe: Perturbable) -> NDArray[np.float64]:
-    """Loss at the model itself, (batches,)."""
-    return np.array([_at_center(probe, batch)["loss"] for batch in range(len(probe.batches))], dtype=np.float64)
+    """Loss at the model itself, (units,): every group of rows of every batch."""
+    return np.concatenate([_at_center(probe, batch)["loss"] for batch in range(len(probe.batches))])
 
 
 def weights(probe: Perturbable) -> NDArray[np.float64]:
-    """Weight of every batch, summing to one, (batches,)."""
-    found = np.array([_at_center(probe, batch)["weight"] for batch in range(len(probe.batches))], dtype=np.float64)
+    """Weight of every unit, summing to one, (units,)."""
+    found = np.concatenate([_at_center(probe, batch)["weight"] for batch in range(len(probe.batches))])
     total: float = found.sum()
     return found / total
 
@@ -44,24 +43,27 @@ def gaussian(
         on_direction: called with the number of each direction when it is done.
 
     Returns:
-        (radii, directions, batches), in nats.
+        (radii, directions, units), in nats.
     """
-    middle = center(probe)
-    found = np.full((len(radii), directions, len(probe.batches)), np.nan)
+    middle = [np.array(_at_center(probe, batch)["loss"]) for batch in range(len(probe.batches))]
+    found: list[list[NDArray[np.float64]]] = [[] for _ in radii]
     with probe.moved() as move:
         for number in range(directions):
             direction = cache(partial(probe.direction, number))  # drawn only if some row of it is not known yet
-            for (r, radius), batch in product(enumerate(radii), range(len(probe.batches))):
-                evaluate = partial(_both_sides, probe, move, direction, radius, batch)
-                row = probe.ledger.ask(evaluate, **key(probe, "gaussian", radius, number, batch))
-                found[r, number, batch] = (row["up"] + row["down"]) / 2 - middle[batch]
+            for r, radius in enumerate(radii):
+                units = []
+                for batch in range(len(probe.batches)):
+                    evaluate = partial(_both_sides, probe, move, direction, radius, batch)
+                    row = probe.ledger.ask(evaluate, **key(probe, "gaussian", radius, number, batch))
+                    units.append((np.array(row["up"]) + np.array(row["down"])) / 2 - middle[batch])
+                found[r].append(np.concatenate(units))
             on_direction(number)
-    return found
+    return np.array(found)
 
 
 def _both_sides(
     probe: Perturbable, move: Move, direction: Callable[[], Mapping[str, Tensor]], radius: float, batch: int
-) -> dict[str, float]:
+) -> dict[str, list[float]]:
     move(direction(), radius)
     up, _ = probe.evaluate(batch)
     move(direction(), -radius)
@@ -70,11 +72,11 @@ def _both_sides(
 
 
 def summary(values: NDArray[np.float64], weight: NDArray[np.float64]) -> dict[str, Any]:
-    """Mean over directions of the batch-weighted sharpness, its standard error, and how many directions there were.
+    """Mean over directions of the weighted sharpness, its standard error, and how many directions there were.
 
     Args:
-        values: (directions, batches).
-        weight: (batches,), summing to one.
+        values: (directions, units).
+        weight: (units,), summing to one.
     """
     per_direction = values @ weight
     if not np.isfinite(per_direction).all():
@@ -84,7 +86,7 @@ def summary(values: NDArray[np.float64], weight: NDArray[np.float64]) -> dict[st
 
 
 def _at_center(probe: Perturbable, batch: int) -> dict[str, Any]:
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> dict[str, list[float]]:
         training = probe.model.training
         probe.model.eval()
         loss, weight = probe.evaluate(batch)

@@ -1,7 +1,7 @@
 """The verdict: does the merge lie in a better and flatter minimum than its parts? Proven, refuted, or not shown.
 
-Differences are paired over what the models share (directions and batches) and resampled by a hierarchical bootstrap:
-training seed, then direction, then batch (specification of the probe, "Verdict"). An interval that holds 0 decides nothing.
+Differences are paired over what the models share (directions and groups of rows) and resampled by a hierarchical bootstrap:
+training seed, then direction, then rows (specification of the probe, "Verdict"). An interval that holds 0 decides nothing.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def sharpness_ratio(merge: Sequence[Array], rival: Sequence[Array], weight: Arra
     """log(mean sharpness of the merge / of the rival).
 
     Args:
-        merge, rival: one (directions, batches) array for each training seed, over the same directions and batches.
-        weight: (batches,) of the batches.
+        merge, rival: one (directions, units) array for each training seed, over the same directions and units (groups of rows).
+        weight: (units,).
         against: the rival's name.
         what: the figure's name.
     """

@@ -15,7 +15,7 @@ def model_card(context: Mapping[str, Any]) -> str:
     """Render model_card.md.j2; the card says only what is known.
 
     Args:
-        context: title, name, base, base_path, method, params, runs ([{name, source, sha256}]), diagnostics, figures
+        context: title, name, about (a sentence), base, method, params, runs ([{name, source, sha256}]), diagnostics, figures
             (artefacts of results.json), recipe_yaml, command, version; any may be missing.
     """
     known = {key: value for key, value in context.items() if value}
@@ -26,7 +26,7 @@ def model_card(context: Mapping[str, Any]) -> str:
     shown = [a for a in known.get("figures", []) if a.get("role") != "control"]
     return environment().get_template("model_card.md.j2").render(
         front=yaml.safe_dump(front, sort_keys=False).strip(), figures=shown, columns=columns({"artefacts": shown}), **{
-            "title": "A merge", "name": None, "base": None, "method": None, "params": {}, "runs": [], "diagnostics": {},
+            "title": "A model", "about": None, "name": None, "base": None, "method": None, "params": {}, "runs": [], "diagnostics": {},
             "recipe_yaml": None, "command": None, "version": None,
         } | {key: value for key, value in known.items() if key != "figures"},
     )  # fmt: skip

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from emomerge import recipe
-from emomerge.tasks.base import Batch, Evaluation, Split, Task, TaskData, evaluate
+from emomerge.tasks.base import Batch, Split, Task, TaskData, row_figures
 from emomerge.tasks.image_classification import ImageClassificationTask
 from emomerge.tasks.text_classification import TextClassificationTask
 
-__all__ = ["TASKS", "Batch", "Evaluation", "Split", "Task", "TaskData", "evaluate", "make_task"]
+__all__ = ["TASKS", "Batch", "Split", "Task", "TaskData", "make_task", "row_figures"]
 
 TASKS: dict[str, Callable[[Any], Task]] = {
     TextClassificationTask.kind: TextClassificationTask,

@@ -118,61 +118,8 @@ class Task(ABC):
         return F.cross_entropy(logits.to(working_dtype(logits.dtype)), batch["labels"])
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Means over rows.
-
-    Attributes:
-        loss: cross-entropy in nats.
-        accuracy: share of rows whose highest score is at their label.
-        entropy: entropy of the predicted distribution in nats.
-        rows: number of rows.
-    """
-
-    loss: float
-    accuracy: float
-    entropy: float
-    rows: int
-
-
-def evaluate(
-    task: Task,
-    model: nn.Module,
-    split: Split,
-    *,
-    batch_size: int,
-    device: torch.device | str | None = None,
-    limit: int | None = None,
-) -> Evaluation:
-    """The model's figures on a split, in eval mode; each module's mode is restored afterwards.
-
-    Args:
-        task: gives the logits.
-        model: stays where it is.
-        split: examples.
-        batch_size: rows a forward pass.
-        device: where the model is; by default where its first parameter is.
-        limit: only the first so many rows.
-    """
-    device = device or next(model.parameters()).device
-    rows = torch.arange(len(split))[:limit]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            figures = [
-                _row_figures(task, model, {k: v.to(device) for k, v in split.batch(part).items()})
-                for part in torch.split(rows, batch_size)
-            ]
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    loss, accuracy, entropy = torch.cat(figures, dim=1).cpu().double().mean(dim=1).tolist()
-    return Evaluation(loss, accuracy, entropy, len(rows))
-
-
-def _row_figures(task: Task, model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy, correctness and entropy of each row: (3, rows)."""
+def row_figures(task: Task, model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy in nats, correctness (0 or 1) and predictive entropy in nats of each row of a batch: (3, rows)."""
     logits, labels = task.logits(model, batch), batch["labels"]
     logits = logits.to(working_dtype(logits.dtype))
     loss = F.cross_entropy(logits, labels, reduction="none")

@@ -73,7 +73,10 @@ def train_run(
 
 
 def fresh_head(recipe: Recipe, model: nn.Module) -> str | None:
-    """The classifier that a pretrained base lacked: trained whole. A prepared base has learnt its own."""
+    """The classifier of a given base, which the task has just made or may have renamed: trained whole beside the adapter.
+
+    A prepared base has learnt its own, which the adapter adapts like any other layer.
+    """
     if recipe.base.model is None:
         return None
     return next((name for name in ("classifier", "score") if isinstance(getattr(model, name, None), nn.Module)), None)

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from emomerge.errors import BadInput
 from emomerge.recipe import Base
-from emomerge.tasks import evaluate
 
 
 def rows_of(reviews):
@@ -240,7 +239,6 @@ def test_padding_does_not_change_the_loss(reviews, text_task, base):
     labels = data.train.batch(range(16))["labels"]
     rows = F.cross_entropy(together, labels, reduction="none")
     torch.testing.assert_close(rows, torch.tensor(single), atol=1e-5, rtol=0)
-    assert evaluate(task, model, data.train, batch_size=7, limit=16).loss == pytest.approx(sum(single) / 16, abs=1e-5)
 
 
 def test_a_saved_model_comes_back(reviews, text_task, base, tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 
 from emomerge.errors import BadInput
 from emomerge.recipe import TextClassification
-from emomerge.tasks import Split, Task, evaluate, sources
+from emomerge.tasks import Split, Task, row_figures, sources
 from emomerge.tasks.text_classification import TextSplit
 
 
@@ -72,34 +72,17 @@ def test_digest_does_not_depend_on_how_far_a_split_is_padded():
     assert narrow.digest == wide.digest
 
 
-def test_evaluate_equals_direct_computation():
+def test_row_figures_equal_direct_computation():
     task, model, split = toy()
-    found = evaluate(task, model, split, batch_size=8)
     batch = split.batch(range(37))
+    with torch.inference_mode():
+        loss, correct, entropy = row_figures(task, model.eval(), batch)
     logits = model[1](batch["x"]).detach().double()
     p = logits.softmax(-1)
-    assert found.rows == 37
-    assert found.loss == pytest.approx(float(F.cross_entropy(logits, batch["labels"])), abs=1e-7)
-    assert found.accuracy == pytest.approx(float((logits.argmax(-1) == batch["labels"]).double().mean()))
-    assert found.entropy == pytest.approx(float(-(p * p.log()).sum(-1).mean()), abs=1e-6)
-
-
-def test_evaluate_weights_rows_not_batches_and_honours_limit():
-    task, model, split = toy()
-    assert evaluate(task, model, split, batch_size=36).loss == pytest.approx(
-        evaluate(task, model, split, batch_size=5).loss, abs=1e-7
-    )
-    few = evaluate(task, model, split, batch_size=4, limit=10)
-    assert few.rows == 10
-    assert few.loss == pytest.approx(evaluate(task, model, split.take(range(10)), batch_size=10).loss, abs=1e-7)
-
-
-def test_evaluate_restores_each_modules_mode():
-    task, model, split = toy()
-    model.train()
-    model[0].eval()
-    evaluate(task, model, split, batch_size=8)
-    assert (model.training, model[0].training, model[1].training) == (True, False, True)
+    torch.testing.assert_close(loss.double(), F.cross_entropy(logits, batch["labels"], reduction="none"), atol=1e-6, rtol=0)
+    assert correct.tolist() == (logits.argmax(-1) == batch["labels"]).tolist()
+    torch.testing.assert_close(entropy.double(), -(p * p.log()).sum(-1), atol=1e-6, rtol=0)
+    assert float(loss.mean()) == pytest.approx(float(task.loss(model, batch)), abs=1e-6)
 
 
 def test_loss_is_float32_of_half_logits():

@@ -1,0 +1,59 @@
+"""The rooms' order and the weight of importing them, checked on the sources and in a fresh interpreter."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import emomerge
+
+PACKAGE = Path(emomerge.__file__).parent
+FLOOR = {"errors", "checkpoints"}
+ALLOWED = {
+    "checkpoints": FLOOR,
+    "optim": FLOOR,
+    "tasks": FLOOR | {"recipe"},
+    "training": FLOOR | {"recipe", "optim", "tasks"},
+    "adapters": FLOOR,
+    "merging": FLOOR | {"adapters"},
+    "probing": FLOOR,
+    "reporting": FLOOR,
+}
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_from_rooms_to_its_left(room):
+    for file in (PACKAGE / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "emomerge":
+                names = [node.module] if "." in node.module else [f"emomerge.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names if alias.name.startswith("emomerge.")]
+            for name in names:
+                assert name.split(".")[1] in ALLOWED[room] | {room}, f"{file.name} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import emomerge", "torch"),
+        ("import emomerge.cli", "torch"),
+        ("import emomerge.recipe", "torch"),
+        ("import emomerge.pipeline", "transformers"),
+        ("import emomerge.pipeline", "peft"),
+        ("import emomerge.pipeline", "altair"),
+    ],
+)
+def test_what_an_import_does_not_pull_in(statement, absent):
+    code = f"{statement}, sys; assert {absent!r} not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names():
+    for name in emomerge.__all__:
+        assert callable(getattr(emomerge, name))
+    with pytest.raises(AttributeError):
+        emomerge.nonsense  # noqa: B018
