@@ -1,5 +1,6 @@
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -120,21 +121,29 @@ KILLS = {
     "merge, before its stamp": ("emomerge.workspace.Workspace.write_stamp", 3),
     "probe, early": ("emomerge.probing.ledger.Ledger.ask", 300),
     "probe, late": ("emomerge.probing.ledger.Ledger.ask", 1100),
-    "report": ("emomerge.reporting.write_report", 1),
+    "report": ("emomerge.pipeline.write_report", 1),
 }
 
 
-def in_child(function):
-    """Run a function in a forked process; its exit status, or minus the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            function()
-            os._exit(0)
-        except BaseException as error:
-            os.write(2, f"{error!r}\n".encode())
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+# Forked from a server that only imported things: a fork of this process could inherit locks of threads that it does not have.
+CHILDREN = multiprocessing.get_context("forkserver") if hasattr(os, "fork") else None
+if CHILDREN:
+    CHILDREN.set_forkserver_preload(["emomerge.pipeline", "transformers", "peft", "altair", "sklearn.datasets"])
+
+
+def in_child(recipe, out, kill=None):
+    """Run a recipe in a process of its own, which `kill` may end; its exit status, or minus the signal that ended it."""
+    process = CHILDREN.Process(target=work, args=(recipe, out, kill))
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def work(recipe, out, kill):
+    torch.set_num_threads(1)
+    if kill:
+        kill_at_call(*kill)
+    Pipeline(parse_recipe(recipe), out).run()
 
 
 def kill_at_call(target, number):
@@ -160,18 +169,13 @@ def kill_at_call(target, number):
     setattr(owner, parts[-1], counted)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(CHILDREN is None, reason="needs fork")
 @pytest.mark.parametrize("point", KILLS)
 def test_killed_anywhere_it_ends_with_the_same_bits(finished, tiny_recipe, tmp_path, point):
-    recipe, out = parse_recipe(tiny_recipe), tmp_path / "out"
-
-    def killed():
-        kill_at_call(*KILLS[point])
-        Pipeline(recipe, out).run()
-
-    assert in_child(killed) == -signal.SIGKILL
+    out = tmp_path / "out"
+    assert in_child(tiny_recipe, out, KILLS[point]) == -signal.SIGKILL
     assert hashes(out) != hashes(finished) or point.startswith(("probe", "report"))
-    assert in_child(lambda: Pipeline(recipe, out).run()) == 0
+    assert in_child(tiny_recipe, out) == 0
     assert hashes(out) == hashes(finished)
     again, whole = load_results(out), load_results(finished)
     for a, b in zip(again["artefacts"], whole["artefacts"], strict=True):

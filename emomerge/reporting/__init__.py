@@ -1,7 +1,8 @@
 """What a reader sees: the page, its figures, the model cards and the table on the terminal."""
 
 from emomerge.reporting.card import model_card
-from emomerge.reporting.figures import Figure, figures
+from emomerge.reporting.figure import Figure
+from emomerge.reporting.figures import figures
 from emomerge.reporting.report import write_report
 from emomerge.reporting.terminal import figures_table
 

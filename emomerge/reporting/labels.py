@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,10 @@ POINT = 7.0
 """Half the side of the square that a point keeps free."""
 LINE = 14.0
 """Height of a line of text at the figures' 11-pixel type."""
+
+
+Line = tuple[float, float, float, float]
+"""A segment: x and y of one end, x and y of the other."""
 
 
 class Offset(NamedTuple):
@@ -21,7 +26,7 @@ class Offset(NamedTuple):
     @property
     def far(self) -> bool:
         """Whether the label needs a line back to its point."""
-        return abs(self.dx) + abs(self.dy) > 20
+        return math.hypot(self.dx, self.dy) > 20
 
 
 class Box(NamedTuple):
@@ -48,11 +53,12 @@ def place(
     width: float,
     height: float,
     bars: Sequence[Box] = (),
+    lines: Sequence[Line] = (),
 ) -> list[Offset | None]:
     """A place for each label, the first ones served first; None where nothing is free.
 
     Each label takes the cheapest free candidate around its point, then every label chooses once more with the others in
-    place. Labels stay inside width x height, never cover a point or another label, and avoid error bars and crossing
+    place. Labels stay inside width x height, never cover a point or another label, and avoid error bars and
     lines where they can.
     """
     keep = [Box(x - POINT, y - POINT, x + POINT, y + POINT) for x, y in points]
@@ -71,7 +77,7 @@ def place(
                 if not inside or any(box.meets(b) for b in boxes) or any(box.meets(k) for k in keep):
                     continue
                 lead = _leader(point, offset)
-                cost += 12 * sum(box.meets(b) for b in bars)
+                cost += 25 * (sum(box.meets(b) for b in bars) + sum(_crosses(line, box) for line in lines))
                 cost += 40 * sum(_crosses(line, box) for line in leads)
                 if offset.far:
                     cost += 40 * sum(_crosses(lead, k) for j, k in enumerate(keep) if j != i)
@@ -134,11 +140,11 @@ def _box(point: tuple[float, float], text: str, offset: Offset) -> Box:
     return Box(left, y - LINE / 2, left + width, y + LINE / 2)
 
 
-def _leader(point: tuple[float, float], offset: Offset) -> tuple[float, float, float, float]:
+def _leader(point: tuple[float, float], offset: Offset) -> Line:
     return (*point, point[0] + offset.dx, point[1] + offset.dy)
 
 
-def _crosses(line: tuple[float, float, float, float], box: Box) -> bool:
+def _crosses(line: Line, box: Box) -> bool:
     """Whether a segment passes through a box, judged at sixteen of its points."""
     x0, y0, x1, y1 = line
     steps = [k / 16 for k in range(17)]

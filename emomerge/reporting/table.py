@@ -56,10 +56,11 @@ def columns(results: Mapping[str, Any]) -> list[Column]:
     """Every figure that at least one artefact has."""
     rows = artefacts(results)
     found = [
-        *(_losses(rows, split) for split in ("test", "validation", "train")),
-        *(_accuracies(rows, split) for split in ("test", "validation", "train")),
+        _losses(rows, "test"),
+        _accuracies(rows, "test"),
         *(_sharpness(rows, radius) for radius in radii(results)),
         _plain(rows, "distance", "distance", "‖θ − θ₀‖, the length of the task vector"),
+        *(make(rows, split) for split in ("validation", "train") for make in (_losses, _accuracies)),
         _plain(
             rows,
             "cosine_to_mean",

@@ -63,7 +63,7 @@ def _trace(optimizer: str, seed: int, steps: int = 300) -> dict[str, Any]:
     }
 
 
-def example_results() -> dict[str, Any]:
+def example_results(steps: int = 300) -> dict[str, Any]:
     """What one `emomerge run` of five optimizers, four merges and their controls writes, with invented numbers."""
     rng = random.Random(0)
     runs = [_artefact(f"{o}-0", "run", TEST_LOSS[o], SHARPNESS[o], DISTANCE[o], optimizer=o, seed=0) for o in OPTIMIZERS]
@@ -121,7 +121,7 @@ def example_results() -> dict[str, Any]:
             "noise_floor": 1.2e-7,
         },
         "curves": curves,
-        "traces": {f"{o}-0": _trace(o, 0) for o in OPTIMIZERS},
+        "traces": {f"{o}-0": _trace(o, 0, steps) for o in OPTIMIZERS},
         "cosines": {
             "names": names,
             "matrix": cosines,
@@ -188,7 +188,7 @@ def example_results() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def _example() -> dict[str, Any]:
-    return example_results()
+    return example_results(steps=40)
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import struct
 from html.parser import HTMLParser
@@ -8,6 +9,10 @@ import yaml
 from rich.console import Console
 
 from emomerge.reporting import figures, figures_table, model_card, write_report
+from emomerge.reporting.figures import FIGURES
+from emomerge.reporting.forest import evidence
+from emomerge.reporting.report import limits
+from emomerge.reporting.table import columns
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -47,7 +52,9 @@ def test_the_page_is_whole_and_needs_no_network(results, tmp_path):
     page = render(results, tmp_path)
     text, links = parse(page)
     assert not links
-    assert not re.search(r"@import|url\(\s*['\"]?http", page)
+    markup = re.sub(r"<script>.*?</script>", "", page, flags=re.S)  # Vega's own code names addresses it does not load
+    assert not re.search(r"@import|url\(", markup)
+    assert set(re.findall(r"https?://[^\"' <)]+", markup)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert results["verdict"]["sentence"] in text
     assert results["selected"]["sentence"] in text
     for artefact in results["artefacts"]:
@@ -64,7 +71,7 @@ def test_the_page_is_whole_and_needs_no_network(results, tmp_path):
 def test_every_figure_is_drawn_and_is_a_real_png(results, tmp_path):
     write_report(results, tmp_path / "report.html", png_dir=tmp_path / "png")
     files = sorted(file.stem for file in (tmp_path / "png").iterdir())
-    assert files == sorted(["tradeoff", "evidence", "curves", "traces", "cosines"])
+    assert files == sorted(FIGURES)
     for file in (tmp_path / "png").iterdir():
         data = file.read_bytes()
         assert data.startswith(b"\x89PNG\r\n")
@@ -87,17 +94,20 @@ def test_hostile_names_stay_text(results, tmp_path):
     text, _ = parse(page)
     assert "<script>alert" not in page
     assert evil in text
-    assert len(re.findall(r"<script>", page)) == 3
+    assert len(re.findall(r"<script>", page)) == 2
 
 
 @pytest.mark.parametrize(
     "part", ["curves", "traces", "cosines", "merges", "verdict", "selected", "probe", "data", "seconds", "recipe_yaml"]
 )
 def test_missing_parts_are_left_out(results, tmp_path, part):
-    del results[part]
-    parse(render(results, tmp_path))
     results[part] = None
     parse(render(results, tmp_path))
+
+
+def test_no_results_at_all_give_a_page(tmp_path):
+    text, _ = parse(render({}, tmp_path))
+    assert "What the figures cannot say" in text
 
 
 def test_unknown_and_diverged_figures(results, tmp_path):
@@ -112,8 +122,8 @@ def test_unknown_and_diverged_figures(results, tmp_path):
 
 def test_one_artefact_alone(results, tmp_path):
     results["artefacts"] = results["artefacts"][:1]
-    assert "tradeoff" not in figures(results)
-    parse(render(results, tmp_path))
+    text, _ = parse(render(results, tmp_path))
+    assert results["artefacts"][0]["name"] in text
 
 
 def test_artefacts_in_one_point_have_a_picture_too(results):
@@ -121,13 +131,74 @@ def test_artefacts_in_one_point_have_a_picture_too(results):
         artefact["test_loss"] = 0.3
         for entry in artefact["sharpness"].values():
             entry.update(mean=1e-3, stderr=1e-19)
-    assert "tradeoff" in figures(results)
+    assert figures(results)["loss-sharpness"].png().startswith(b"\x89PNG")
 
 
-def test_a_distant_base_is_named_but_not_drawn(results):
+def test_a_far_point_does_not_squeeze_the_rest_and_tells_its_figures(results):
     results["artefacts"][0]["test_loss"] = 9.0
-    caption = figures(results)["tradeoff"].caption
-    assert "Not shown: the base, at loss 9" in caption
+    figure = figures(results)["loss-sharpness"]
+    assert "drawn at its edge, with their figures: base." in figure.caption
+    assert "base ↑ sharpness 0.0021, loss 9" in figure.svg()
+    heights = [row["y"] for rows in figure.spec()["datasets"].values() for row in rows if "label" in row]
+    assert max(heights) < 0.5
+
+
+def test_every_point_is_labelled_on_a_desk_and_on_a_telephone(results):
+    figure = figures(results)["loss-sharpness"]
+    for narrow in (False, True):
+        shown = {
+            row["name"]: row["shown"]
+            for rows in figure.spec(narrow=narrow)["datasets"].values()
+            for row in rows
+            if "label" in row
+        }
+        assert shown == {artefact["name"]: True for artefact in results["artefacts"]}
+
+
+def test_evidence_keeps_its_sign_and_its_scale(results):
+    better, flatter = evidence(results, "better"), evidence(results, "flatter")
+    assert [row["outcome"] for row in better] == ["good", "unclear"]
+    assert better[0]["figures"] == "−0.0153 [−0.0240, −0.0068]"
+    assert flatter[1]["estimate"] == pytest.approx(math.exp(-0.46))
+    assert flatter[1]["figures"] == "×0.63 [0.57, 0.71]"
+    results["verdict"]["better"]["evidence"][0].update(low=0.1, high=0.3, estimate=0.2)
+    assert evidence(results, "better")[0]["outcome"] == "bad"
+
+
+@pytest.mark.parametrize(
+    ("status", "tone"),
+    [("better and flatter", "good"), ("better", "good"), ("flatter", "good"), ("refuted", "bad"), ("not shown", "unclear")],
+)
+def test_the_verdict_wears_the_colour_of_its_status(results, tmp_path, status, tone):
+    results["verdict"]["status"] = status
+    assert f'class="verdict {tone}"' in render(results, tmp_path)
+
+
+def test_the_best_is_marked_among_runs_and_merges_only(results):
+    by_key = {column.key: column for column in columns(results)}
+    names = [artefact["name"] for artefact in results["artefacts"]]
+    for key in ("test_loss", "test_accuracy", "sharpness_0.03"):
+        assert [names[i] for i in by_key[key].best] == ["tall-mask"]
+    assert not by_key["distance"].best
+
+
+def test_few_seeds_and_few_rows_are_told(results):
+    told = " ".join(limits(results))
+    assert "Trained with 1 seed" in told
+    assert "With 210 test rows" in told
+    results["verdict"]["caveats"] = ["1 training seed: the intervals hold measurement error only"]
+    assert "Trained with" not in " ".join(limits(results))
+
+
+def test_long_and_many_traces_stay_light(results):
+    trace = results["traces"]["sens-0"]
+    long = {key: value * 60 if isinstance(value, list) else value for key, value in trace.items()} | {
+        "step": list(range(18_000))
+    }
+    results["traces"] = {f"sens-{seed}": long for seed in range(15)}
+    drawn = figures(results)["training-loss"].spec()
+    assert all(len(rows) <= 202 for rows in drawn["datasets"].values())
+    assert sum(row.get("label") == "sens" for rows in drawn["datasets"].values() for row in rows) == 1
 
 
 def test_the_terminal_table(results):
@@ -170,3 +241,29 @@ def test_a_local_base_is_no_hub_id_and_missing_parts_are_left_out():
     assert "base_model" not in text.split("---")[1]
     assert "## Runs" not in text
     assert "## Figures" not in text
+
+
+def test_hostile_names_are_text_in_the_card_too():
+    evil = "a|b `c` <script>\n# x"
+    text = model_card(
+        {
+            "title": evil, "name": evil, "method": evil, "recipe_yaml": "```\n# no heading", "license": evil,
+            "runs": [{"name": evil, "source": evil, "sha256": "ab"}],
+            "figures": [{"name": evil, "role": "merge", "test_loss": 0.5}],
+        }
+    )  # fmt: skip
+    front, body = text.split("---\n", 2)[1:]
+    assert yaml.safe_load(front)["license"] == evil
+    plain = re.sub(r"(`+).+?\1|\\.", "", body)
+    assert "<script>" not in plain
+    assert [line for line in plain.splitlines() if line.startswith("#")] == [
+        line for line in plain.splitlines() if re.match(r"#+ [A-Za]", line)
+    ]
+    assert "    # no heading" in body
+
+
+def test_an_adapter_is_peft_s_and_outputs_are_hashed():
+    text = model_card({"method": "mean", "about": "One run.", "files": {"adapter_model.safetensors": "ffee"}})
+    assert "\nOne run.\n" in text
+    assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "peft"
+    assert "`ffee`" in text

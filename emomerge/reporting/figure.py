@@ -1,0 +1,131 @@
+"""What a figure is, and how charts get their colours."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from emomerge.reporting.palette import LIGHT, VARIABLES, chart_config
+
+if TYPE_CHECKING:
+    from altair import Color, Fill, LayerChart, Scale
+
+Results = Mapping[str, Any]
+Row = dict[str, Any]
+
+WIDE, HALF, NARROW = 700, 335, 290
+"""Pixels of the plotting area of a figure as wide as the page, of one that shares it with another, and on a telephone."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with what a reader needs to understand it, with or without seeing it."""
+
+    title: str
+    caption: str
+    alt: str
+    chart: LayerChart
+    narrow: LayerChart | None = None
+    """The same picture laid out for a telephone, where stretching would not do."""
+    half: bool = False
+    """Whether two such figures fit side by side."""
+
+    @cached_property
+    def _spec(self) -> dict[str, Any]:
+        return _plain(self.chart)
+
+    def spec(self, *, narrow: bool = False) -> dict[str, Any]:
+        """Vega-Lite JSON for the page: as wide as its container, coloured by the page's CSS variables."""
+        plain = _plain(self.narrow) if narrow and self.narrow is not None else self._spec
+        return {
+            **plain,
+            "width": "container",
+            "autosize": {"type": "fit-x", "contains": "padding"},
+            "config": chart_config(VARIABLES),
+        }
+
+    def svg(self) -> str:
+        """A still picture for readers without scripts, coloured by the page's CSS variables."""
+        import vl_convert
+
+        return str(vl_convert.vegalite_to_svg({**self._spec, "config": chart_config(VARIABLES)}))
+
+    def png(self, scale: float = 2) -> bytes:
+        """The figure with its title on white, `scale` pixels a point."""
+        import vl_convert
+
+        config = {**chart_config(LIGHT), "background": LIGHT["paper"]}
+        spec = {"padding": 14, **self._spec, "title": self.title, "config": config}
+        return bytes(vl_convert.vegalite_to_png(spec, scale=scale))
+
+
+def _plain(chart: LayerChart) -> dict[str, Any]:
+    """Vega-Lite JSON without the schema's address: nothing needs it, and no self-contained page should name one."""
+    spec: dict[str, Any] = chart.to_dict()
+    spec.pop("$schema", None)
+    spec.pop("config", None)
+    return spec
+
+
+def chart_of(rows: Sequence[Row], colour: str | None = None) -> Any:
+    """A chart of some rows, all in one colour of the palette if one is named."""
+    import altair as alt
+
+    chart = alt.Chart(alt.InlineData(values=list(rows)))
+    return chart if colour is None else chart.transform_calculate(colour=json.dumps(colour))
+
+
+def painted(field: str = "colour") -> Color:
+    """A colour channel whose data name colours of the palette; the configuration says what the names look like."""
+    import altair as alt
+
+    return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(LIGHT)), legend=None)
+
+
+def filled(field: str = "colour") -> Fill:
+    """`painted`, for the inside of a shape."""
+    import altair as alt
+
+    return alt.Fill(f"{field}:N", scale=alt.Scale(domain=list(LIGHT)), legend=None)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The range of an axis and its kind."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @classmethod
+    def around(cls, values: Sequence[float], margin: float = 0.06, *, log: bool = False) -> Axis:
+        """An axis that holds all values, with a margin (a share of their range) on both sides."""
+        low, high = min(values), max(values)
+        if log:
+            stretch = max((high / low) ** margin, 1.02)
+            return cls(low / stretch, high * stretch, True)
+        room = max(margin * (high - low), 0.01 * max(abs(low), abs(high))) or 1.0
+        return cls(low - room, high + room)
+
+    def share(self, value: float) -> float:
+        """0 at the low end, 1 at the high one."""
+        warp = math.log if self.log else float
+        return (warp(value) - warp(self.low)) / (warp(self.high) - warp(self.low))
+
+    def outside(self, value: float) -> int:
+        """−1 below the range, +1 above it, 0 inside."""
+        return -1 if value < self.low else 1 if value > self.high else 0
+
+    def clamp(self, value: float) -> float:
+        """The nearest value in the range."""
+        return min(max(value, self.low), self.high)
+
+    def scale(self) -> Scale:
+        """As an Altair scale."""
+        import altair as alt
+
+        return alt.Scale(domain=[self.low, self.high], nice=False, **({"type": "log"} if self.log else {"zero": False}))

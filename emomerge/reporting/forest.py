@@ -1,0 +1,114 @@
+"""The evidence behind the verdict: estimates with their intervals around "no difference"."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from emomerge.reporting.figure import HALF, Axis, Figure, Results, Row, chart_of, painted
+from emomerge.reporting.text import finite, fixed
+
+SHAPES = {"good": "circle", "bad": "square", "unclear": "diamond"}
+
+
+def better(results: Results) -> Figure | None:
+    """Differences in held-out loss, against every rival."""
+    return _forest(results, "better", "Is it better?", "held-out loss of the merge − that of the rival (nats)")
+
+
+def flatter(results: Results) -> Figure | None:
+    """Ratios of sharpness, against every rival and at every radius."""
+    return _forest(results, "flatter", "Is it flatter?", "sharpness of the merge ÷ that of the rival")
+
+
+def evidence(results: Results, claim: str) -> list[Row]:
+    """Every comparison behind a claim: rival, measure, estimate, low, high, and whom the interval favours.
+
+    Losses stay differences in nats; the logarithms of sharpness become ratios. Figures that do not exist are None.
+    """
+    found = []
+    for item in ((results.get("verdict") or {}).get(claim) or {}).get("evidence") or []:
+        estimate = next((item[key] for key in ("estimate", "difference", "log_ratio") if key in item), None)
+        low, high = finite(item.get("low")), finite(item.get("high"))
+        outcome = "unclear" if low is None or high is None else "good" if high < 0 else "bad" if low > 0 else "unclear"
+        row: Row = {
+            "against": str(item.get("against")),
+            "what": str(item.get("what")).removeprefix("gaussian "),
+            "outcome": outcome,
+        }
+        row |= {"estimate": finite(estimate), "low": low, "high": high}
+        if claim == "flatter":
+            row |= {
+                key: None if row[key] is None else math.exp(min(max(row[key], -50.0), 50.0))
+                for key in ("estimate", "low", "high")
+            }
+        found.append(row | {"figures": interval(row, claim)})
+    return found
+
+
+def interval(row: Row, claim: str) -> str:
+    """An estimate with its interval in print: `−0.0153 [−0.0240, −0.0068]`, `×0.63 [0.55, 0.72]`."""
+    places, mark, signed = (2, "×", False) if claim == "flatter" else (4, "", True)
+    if row["estimate"] is None:
+        return "not comparable"
+    estimate, low, high = (fixed(row[key], places, signed=signed) for key in ("estimate", "low", "high"))
+    return (
+        f"{mark}{estimate} (no interval)" if row["low"] is None or row["high"] is None else f"{mark}{estimate} [{low}, {high}]"
+    )
+
+
+def _forest(results: Results, claim: str, title: str, x_title: str) -> Figure | None:
+    rows = [{**r, "row": i, "label": f"{r['against']} · {r['what']}"} for i, r in enumerate(evidence(results, claim))]
+    known = [v for r in rows for v in (r["estimate"], r["low"], r["high"]) if v is not None]
+    if not known:
+        return None
+    verdict = results["verdict"]
+    merge = str(verdict.get("merge") or "the merge")
+    wins, losses = (sum(r["outcome"] == outcome for r in rows) for outcome in ("good", "bad"))
+    single = ", ".join(str(name) for name in verdict.get("best_single") or [])
+    caption = (
+        f"{merge} against each rival, with 95 % intervals. Green circle: the whole interval favours the merge; red square: the "
+        f"rival; grey diamond: the interval holds {'1' if claim == 'flatter' else '0'} and decides nothing."
+        + (f" The best single run is {single}." if single else "")
+    )
+    summary = (
+        f"Forest plot of {len(rows)} comparisons: {wins} favour {merge}, {losses} favour the rival, "
+        f"{len(rows) - wins - losses} are undecided."
+    )
+    return Figure(title, caption, summary, _draw(rows, known, claim, x_title), half=True)
+
+
+def _draw(rows: list[Row], known: list[float], claim: str, x_title: str) -> Any:
+    import altair as alt
+
+    log = claim == "flatter"
+    neutral = 1.0 if log else 0.0
+    axis = Axis.around([*known, neutral], log=log)
+    ticks = alt.Axis(title=[x_title, "← the merge wins\u2003|\u2003the rival wins →"], grid=True, tickCount=5, format="~g")
+
+    def x(field: str) -> Any:
+        return alt.X(f"{field}:Q", scale=axis.scale(), axis=ticks)
+
+    y = alt.Y("row:O", axis=None)
+    shape = alt.Shape("outcome:N", scale=alt.Scale(domain=list(SHAPES), range=list(SHAPES.values())), legend=None)
+    tooltip = [alt.Tooltip("label:N", title="against"), alt.Tooltip("figures:N", title="estimate")]
+    chart, ink, paper = chart_of(rows), chart_of(rows, "ink"), chart_of(rows, "paper")
+
+    def text(chart: Any, field: str, colour: str, place: str, **look: Any) -> Any:
+        where = {"x": alt.value(0)} if place == "left" else {"x": alt.value("width")}
+        mark = chart.mark_text(align=place, baseline="middle", dy=-8, **look)
+        paint = {"stroke": alt.Stroke(**painted(colour).to_dict())} if look else {"color": painted(colour)}
+        return mark.encode(y=y, text=f"{field}:N", **where, **paint)
+
+    halo = {"strokeWidth": 5, "strokeJoin": "round", "fillOpacity": 0}
+    layers = [
+        chart_of([{"neutral": neutral}], "muted").mark_rule(strokeWidth=1.3).encode(x=x("neutral"), color=painted()),
+        chart.mark_rule(strokeWidth=3, yOffset=8, y2Offset=8).encode(x=x("low"), x2="high:Q", y=y, color=painted("outcome")),
+        chart.mark_point(filled=True, size=90, opacity=1, yOffset=8).encode(
+            x=x("estimate"), y=y, color=painted("outcome"), shape=shape, tooltip=tooltip
+        ),
+        *(text(paper, field, "colour", place, **halo) for field, place in (("label", "left"), ("figures", "right"))),
+        text(ink, "label", "colour", "left"),
+        text(chart, "figures", "outcome", "right"),
+    ]
+    return alt.layer(*layers).properties(width=HALF, height=alt.Step(40))

@@ -1,0 +1,58 @@
+"""Colours for both schemes: named once, used by the page's style sheet, the charts in the page and the PNG files.
+
+Optimizers wear the colour-blind-safe hues of Okabe and Ito (2008), the same in every figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LIGHT = {
+    "paper": "#ffffff", "ink": "#1c1e21", "muted": "#5f6670", "grid": "#e4e6ea", "panel": "#f5f6f8",
+    "sens": "#0072b2", "airy": "#d98b00", "cats": "#009e73", "tion": "#b8568f", "void": "#d55e00", "other": "#3d8fc4",
+    "good": "#0b7a4b", "bad": "#b3261e", "unclear": "#6b7280", "warm": "#d55e00", "cool": "#0072b2",
+}  # fmt: skip
+DARK = {
+    "paper": "#14161a", "ink": "#eceef1", "muted": "#a2a9b4", "grid": "#31353c", "panel": "#1e2127",
+    "sens": "#56b4e9", "airy": "#f0b13c", "cats": "#2fc79a", "tion": "#e29bc6", "void": "#f4803d", "other": "#9ecbf0",
+    "good": "#4ccb8f", "bad": "#ff7b72", "unclear": "#a2a9b4", "warm": "#f4803d", "cool": "#4d9fd6",
+}  # fmt: skip
+VARIABLES = {name: f"var(--{name})" for name in LIGHT}
+"""The same names as CSS variables: a chart drawn with them follows the page's scheme, also on paper."""
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+OPTIMIZERS = ("sens", "airy", "cats", "tion", "void")
+
+
+def colour_of(artefact: Mapping[str, Any]) -> str:
+    """The palette's name for an artefact or a trace: its optimizer's hue, ink for merges, grey for the base."""
+    role = artefact.get("role", "run")
+    if role in ("base", "merge"):
+        return "muted" if role == "base" else "ink"
+    optimizer = str(artefact.get("optimizer")).removeprefix("emo")
+    return optimizer if optimizer in OPTIMIZERS else "other"
+
+
+def chart_config(colours: Mapping[str, str]) -> dict[str, Any]:
+    """The Vega-Lite configuration that dresses every chart in some colours."""
+    quiet = {"font": FONT, "labelColor": colours["muted"], "titleColor": colours["ink"]}
+    return {
+        "background": None,
+        "aria": False,  # the page describes each figure as a whole
+        "font": FONT,
+        "view": {"stroke": None},
+        "range": {"category": list(colours.values())},
+        "axis": {
+            **{f"{part}Font": FONT for part in ("label", "title")},
+            "labelColor": colours["muted"], "labelFontSize": 11, "labelFlush": False,
+            "titleColor": colours["ink"], "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 8,
+            "gridColor": colours["grid"], "domainColor": colours["muted"], "tickColor": colours["muted"],
+        },
+        "legend": {
+            "labelFont": quiet["font"], "labelColor": colours["ink"], "labelFontSize": 12, "symbolSize": 90,
+            "symbolStrokeColor": colours["ink"], "symbolFillColor": colours["paper"],
+        },
+        "title": {"font": FONT, "color": colours["ink"], "fontSize": 14, "anchor": "start", "offset": 12},
+        "text": {"fontSize": 11, "font": FONT},
+    }  # fmt: skip

@@ -1,0 +1,202 @@
+"""Loss against sharpness: every artefact as a labelled point."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from emomerge.reporting import labels
+from emomerge.reporting.figure import NARROW, WIDE, Axis, Figure, Results, Row, chart_of, filled, painted
+from emomerge.reporting.palette import colour_of
+from emomerge.reporting.table import artefacts, middle_radius, sharpness_at
+from emomerge.reporting.text import finite, short
+
+if TYPE_CHECKING:
+    import altair as alt
+
+SHAPES = {"base": "square", "run": "circle", "merge": "diamond", "control": "triangle-up"}
+AREAS = {"base": 80, "run": 80, "merge": 150, "control": 60}
+ARROWS = {
+    (-1, 0): "←", (1, 0): "→", (0, 1): "↑", (0, -1): "↓", (-1, 1): "↖", (1, 1): "↗", (-1, -1): "↙", (1, -1): "↘",
+}  # fmt: skip
+
+
+def loss_and_sharpness(results: Results) -> Figure | None:
+    """Every artefact that has both figures: flat to the left, good at the bottom."""
+    radius = middle_radius(results)
+    split = next((s for s in ("test", "validation", "train") if any(a.get(f"{s}_loss") for a in artefacts(results))), "test")
+    rows, diverged = _points(results, f"{split}_loss", radius)
+    if not rows:
+        return None
+    x = _frame([r["sharpness"] for r in rows], [v for r in rows for v in (r["low"], r["high"])])
+    y = _frame([r["loss"] for r in rows])
+    titles = (
+        [f"sharpness at σ = {radius:g} (rise of the loss, nats)", "← flatter"],
+        [f"{split} loss (nats)", "lower is better"],
+    )
+    best = min((r for r in rows if r["role"] in ("run", "merge")), key=lambda r: r["loss"], default=rows[0])
+    return Figure(
+        "Loss against sharpness",
+        _caption(rows, diverged, x, y, split, radius),
+        f"Scatter plot of {split} loss against sharpness for {len(rows)} artefacts. Lowest loss among runs and merges: "
+        f"{best['name']} at {short(best['loss'])} nats with sharpness {short(best['sharpness'])}.",
+        _draw(rows, x, y, titles, WIDE, 430),
+        _draw(rows, x, y, titles, NARROW, 480),
+    )
+
+
+def _points(results: Results, loss_key: str, radius: float | None) -> tuple[list[Row], list[str]]:
+    """The points, and the names of those whose loss under noise was not finite."""
+    rows, diverged = [], []
+    for artefact in artefacts(results):
+        name, role = str(artefact.get("name")), str(artefact.get("role"))
+        loss, entry = finite(artefact.get(loss_key)), sharpness_at(artefact, radius)
+        mean = finite(entry.get("mean")) if entry else None
+        if entry is not None and mean is None:
+            diverged.append(name)
+        if entry is None or mean is None or loss is None:
+            continue
+        error = 1.96 * (finite(entry.get("stderr")) or 0.0)
+        rows.append(
+            {
+                "name": name, "role": role, "of": artefact.get("of"), "colour": colour_of(artefact),
+                "loss": loss, "sharpness": mean, "low": mean - error, "high": mean + error,
+                "distance": finite(artefact.get("distance")),
+            }
+        )  # fmt: skip
+    return rows, diverged
+
+
+def _caption(rows: Sequence[Row], diverged: Sequence[str], x: Axis, y: Axis, split: str, radius: float | None) -> str:
+    roles = {r["role"] for r in rows}
+    parts = [
+        f"Each artefact by its {split} loss and by how much Gaussian noise of σ = {radius:g} times the base's RMS raises its "
+        "loss; lower left is better. Bars: 1.96 standard errors over directions."
+    ]
+    if any(r["of"] for r in rows):
+        parts.append(
+            "A dotted line joins a run to its control, the same task vector rescaled to the merge's length: the merge must lie "
+            "left of it to be flat, and not merely near the base."
+        )
+    if "base" in roles:
+        parts.append("The base has not learnt the task; that it is flat says little.")
+    away = [r["name"] for r in rows if x.outside(r["sharpness"]) or y.outside(r["loss"])]
+    if away:
+        parts.append(f"Far outside the frame and drawn at its edge, with their figures: {', '.join(away)}.")
+    if diverged:
+        parts.append(f"Diverged at this radius and not drawn: {', '.join(diverged)}.")
+    return " ".join(parts)
+
+
+def _frame(values: Sequence[float], bars: Sequence[float] = ()) -> Axis:
+    """An axis around the bulk (Tukey's outer fences), so that one far point does not squeeze the rest.
+
+    A factor of 20 within the bulk asks for a logarithmic scale.
+    """
+    log = False
+    low, high = _fences(values)
+    bulk = [v for v in values if low <= v <= high]
+    if min(bulk) > 0 and max(bulk) > 20 * min(bulk):
+        log = True
+        low, high = (math.exp(f) for f in _fences([math.log(v) for v in values if v > 0]))
+        bulk = [v for v in values if low <= v <= high]
+    reach = max(bulk) - min(bulk)
+    bulk += [v for v in bars if max(low, min(bulk) - reach / 4) <= v <= min(high, max(bulk) + reach / 4) and (v > 0 or not log)]
+    return Axis.around(bulk, 0.08, log=log)
+
+
+def _fences(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 4:
+        return min(values), max(values)
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first - 3 * (third - first), third + 3 * (third - first)
+
+
+def _draw(
+    rows: Sequence[Row], x: Axis, y: Axis, titles: tuple[list[str], list[str]], width: int, height: int
+) -> alt.LayerChart:
+    import altair as alt
+
+    points, pairs = _layout(rows, x, y, width, height)
+
+    def at(channel: type[Any], field: str, axis: Axis, title: list[str]) -> Any:
+        ticks = 5 if width < 400 else 8
+        return channel(f"{field}:Q", scale=axis.scale(), axis=alt.Axis(title=title, grid=True, tickCount=ticks))
+
+    across, up = at(alt.X, "x", x, titles[0]), at(alt.Y, "y", y, titles[1])
+    dx, dy = alt.ExprRef("datum.dx"), alt.ExprRef("datum.dy")
+
+    def by_role(channel: type[Any], look: dict[str, Any], **more: Any) -> Any:
+        return channel("role:N", scale=alt.Scale(type="ordinal", domain=list(look), range=list(look.values())), **more)
+
+    present = [role for role in SHAPES if any(p["role"] == role for p in points)]
+    legend = alt.Legend(title=None, orient="top", values=present)
+    tooltip = [
+        alt.Tooltip("name:N", title="artefact"), alt.Tooltip("role:N"), alt.Tooltip("loss:Q", format=".4f"),
+        alt.Tooltip("sharpness:Q", format=".3g"), alt.Tooltip("distance:Q", title="‖θ−θ₀‖", format=".3g"),
+    ]  # fmt: skip
+    chart = chart_of(points)
+    joins = chart_of(pairs).mark_rule(strokeDash=[2, 3], opacity=0.55)
+    bars = chart.mark_rule(opacity=0.75)
+    leads = chart.transform_filter("datum.far").mark_rule(x2Offset=dx, y2Offset=dy, strokeWidth=0.7, opacity=0.8)
+    marks = chart.mark_point(strokeWidth=1.8, opacity=1)
+    names = chart.transform_filter("datum.shown").mark_text(dx=dx, dy=dy, align=alt.ExprRef("datum.align"), baseline="middle")
+    layers = [
+        bars.encode(x=at(alt.X, "from", x, titles[0]), x2="to:Q", y=up, color=painted()),
+        leads.encode(x=across, x2="x", y=up, y2="y", color=painted()),
+        marks.encode(
+            x=across, y=up, color=painted(), fill=filled("inside"), tooltip=tooltip,
+            shape=by_role(alt.Shape, SHAPES, legend=legend), size=by_role(alt.Size, AREAS),
+        ),
+        names.encode(x=across, y=up, text="label:N", color=painted()),
+    ]  # fmt: skip
+    if pairs:
+        layers.insert(0, joins.encode(x=across, y=up, x2="x2:Q", y2="y2:Q", color=painted()))
+    return alt.layer(*layers).properties(width=width, height=height)
+
+
+def _layout(rows: Sequence[Row], x: Axis, y: Axis, width: int, height: int) -> tuple[list[Row], list[Row]]:
+    """The points with places for their labels, important ones first; and the lines from runs to their controls."""
+    rank = {"merge": 0, "base": 1, "run": 2}
+    points = [
+        {
+            **row, "x": x.clamp(row["sharpness"]), "y": y.clamp(row["loss"]),
+            "from": x.clamp(row["low"]), "to": x.clamp(row["high"]), "label": _label(row, x, y, brief=width < 400),
+            "inside": "paper" if row["role"] == "control" else row["colour"],
+        }
+        for row in sorted(rows, key=lambda r: rank.get(r["role"], 3))
+    ]  # fmt: skip
+    by_name = {p["name"]: p for p in points}
+    joined = [(by_name[p["of"]], p) for p in points if p["of"] in by_name]
+
+    def pixel(px: float, py: float) -> tuple[float, float]:
+        return x.share(px) * width, (1 - y.share(py)) * height
+
+    spots = [pixel(p["x"], p["y"]) for p in points]
+    bars = [
+        labels.Box(pixel(p["from"], p["y"])[0], spot[1] - 2, pixel(p["to"], p["y"])[0], spot[1] + 2)
+        for p, spot in zip(points, spots, strict=True)
+    ]
+    lines = [(*pixel(a["x"], a["y"]), *pixel(b["x"], b["y"])) for a, b in joined]
+    places = labels.place(spots, [p["label"] for p in points], width, height, bars, lines)
+    for point, place in zip(points, places, strict=True):
+        point["shown"] = place is not None
+        if place is not None:
+            point |= {"dx": place.dx, "dy": place.dy, "align": place.align, "far": place.far}
+    pairs = [{"x": a["x"], "y": a["y"], "x2": b["x"], "y2": b["y"], "colour": b["colour"]} for a, b in joined]
+    return points, pairs
+
+
+def _label(row: Row, x: Axis, y: Axis, *, brief: bool) -> str:
+    """The name; of a point beyond the frame also the direction and its figures."""
+    away = x.outside(row["sharpness"]), y.outside(row["loss"])
+    if not any(away):
+        return str(row["name"])
+    figures = (
+        f"{short(row['sharpness'])}; {short(row['loss'])}"
+        if brief
+        else f"sharpness {short(row['sharpness'])}, loss {short(row['loss'])}"
+    )
+    return f"{row['name']} {ARROWS[away]} {figures}"
