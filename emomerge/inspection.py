@@ -21,10 +21,10 @@ from emomerge.recipe import load_recipe
 
 def describe(path: str) -> dict[str, Any]:
     """Kind, size and dtypes of a checkpoint, an adapter or a run directory; what an adapter was made for."""
+    config = _adapter_config(artefact_of(path))
     opened = _open(path)
     infos = [opened.info(name) for name in opened]
     dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
-    config = _adapter_config(artefact_of(path))
     return {
         "kind": "adapter" if config else "checkpoint", "source": path, "tensors": len(infos),
         "parameters": sum(info.numel for info in infos), "bytes": sum(info.nbytes for info in infos), "dtypes": dict(dtypes),

@@ -30,6 +30,7 @@ from emomerge.recipe import Recipe, digest
 from emomerge.tasks import Batch, Split, Task, TaskData, make_task, row_figures
 
 Array = NDArray[np.float64]
+METRICS = ("gaussian", "curve")
 SplitName = Literal["train", "validation", "test"]
 
 
@@ -66,6 +67,7 @@ class Measurer:
         self, recipe: Recipe, task: Task, data: TaskData, base: Checkpoint, base_folder: Path, base_hash: str,
         device: torch.device, ledger: Path | None,
     ) -> None:  # fmt: skip
+        torch.backends.cudnn.allow_tf32 = False  # convolutions in TF32 would round small perturbations away
         self.recipe, self.task, self.data, self.base = recipe, task, data, base
         self.base_hash = base_hash
         self.device = device
@@ -149,8 +151,10 @@ class Measurer:
         """Mean loss over a split."""
         return controls.mean_score(self.scores(artefact, split), "loss")
 
-    def probe(self, artefact: Artefact, line: Line) -> tuple[dict[str, Any], list[Array], dict[str, list[float]]]:
-        """All figures of one artefact.
+    def probe(
+        self, artefact: Artefact, line: Line, metrics: Sequence[str] = METRICS
+    ) -> tuple[dict[str, Any], list[Array], dict[str, list[float]]]:
+        """All figures of one artefact: losses, gradient norm and distance, and of METRICS those that are asked for.
 
         Returns:
             its row of the report; its sharpness, (directions, units) for each radius; its α-curve.
@@ -158,14 +162,15 @@ class Measurer:
         recipe = self.recipe.probe
         self.load(artefact)
         probe = self._perturbable(artefact)
-        values = sharpness.gaussian(probe, recipe.radii, recipe.directions, lambda number: line.add(1, artefact.name))
+        radii = recipe.radii if "gaussian" in metrics else ()
+        values = sharpness.gaussian(probe, radii, recipe.directions, lambda number: line.add(1, artefact.name))
         weight = sharpness.weights(probe)
         row: dict[str, Any] = {
             "name": artefact.name, "role": artefact.role, "path": None if artefact.path is None else str(artefact.path),
             "optimizer": artefact.optimizer, "seed": artefact.seed, "control": artefact.control, "of": artefact.of,
             "grad_norm": controls.gradient_norm(probe),
             "distance": controls.distance(self.model, self.base_parameters),
-            "sharpness": {f"{r:g}": sharpness.summary(v, weight) for r, v in zip(recipe.radii, values, strict=True)},
+            "sharpness": {f"{r:g}": sharpness.summary(v, weight) for r, v in zip(radii, values, strict=True)},
             **artefact.facts,
         }  # fmt: skip
         for split in ("train", "validation", "test"):
@@ -175,7 +180,7 @@ class Measurer:
             if split == "train":
                 row["entropy"] = controls.mean_score(found, "entropy")
         curve: dict[str, list[float]] = {"alpha": [], "loss": []}
-        if artefact.role in ("run", "merge"):
+        if "curve" in metrics and artefact.role in ("run", "merge"):
             losses = landscape.alpha_curve(probe, self.base_parameters)
             curve = {"alpha": list(landscape.ALPHAS), "loss": losses.tolist()}
         return row, list(values), curve
@@ -232,7 +237,14 @@ def score(task: Task, model: nn.Module, batch: Batch) -> dict[str, float]:
     return {"loss": loss, "accuracy": accuracy, "entropy": entropy, "weight": float(len(batch["labels"]))}
 
 
-def probe_models(recipe: Recipe, models: Sequence[str], base_folder: Path, out: Path, display: Display) -> dict[str, Any]:
+def probe_models(
+    recipe: Recipe,
+    models: Sequence[str],
+    base_folder: Path,
+    out: Path,
+    display: Display,
+    metrics: Sequence[str] = METRICS,
+) -> dict[str, Any]:
     """Measure given models on a recipe's data, resumably: `results.json` and `evaluations.jsonl` in `out`.
 
     Args:
@@ -241,6 +253,7 @@ def probe_models(recipe: Recipe, models: Sequence[str], base_folder: Path, out: 
         base_folder: the base they are compared with; its RMS sets the ball.
         out: folder for results and ledger.
         display: shows progress.
+        metrics: of METRICS.
     """
     if (out / "recipe.yaml").exists():
         raise BadInput("the output folder of a recipe has results of its own", where=out, fix="choose another -o")
@@ -266,7 +279,7 @@ def probe_models(recipe: Recipe, models: Sequence[str], base_folder: Path, out: 
     with display.live():
         line = display.line("probe", len(artefacts) * recipe.probe.directions)
         for artefact in artefacts:
-            row, _, curve = measurer.probe(artefact, line)
+            row, _, curve = measurer.probe(artefact, line, metrics)
             rows.append(row)
             if curve["alpha"]:
                 curves[artefact.name] = curve

@@ -94,7 +94,7 @@ class Pipeline:
         Raises:
             BadInput: the data are unusable, or the folder holds a `base` that is not ours.
         """
-        if self.space.base.exists() and not self.space.stamp("base"):
+        if self.space.base.exists() and not self.space.recipe.exists():
             raise BadInput(
                 "this folder has a `base` that emomerge did not make", where=self.space.base, fix="choose another -o"
             )

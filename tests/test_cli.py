@@ -97,6 +97,7 @@ def test_status_and_train_all(finished):
 
 def test_report_is_drawn_again(finished, tmp_path):
     assert call("report", finished / "out", "-o", tmp_path / "page.html").exit_code == 0
+    fails(call("report", finished / "out", "-o", tmp_path / "page.html"), "exists", "--force")
     assert "<html" in (tmp_path / "page.html").read_text()
 
 
@@ -110,6 +111,8 @@ def test_bake_probe_and_inspect(finished, tmp_path):
     assert not compared["only_here"]
     same = json.loads(call("inspect", out / "base", out / "base", "--json").stdout)
     assert not same["changed"]
+    two = json.loads(call("inspect", out / "runs/sens-0", out / "runs/cats-0", "--json").stdout)
+    assert all("lora_" in row["name"] for row in two["changed"])
     for path in (out / "base", adapter, out / "runs/sens-0"):
         assert json.loads(call("inspect", path, "--json").stdout)["tensors"] > 0
         assert call("inspect", path).exit_code == 0
@@ -122,10 +125,14 @@ def test_bake_probe_and_inspect(finished, tmp_path):
         tmp_path / "probed",
         "--base",
         out / "base",
+        "--metric",
+        "curve",
     )
     assert probed.exit_code == 0, probed.output
     rows = json.loads((tmp_path / "probed/results.json").read_text())["artefacts"]
     assert [row["name"] for row in rows] == ["base", "baked", "cats-0"]
+    assert all(row["sharpness"] == {} for row in rows)
+    fails(call("probe", finished / "tiny.yaml", out / "base", "-o", out, "--base", out / "base"), "results of its own")
     run = next(a for a in json.loads((out / "results.json").read_text())["artefacts"] if a["name"] == "sens-0")
     assert rows[1]["test_loss"] == pytest.approx(run["test_loss"], abs=1e-5)
 
@@ -278,6 +285,14 @@ def test_an_index_that_points_outside_its_folder(models):
     before = listing(models)
     fails(call("merge", models / "base.safetensors", folder, "-o", models / "m"), "../one.safetensors")
     assert listing(models) == before
+
+
+def test_damaged_folders(models):
+    (models / "adapter").mkdir()
+    (models / "adapter/adapter_config.json").write_text("{")
+    fails(call("inspect", models / "adapter"), "adapter_config.json")
+    (models / "results.json").write_text("[]")
+    fails(call("report", models), "results cannot be read")
 
 
 def test_wrong_options(models):

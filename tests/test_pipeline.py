@@ -2,14 +2,16 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from emomerge.checkpoints import load_into, open_checkpoint
-from emomerge.errors import BadInput
+from emomerge.errors import BadInput, RunFailed
 from emomerge.measure import Measurer
 from emomerge.pipeline import Pipeline, load_results
 from emomerge.recipe import parse_recipe
@@ -95,8 +97,6 @@ def test_again_there_is_nothing_to_do(finished, tiny_recipe):
 
 
 def test_only_what_changed_is_done_again(finished, tiny_recipe, tmp_path):
-    import shutil
-
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
     before = {f: f.stat().st_mtime_ns for f in (out / "runs").rglob("*.safetensors")}
@@ -112,6 +112,7 @@ def test_only_what_changed_is_done_again(finished, tiny_recipe, tmp_path):
 
 KILLS = {
     "base": ("torch.optim.AdamW.step", 7),
+    "base, before its stamp": ("emomerge.workspace.Workspace.write_stamp", 1),
     "run 1": ("emomerge.training.runs.RunDir.append_metrics", 3),
     "run 2": ("emomerge.training.runs.RunDir.append_metrics", 6 + 1),
     "run 3": ("emomerge.training.runs.RunDir.append_metrics", 12 + 6),
@@ -230,3 +231,69 @@ def test_changed_data_are_noticed(tmp_path):
     file.write_text("a\tc\n")
     os.utime(file, ns=(2, 2))
     assert space.input_hash(recipe) != first
+
+
+def test_a_foreign_folder_is_left_alone(finished, tiny_recipe, tmp_path):
+    for name in ("base", "runs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("precious")
+    made = Pipeline(parse_recipe(tiny_recipe), tmp_path)
+    with pytest.raises(BadInput, match="a `base` that emomerge did not make"):
+        made.run()
+    with pytest.raises(BadInput, match="not an output folder of emomerge"):
+        made.restart()
+    inside = {**tiny_recipe, "base": {"model": str(finished / "base")}}
+    with pytest.raises(BadInput, match="the base lies inside the output folder"):
+        Pipeline(parse_recipe(inside), finished).run()
+    assert (tmp_path / "base/mine.txt").read_text() == (tmp_path / "runs/mine.txt").read_text() == "precious"
+
+
+def test_restart_forgets_and_unusable_data_leave_nothing(finished, tiny_recipe, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    Pipeline(parse_recipe(tiny_recipe), out).restart()
+    assert not out.exists()
+    wrong = {**tiny_recipe, "task": {**tiny_recipe["task"], "train": "nowhere/at-all"}}
+    with pytest.raises(BadInput):
+        Pipeline(parse_recipe(wrong), tmp_path / "new").run()
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_base_makes_everything_after_it_stale(finished, tiny_recipe, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    stamp = out / "stamps/base.json"
+    changed = json.loads(stamp.read_text())
+    changed["sha256"] = {"model.safetensors": "other bits"}
+    stamp.write_text(json.dumps(changed))
+    stages = Pipeline(parse_recipe(tiny_recipe), out).stages()
+    assert stages.pop("base")
+    assert not any(stages.values())
+
+
+def test_a_long_run_that_diverges_is_a_finding_and_no_obstacle(tiny_recipe, tmp_path, monkeypatch):
+    train = Pipeline.train
+
+    def diverging(self, specs=None):
+        if specs and specs[0].role == "control":
+            raise RunFailed("run long-sens-0 failed: the loss is nan")
+        train(self, specs)
+
+    monkeypatch.setattr(Pipeline, "train", diverging)
+    recipe = {**tiny_recipe, "merge": [{"method": "mean"}], "runs": {**tiny_recipe["runs"], "optimizers": ["sens", "cats"]}}
+    out = tmp_path / "out"
+    assert Pipeline(parse_recipe(recipe), out).run()
+    assert "long run" in " ".join(load_results(out)["verdict"]["caveats"])
+    assert not Pipeline(parse_recipe(recipe), out).run()
+
+
+def test_every_written_model_has_a_card_and_a_worse_merge_says_so(finished):
+    results = load_results(finished)
+    by_name = {a["name"]: a for a in results["artefacts"]}
+    for artefact in results["artefacts"]:
+        if artefact["path"]:
+            assert artefact["name"] in (Path(artefact["path"]) / "README.md").read_text()
+    best = min(a["validation_loss"] for a in results["artefacts"] if a["role"] == "run")
+    for name, facts in results["merges"].items():
+        warned = any("use that run instead" in warning for warning in facts["warnings"])
+        assert warned == (by_name[name]["validation_loss"] > best)
