@@ -18,15 +18,15 @@ import yaml
 from emomerge.adapters import open_run
 from emomerge.assessment import assess
 from emomerge.checkpoints import Checkpoint, atomic, model_checkpoint, open_checkpoint, write_checkpoint
-from emomerge.errors import BadInput, EmomergeError, RunFailed
+from emomerge.errors import BadInput, RunFailed
 from emomerge.measure import Artefact, Measurer, choose_device
 from emomerge.merging import MergedCheckpoint, check_params, merge
 from emomerge.optim import OPTIMIZERS
-from emomerge.progress import Display, Line
+from emomerge.progress import Display
 from emomerge.recipe import Merge, Recipe, digest
 from emomerge.reporting import model_card, write_report
 from emomerge.tasks import Task, TaskData, make_task
-from emomerge.training import RunDir, RunSpec, planned_runs, run_inputs, train_locally
+from emomerge.training import RunDir, RunSpec, fit, planned_runs, run_inputs, train_locally
 from emomerge.workspace import Workspace, files_below, stopwatch
 
 Results = dict[str, Any]
@@ -131,16 +131,7 @@ class Pipeline:
                 task = make_task(section)
                 data = task.load_data(self.recipe.base)
                 model = task.new_model(self.recipe.base, data)
-                _fit(
-                    model.to(self.device),
-                    task,
-                    data,
-                    prepare.steps,
-                    prepare.batch_size,
-                    prepare.learning_rate,
-                    prepare.seed,
-                    line,
-                )
+                fit(model.to(self.device), task, data, prepare, lambda step, loss: line.at(step, f"loss {loss:.4f}"))
             else:
                 task, data = self.task, self.data
                 model = task.new_model(self.recipe.base, data)
@@ -223,6 +214,7 @@ class Pipeline:
                         self._merge_one(spec, seed, name, stamps[name])
                     files = [file for file in files_below(self.space.merges / name) if file.name != "README.md"]
                     self.space.write_stamp(f"merge-{name}", stamps[name], files, seconds=clock["seconds"])
+                    self.space.forget("report")  # which completes the model card
                 line.at(1, self._merge_note(name))
 
     def _merge_one(self, spec: Merge, seed: int, name: str, inputs: str) -> None:
@@ -531,32 +523,6 @@ def load_results(out: Path) -> Results:
     if not isinstance(found, dict) or "artefacts" not in found:
         raise BadInput("the results cannot be read", where=file, expected="a mapping with `artefacts`")
     return found
-
-
-def _fit(
-    model: torch.nn.Module, task: Task, data: TaskData, steps: int, batch_size: int, peak: float, seed: int, line: Line
-) -> None:
-    """Train a demonstration base with AdamW and cosine decay."""
-    from emomerge.training.order import BatchOrder, seed_of
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    order = BatchOrder(len(data.train), batch_size, "prepare", seed)
-    device = next(model.parameters()).device
-    model.train()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed_of("prepare", seed))
-        for step in range(steps):
-            batch = {key: value.to(device) for key, value in data.train.batch(order.batch(step)).items()}
-            loss = task.loss(model, batch)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            line.at(step + 1, f"loss {float(loss.detach()):.4f}")
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
-        raise EmomergeError(f"the base did not survive its training with learning_rate {peak:g}; choose a smaller one")
-    model.eval()
 
 
 def _closing_note(run: RunDir) -> str:

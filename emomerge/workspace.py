@@ -57,6 +57,10 @@ class Workspace:
         sizes = {str(file.relative_to(self.out)): file.stat().st_size for file in files}
         atomic.write_json(self._stamps / f"{stage}.json", {"inputs": inputs, "sizes": sizes, **facts})
 
+    def forget(self, stage: str) -> None:
+        """Let a stage be done again."""
+        (self._stamps / f"{stage}.json").unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out of the folder while the block runs; a folder that stays empty is removed again.

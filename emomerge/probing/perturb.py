@@ -70,7 +70,7 @@ class Perturbable:
         """Mean loss and weight of each group of rows in one batch, at the present weights."""
         with torch.inference_mode():
             loss, weight = self.loss(self.model, self.batches[index])
-        return loss.double().cpu().reshape(-1).tolist(), [*weight] if isinstance(weight, Sequence) else [float(weight)]
+        return loss.cpu().double().reshape(-1).tolist(), [*weight] if isinstance(weight, Sequence) else [float(weight)]
 
     def direction(self, number: int) -> dict[str, Tensor]:
         """One Gaussian direction: for each tensor, RMS of the base's tensor times standard normals of its shape."""

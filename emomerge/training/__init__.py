@@ -2,6 +2,7 @@
 
 from emomerge.training.executors import train_locally
 from emomerge.training.loop import train_run
+from emomerge.training.prepare import fit
 from emomerge.training.runs import RunDir, RunSpec, planned_runs, run_inputs
 
-__all__ = ["RunDir", "RunSpec", "planned_runs", "run_inputs", "train_locally", "train_run"]
+__all__ = ["RunDir", "RunSpec", "fit", "planned_runs", "run_inputs", "train_locally", "train_run"]
