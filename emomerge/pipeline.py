@@ -180,14 +180,15 @@ class Pipeline:
         diverged = None
         if "long-run" in self.recipe.controls:
             try:
-                self.train([self._long_run(spec) for spec in best])
+                self.train([self.long_run(spec) for spec in best])
             except RunFailed as error:  # a finding about the rival, no reason to stop
                 diverged = str(error)
                 self.display.say(diverged)
         names = [] if diverged else [spec.name for spec in best]
         self.space.write_stamp("controls", self.controls_inputs, [], long=names, diverged=diverged)
 
-    def _long_run(self, best: RunSpec) -> RunSpec:
+    def long_run(self, best: RunSpec) -> RunSpec:
+        """The long run with the optimizer of a single run."""
         steps = self.recipe.runs.steps * len(self.recipe.runs.optimizers)
         return RunSpec(f"long-{best.name}", best.optimizer, best.seed, steps, role="control")
 
@@ -200,7 +201,7 @@ class Pipeline:
     def long_runs(self) -> list[RunSpec]:
         """The long runs that were trained, one for each training seed."""
         names = self.space.stamp("controls").get("long", []) if "long-run" in self.recipe.controls else []
-        return [self._long_run(spec) for spec in self.specs if spec.name in names]
+        return [self.long_run(spec) for spec in self.specs if spec.name in names]
 
     def merge(self) -> None:
         """Every merge of the recipe, for each training seed."""
