@@ -444,8 +444,8 @@ def _print_results(results: dict[str, Any], report: Path) -> None:
 
     console = _console()
     console.print(figures_table(results))
-    for warning in dict.fromkeys(w for d in results["merges"].values() for w in d.get("warnings", [])):
-        console.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    for name, warning in ((name, w) for name, facts in results["merges"].items() for w in facts.get("warnings", [])):
+        console.print(f"Warning, {name}: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(results["verdict"]["sentence"], style="bold", markup=False, highlight=False, soft_wrap=True)
     for caveat in results["verdict"]["caveats"]:
         console.print(f"  {caveat}", markup=False, highlight=False, soft_wrap=True)
