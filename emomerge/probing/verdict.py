@@ -21,7 +21,8 @@ DRAWS = 2000
 class Evidence:
     """One comparison of the merge with one rival; negative estimates favour the merge.
 
-    `estimate`, `low` and `high` are None where no interval exists (a divergence, a mean sharpness that is not positive).
+    `estimate` is None where it does not exist (a divergence, a mean sharpness that is not positive), `low` and `high` are None
+    where the interval is open to that side.
     """
 
     against: str
@@ -35,9 +36,9 @@ class Evidence:
     @property
     def sign(self) -> int:
         """−1 where the whole 95 % interval favours the merge, +1 where it favours the rival, else 0."""
-        if self.low is None or self.high is None:
-            return 0
-        return -1 if self.high < 0 else 1 if self.low > 0 else 0
+        if self.high is not None and self.high < 0:
+            return -1
+        return 1 if self.low is not None and self.low > 0 else 0
 
 
 def sharpness_ratio(merge: Sequence[Array], rival: Sequence[Array], weight: Array, *, against: str, what: str) -> Evidence:
@@ -57,7 +58,10 @@ def sharpness_ratio(merge: Sequence[Array], rival: Sequence[Array], weight: Arra
             d, k = _indices(a.shape[0], rng), _indices(a.shape[1], rng)
             ours += float(np.average(a[np.ix_(d, k)].mean(0), weights=weight[k]))
             theirs += float(np.average(b[np.ix_(d, k)].mean(0), weights=weight[k]))
-        return float(np.log(ours / theirs)) if ours > 0 and theirs > 0 else float("nan")
+        if ours > 0 and theirs > 0:
+            return float(np.log(ours / theirs))
+        # A mean that is not positive has no logarithm, but it has its place: below or above every ratio.
+        return -np.inf if ours <= 0 < theirs else np.inf if theirs <= 0 < ours else np.nan
 
     return Evidence(against, what, "log-ratio", *_interval(log_ratio))
 
@@ -87,14 +91,14 @@ def _indices(count: int, rng: np.random.Generator | None) -> NDArray[np.int64]:
 def _interval(
     statistic: Callable[[np.random.Generator | None], float],
 ) -> tuple[float | None, float | None, float | None]:
-    """Estimate and 95 % percentile interval; all None where the statistic or a draw of it is not finite."""
+    """Estimate and 95 % percentile interval; a draw without a value (NaN) counts against both ends."""
     rng = np.random.default_rng(20240229)
     estimate = statistic(None)
     draws = np.array([statistic(rng) for _ in range(DRAWS)])
-    if not np.isfinite(estimate) or not np.isfinite(draws).all():
-        return (estimate if np.isfinite(estimate) else None), None, None
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return estimate, float(low), float(high)
+    low = np.quantile(np.where(np.isnan(draws), -np.inf, draws), 0.025, method="inverted_cdf")
+    high = np.quantile(np.where(np.isnan(draws), np.inf, draws), 0.975, method="inverted_cdf")
+    found = [float(value) if np.isfinite(value) else None for value in (estimate, low, high)]
+    return found[0], found[1], found[2]
 
 
 def judge_better(evidence: Sequence[Evidence], missing: Sequence[str]) -> dict[str, Any]:

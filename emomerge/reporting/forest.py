@@ -30,7 +30,7 @@ def evidence(results: Results, claim: str) -> list[Row]:
     for item in ((results.get("verdict") or {}).get(claim) or {}).get("evidence") or []:
         estimate = next((item[key] for key in ("estimate", "difference", "log_ratio") if key in item), None)
         low, high = finite(item.get("low")), finite(item.get("high"))
-        outcome = "unclear" if low is None or high is None else "good" if high < 0 else "bad" if low > 0 else "unclear"
+        outcome = "good" if high is not None and high < 0 else "bad" if low is not None and low > 0 else "unclear"
         row: Row = {
             "against": str(item.get("against")),
             "what": str(item.get("what")).removeprefix("gaussian "),
@@ -47,14 +47,15 @@ def evidence(results: Results, claim: str) -> list[Row]:
 
 
 def interval(row: Row, claim: str) -> str:
-    """An estimate with its interval in print: `−0.0153 [−0.0240, −0.0068]`, `×0.63 [0.55, 0.72]`."""
+    """An estimate with its interval in print: `−0.0153 [−0.0240, −0.0068]`, `×0.63 [0.55, 0.72]`, `×0.63 [0, 0.72]`."""
     places, mark, signed = (2, "×", False) if claim == "flatter" else (4, "", True)
     if row["estimate"] is None:
         return "not comparable"
     estimate, low, high = (fixed(row[key], places, signed=signed) for key in ("estimate", "low", "high"))
-    return (
-        f"{mark}{estimate} (no interval)" if row["low"] is None or row["high"] is None else f"{mark}{estimate} [{low}, {high}]"
-    )
+    if row["low"] is None and row["high"] is None:
+        return f"{mark}{estimate} (no interval)"
+    bottom = ("0" if claim == "flatter" else "−∞") if row["low"] is None else low
+    return f"{mark}{estimate} [{bottom}, {'∞' if row['high'] is None else high}]"
 
 
 def _forest(results: Results, claim: str, title: str, x_title: str) -> Figure | None:
@@ -62,6 +63,12 @@ def _forest(results: Results, claim: str, title: str, x_title: str) -> Figure | 
     known = [v for r in rows for v in (r["estimate"], r["low"], r["high"]) if v is not None]
     if not known:
         return None
+    for row in rows:  # an interval open to one side is drawn to the end of the axis
+        if (row["low"] is None) != (row["high"] is None):
+            row |= {
+                "low": min(known) if row["low"] is None else row["low"],
+                "high": max(known) if row["high"] is None else row["high"],
+            }
     verdict = results["verdict"]
     merge = str(verdict.get("merge") or "the merge")
     wins, losses = (sum(r["outcome"] == outcome for r in rows) for outcome in ("good", "bad"))

@@ -42,12 +42,21 @@ def test_no_difference_is_seldom_called_one():
     assert called <= 6  # 5 % nominal; small samples of a percentile bootstrap exceed it a little
 
 
-def test_sharpness_that_is_not_positive_decides_nothing():
-    evidence = ratio([noise() - 5], [noise()])
-    assert (evidence.estimate, evidence.low, evidence.sign) == (None, None, 0)
+def test_sharpness_that_is_not_positive_opens_the_interval():
+    below = ratio([noise() - 5], [noise()])  # a merge that is negative throughout lies below every ratio
+    assert (below.estimate, below.low, below.high, below.sign) == (None, None, None, 0)
+    around = noise() - noise().mean()  # its mean is zero: some draws are negative
+    assert ratio([around], [noise()]).low is None
+    assert ratio([around], [noise()]).sign == -1
+    assert ratio([noise()], [around]).sign == 1
+    assert ratio([around], [around]).sign == 0
+
+
+def test_a_divergence_decides_nothing():
     diverged = noise()
     diverged[0, 0] = np.nan
-    assert ratio([diverged], [noise()]).sign == 0
+    found = ratio([diverged], [noise()])
+    assert (found.estimate, found.low, found.high, found.sign) == (None, None, None, 0)
 
 
 def evidence(sign, against="best single run", what="gaussian"):

@@ -267,3 +267,11 @@ def test_an_adapter_is_peft_s_and_outputs_are_hashed():
     assert "\nOne run.\n" in text
     assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "peft"
     assert "`ffee`" in text
+
+
+def test_an_interval_open_to_one_side(results, tmp_path):
+    results["verdict"]["flatter"]["evidence"][0].update(estimate=-0.5, low=None, high=-0.2)
+    results["verdict"]["flatter"]["evidence"][1].update(estimate=0.4, low=-0.1, high=None)
+    text, _ = parse(render(results, tmp_path))
+    assert "×0.61 [0, 0.82]" in text
+    assert "×1.49 [0.90, ∞]" in text
