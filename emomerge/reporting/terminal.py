@@ -25,7 +25,7 @@ def figures_table(results: Mapping[str, Any]) -> Table:
     table = Table(title=str(results.get("name", "")))
     table.add_column("", no_wrap=True)
     for column in chosen:
-        table.add_column(column.title, justify="right")
+        table.add_column(column.title.replace("validation", "valid.").replace("sharpness", "sharp."), justify="right")
     role = None
     for i, artefact in enumerate(artefacts(results)):
         if role not in (None, artefact.get("role")):
