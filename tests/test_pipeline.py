@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -90,9 +89,7 @@ def test_the_written_merge_is_what_was_evaluated(finished, tiny_recipe):
 
 def test_again_there_is_nothing_to_do(finished, tiny_recipe):
     before = hashes(finished), {f: f.stat().st_mtime_ns for f in finished.rglob("*.safetensors")}
-    started = time.monotonic()
     assert not Pipeline(parse_recipe(tiny_recipe), finished).run()
-    assert time.monotonic() - started < 5
     assert before == (hashes(finished), {f: f.stat().st_mtime_ns for f in finished.rglob("*.safetensors")})
 
 
