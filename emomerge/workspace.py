@@ -71,12 +71,12 @@ class Workspace:
         with atomic.translate_os_error(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             lock = (self.out / ".lock").open("w")
-        try:
-            with lock, self._held(lock):
+        with lock, self._held(lock):
+            try:
                 yield
-        finally:
-            if [place.name for place in self.out.iterdir()] == [".lock"]:
-                shutil.rmtree(self.out)
+            finally:  # only who holds the lock may tidy up: another process may have the folder and nothing in it yet
+                if [place.name for place in self.out.iterdir()] == [".lock"]:
+                    shutil.rmtree(self.out)
 
     def is_busy(self) -> bool:
         """Whether a process is working in the folder."""

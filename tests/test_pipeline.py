@@ -190,6 +190,16 @@ def test_two_processes_never_share_a_folder(finished, tiny_recipe):
         made.run()
 
 
+def test_a_process_that_is_turned_away_removes_nothing(tmp_path):
+    space = Workspace(tmp_path / "out")
+    with space.locked():
+        with pytest.raises(BadInput), Workspace(tmp_path / "out").locked():
+            pass
+        assert space.out.exists()
+        assert space.is_busy()
+    assert not space.out.exists()
+
+
 def test_training_seeds_are_merged_and_judged_apart(tiny_recipe, tmp_path):
     runs = {**tiny_recipe["runs"], "seeds": [0, 1], "optimizers": ["sens", "cats"]}
     recipe = {**tiny_recipe, "merge": [{"method": "mean"}], "runs": runs}
