@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import emomerge
+import emomerge.integrations
 
 PACKAGE = Path(emomerge.__file__).parent
 FLOOR = {"errors", "checkpoints"}
@@ -15,6 +16,7 @@ ALLOWED = {
     "checkpoints": FLOOR,
     "optim": FLOOR,
     "tasks": FLOOR | {"recipe"},
+    "integrations": {"errors", "optim"},
     "training": FLOOR | {"recipe", "optim", "tasks"},
     "adapters": FLOOR,
     "merging": FLOOR | {"adapters"},
@@ -41,6 +43,9 @@ def test_a_room_imports_only_from_rooms_to_its_left(room):
     [
         ("import emomerge", "torch"),
         ("import emomerge.cli", "torch"),
+        ("import emomerge.integrations", "torch"),
+        ("import emomerge.optim", "transformers"),
+        ("import emomerge.optim", "torch.distributed.tensor"),
         ("import emomerge.recipe", "torch"),
         ("import emomerge.pipeline", "transformers"),
         ("import emomerge.pipeline", "peft"),
@@ -52,8 +57,9 @@ def test_what_an_import_does_not_pull_in(statement, absent):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_public_names():
-    for name in emomerge.__all__:
-        assert callable(getattr(emomerge, name))
+@pytest.mark.parametrize("package", [emomerge, emomerge.integrations])
+def test_public_names(package):
+    for name in package.__all__:
+        assert callable(getattr(package, name))
     with pytest.raises(AttributeError):
-        emomerge.nonsense  # noqa: B018
+        package.nonsense  # noqa: B018

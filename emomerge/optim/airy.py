@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emomerge.optim.base import EmoOptimizer, Group, State
+from emomerge.optim import native
+from emomerge.optim.base import EmoOptimizer, Group, descend
+from emomerge.optim.batches import Lists, State, Tensors, to_wide
 
 
 class EmoAiry(EmoOptimizer):
@@ -18,7 +20,7 @@ class EmoAiry(EmoOptimizer):
     of G², instead: u = G/(√v + eps). State: far below one tensor of the parameter's size (paper, chapter 5).
 
     Args:
-        sign: False steps by u itself instead of its sign.
+        sign: False steps by u itself instead of its sign, which is the sign of G.
         options: as in `EmoOptimizer`.
     """
 
@@ -30,18 +32,46 @@ class EmoAiry(EmoOptimizer):
         """Factors of the second moment, or the second moment itself."""
         if w.dim() < 2:
             return {"v": torch.zeros_like(w)}
-        return {"r": w.new_zeros(w.shape[:1] + (1,) * (w.dim() - 1)), "c": w.new_zeros((1, *w.shape[1:]))}
+        rows, columns = _factors(torch.zeros_like(w))
+        return {"r": rows, "c": columns}
 
-    def update(self, w: Tensor, g: Tensor, state: State, rate: float, group: Group) -> None:
-        """Second moment, weight decay, step by the sign."""
+    def measure(self, w: Tensors, g: Tensors, state: Lists, group: Group) -> Lists:
+        """The second moment, of which only the size of u depends."""
         weight = 1 - group["betas"][1]
-        square = g.square()
-        if w.dim() < 2:
-            second = state["v"].lerp_(square, weight)
+        squares = [t.square() for t in to_wide(g)]
+        if "v" in state:
+            torch._foreach_lerp_(state["v"], squares, weight)
+            return {"second": state["v"]}
+        for square, r, c in zip(squares, state["r"], state["c"], strict=True):
+            rows, columns = _factors(square)
+            r.lerp_(rows, weight)
+            c.lerp_(columns, weight)
+        return {} if group["sign"] else {"second": torch._foreach_mul(state["r"], state["c"])}
+
+    def update(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> None:
+        """Weight decay, step by the sign."""
+        if group["sign"]:
+            u = torch._foreach_sign(g)
         else:
-            r = state["r"].lerp_(square.mean(tuple(range(1, w.dim())), keepdim=True), weight)
-            c = state["c"].lerp_(square.mean(0, keepdim=True), weight)
-            second = torch.mul(r, c, out=square)
-        u = g / second.sqrt().add_(group["eps"])
-        w.mul_(1 - rate * group["weight_decay"])
-        w.sub_(u.sign_() if group["sign"] else u, alpha=rate)
+            root = torch._foreach_sqrt(state["second"])
+            torch._foreach_add_(root, group["eps"])
+            u = torch._foreach_div(g, root)
+        descend(w, u, rate, group["weight_decay"])
+
+    def update_native(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> bool:
+        """All of it in one pass."""
+        if not group["sign"]:
+            return False
+        last = [group["betas"][1], group["weight_decay"], rate]
+        if "v" in state:
+            native.run("airy_1d", [[t.numel() for t in w]], [w, g, state["v"]], last)
+        else:
+            rows = [t.shape[0] for t in w]
+            columns = [t.numel() // t.shape[0] for t in w]
+            native.run("airy", [rows, columns], [w, g, state["r"], state["c"]], last)
+        return True
+
+
+def _factors(square: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over all dimensions but the first, and over the first."""
+    return square.mean(tuple(range(1, square.dim())), keepdim=True), square.mean(0, keepdim=True)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from emomerge.checkpoints.rounding import stochastic_round
 from emomerge.errors import BadInput, MissingLossError
+from emomerge.optim import capture
+from emomerge.optim.batches import Batch, Lists, State, Tensors, batches, block_size, to_wide, wide
 from emomerge.optim.intake import LossIntake
 from emomerge.optim.pulse import EmoPulse
 
 Group = dict[str, Any]
-State = dict[str, Tensor]
 
 PULSE = "pulse_"
 """Prefix of the pulse's figures in `param_groups[0]`."""
@@ -39,6 +41,10 @@ class EmoOptimizer(Optimizer):
         use_shadow: pull the weights towards a slow copy of themselves when the loss jumps.
         maximize: climb instead of descend; the loss is mirrored with the gradient.
         cautious: start the pulse with N = d = 0.2.
+        capture_loss: observe whatever goes through `Tensor.backward`, for loops that call `step()` and no more (see
+            `optim/capture.py`).
+        stochastic_rounding: write half-precision weights rounded up or down at random, in the mean exactly, so that steps
+            below half a unit of the last place are not lost. The same bits when training is resumed.
 
     Raises:
         BadInput: an argument out of range, or an unknown preset.
@@ -46,6 +52,9 @@ class EmoOptimizer(Optimizer):
 
     pulse: EmoPulse
     """The controller: `.rate` (of the first group), `.sigma`, `.trust`, `.dnr`, `.should_stop` …, at any time."""
+
+    one_pass = False
+    """Whether `update` reads each tensor once, so that cutting it into blocks that fit the cache gains nothing."""
 
     def __init__(
         self,
@@ -58,6 +67,8 @@ class EmoOptimizer(Optimizer):
         use_shadow: bool = False,
         maximize: bool = False,
         cautious: bool = False,
+        capture_loss: bool = False,
+        stochastic_rounding: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -66,31 +77,60 @@ class EmoOptimizer(Optimizer):
             "weight_decay": weight_decay,
             "use_shadow": use_shadow,
             "maximize": maximize,
+            "stochastic_rounding": stochastic_rounding,
         }
         _check_options(defaults)
         self.pulse = EmoPulse(preset, lr, cautious)
+        self.capture_loss = capture_loss
         self._intake = LossIntake()
+        self._generators: dict[torch.device, torch.Generator] = {}
         super().__init__(params, defaults)
         self._save_pulse()
+        if capture_loss:
+            capture.watch(self)
 
     @abstractmethod
     def init_state(self, w: Tensor, group: Group) -> State:
         """The rule's state tensors for one parameter, given in the dtype of the arithmetic."""
 
     @abstractmethod
-    def update(self, w: Tensor, g: Tensor, state: State, rate: float, group: Group) -> None:
-        """The rule: change `w` and `state` in place. `g` is the gradient (read only), `rate` η."""
+    def update(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> None:
+        """The rule, element by element: change the weights and the state in place.
 
-    def prepare(self) -> None:
-        """What a rule measures over all parameters, between the pulse and the first update."""
+        Args:
+            w: weights in the dtype of the arithmetic; whole tensors, or one block of a large one.
+            g: their gradients, read only.
+            state: by name what `init_state` and `measure` made, cut like the weights if it has their shape.
+            rate: η.
+            group: the hyper-parameters.
+        """
 
-    def observe(self, loss: Tensor | float) -> None:
+    def update_native(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> bool:
+        """The same by a kernel of kernels.c, if the rule has one for these options; False if not, and nothing has changed."""
+        return False
+
+    def measure(self, w: Tensors, g: Tensors, state: Lists, group: Group) -> Lists:
+        """What a rule needs to know of whole tensors before their update: more lists for `update`, by name."""
+        return {}
+
+    def survey(self) -> list[Tensor]:
+        """What a rule needs to know of all parameters at once: 0-d tensors on one device, numbers in `prepare`."""
+        return []
+
+    def prepare(self, *surveyed: float) -> None:
+        """Take in what `survey` found, between the pulse and the first update."""
+
+    def observe(self, loss: Tensor | float, divided: bool = False) -> None:
         """Note the loss of a micro-batch of the coming step: a scalar tensor (no host sync) or a number.
 
-        Under accumulation give the loss of each micro-batch undivided; under a GradScaler the unscaled one. All losses
-        since the last `step()` are averaged, and under torch.distributed so are the ranks.
+        Under a GradScaler give the unscaled loss. All losses since the last `step()` are averaged, and under
+        torch.distributed so are the ranks.
+
+        Args:
+            loss: the loss of the micro-batch.
+            divided: it has already been divided by the number of micro-batches: add the losses up instead.
         """
-        self._intake.observe(loss)
+        self._intake.observe(loss, divided)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -126,15 +166,21 @@ class EmoOptimizer(Optimizer):
             return loss
 
         self._check_step(trained)
-        mean = self._intake.take(self._device())
+        figures = torch.stack([self._intake.take(self._device()), *self.survey()]).tolist()  # the step's one host sync
         self.pulse.scope = self.param_groups[0]["lr"]
-        self.pulse.update(-mean if self.param_groups[0]["maximize"] else mean)
-        self.prepare()
-        for p, grad, group in trained:
+        self.pulse.update(-figures[0] if self.param_groups[0]["maximize"] else figures[0])
+        self.prepare(*figures[1:])
+        self._generators.clear()
+        for group in self.param_groups:
             if group["lr"] != 0:
-                self._update(p, grad, group)
+                self._update_group(group)
         self._save_pulse()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in any torch optimizer; losses that were captured (not those observed) go with their gradients."""
+        self._intake.forget_captured()
+        super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: Group) -> None:
         """Train more parameters from now on; the pulse goes on as it is."""
@@ -162,13 +208,20 @@ class EmoOptimizer(Optimizer):
         for key, p in zip(keys, params, strict=True):  # torch has cast them to the parameter's dtype, or aliased them
             if key in state_dict["state"]:
                 saved = state_dict["state"][key]
-                self.state[p] = {name: value.to(p.device, _dtype(p), copy=True) for name, value in saved.items()}
+                self.state[p] = {name: value.to(p.device, wide(p.dtype), copy=True) for name, value in saved.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "capture_loss": self.capture_loss}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "pulse" not in self.__dict__:  # unpickled or deep-copied
             self.pulse = EmoPulse()
-        self._intake = LossIntake()
+            self.capture_loss = state["capture_loss"]
+            self._intake = LossIntake()
+            self._generators = {}
+            if self.capture_loss:
+                capture.watch(self)
         self.pulse.load_state_dict(_pulse_in(self.param_groups[0]))
 
     def add_default(self, name: str, value: object) -> None:
@@ -177,28 +230,54 @@ class EmoOptimizer(Optimizer):
         for group in self.param_groups:
             group.setdefault(name, value)
 
-    def _update(self, p: Tensor, grad: Tensor, group: Group) -> None:
-        w, g = p.to(_dtype(p)), grad.to(_dtype(p))  # copies for half precision only
-        state = self._state_of(p, group)
-        if group["use_shadow"]:
-            self._mix_shadow(w, state["shadow"])
-        self.update(w, -g if group["maximize"] else g, state, self.pulse.rate_at(group["lr"]), group)
-        if w is not p:
-            p.copy_(w)
+    def _update_group(self, group: Group) -> None:
+        params = [p for p in group["params"] if p.grad is not None and p.numel()]
+        states = [self._state_of(p, group) for p in params]
+        rate = self.pulse.rate_at(group["lr"])
+        for batch in batches(params, [p.grad for p in params], states):
+            if group["maximize"]:
+                batch.g = torch._foreach_neg(batch.g)
+            if group["use_shadow"]:
+                self._update_with_shadow(batch, rate, group)
+            else:
+                self._update(batch, rate, group)
 
-    def _mix_shadow(self, w: Tensor, shadow: Tensor) -> None:
-        """When the loss jumps, blend the shadow into the weights; else let it follow them slowly."""
+    def _update(self, batch: Batch, rate: float, group: Group) -> None:
+        if batch.native and self.update_native(batch.w, batch.g, batch.state, rate, group):
+            return
+        limit = block_size(batch.w[0].device)
+        for part in batch.parts(limit):
+            part.state |= self.measure(part.w, part.g, part.state, group)
+            part = part.local()
+            for block in part.blocks(limit) if not self.one_pass else [part]:
+                w, g = to_wide(block.w), to_wide(block.g)
+                self.update(w, g, block.state, rate, group)
+                if w is not block.w:
+                    self._write(block.w, w, group)
+
+    def _update_with_shadow(self, batch: Batch, rate: float, group: Group) -> None:
+        """When the loss jumps, blend the shadow into the weights; else let it follow them slowly. Then the rule's update."""
+        w, shadow = to_wide(batch.w), batch.state.pop("shadow")
         sigma, trust = abs(self.pulse.sigma), abs(self.pulse.trust)
         if sigma > 0.625:
-            ratio = 1 - sigma
-            w.mul_(1 - ratio).add_(shadow, alpha=trust)
+            torch._foreach_mul_(w, sigma)
+            torch._foreach_add_(w, shadow, alpha=trust)
         else:
-            shadow.lerp_(w, 0.1 * trust)
+            torch._foreach_lerp_(shadow, w, 0.1 * trust)
+        self._update(Batch(w, to_wide(batch.g), batch.state, batch.native), rate, group)
+        if w is not batch.w:
+            self._write(batch.w, w, group)
+
+    def _write(self, target: Tensors, source: Tensors, group: Group) -> None:
+        """Round to half precision."""
+        if group["stochastic_rounding"]:
+            source = [stochastic_round(t, p.dtype, self._generator(p.device)) for p, t in zip(target, source, strict=True)]
+        torch._foreach_copy_(target, source)
 
     def _state_of(self, p: Tensor, group: Group) -> State:
         state: State | None = self.state.get(p)
         if state is None:
-            w = p.detach().to(_dtype(p))
+            w = p.detach().to(wide(p.dtype))
             state = self.init_state(w, group)
             if group["use_shadow"]:
                 state["shadow"] = w.clone()
@@ -226,6 +305,12 @@ class EmoOptimizer(Optimizer):
                     fix="train with sparse=False" if kind == "sparse" else "use torch.view_as_real",
                 )
 
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """Noise for stochastic rounding that depends on the number of the step and on nothing else."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.pulse.steps)
+        return self._generators[device]
+
     def _device(self) -> torch.device:
         return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
@@ -236,11 +321,6 @@ class EmoOptimizer(Optimizer):
 
 def _pulse_in(group: Group) -> dict[str, Any]:
     return {key.removeprefix(PULSE): value for key, value in group.items() if key.startswith(PULSE)}
-
-
-def _dtype(p: Tensor) -> torch.dtype:
-    """The dtype of arithmetic and state: float64 for float64, else float32."""
-    return torch.promote_types(p.dtype, torch.float32)
 
 
 def _check_options(group: Group) -> None:
@@ -255,3 +335,10 @@ def _check_options(group: Group) -> None:
     for name, (value, end) in ranges.items():
         if not isinstance(value, (int, float)) or not 0 <= value < end:
             raise BadInput("option out of range", where=name, expected=f"a number in [0, {end})", found=repr(value))
+
+
+def descend(w: Tensors, u: Tensors, rate: float, decay: float) -> None:
+    """W ← W(1 − λη) − η·u."""
+    if decay:
+        torch._foreach_mul_(w, 1 - rate * decay)
+    torch._foreach_add_(w, u, alpha=-rate)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from emomerge.optim.base import EmoOptimizer, Group, State
+from emomerge.optim import native
+from emomerge.optim.base import EmoOptimizer, Group, descend
+from emomerge.optim.batches import Lists, State, Tensors
 
 
 class EmoCats(EmoOptimizer):
@@ -18,10 +20,16 @@ class EmoCats(EmoOptimizer):
         """Momentum."""
         return {"m": torch.zeros_like(w)}
 
-    def update(self, w: Tensor, g: Tensor, state: State, rate: float, group: Group) -> None:
+    def update(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> None:
         """Weight decay, step by the sign of a blend of momentum and gradient, momentum."""
         beta1, beta2 = group["betas"]
-        m = state["m"]
-        w.mul_(1 - rate * group["weight_decay"])
-        w.sub_(m.lerp(g, 1 - beta1).sign_(), alpha=rate)
-        m.lerp_(g, 1 - beta2)
+        u = torch._foreach_lerp(state["m"], g, 1 - beta1)
+        torch._foreach_sign_(u)
+        descend(w, u, rate, group["weight_decay"])
+        torch._foreach_lerp_(state["m"], g, 1 - beta2)
+
+    def update_native(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> bool:
+        """All of it in one pass."""
+        beta1, beta2 = group["betas"]
+        native.run("cats", [[t.numel() for t in w]], [w, g, state["m"]], [beta1, beta2, group["weight_decay"], rate])
+        return True

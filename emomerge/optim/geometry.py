@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -11,7 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emomerge.errors import BadInput
+from emomerge.optim import native
 from emomerge.optim.base import EmoOptimizer
+from emomerge.optim.batches import Tensors, block_size, blocks, exact, local, sum_over_shards, wide
 
 Geometry = Literal["exact", "l1"]
 
@@ -19,7 +20,8 @@ Geometry = Literal["exact", "l1"]
 def geom_relation(W: Tensor, G: Tensor, eps: float = 1e-8) -> Tensor:
     """ρ = |⟨W, G⟩| / (‖W‖·‖G‖ + eps), the orthogonality index of weights and gradient (paper 6.1, 6.5).
 
-    Reads W and G once, block by block, and allocates no tensor of their size. Half precision accumulates in fp32.
+    Reads W and G once and allocates no tensor of their size. Half precision accumulates in fp32. Of sharded tensors
+    (DTensor) every rank gets the ρ of the whole.
 
     Args:
         W: weights, any shape.
@@ -34,14 +36,33 @@ def geom_relation(W: Tensor, G: Tensor, eps: float = 1e-8) -> Tensor:
     """
     if W.shape != G.shape:
         raise BadInput("weights and gradient differ in shape", expected=tuple(W.shape), found=tuple(G.shape))
-    dtype = torch.promote_types(W.dtype, torch.float32)
+    return geom_relations([W.detach()], [G.detach()], eps)[0]
+
+
+def geom_relations(w: Tensors, g: Tensors, eps: float) -> Tensor:
+    """ρ of each pair of tensors, shape (pairs,). All of one device, dtype and sharding."""
+    dtype = wide(w[0].dtype)
+    if all(native.fits(*pair) for pair in zip(w, g, strict=True)):
+        rho = torch.empty(len(w), dtype=torch.float64)
+        native.run("geom_relation", [[t.numel() for t in w]], [w, g, rho.unbind()], [eps])
+        return rho.to(dtype)
+    sums = torch.stack([_products(local(a), local(b)) for a, b in zip(w, g, strict=True)])
+    inner, ww, gg = sum_over_shards(sums, w[0]).unbind(1)
+    return (inner.abs() / (ww.sqrt() * gg.sqrt() + eps)).clamp(max=1)
+
+
+def _products(w: Tensor, g: Tensor) -> Tensor:
+    """⟨W, G⟩, ‖W‖² and ‖G‖²."""
+    dtype = wide(w.dtype)
+    if w.is_cuda and w.is_contiguous() and g.is_contiguous() and find_spec("triton"):
+        from emomerge.optim.triton_geometry import products
+
+        return products(w, g)
     sums = []
-    for w, g in _blocks(W.detach(), G.detach()):
-        w, g = w.to(dtype), g.to(dtype)
-        sums.append(torch.stack([(w * g).sum(), (w * w).sum(), (g * g).sum()]))
-    inner, ww, gg = torch.stack(sums).sum(0)
-    rho: Tensor = inner.abs() / (ww.sqrt() * gg.sqrt() + eps)
-    return rho.clamp(max=1)
+    for a, b in blocks(w, g, limit=block_size(w.device)):
+        a, b = a.to(dtype), b.to(dtype)
+        sums.append(torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()]))
+    return torch.stack(sums).sum(0)
 
 
 class WRefOptimizer(EmoOptimizer):
@@ -55,35 +76,28 @@ class WRefOptimizer(EmoOptimizer):
     def __init__(self, params: ParamsT, lr: float = 1.0, *, geometry: Geometry = "exact", **options: Any) -> None:
         if geometry not in ("exact", "l1"):
             raise BadInput("unknown geometry", expected="exact | l1", found=repr(geometry))
+        if geometry == "l1" and options.get("capturable"):
+            raise BadInput("`capturable` keeps the host out of the step, where l1 decides", fix="use geometry='exact'")
         super().__init__(params, lr, **options)
         self.add_default("geometry", geometry)
         self.param_groups[0].setdefault("l1", 0.0)  # Σ|W| that the last step left; 0 before the first
 
-    def measure_l1(self) -> float:
-        """Σ|W| over all parameters of all groups. One host sync."""
-        norms = [
-            torch.linalg.vector_norm(w, 1, dtype=torch.promote_types(w.dtype, torch.float32)).to(self._device())
-            for group in self.param_groups
-            for p in group["params"]
-            for (w,) in _blocks(p.detach())
-        ]
-        return math.fsum(torch.stack(norms).tolist())
+    def survey(self) -> list[Tensor]:
+        """Σ|W| over all parameters of all groups, if a group needs it."""
+        if all(group["geometry"] == "exact" for group in self.param_groups):
+            return []
+        return [self.measure_l1()]
 
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching views of tensors of one shape that together cover them. Any layout will do.
-
-    On the CPU a block fits the cache and stays below the size at which torch divides a sum among threads, so that
-    results do not depend on their number; elsewhere it is large enough to keep the device busy.
-    """
-    first = tensors[0]
-    limit = 2**14 if first.device.type == "cpu" else 2**22
-    if first.numel() <= limit:
-        yield tensors
-        return
-    rows = limit // first[0].numel()
-    if rows:
-        yield from zip(*(torch.split(t, rows) for t in tensors), strict=True)
-    else:
-        for parts in zip(*(t.unbind() for t in tensors), strict=True):
-            yield from _blocks(*parts)
+    def measure_l1(self) -> Tensor:
+        """Σ|W| over all parameters of all groups, a 0-d float64 tensor."""
+        device = self._device()
+        total = torch.zeros((), dtype=exact(device), device=device)
+        for group in self.param_groups:
+            for p in group["params"]:
+                part = local(p.detach())
+                norms = [
+                    torch.linalg.vector_norm(block, 1, dtype=exact(p.device))
+                    for (block,) in blocks(part, limit=block_size(p.device))
+                ]
+                total += sum_over_shards(torch.stack(norms).sum(), p).to(device)
+        return total

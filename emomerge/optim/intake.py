@@ -1,4 +1,4 @@
-"""How the loss reaches a pulse: observed where it is computed, averaged where the step needs it."""
+"""How the loss reaches a pulse: observed or captured where it is computed, one mean where the step needs it."""
 
 from __future__ import annotations
 
@@ -10,48 +10,87 @@ from emomerge.errors import BadInput, MissingLossError
 
 
 class LossIntake:
-    """The losses observed since the last step. They stay on their device until the step asks for their mean."""
+    """The losses since the last step. They stay on their device: nothing here waits for one."""
 
     def __init__(self) -> None:
-        self._losses: list[Tensor | float] = []
+        self._observed: list[Tensor | float] = []
+        self._divided = False
+        self._captured: list[Tensor | float] = []
 
-    def observe(self, loss: Tensor | float) -> None:
-        """Note the loss of one micro-batch: a scalar tensor (detached here, no host sync) or a number.
+    def observe(self, loss: Tensor | float, divided: bool = False) -> None:
+        """Note the loss of one micro-batch: a scalar tensor (detached here) or a number.
+
+        Args:
+            loss: the loss that goes backward, before a GradScaler.
+            divided: it has been divided by the number of micro-batches, as transformers and accelerate do before backward;
+                the losses of a step are then summed instead of averaged.
 
         Raises:
-            BadInput: the tensor has more than one element or is complex.
+            BadInput: the tensor has more than one element or is complex, or one step mixes both kinds.
         """
-        if not isinstance(loss, Tensor):
-            self._losses.append(float(loss))
-        elif loss.numel() != 1 or loss.is_complex():
+        if self._observed and divided != self._divided:
             raise BadInput(
-                "a loss is one real number",
-                found=f"{loss.dtype} of shape {tuple(loss.shape)}",
-                fix="average it first, as in `loss.mean()`",
+                "one step observes losses divided by the number of micro-batches and undivided ones",
+                fix="give `divided` the same value for every micro-batch",
             )
-        else:
-            self._losses.append(loss.detach().clone().reshape(()))  # a copy: `loss /= n` may follow
+        self._observed.append(_scalar(loss))
+        self._divided = divided
 
-    def take(self, device: torch.device) -> float:
-        """Mean over micro-batches and, under torch.distributed, over ranks; then forget them. One host sync.
+    def capture(self, loss: Tensor) -> None:
+        """Note what went backward without being observed. The sum of it is the loss of the step, unless one is observed."""
+        self._captured.append(_scalar(loss))
+
+    def take(self, device: torch.device) -> Tensor:
+        """The loss of the step, averaged over the ranks of torch.distributed; then forget it all. No host sync.
 
         Every rank must take its loss at the same step, so that all replicas see one mean and stay alike.
 
+        Returns:
+            A float64 tensor (float32 on MPS, which has no float64) of shape () on `device`.
+
         Raises:
-            MissingLossError: nothing was observed since the last call.
+            MissingLossError: nothing was observed or captured since the last call.
         """
-        if not self._losses:
+        losses = self._observed or self._captured
+        if not losses:
             raise MissingLossError(
-                "step() without a loss: call `observe(loss)` before it, or give a closure that returns the loss"
+                "step() without a loss: call `observe(loss)` before it or give it a closure that returns the loss; under "
+                "transformers use `emomerge.integrations.EmoTrainer`, and in a loop that is not yours give the optimizer "
+                "`capture_loss=True`, which sees `loss.backward()`"
             )
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        mean = torch.stack([torch.as_tensor(loss, dtype=dtype, device=device) for loss in self._losses]).mean()
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        mean = torch.stack([_on(device, dtype, loss) for loss in losses]).sum()
+        if self._observed and not self._divided:
+            mean /= len(losses)
         self.forget()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        return float(mean)
+        return mean
 
     def forget(self) -> None:
-        """Drop what was observed."""
-        self._losses.clear()
+        """Drop everything."""
+        self._observed.clear()
+        self.forget_captured()
+
+    def forget_captured(self) -> None:
+        """Drop what was captured, because its gradients were thrown away."""
+        self._captured.clear()
+
+
+def _scalar(loss: Tensor | float) -> Tensor | float:
+    if not isinstance(loss, Tensor):
+        return float(loss)
+    if loss.numel() != 1 or loss.is_complex():
+        raise BadInput(
+            "a loss is one real number",
+            found=f"{loss.dtype} of shape {tuple(loss.shape)}",
+            fix="average it first, as in `loss.mean()`",
+        )
+    return loss.detach().clone().reshape(())  # a copy: `loss /= n` may follow
+
+
+def _on(device: torch.device, dtype: torch.dtype, loss: Tensor | float) -> Tensor:
+    if isinstance(loss, Tensor):
+        return loss.to(device, dtype)
+    return torch.full((), loss, dtype=dtype, device=device)  # filled there, not copied from the host

@@ -42,9 +42,9 @@ class EmoPulseLR(LRScheduler):
         self._intake = LossIntake()
         self._write_lr()
 
-    def observe(self, loss: Tensor | float) -> None:
+    def observe(self, loss: Tensor | float, divided: bool = False) -> None:
         """Note the loss of a micro-batch of the coming step; see `EmoOptimizer.observe`."""
-        self._intake.observe(loss)
+        self._intake.observe(loss, divided)
 
     def step(self, loss: Tensor | float | None = None) -> None:
         """Set the rate of the coming optimizer step from this loss and those observed before.
@@ -57,7 +57,7 @@ class EmoPulseLR(LRScheduler):
             self.observe(loss)
         params = (p for group in self.optimizer.param_groups for p in group["params"])
         first = next(params, torch.empty(0))
-        self.pulse.update(self._intake.take(first.device))
+        self.pulse.update(float(self._intake.take(first.device)))
         self._write_lr()
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from emomerge.optim.base import EmoOptimizer, Group, State
+from emomerge.optim.base import EmoOptimizer, Group
+from emomerge.optim.batches import Lists, State, Tensors
+
+LATE = 1e12
+"""A number of steps after which Adam's bias correction, 1 − βˢ, is 1."""
 
 
 class EmoSens(EmoOptimizer):
@@ -14,15 +19,28 @@ class EmoSens(EmoOptimizer):
     State: two tensors of the parameter's shape (paper, chapter 4; arguments as in `EmoOptimizer`).
     """
 
+    one_pass = True
+
     def init_state(self, w: Tensor, group: Group) -> State:
         """First and second moment."""
         return {"m": torch.zeros_like(w), "v": torch.zeros_like(w)}
 
-    def update(self, w: Tensor, g: Tensor, state: State, rate: float, group: Group) -> None:
-        """Both moments, weight decay, normalised step."""
+    def update(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> None:
+        """Both moments, weight decay, normalised step: torch's fused AdamW at a late step is exactly this."""
         beta1, beta2 = group["betas"]
-        m, v = state["m"], state["v"]
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        w.mul_(1 - rate * group["weight_decay"])
-        w.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-rate)
+        m, v, decay, eps = state["m"], state["v"], group["weight_decay"], group["eps"]
+        dense = all(t.is_contiguous() for ts in (w, g, m, v) for t in ts)  # torch's kernel would pair elements by address
+        if dense and w[0].device.type in _get_fused_kernels_supported_devices():
+            late = torch.full((), LATE, device=w[0].device)
+            torch._fused_adamw_(
+                w, g, m, v, [], [late] * len(w),
+                lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
+            )  # fmt: skip
+            return
+        torch._foreach_lerp_(m, g, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, g, g, value=1 - beta2)
+        torch._foreach_mul_(w, 1 - rate * decay)
+        root = torch._foreach_sqrt(v)
+        torch._foreach_add_(root, eps)
+        torch._foreach_addcdiv_(w, m, root, value=-rate)

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from emomerge.optim.base import Group, State
-from emomerge.optim.geometry import WRefOptimizer, geom_relation
+from emomerge.optim import native
+from emomerge.optim.base import Group, descend
+from emomerge.optim.batches import Lists, State, Tensors
+from emomerge.optim.geometry import WRefOptimizer, geom_relations
 
 
 class EmoTion(WRefOptimizer):
@@ -25,26 +27,39 @@ class EmoTion(WRefOptimizer):
 
     def init_state(self, w: Tensor, group: Group) -> State:
         """Momentum, and the mean of ρ, which is −1 until the first ρ."""
-        return {"m": torch.zeros_like(w), "rho": w.new_full((), -1.0)}
+        return {"m": torch.zeros_like(w), "rho": torch.full((), -1.0, dtype=w.dtype, device=w.device)}
 
-    def prepare(self) -> None:
+    def prepare(self, *surveyed: float) -> None:
         """q of this step."""
-        if any(group["geometry"] == "l1" for group in self.param_groups):
+        for now in surveyed:
             head = self.param_groups[0]
-            before, now = head["l1"], self.measure_l1()
+            before = head["l1"]
             self.change = abs(now - before) / (before + 1e-8) if before else math.inf
             head["l1"] = now
 
-    def update(self, w: Tensor, g: Tensor, state: State, rate: float, group: Group) -> None:
+    def measure(self, w: Tensors, g: Tensors, state: Lists, group: Group) -> Lists:
+        """1 − ρ̄ of each tensor."""
+        if group["geometry"] == "l1":
+            return {}
+        rho, mean = geom_relations(w, g, group["eps"]), torch.stack(state["rho"])
+        mean = torch.where(mean < 0, rho, 0.9 * mean + 0.1 * rho)
+        torch._foreach_copy_(state["rho"], mean.unbind())
+        return {"fresh": list((1 - mean).unbind())}
+
+    def update(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> None:
         """Momentum by freshness, weight decay, step by the sign."""
-        beta1 = group["betas"][0]
-        m, mean = state["m"], state["rho"]
-        if group["geometry"] == "exact":
-            rho = geom_relation(w, g, group["eps"])
-            mean.copy_(torch.where(mean < 0, rho, 0.9 * mean + 0.1 * rho))
-            m.mul_(beta1).addcmul_(g, 1 - mean, value=1 - beta1)
+        weight = 1 - group["betas"][0]
+        if group["geometry"] == "l1":
+            weight *= min(max(self.change / 0.03, weight), 1.0)
         else:
-            freshness = min(max(self.change / 0.03, 1 - beta1), 1.0)
-            m.lerp_(g, (1 - beta1) * freshness)
-        w.mul_(1 - rate * group["weight_decay"])
-        w.sub_(m.sign(), alpha=rate)
+            g = torch._foreach_mul(g, state["fresh"])
+        torch._foreach_lerp_(state["m"], g, weight)
+        descend(w, torch._foreach_sign(state["m"]), rate, group["weight_decay"])
+
+    def update_native(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> bool:
+        """ρ of a tensor, and then its update while it is in the cache."""
+        if group["geometry"] == "l1":
+            return False
+        last = [group["betas"][0], group["eps"], group["weight_decay"], rate]
+        native.run("tion", [[t.numel() for t in w]], [w, g, state["m"], state["rho"]], last)
+        return True

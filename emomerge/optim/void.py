@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from emomerge.optim.base import Group, State
-from emomerge.optim.geometry import Geometry, WRefOptimizer, geom_relation
+from emomerge.optim import native
+from emomerge.optim.base import Group, descend
+from emomerge.optim.batches import Lists, State, Tensors
+from emomerge.optim.geometry import Geometry, WRefOptimizer, geom_relations
 
 HOLD_STEPS = 55
 """For how long `l1` holds Σ|W|: at the start, and again when should_stop turns true."""
@@ -33,19 +36,33 @@ class EmoVoid(WRefOptimizer):
         """Nothing."""
         return {}
 
-    def prepare(self) -> None:
+    def prepare(self, *surveyed: float) -> None:
         """The factor that holds Σ|W| at what the last step left."""
-        if any(group["geometry"] == "l1" for group in self.param_groups):
+        for now in surveyed:
             head = self.param_groups[0]
-            before, now = head["l1"], self.measure_l1()
+            before = head["l1"]
             self.scale = before / (now + 1e-8) if before and head["l1_hold"] else 1.0
             head["l1"] = now * self.scale
             head["l1_hold"] = HOLD_STEPS if self.pulse.stop_steps == 1 else max(head["l1_hold"] - 1, 0)
 
-    def update(self, w: Tensor, g: Tensor, state: State, rate: float, group: Group) -> None:
+    def measure(self, w: Tensors, g: Tensors, state: Lists, group: Group) -> Lists:
+        """1 − ρ of each tensor."""
+        if group["geometry"] == "l1":
+            return {}
+        return {"across": list((1 - geom_relations(w, g, group["eps"])).unbind())}
+
+    def update(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> None:
         """Step by the sign, the shorter the more of the gradient lies along the weights."""
-        if group["geometry"] == "exact":
-            w.addcmul_(g.sign(), 1 - geom_relation(w, g, group["eps"]), value=-rate)
+        u = torch._foreach_sign(g)
+        if group["geometry"] == "l1":
+            torch._foreach_mul_(w, self.scale)
         else:
-            w.mul_(self.scale)
-            w.sub_(g.sign(), alpha=rate)
+            torch._foreach_mul_(u, state["across"])
+        descend(w, u, rate, decay=0.0)
+
+    def update_native(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> bool:
+        """ρ of a tensor, and then its update while it is in the cache."""
+        if group["geometry"] == "l1":
+            return False
+        native.run("void_", [[t.numel() for t in w]], [w, g], [group["eps"], rate])
+        return True

@@ -1,19 +1,18 @@
-"""The five rules against their formulas, written out once more in plain tensor arithmetic."""
+"""The five rules, compiled and in torch's operations, against their readable twins."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from emomerge.optim import OPTIMIZERS, EmoAiry, EmoTion, EmoVoid
+from emomerge.optim import OPTIMIZERS, EmoAiry, EmoTion, EmoVoid, native, reference
 from emomerge.optim.base import EmoOptimizer
 from emomerge.optim.pulse import PRESETS
+from emomerge.optim.reference import REFERENCE
 
-B1, B2, EPS, DECAY = 0.9, 0.995, 1e-8, 0.01
 LOSSES = [1.0, 0.9, 0.95, 0.7, 0.72, 4.0, 4.2, 3.9, 0.6, 0.5, 0.45, 0.44]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("sens", {}),
@@ -48,99 +47,61 @@ def run(opt: EmoOptimizer, params: list[nn.Parameter], gradients: list[list[Tens
             assert torch.equal(p.grad, g)  # gradients are read, never changed
 
 
-def rho(w: Tensor, g: Tensor) -> Tensor:
-    return (w * g).sum().abs() / (w.norm() * g.norm() + EPS)
+def change_of_l1(now: float, last: float | None) -> float | None:
+    return None if last is None else abs(now - last) / (last + 1e-8)
 
 
-def plain_sens(ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]) -> list[Tensor]:
-    new = []
-    for w, g, state in zip(ws, gs, s, strict=True):
-        state["m"] = B1 * state.get("m", 0) + (1 - B1) * g
-        state["v"] = B2 * state.get("v", 0) + (1 - B2) * g**2
-        new.append(w * (1 - DECAY * eta) - eta * state["m"] / (state["v"].sqrt() + EPS))
-    return new
-
-
-def plain_airy(ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]) -> list[Tensor]:
-    new = []
-    for w, g, state in zip(ws, gs, s, strict=True):
-        if w.dim() >= 2:
-            state["r"] = B2 * state.get("r", 0) + (1 - B2) * (g**2).mean(dim=list(range(1, g.dim())), keepdim=True)
-            state["c"] = B2 * state.get("c", 0) + (1 - B2) * (g**2).mean(dim=0, keepdim=True)
-            second = state["r"] * state["c"]
-        else:
-            second = state["v"] = B2 * state.get("v", 0) + (1 - B2) * g**2
-        u = g / (second.sqrt() + EPS)
-        new.append(w * (1 - DECAY * eta) - eta * (u.sign() if memory.get("sign", True) else u))
-    return new
-
-
-def plain_cats(ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]) -> list[Tensor]:
-    new = []
-    for w, g, state in zip(ws, gs, s, strict=True):
-        m = state.get("m", torch.zeros_like(g))
-        new.append(w * (1 - DECAY * eta) - eta * (B1 * m + (1 - B1) * g).sign())
-        state["m"] = B2 * m + (1 - B2) * g
-    return new
-
-
-def plain_tion(ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]) -> list[Tensor]:
-    new = []
-    now, last = memory["now"], memory.get("last")
-    fresh = 1.0 if last is None else min(max(abs(now - last) / (last + 1e-8) / 0.03, 1 - B1), 1.0)
-    memory["last"] = now
-    for w, g, state in zip(ws, gs, s, strict=True):
-        m = state.get("m", torch.zeros_like(g))
-        if memory.get("geometry") == "l1":
-            a = (1 - B1) * fresh
-            state["m"] = (1 - a) * m + a * g
-        else:
-            state["rho"] = 0.9 * state["rho"] + 0.1 * rho(w, g) if "rho" in state else rho(w, g)
-            state["m"] = B1 * m + (1 - B1) * (1 - state["rho"]) * g
-        new.append(w * (1 - DECAY * eta) - eta * state["m"].sign())
-    return new
-
-
-def plain_void(ws: list[Tensor], gs: list[Tensor], s: list[dict[str, Any]], eta: float, memory: dict[str, Any]) -> list[Tensor]:
-    if memory.get("geometry") != "l1":
-        return [w - eta * (1 - rho(w, g)) * g.sign() for w, g in zip(ws, gs, strict=True)]
-    scale = memory["last"] / (memory["now"] + 1e-8) if "last" in memory else 1.0
-    memory["last"] = memory["now"] * scale
-    return [w * scale - eta * g.sign() for w, g in zip(ws, gs, strict=True)]
-
-
-PLAIN: dict[str, Callable[..., list[Tensor]]] = {
-    "sens": plain_sens, "airy": plain_airy, "cats": plain_cats, "tion": plain_tion, "void": plain_void,
-}  # fmt: skip
-
-
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shadow", [False, True])
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
-def test_is_the_formula(name: str, options: dict[str, Any], shadow: bool) -> None:
-    params, gradients = problem()
+def test_is_the_reference(path: str, name: str, options: dict[str, Any], shadow: bool, dtype: torch.dtype) -> None:
+    params, gradients = problem(dtype)
     opt = OPTIMIZERS[name](params, lr=50.0, use_shadow=shadow, **options)
     ws = [p.detach().clone() for p in params]
-    slow, states, memory = [w.clone() for w in ws], [{} for _ in ws], dict(options)
-    jumps = 0
+    slow, states = [w.clone() for w in ws], [{} for _ in ws]
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    jumps, last = 0, None
     for loss, grads in zip(LOSSES, gradients, strict=True):
-        memory["now"] = sum(float(w.abs().sum()) for w in ws)  # before the shadow
+        now = sum(float(w.abs().sum()) for w in ws)  # before the shadow
+        scale = 1.0 if last is None else last / (now + 1e-8)
+        settings = reference.Settings(**options, l1_change=change_of_l1(now, last), l1_scale=scale)
+        last = now * (scale if name == "void" else 1)
         for p, g in zip(params, grads, strict=True):
             p.grad = g.clone()
         opt.observe(loss)
         opt.step()
-        sigma, trust = abs(opt.pulse.sigma), abs(opt.pulse.trust)
-        if shadow and sigma > 0.625:
-            jumps += 1
-            ws = [w * sigma + trust * s for w, s in zip(ws, slow, strict=True)]
-        elif shadow:
-            slow = [s + 0.1 * trust * (w - s) for w, s in zip(ws, slow, strict=True)]
-        ws = PLAIN[name](ws, grads, states, opt.pulse.rate, memory)
-        for p, w in zip(params, ws, strict=True):
-            torch.testing.assert_close(p.detach(), w, atol=1e-12, rtol=1e-12)
+        jumps += shadow and abs(opt.pulse.sigma) > 0.625
+        for k, g in enumerate(grads):
+            if shadow:
+                ws[k], slow[k] = reference.shadow(ws[k], slow[k], opt.pulse.sigma, opt.pulse.trust)
+            ws[k], states[k] = REFERENCE[name](ws[k], g, states[k], opt.pulse.rate, settings)
+            torch.testing.assert_close(params[k].detach(), ws[k], atol=tolerance, rtol=tolerance)
+            for key, value in states[k].items():
+                torch.testing.assert_close(opt.state[params[k]][key], value, atol=tolerance, rtol=tolerance)
     assert bool(jumps) == shadow
 
 
-def test_airy_steps_by_the_sign_of_the_gradient() -> None:
+@pytest.mark.parametrize("shape", [(300, 211), (3, 40_001), (70_001,), (2, 3, 9000)])
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_blocks_cover_large_tensors(path: str, name: str, options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+    turned = nn.Parameter(p.detach().clone().mT.contiguous().mT if p.dim() > 1 else p.detach().clone())  # another layout
+    w = p.detach().clone()
+    opt, other = (OPTIMIZERS[name]([q], lr=3.0, **options) for q in (p, turned))
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    for one, q in ((opt, p), (other, turned)):
+        q.grad = grad
+        one.observe(1.0)
+        one.step()
+    w, state = REFERENCE[name](w, grad, {}, opt.pulse.rate, reference.Settings(**options))
+    for one, q in ((opt, p), (other, turned)):
+        torch.testing.assert_close(q.detach(), w, atol=1e-12, rtol=1e-12)
+        for key, value in state.items():
+            torch.testing.assert_close(one.state[q][key], value, atol=1e-12, rtol=1e-12)
+
+
+def test_airy_steps_by_the_sign_of_the_gradient(path: str) -> None:
     params, gradients = problem()
     twins, _ = problem()
     run(EmoAiry(params, weight_decay=0.0), params, gradients)
@@ -163,7 +124,7 @@ def test_airy_state_is_small() -> None:
     assert {name: tuple(t.shape) for name, t in opt.state[p].items()} == {"r": (30, 1, 1), "c": (1, 20, 2)}
 
 
-def test_zero_gradient_moves_only_by_decay() -> None:
+def test_zero_gradient_moves_only_by_decay(path: str) -> None:
     for name, opt_class in OPTIMIZERS.items():
         p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
         opt = opt_class([p])
@@ -194,7 +155,7 @@ def test_void_holds_the_norm_for_55_steps_and_again_at_rest() -> None:
     assert norms[99] > norms[54] + 40 * 8e-5  # not held: it grows
 
 
-def test_tion_momentum_takes_in_fresh_gradients_only() -> None:
+def test_tion_momentum_takes_in_fresh_gradients_only(path: str) -> None:
     for along in (True, False):
         w = nn.Parameter(torch.tensor([3.0, 4.0]))
         opt = EmoTion([w])
@@ -207,7 +168,7 @@ def test_tion_momentum_takes_in_fresh_gradients_only() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
-def test_maximize_is_minimising_the_mirrored_problem(name: str, options: dict[str, Any], preset: str) -> None:
+def test_maximize_is_minimising_the_mirrored_problem(path: str, name: str, options: dict[str, Any], preset: str) -> None:
     params, gradients = problem()
     mirrored, _ = problem()
     up = OPTIMIZERS[name](params, preset=preset, maximize=True, **options)
@@ -226,7 +187,10 @@ def test_maximize_is_minimising_the_mirrored_problem(name: str, options: dict[st
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
-def test_half_precision_rounds_once_a_step(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_half_precision_rounds_once_a_step(
+    name: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "fits", lambda *tensors: False)  # half precision has no compiled kernels
     params, gradients = problem(dtype)
     wide = [nn.Parameter(p.detach().float()) for p in params]
     half_opt = OPTIMIZERS[name](params, lr=20.0, use_shadow=True, **options)
@@ -246,14 +210,16 @@ def test_half_precision_rounds_once_a_step(name: str, options: dict[str, Any], d
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
-def test_does_not_depend_on_the_number_of_threads(name: str, options: dict[str, Any]) -> None:
+def test_does_not_depend_on_the_number_of_threads(path: str, name: str, options: dict[str, Any]) -> None:
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             generator = torch.Generator().manual_seed(0)
-            params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 40_001), (70_001,))]
+            params = [
+                nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 40_001), (70_001,), (900, 1200), (50,))
+            ]
             opt = OPTIMIZERS[name](params, lr=10.0, use_shadow=True, **options)
             for loss in LOSSES[:7]:
                 for p in params:

@@ -41,6 +41,14 @@ def test_averages_micro_batches() -> None:
         scheduler.step()
 
 
+def test_divided_micro_batches_are_summed() -> None:
+    scheduler = EmoPulseLR(adamw())
+    scheduler.observe(torch.tensor(0.5), divided=True)
+    scheduler.observe(1.5, divided=True)
+    scheduler.step()
+    assert scheduler.pulse.short == 2.0 and isinstance(scheduler.pulse.short, float)
+
+
 def test_resumes_bit_identically() -> None:
     losses = [1 + math.sin(step) for step in range(20)]
     whole, first, second = (EmoPulseLR(adamw()) for _ in range(3))

@@ -29,7 +29,7 @@ def pair(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tupl
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (100_003,), (3, 5), (300, 200), (2, 40_000), (4, 3, 50, 60), (0, 3)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_is_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_is_the_formula(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     w, g = pair(*shape, dtype=dtype)
     rho = geom_relation(w, g)
     assert rho.shape == () and rho.device == w.device
@@ -38,7 +38,7 @@ def test_is_the_formula(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("permutation", [(3, 2, 1, 0), (0, 2, 3, 1)])
-def test_any_layout(permutation: tuple[int, ...]) -> None:
+def test_any_layout(path: str, permutation: tuple[int, ...]) -> None:
     w, g = pair(9, 8, 30, 31)
     w, g = w.permute(permutation), g.permute(permutation)
     assert not w.is_contiguous()
@@ -57,7 +57,7 @@ def test_range_and_invariance(scale: float, seed: int) -> None:
     assert 1 - 1e-5 <= float(geom_relation(w, scale * w)) <= 1
 
 
-def test_zero_and_orthogonal() -> None:
+def test_zero_and_orthogonal(path: str) -> None:
     w, _ = pair(6, 6)
     assert float(geom_relation(w, torch.zeros_like(w))) == 0
     assert float(geom_relation(torch.tensor([1.0, 0.0]), torch.tensor([0.0, -2.0]))) == 0
@@ -81,25 +81,25 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1_000_000,), (1000, 1000), (2, 500_000), (1000, 10, 10, 10)])
-def test_allocates_nothing_of_the_weights_size(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_allocates_nothing_of_the_weights_size(path: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     w, g = pair(*shape, dtype=dtype)
     for a, b in ((w, g), (w.transpose(0, -1), g.transpose(0, -1))):
         with Allocations(w, g) as seen:
             geom_relation(a, b)
-        assert 0 < seen.largest <= 2**14
+        assert 0 < seen.largest <= 2**15
     with Allocations(w, g) as seen:
         w * g
     assert seen.largest == w.numel()  # the recorder does see such a tensor
 
 
-def test_does_not_depend_on_the_number_of_threads() -> None:
+def test_does_not_depend_on_the_number_of_threads(path: str) -> None:
     w, g = pair(200_001)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append((float(geom_relation(w, g)), EmoTion([w.clone()], geometry="l1").measure_l1()))
+            results.append((float(geom_relation(w, g)), float(EmoTion([w.clone()], geometry="l1").measure_l1())))
     finally:
         torch.set_num_threads(before)
     assert len(set(results)) == 1

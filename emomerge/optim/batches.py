@@ -1,0 +1,134 @@
+"""Which tensors go through a rule together: many small ones in one call, a large one block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emomerge.optim import native
+
+State = dict[str, Tensor]
+Tensors = list[Tensor] | tuple[Tensor, ...]
+Lists = dict[str, Tensors]
+
+
+@dataclass
+class Batch:
+    """Tensors of one device, dtype and sharding, with what belongs to each of them at the same place of every list."""
+
+    w: Tensors
+    g: Tensors
+    state: Lists
+    native: bool
+    """Whether compiled kernels can work on them."""
+
+    def parts(self, limit: int) -> Iterator[Batch]:
+        """Batches of at most `limit` elements, unless one tensor alone has more."""
+        start, total = 0, 0
+        for index, w in enumerate(self.w):
+            if index > start and total + w.numel() > limit:
+                yield self._slice(start, index)
+                start, total = index, 0
+            total += w.numel()
+        yield self._slice(start, len(self.w))
+
+    def blocks(self, limit: int) -> Iterator[Batch]:
+        """The batch itself, or blocks of its one large tensor; state that has not its shape goes with every block."""
+        w = self.w[0]
+        if len(self.w) > 1 or w.numel() <= limit:
+            yield self
+            return
+        alike = [name for name, (t, *_) in self.state.items() if t.shape == w.shape]
+        rest = {name: ts for name, ts in self.state.items() if name not in alike}
+        for views in blocks(w, self.g[0], *(self.state[name][0] for name in alike), limit=limit):
+            w_part, g_part, *parts = ([view] for view in views)
+            yield Batch(w_part, g_part, rest | dict(zip(alike, parts, strict=True)), self.native)
+
+    def local(self) -> Batch:
+        """What of sharded tensors (DTensor) is on this rank, as views."""
+        state: Lists = {name: [local(t) for t in ts] for name, ts in self.state.items()}
+        return Batch([local(t) for t in self.w], [local(t) for t in self.g], state, self.native)
+
+    def _slice(self, start: int, stop: int) -> Batch:
+        state = {name: ts[start:stop] for name, ts in self.state.items()}
+        return Batch(self.w[start:stop], self.g[start:stop], state, self.native)
+
+
+def batches(params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]) -> list[Batch]:
+    """The tensors of a step by kind: device, dtypes, sharding, names of the state, fit for compiled kernels."""
+    kinds: dict[Any, list[int]] = {}
+    for index, (p, g, state) in enumerate(zip(params, grads, states, strict=True)):
+        kind = (native.fits(p, g, *state.values()), p.device, p.dtype, g.dtype, sharding(p), *state)
+        kinds.setdefault(kind, []).append(index)
+    return [
+        Batch(
+            w=[params[index] for index in members],
+            g=[grads[index] for index in members],
+            state={name: [states[index][name] for index in members] for name in states[members[0]]},
+            native=kind[0],
+        )
+        for kind, members in kinds.items()
+    ]
+
+
+def blocks(*tensors: Tensor, limit: int) -> Iterator[tuple[Tensor, ...]]:
+    """Matching views of tensors of one shape that together cover them. Any layout will do."""
+    first = tensors[0]
+    if first.numel() <= limit:
+        yield tensors
+        return
+    rows = limit // first[0].numel()
+    if rows:
+        yield from zip(*(torch.split(t, rows) for t in tensors), strict=True)
+    else:
+        for parts in zip(*(t.unbind() for t in tensors), strict=True):
+            yield from blocks(*parts, limit=limit)
+
+
+def block_size(device: torch.device) -> int:
+    """Elements of a block.
+
+    On the CPU a block fits the cache and stays below the size at which torch divides a sum among threads, so that results do
+    not depend on their number; elsewhere it is large enough to keep the device busy.
+    """
+    return 2**15 - 1 if device.type == "cpu" else 2**24
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of arithmetic and state: float64 for float64, else float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def to_wide(tensors: Tensors) -> Tensors:
+    """The tensors in the dtype of arithmetic: copies of half-precision ones, else the same list."""
+    dtype = wide(tensors[0].dtype)
+    return tensors if tensors[0].dtype == dtype else [t.to(dtype) for t in tensors]
+
+
+def local(t: Tensor) -> Tensor:
+    """What of a sharded tensor (DTensor) is on this rank, as a view; any other tensor as it is."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def sharding(t: Tensor) -> Any:
+    """Mesh and placements of a DTensor; None for any other tensor."""
+    return (getattr(t, "device_mesh"), getattr(t, "placements")) if hasattr(t, "to_local") else None  # noqa: B009
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def sum_over_shards(sums: Tensor, like: Tensor) -> Tensor:
+    """Add up what the ranks that hold shards of `like` found, in place; nothing to do for an ordinary tensor."""
+    if (layout := sharding(like)) is not None:
+        mesh, placements = layout
+        for dimension, placement in enumerate(placements):
+            if placement.is_shard():
+                torch.distributed.all_reduce(sums, group=mesh.get_group(dimension))
+    return sums
