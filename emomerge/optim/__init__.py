@@ -13,6 +13,7 @@ from emomerge.optim.pulse import EmoPulse
 from emomerge.optim.scheduler import EmoPulseLR
 from emomerge.optim.sens import EmoSens
 from emomerge.optim.tion import EmoTion
+from emomerge.optim.trace import PulseTrace
 from emomerge.optim.void import EmoVoid
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "EmoSens",
     "EmoTion",
     "EmoVoid",
+    "PulseTrace",
     "geom_relation",
 ]
 

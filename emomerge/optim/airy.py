@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emomerge.optim import native
-from emomerge.optim.base import EmoOptimizer, Group, descend
-from emomerge.optim.batches import Lists, State, Tensors, to_wide
+from emomerge.optim.base import EmoOptimizer, Group, Rate, descend
+from emomerge.optim.batches import Lists, State, Tensors, reduced, to_wide
 
 
 class EmoAiry(EmoOptimizer):
@@ -48,7 +48,7 @@ class EmoAiry(EmoOptimizer):
             c.lerp_(columns, weight)
         return {} if group["sign"] else {"second": torch._foreach_mul(state["r"], state["c"])}
 
-    def update(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> None:
+    def update(self, w: Tensors, g: Tensors, state: Lists, rate: Rate, group: Group) -> None:
         """Weight decay, step by the sign."""
         if group["sign"]:
             u = torch._foreach_sign(g)
@@ -74,4 +74,10 @@ class EmoAiry(EmoOptimizer):
 
 def _factors(square: Tensor) -> tuple[Tensor, Tensor]:
     """Means over all dimensions but the first, and over the first."""
-    return square.mean(tuple(range(1, square.dim())), keepdim=True), square.mean(0, keepdim=True)
+    return _mean(square, tuple(range(1, square.dim()))), _mean(square, (0,))
+
+
+def _mean(t: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Mean over `dims`, which are kept; 0 where there is nothing."""
+    total = reduced(t.sum(dims, keepdim=True))
+    return total / max(t.numel() // max(total.numel(), 1), 1)

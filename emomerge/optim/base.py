@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, overload
@@ -15,10 +16,12 @@ from emomerge.checkpoints.rounding import stochastic_round
 from emomerge.errors import BadInput, MissingLossError
 from emomerge.optim import capture
 from emomerge.optim.batches import Batch, Lists, State, Tensors, batches, block_size, to_wide, wide
+from emomerge.optim.device_pulse import DevicePulse
 from emomerge.optim.intake import LossIntake
 from emomerge.optim.pulse import EmoPulse
 
 Group = dict[str, Any]
+Rate = float | Tensor
 
 PULSE = "pulse_"
 """Prefix of the pulse's figures in `param_groups[0]`."""
@@ -45,16 +48,16 @@ class EmoOptimizer(Optimizer):
             `optim/capture.py`).
         stochastic_rounding: write half-precision weights rounded up or down at random, in the mean exactly, so that steps
             below half a unit of the last place are not lost. The same bits when training is resumed.
+        capturable: compute the pulse on the device, so that a step never waits for it and can be captured in a CUDA graph or
+            compiled whole. A loss that is not finite cannot raise then: such a step leaves weights and pulse as they are, and
+            the moments see a zero gradient.
 
     Raises:
         BadInput: an argument out of range, or an unknown preset.
     """
 
-    pulse: EmoPulse
-    """The controller: `.rate` (of the first group), `.sigma`, `.trust`, `.dnr`, `.should_stop` …, at any time."""
-
     one_pass = False
-    """Whether `update` reads each tensor once, so that cutting it into blocks that fit the cache gains nothing."""
+    """Whether `update` reads each tensor once, so that cutting them into blocks that fit the cache gains nothing."""
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class EmoOptimizer(Optimizer):
         cautious: bool = False,
         capture_loss: bool = False,
         stochastic_rounding: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -80,28 +84,48 @@ class EmoOptimizer(Optimizer):
             "stochastic_rounding": stochastic_rounding,
         }
         _check_options(defaults)
-        self.pulse = EmoPulse(preset, lr, cautious)
-        self.capture_loss = capture_loss
-        self._intake = LossIntake()
-        self._generators: dict[torch.device, torch.Generator] = {}
+        for name in ("use_shadow", "stochastic_rounding"):
+            if capturable and defaults[name]:
+                raise BadInput(f"`capturable` keeps the host out of the step, which `{name}` needs", fix="choose one of them")
+        self._pulse = EmoPulse(preset, lr, cautious)
+        self.capture_loss, self.capturable = capture_loss, capturable
+        self._device_pulse: DevicePulse | None = None
         super().__init__(params, defaults)
         self._save_pulse()
-        if capture_loss:
+        self._prepare_steps()
+
+    def _prepare_steps(self) -> None:
+        """What is not state: made anew for a copy."""
+        self._intake = LossIntake()
+        self._generators: dict[torch.device, torch.Generator] = {}
+        if self.capturable:
+            self._device_pulse = DevicePulse(self._pulse, self._device())
+        if self.capture_loss:
             capture.watch(self)
+
+    @property
+    def pulse(self) -> EmoPulse:
+        """The controller: `.rate` (of the first group), `.sigma`, `.trust`, `.dnr`, `.should_stop` …, at any time.
+
+        With `capturable` a snapshot, and a host sync.
+        """
+        if self._device_pulse is not None:
+            self._pulse.load_state_dict(self._device_pulse.state_dict())
+        return self._pulse
 
     @abstractmethod
     def init_state(self, w: Tensor, group: Group) -> State:
         """The rule's state tensors for one parameter, given in the dtype of the arithmetic."""
 
     @abstractmethod
-    def update(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> None:
+    def update(self, w: Tensors, g: Tensors, state: Lists, rate: Rate, group: Group) -> None:
         """The rule, element by element: change the weights and the state in place.
 
         Args:
             w: weights in the dtype of the arithmetic; whole tensors, or one block of a large one.
             g: their gradients, read only.
             state: by name what `init_state` and `measure` made, cut like the weights if it has their shape.
-            rate: η.
+            rate: η, a tensor of one element with `capturable`.
             group: the hyper-parameters.
         """
 
@@ -166,16 +190,27 @@ class EmoOptimizer(Optimizer):
             return loss
 
         self._check_step(trained)
-        figures = torch.stack([self._intake.take(self._device()), *self.survey()]).tolist()  # the step's one host sync
-        self.pulse.scope = self.param_groups[0]["lr"]
-        self.pulse.update(-figures[0] if self.param_groups[0]["maximize"] else figures[0])
-        self.prepare(*figures[1:])
-        self._generators.clear()
+        pulse = self._advance()
         for group in self.param_groups:
             if group["lr"] != 0:
-                self._update_group(group)
-        self._save_pulse()
+                self._update_group(group, pulse)
+        if self._device_pulse is None:
+            self._save_pulse()
         return loss
+
+    def _advance(self) -> EmoPulse | DevicePulse:
+        """Give the pulse the loss of the step, and the rule what it surveys."""
+        head = self.param_groups[0]
+        mean = self._intake.take(self._device())
+        if self._device_pulse is not None:
+            self._device_pulse.update(-mean if head["maximize"] else mean, head["lr"])
+            return self._device_pulse
+        loss, *surveyed = torch.stack([mean, *self.survey()]).tolist()  # the one host sync of a step
+        self._pulse.scope = head["lr"]
+        self._pulse.update(-loss if head["maximize"] else loss)
+        self.prepare(*surveyed)
+        self._generators.clear()
+        return self._pulse
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in any torch optimizer; losses that were captured (not those observed) go with their gradients."""
@@ -191,6 +226,7 @@ class EmoOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in any torch optimizer, but a copy: later steps do not change it. The pulse is in `param_groups[0]`."""
+        self._save_pulse()
         saved = super().state_dict()
         saved["state"] = {key: {name: value.clone() for name, value in state.items()} for key, state in saved["state"].items()}
         return saved
@@ -211,18 +247,19 @@ class EmoOptimizer(Optimizer):
                 self.state[p] = {name: value.to(p.device, wide(p.dtype), copy=True) for name, value in saved.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "capture_loss": self.capture_loss}
+        self._save_pulse()
+        return {**super().__getstate__(), "capture_loss": self.capture_loss, "capturable": self.capturable}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "pulse" not in self.__dict__:  # unpickled or deep-copied
-            self.pulse = EmoPulse()
-            self.capture_loss = state["capture_loss"]
-            self._intake = LossIntake()
-            self._generators = {}
-            if self.capture_loss:
-                capture.watch(self)
-        self.pulse.load_state_dict(_pulse_in(self.param_groups[0]))
+        copied = "_pulse" not in self.__dict__  # unpickled or deep-copied, not `load_state_dict`
+        if copied:
+            self._pulse, self._device_pulse = EmoPulse(), None
+        self._pulse.load_state_dict(_pulse_in(self.param_groups[0]))
+        if copied:
+            self._prepare_steps()
+        elif self._device_pulse is not None:
+            self._device_pulse.load_state_dict(self._pulse.state_dict())
 
     def add_default(self, name: str, value: object) -> None:
         """A hyper-parameter of one rule, which groups may set like the common ones."""
@@ -230,11 +267,14 @@ class EmoOptimizer(Optimizer):
         for group in self.param_groups:
             group.setdefault(name, value)
 
-    def _update_group(self, group: Group) -> None:
+    def _update_group(self, group: Group, pulse: EmoPulse | DevicePulse) -> None:
         params = [p for p in group["params"] if p.grad is not None and p.numel()]
         states = [self._state_of(p, group) for p in params]
-        rate = self.pulse.rate_at(group["lr"])
         for batch in batches(params, [p.grad for p in params], states):
+            rate = pulse.rate_at(group["lr"])
+            if isinstance(pulse, DevicePulse):
+                live = pulse.live.to(batch.w[0].device)
+                batch.g = [torch.where(live, g, 0) for g in batch.g]
             if group["maximize"]:
                 batch.g = torch._foreach_neg(batch.g)
             if group["use_shadow"]:
@@ -242,23 +282,24 @@ class EmoOptimizer(Optimizer):
             else:
                 self._update(batch, rate, group)
 
-    def _update(self, batch: Batch, rate: float, group: Group) -> None:
-        if batch.native and self.update_native(batch.w, batch.g, batch.state, rate, group):
+    def _update(self, batch: Batch, rate: Rate, group: Group) -> None:
+        if batch.native and isinstance(rate, float) and self.update_native(batch.w, batch.g, batch.state, rate, group):
             return
-        limit = block_size(batch.w[0].device)
+        whole = self.one_pass and batch.w[0].dtype == wide(batch.w[0].dtype)
+        limit = sys.maxsize if whole else block_size(batch.w[0].device)
         for part in batch.parts(limit):
             part.state |= self.measure(part.w, part.g, part.state, group)
             part = part.local()
-            for block in part.blocks(limit) if not self.one_pass else [part]:
+            for block in part.blocks(limit):
                 w, g = to_wide(block.w), to_wide(block.g)
                 self.update(w, g, block.state, rate, group)
                 if w is not block.w:
                     self._write(block.w, w, group)
 
-    def _update_with_shadow(self, batch: Batch, rate: float, group: Group) -> None:
+    def _update_with_shadow(self, batch: Batch, rate: Rate, group: Group) -> None:
         """When the loss jumps, blend the shadow into the weights; else let it follow them slowly. Then the rule's update."""
         w, shadow = to_wide(batch.w), batch.state.pop("shadow")
-        sigma, trust = abs(self.pulse.sigma), abs(self.pulse.trust)
+        sigma, trust = abs(self._pulse.sigma), abs(self._pulse.trust)
         if sigma > 0.625:
             torch._foreach_mul_(w, sigma)
             torch._foreach_add_(w, shadow, alpha=trust)
@@ -337,8 +378,13 @@ def _check_options(group: Group) -> None:
             raise BadInput("option out of range", where=name, expected=f"a number in [0, {end})", found=repr(value))
 
 
-def descend(w: Tensors, u: Tensors, rate: float, decay: float) -> None:
+def descend(w: Tensors, u: Tensors, rate: Rate, decay: float) -> None:
     """W ← W(1 − λη) − η·u."""
+    if isinstance(rate, Tensor):
+        rate = rate.to(w[0].device, w[0].dtype)
+        torch._foreach_mul_(w, 1 - rate * decay)
+        torch._foreach_sub_(w, torch._foreach_mul(u, rate))
+        return
     if decay:
         torch._foreach_mul_(w, 1 - rate * decay)
     torch._foreach_add_(w, u, alpha=-rate)

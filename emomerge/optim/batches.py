@@ -62,7 +62,8 @@ def batches(params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[
     """The tensors of a step by kind: device, dtypes, sharding, names of the state, fit for compiled kernels."""
     kinds: dict[Any, list[int]] = {}
     for index, (p, g, state) in enumerate(zip(params, grads, states, strict=True)):
-        kind = (native.fits(p, g, *state.values()), p.device, p.dtype, g.dtype, sharding(p), *state)
+        fits = native.fits(p, g, *state.values())
+        kind = (fits, p.dtype, *state) if fits else (fits, p.dtype, g.dtype, p.device, sharding(p), *state)
         kinds.setdefault(kind, []).append(index)
     return [
         Batch(
@@ -132,3 +133,13 @@ def sum_over_shards(sums: Tensor, like: Tensor) -> Tensor:
             if placement.is_shard():
                 torch.distributed.all_reduce(sums, group=mesh.get_group(dimension))
     return sums
+
+
+def reduced(t: Tensor) -> Tensor:
+    """A sum over a DTensor's sharded dimension that every rank has a part of, as the sum; any other tensor as it is."""
+    if sharding(t) is None:
+        return t
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(t, DTensor)
+    return t.redistribute(placements=[Replicate() if place.is_partial() else place for place in t.placements])

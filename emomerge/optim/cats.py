@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from emomerge.optim import native
-from emomerge.optim.base import EmoOptimizer, Group, descend
+from emomerge.optim.base import EmoOptimizer, Group, Rate, descend
 from emomerge.optim.batches import Lists, State, Tensors
 
 
@@ -20,7 +20,7 @@ class EmoCats(EmoOptimizer):
         """Momentum."""
         return {"m": torch.zeros_like(w)}
 
-    def update(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> None:
+    def update(self, w: Tensors, g: Tensors, state: Lists, rate: Rate, group: Group) -> None:
         """Weight decay, step by the sign of a blend of momentum and gradient, momentum."""
         beta1, beta2 = group["betas"]
         u = torch._foreach_lerp(state["m"], g, 1 - beta1)

@@ -7,7 +7,7 @@ quantities that differ only by rounding, rounding decides.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal
@@ -37,13 +37,12 @@ class Preset:
     stop: Literal["v3.7", "v3.8", "v3.9"] = "v3.8"
     """Which rule turns `should_stop` on."""
 
-    def next_dnr(self, dnr: float, dnr_now: float, trust: float) -> float:
+    def next_dnr(self, dnr: Any, dnr_now: Any, trust: Any, do: Operations) -> Any:
         """dNR_hist after a step (paper 3.2): trust is hard to earn and easy to lose."""
-        if dnr_now >= dnr and trust >= 0.5:
-            return min(dnr_now, dnr * self.grow)
-        if -0.5 <= trust <= 0.5:
-            return (min(dnr_now, dnr) if self.only_down else dnr_now) * self.decay
-        return dnr
+        grown = do.minimum(dnr_now, dnr * self.grow)
+        braked = (do.minimum(dnr_now, dnr) if self.only_down else dnr_now) * self.decay
+        hesitant = (trust >= -0.5) & (trust <= 0.5)
+        return do.where((dnr_now >= dnr) & (trust >= 0.5), grown, do.where(hesitant, braked, dnr))
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -82,6 +81,8 @@ class EmoPulse:
 
     steps: int = field(default=0, init=False)
     """Losses seen so far."""
+    loss: float = field(default=0.0, init=False)
+    """The last loss."""
     short: float = field(default=0.0, init=False)
     """The fast EMA of the loss; all three start at the first loss."""
     medium: float = field(default=0.0, init=False)
@@ -92,6 +93,8 @@ class EmoPulse:
     """d, the EMA of |trust|: progress."""
     chain: float = field(default=0.0, init=False)
     """c, the short EMA of σ (v3.9)."""
+    dnr_now: float = field(default=0.0, init=False)
+    """dNR_now of the last step, before dNR_hist takes it in."""
     dnr: float = field(default=1.0, init=False)
     """dNR_hist, the signal-to-noise ratio that the rate is proportional to."""
     sigma: float = field(default=0.0, init=False)
@@ -111,12 +114,23 @@ class EmoPulse:
             raise BadInput("emoScope (`lr`, `scope`) is not usable", expected="a finite number ≥ 0", found=self.scope)
         if self.cautious:
             self.noise = self.distance = 0.2
+        vars(self).update(asdict(self))  # defaults, too, become figures of the instance
         self.rate = self.rate_at(self.scope)
 
     @property
     def should_stop(self) -> bool:
         """The early-stop signal: the loss has come to rest. A hint only; nothing stops by itself."""
         return self.stop_steps > 0
+
+    @property
+    def purity(self) -> float:
+        """(d_base / noise_base)³, the paper's meta-indicator of how pure the progress is (its last chapter). Steers nothing."""
+        return math.sqrt(self.dnr_now) ** 3
+
+    def figures(self) -> dict[str, Any]:
+        """What a log wants to know of the last step."""
+        names = ("loss", "rate", "sigma", "trust", "dnr", "purity", "should_stop")
+        return {"step": self.steps, **{name: getattr(self, name) for name in names}}
 
     def update(self, loss: float) -> float:
         """Take in the loss of a step and return its learning rate η.
@@ -127,47 +141,13 @@ class EmoPulse:
         loss = float(loss)
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"the loss is {loss}; weights and optimizer state are as they were before this step")
-        preset = PRESETS[self.preset]
-        if self.steps == 0:
-            self.short = self.medium = self.long = loss
-        self.steps += 1
-
-        self.short = 0.30 * loss + 0.70 * self.short
-        self.medium = 0.05 * loss + 0.95 * self.medium
-        self.long = 0.01 * loss + 0.99 * self.long
-        self.sigma, sigma_long = _sigma(self.short, self.medium, self.long)
-        self.trust = math.copysign(1 - abs(self.sigma), self.sigma)
-
-        self.noise = 0.97 * self.noise + 0.03 * abs(self.sigma)
-        self.distance = 0.97 * self.distance + 0.03 * abs(self.trust)
-        noise_base = abs(self.sigma - self.trust) + 0.1
-        d_base = abs(max(self.noise, preset.noise_floor) - self.distance) + 0.1
-        if self.steps > 1 or not preset.hold_first:
-            self.dnr = preset.next_dnr(self.dnr, snr(d_base, noise_base), self.trust)
-
-        if preset.chained:
-            self.chain = 0.7 * self.chain + 0.3 * self.sigma
-            self.gain = max(100**self.chain, 1e-2)
-        elif preset.stop == "v3.8":  # the signal of a step is judged after its rate, so it slows the next one
-            self.gain = 0.1 if self.should_stop else 1.0
-        self.rate = self.rate_at(self.scope)
-        self.stop_steps = self.stop_steps + 1 if self._at_rest(sigma_long, noise_base - d_base) else 0
+        for name, value in advance(PRESETS[self.preset], vars(self), loss, FLOATS).items():
+            setattr(self, name, value)
         return self.rate
 
     def rate_at(self, scope: float) -> float:
         """η of the last step for another emoScope, such as that of another parameter group (paper 3.2)."""
-        preset = PRESETS[self.preset]
-        max_rate = preset.max_rate * scope if preset.chained else preset.max_rate
-        return max(min(self.dnr * (scope * self.gain * preset.base_scale), max_rate), preset.min_rate)
-
-    def _at_rest(self, sigma_long: float, imbalance: float) -> bool:
-        preset = PRESETS[self.preset]
-        if preset.stop == "v3.7":
-            return abs(sigma_long) <= 1e-6 and abs(imbalance) <= 1e-7
-        if preset.stop == "v3.8":
-            still = preset.min_rate * 0.3
-            return abs(self.sigma) <= still and abs(imbalance) <= still
-        return self.distance - self.noise >= 0.3 and max(self.medium, 1e-5) <= 0.04
+        return float(rate_at(PRESETS[self.preset], vars(self), scope, FLOATS))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain numbers and one string; always the same keys."""
@@ -188,23 +168,101 @@ class EmoPulse:
             setattr(self, name, state[name])
 
 
-def snr(d_base: float, noise_base: float) -> float:
-    """dNR of this moment: certainty over time against doubt of the moment, squared (paper 3.2)."""
-    return (d_base / noise_base) ** 2
-
-
 def _require_preset(name: str) -> None:
     if name not in PRESETS:
         raise BadInput("unknown preset", expected=" | ".join(PRESETS), found=repr(name))
 
 
-def _sigma(short: float, medium: float, long: float) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Operations:
+    """What the formulas need beyond arithmetic, so that they are written once for numbers and for tensors."""
+
+    where: Callable[[Any, Any, Any], Any]
+    maximum: Callable[[Any, Any], Any]
+    minimum: Callable[[Any, Any], Any]
+    tanh: Callable[[Any], Any]
+    copysign: Callable[[Any, Any], Any]
+
+
+FLOATS = Operations(
+    where=lambda condition, yes, no: yes if condition else no,
+    maximum=max,
+    minimum=min,
+    tanh=math.tanh,
+    copysign=math.copysign,
+)
+"""Python's numbers."""
+
+
+def advance(preset: Preset, s: Mapping[str, Any], loss: Any, do: Operations) -> dict[str, Any]:
+    """One step of the controller (paper, chapters 2 and 3): the figures of `EmoPulse` after a loss.
+
+    Args:
+        preset: the constants of the version.
+        s: the figures before it, by the names of `EmoPulse`'s fields; numbers, or 0-d float64 tensors.
+        loss: a finite loss, of the same kind.
+        do: the operations of that kind.
+    """
+    first = s["steps"] == 0
+    short = 0.30 * loss + 0.70 * do.where(first, loss, s["short"])
+    medium = 0.05 * loss + 0.95 * do.where(first, loss, s["medium"])
+    long = 0.01 * loss + 0.99 * do.where(first, loss, s["long"])
+    sigma, sigma_long = _sigma(short, medium, long, do)
+    trust = do.copysign(1 - abs(sigma), sigma)
+
+    noise = 0.97 * s["noise"] + 0.03 * abs(sigma)
+    distance = 0.97 * s["distance"] + 0.03 * abs(trust)
+    noise_base = abs(sigma - trust) + 0.1
+    d_base = abs(do.maximum(noise, preset.noise_floor) - distance) + 0.1
+    dnr_now = snr(d_base, noise_base)
+    dnr = preset.next_dnr(s["dnr"], dnr_now, trust, do)
+    if preset.hold_first:
+        dnr = do.where(first, s["dnr"], dnr)
+
+    chain, gain = s["chain"], s["gain"]
+    if preset.chained:
+        chain = 0.7 * chain + 0.3 * sigma
+        gain = do.maximum(100**chain, 1e-2)
+    elif preset.stop == "v3.8":  # the signal of a step is judged after its rate, so it slows the next one
+        gain = do.where(s["stop_steps"] > 0, 0.1, 1.0)
+    after = {
+        "steps": s["steps"] + 1, "loss": loss, "short": short, "medium": medium, "long": long, "noise": noise,
+        "distance": distance, "chain": chain, "dnr_now": dnr_now, "dnr": dnr, "sigma": sigma, "trust": trust, "gain": gain,
+    }  # fmt: skip
+    after["rate"] = rate_at(preset, after, s["scope"], do)
+    rest = _at_rest(preset, after, sigma_long, noise_base - d_base)
+    after["stop_steps"] = do.where(rest, s["stop_steps"] + 1, 0)
+    return after
+
+
+def snr(d_base: Any, noise_base: Any) -> Any:
+    """dNR of this moment: certainty over time against doubt of the moment, squared (paper 3.2)."""
+    return (d_base / noise_base) ** 2
+
+
+def rate_at(preset: Preset, s: Mapping[str, Any], scope: float, do: Operations) -> Any:
+    """η = clamp(dNR_hist · emoScope · base_scale, min, max) (paper 3.2)."""
+    max_rate = preset.max_rate * scope if preset.chained else preset.max_rate
+    return do.maximum(do.minimum(s["dnr"] * (scope * s["gain"] * preset.base_scale), max_rate), preset.min_rate)
+
+
+def _at_rest(preset: Preset, s: Mapping[str, Any], sigma_long: Any, imbalance: Any) -> Any:
+    """Whether the loss has come to rest, by the rule of the version (paper, supplementary material 1)."""
+    if preset.stop == "v3.7":
+        return (abs(sigma_long) <= 1e-6) & (abs(imbalance) <= 1e-7)
+    if preset.stop == "v3.8":
+        still = preset.min_rate * 0.3
+        return (abs(s["sigma"]) <= still) & (abs(imbalance) <= still)
+    return (s["distance"] - s["noise"] >= 0.3) & (s["medium"] <= 0.04)
+
+
+def _sigma(short: Any, medium: Any, long: Any, do: Operations) -> tuple[Any, Any]:
     """σ, the compressed relative fall of the loss (paper 2.1), and σ_long, the same by the long EMA alone.
 
     Both sides of the second test equal |long − short| up to rounding; it is kept as published.
     """
     diff = long - short
-    scale_long, scale_medium = max(long, 1e-5), max(medium, 1e-5)
+    scale_long, scale_medium = do.maximum(long, 1e-5), do.maximum(medium, 1e-5)
     d_long, d_medium = diff / scale_long, diff / scale_medium
-    by_medium = abs(d_long) >= 0.05 and abs(d_medium) * scale_medium < abs(d_long) * scale_long
-    return math.tanh(d_medium if by_medium else d_long), math.tanh(d_long)
+    by_medium = (abs(d_long) >= 0.05) & (abs(d_medium) * scale_medium < abs(d_long) * scale_long)
+    return do.tanh(do.where(by_medium, d_medium, d_long)), do.tanh(d_long)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from emomerge.optim.base import EmoOptimizer, Group
+from emomerge.optim.base import EmoOptimizer, Group, Rate, descend
 from emomerge.optim.batches import Lists, State, Tensors
 
 LATE = 1e12
@@ -25,22 +27,24 @@ class EmoSens(EmoOptimizer):
         """First and second moment."""
         return {"m": torch.zeros_like(w), "v": torch.zeros_like(w)}
 
-    def update(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> None:
+    def update(self, w: Tensors, g: Tensors, state: Lists, rate: Rate, group: Group) -> None:
         """Both moments, weight decay, normalised step: torch's fused AdamW at a late step is exactly this."""
         beta1, beta2 = group["betas"]
         m, v, decay, eps = state["m"], state["v"], group["weight_decay"], group["eps"]
+        device, single = w[0].device, w[0].dtype == torch.float32
         dense = all(t.is_contiguous() for ts in (w, g, m, v) for t in ts)  # torch's kernel would pair elements by address
-        if dense and w[0].device.type in _get_fused_kernels_supported_devices():
-            late = torch.full((), LATE, device=w[0].device)
+        exact = single or isinstance(rate, float)  # it takes a tensor for a float32 rate
+        if dense and exact and device.type in _get_fused_kernels_supported_devices():
+            late = torch.full((), LATE, device=device)
+            lr: Any = rate.to(device, torch.float32) if isinstance(rate, Tensor) else rate
             torch._fused_adamw_(
                 w, g, m, v, [], [late] * len(w),
-                lr=rate, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
+                lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
             )  # fmt: skip
             return
         torch._foreach_lerp_(m, g, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, g, g, value=1 - beta2)
-        torch._foreach_mul_(w, 1 - rate * decay)
         root = torch._foreach_sqrt(v)
         torch._foreach_add_(root, eps)
-        torch._foreach_addcdiv_(w, m, root, value=-rate)
+        descend(w, torch._foreach_div(m, root), rate, decay)

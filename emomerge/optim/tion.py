@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emomerge.optim import native
-from emomerge.optim.base import Group, descend
+from emomerge.optim.base import Group, Rate, descend
 from emomerge.optim.batches import Lists, State, Tensors
 from emomerge.optim.geometry import WRefOptimizer, geom_relations
 
@@ -46,7 +46,7 @@ class EmoTion(WRefOptimizer):
         torch._foreach_copy_(state["rho"], mean.unbind())
         return {"fresh": list((1 - mean).unbind())}
 
-    def update(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> None:
+    def update(self, w: Tensors, g: Tensors, state: Lists, rate: Rate, group: Group) -> None:
         """Momentum by freshness, weight decay, step by the sign."""
         weight = 1 - group["betas"][0]
         if group["geometry"] == "l1":

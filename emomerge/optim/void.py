@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emomerge.optim import native
-from emomerge.optim.base import Group, descend
+from emomerge.optim.base import Group, Rate, descend
 from emomerge.optim.batches import Lists, State, Tensors
 from emomerge.optim.geometry import Geometry, WRefOptimizer, geom_relations
 
@@ -51,7 +51,7 @@ class EmoVoid(WRefOptimizer):
             return {}
         return {"across": list((1 - geom_relations(w, g, group["eps"])).unbind())}
 
-    def update(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> None:
+    def update(self, w: Tensors, g: Tensors, state: Lists, rate: Rate, group: Group) -> None:
         """Step by the sign, the shorter the more of the gradient lies along the weights."""
         u = torch._foreach_sign(g)
         if group["geometry"] == "l1":

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emomerge.errors import BadInput, NonFiniteLossError
-from emomerge.optim.pulse import PRESETS, EmoPulse, snr
+from emomerge.optim.pulse import FLOATS, PRESETS, EmoPulse, snr
 
 SIGNED = st.builds(lambda sign, exponent: sign * 10.0**exponent, st.sampled_from([-1, 1]), st.floats(-8, 8))
 LOSSES = st.lists(st.one_of(SIGNED, st.just(0.0), st.floats(-1e308, 1e308)), min_size=1, max_size=60)
@@ -41,14 +41,14 @@ def test_readme_table_of_trust(scalar: float, trust: float, noise_base: float, d
     assert math.copysign(1 - abs(scalar), scalar) == pytest.approx(trust)
     assert abs(scalar - trust) + 0.1 == pytest.approx(noise_base)
     assert snr(0.7 - 0.3 + 0.1, noise_base) == pytest.approx(dnr_now, abs=5e-3)
-    assert PRESETS["guarded"].next_dnr(1.0, dnr_now, trust) == pytest.approx(after)
+    assert PRESETS["guarded"].next_dnr(1.0, dnr_now, trust, FLOATS) == pytest.approx(after)
     published = dnr_now * 0.8 if trust == -0.5 else after
-    assert PRESETS["v3.8"].next_dnr(1.0, dnr_now, trust) == pytest.approx(published)
+    assert PRESETS["v3.8"].next_dnr(1.0, dnr_now, trust, FLOATS) == pytest.approx(published)
 
 
 def test_first_step_of_v37_keeps_the_history() -> None:
     twin = replace(PRESETS["v3.7"], hold_first=False)
-    assert twin.next_dnr(1.0, 1.2, 1.0) > 1.0
+    assert twin.next_dnr(1.0, 1.2, 1.0, FLOATS) > 1.0
     pulse = EmoPulse("v3.7")
     pulse.noise, pulse.distance = 0.0, 2.0  # dNR_now > 1 at once
     pulse.update(1.0)
