@@ -177,44 +177,67 @@ def bake(
     """
     emomerge merge base runs/sens-0 runs/airy-0 runs/cats-0 --method tall-mask -o merged
     emomerge merge base run-a run-b --method ties --density 0.3 -o merged.safetensors
+    emomerge merge base run-a run-b --method slerp --set 't=[0.2, 0.8]' -o merged
+    emomerge merge --config mergekit.yaml -o merged
     """,
 )  # fmt: skip
-@click.argument("base")
-@click.argument("runs", nargs=-1, required=True)
-@click.option("--method", default="tall-mask", show_default=True, help="mean, task-arithmetic, ties, tall-mask or greedy-soup.")
+@click.argument("base", required=False)
+@click.argument("runs", nargs=-1)
+@click.option("--config", type=out_path, help="A mergekit configuration, instead of BASE, RUNS and --method.")
+@click.option("--method", help="How to merge (default: tall-mask): any of the methods below.")
 @click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
 @click.option("--weight", "weights", type=float, multiple=True, help="Weight of a run; give one for each run, in their order.")
 @click.option("--scale", help="Factor on the merged task vector, or `auto` (needs --recipe).")
-@click.option("--density", type=float, help="ties: the share of each run's task vector that is kept.")
+@click.option("--density", type=float, help="ties, dare, della, breadcrumbs: the share of each task vector that is kept.")
 @click.option("--lambda", "lambda_", help="tall-mask: λ, or `auto` (needs --recipe).")
 @click.option("--k", type=int, help="tall-mask: runs that must agree on a weight.")
 @click.option("--reference", type=click.Choice(["mean", "sum", "ties"]), help="tall-mask: what the masks are measured against.")
-@click.option("--preset", type=click.Choice(["paper"]), help="ties: whose reading of the method.")
+@click.option("--preset", type=click.Choice(["paper", "mergekit", "peft"]), help="ties: whose reading of the method.")
 @click.option("--trim", type=click.Choice(["global", "tensor", "touched"]), help="ties: over what the density is taken.")
-@click.option("--aggregate", type=click.Choice(["mean", "sum"]), help="ties: how agreeing weights are joined.")
-@click.option("--dtype", type=click.Choice(["base", "float32", "bfloat16", "float16"]), default="base", show_default=True)
+@click.option("--aggregate", help="ties, dare, della, breadcrumbs: mean, sum, count or max of agreeing weights.")
+@click.option("--seed", type=int, help="dare, della: of the random masks.")
+@click.option("--dtype", type=click.Choice(["base", "float32", "bfloat16", "float16"]), help="What is written (default: base).")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--recipe", "recipe_path", help="A recipe whose validation data decides what is `auto`, and greedy-soup.")
-@set_option
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A parameter of the method, in YAML: one number, a list spread over the layers, or a list of {filter, value}; "
+    "with --recipe also a field of the recipe.",
+)
 @force_option
 @quiet_option
 @json_option
 def merge(
-    base: str, runs: Sequence[str], method: str, out: Path, weights: Sequence[float], scale: str | None, density: float | None,
-    lambda_: str | None, k: int | None, reference: str | None, preset: str | None, trim: str | None, aggregate: str | None,
-    dtype: str,
+    base: str | None, runs: Sequence[str], config: Path | None, method: str | None, out: Path, weights: Sequence[float],
+    scale: str | None, density: float | None, lambda_: str | None, k: int | None, reference: str | None,
+    preset: str | None, trim: str | None, aggregate: str | None, seed: int | None, dtype: str | None,
     max_shard_size: str, recipe_path: str | None, overrides: Sequence[str], force: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Merge RUNS (dense checkpoints, adapters or run directories) into BASE."""
+    """Merge RUNS (dense checkpoints, adapters or run directories) into BASE.
+
+    Methods: mean, task-arithmetic, greedy-soup, fisher; ties, dare-linear, dare-ties, della, della-linear, breadcrumbs,
+    breadcrumbs-ties, sce; tall-mask; model-stock, slerp, nuslerp, karcher, multislerp; tsv, iso-c.
+    """
     from emomerge import merging
     from emomerge.checkpoints import open_checkpoint
 
     given = {
         "weights": list(weights) or None, "scale": _number("--scale", scale), "density": density,
         "lambda_": _number("--lambda", lambda_), "k": k, "reference": reference, "preset": preset, "trim": trim,
-        "aggregate": aggregate,
+        "aggregate": aggregate, "seed": seed,
     }  # fmt: skip
-    params = merging.check_params(method, {key: value for key, value in given.items() if value is not None})
+    given = {key: value for key, value in given.items() if value is not None}
+    if config is not None:
+        base, runs, method, configured, dtype = _configured(config, base, method, dtype)
+        given = configured | given
+    if base is None or not runs:
+        raise BadInput("merge needs BASE and RUNS, or --config", found="no BASE" if base is None else "no RUNS")
+    method = method or "tall-mask"
+    parameters, overrides = _split_overrides(method, overrides, recipe_path)
+    params = merging.check_params(method, given | parameters)
     opened = open_checkpoint(base)
     evaluator = None if recipe_path is None else _evaluator(recipe_path, overrides, opened)
     merged = merging.merge(opened, list(runs), method=method, held_out_loss=evaluator, **params)
@@ -228,7 +251,7 @@ def merge(
         opened,
         out,
         f"merge {method}",
-        dtype=dtype,
+        dtype=dtype or "base",
         max_shard_size=max_shard_size,
         force=force,
         quiet=quiet,
@@ -389,6 +412,40 @@ def _number(option: str, text: str | None) -> float | str | None:
         return float(text)
     except ValueError:
         raise BadInput(f"{option} is a number or `auto`", found=repr(text)) from None
+
+
+def _configured(
+    config: Path, base: str | None, method: str | None, dtype: str | None
+) -> tuple[str, Sequence[str], str, dict[str, Any], str]:
+    """Base, runs, method, parameters and dtype of a mergekit configuration; a dtype that is given counts."""
+    from emomerge.merging.mergekit import read_config
+
+    if base is not None or method is not None:
+        raise BadInput("--config says what is merged, and how", found=base or f"--method {method}", fix="leave that out")
+    merge = read_config(config)
+    return merge.base, merge.runs, merge.method, merge.params, dtype or merge.dtype
+
+
+def _split_overrides(method: str, overrides: Sequence[str], recipe: str | None) -> tuple[dict[str, Any], list[str]]:
+    """Those of `--set` that are parameters of the method, as data, and those that are fields of the recipe."""
+    import yaml
+
+    from emomerge.merging import find_method
+
+    known = {field.alias or name for name, field in find_method(method).schema.model_fields.items()}
+    parameters, others = {}, []
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if sign and (key in known or recipe is None):
+            try:
+                parameters[key] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise BadInput("--set wants KEY=VALUE in YAML", where=key, found=error) from None
+        elif recipe is None:
+            raise BadInput("--set wants KEY=VALUE", found=repr(override))
+        else:
+            others.append(override)
+    return parameters, others
 
 
 def _evaluator(recipe: str, overrides: Sequence[str], base: Any) -> Any:

@@ -178,7 +178,10 @@ class Runs(Section):
 
 
 class Merge(BaseModel):
-    """One merge: the method, a name for its folder, and the method's own parameters (checked by the method)."""
+    """One merge: the method, a name for its folder, and the method's own parameters (checked by the method).
+
+    Most numbers among these may also be a list over the layers, or a list of `{filter, run, value}`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 

@@ -71,7 +71,7 @@ def test_help_has_an_example(command):
 def test_help_lists_only_what_is_there():
     shown = call("--help").output
     assert all(command in shown for command in COMMANDS)
-    for absent in ("reconstruct", "as-lora", "executor", "parallel", "config"):
+    for absent in ("reconstruct", "as-lora", "executor", "parallel"):
         assert absent not in shown + "".join(call(command, "--help").output for command in ("merge", "run", "train-all"))
 
 

@@ -2,6 +2,6 @@
 
 from emomerge.merging import methods  # noqa: F401  (registers them)
 from emomerge.merging.engine import MergedCheckpoint, merge
-from emomerge.merging.registry import METHODS, MergeMethod, check_params, merge_method
+from emomerge.merging.registry import METHODS, MergeMethod, check_params, find_method, merge_method
 
-__all__ = ["METHODS", "MergeMethod", "MergedCheckpoint", "check_params", "merge", "merge_method"]
+__all__ = ["METHODS", "MergeMethod", "MergedCheckpoint", "check_params", "find_method", "merge", "merge_method"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import tempfile
@@ -16,14 +17,16 @@ from torch import Tensor
 from emomerge.adapters import open_run
 from emomerge.checkpoints import Checkpoint, open_checkpoint
 from emomerge.errors import BadInput, EmomergeError
+from emomerge.merging import vectors
 from emomerge.merging.diagnostics import Figures, describe
 from emomerge.merging.registry import MergeMethod, check_params, find_method, select
-from emomerge.merging.vectors import Candidate, Displaced, Loss, TaskVectors, finite_or_inf, merges
+from emomerge.merging.settings import Setting, constant, resolve
+from emomerge.merging.vectors import Candidate, Displaced, Loss, TaskVectors, blocks, finite_or_inf, merges
 
 SCALES = tuple(step / 10 for step in range(1, 16))
 """What scale: auto chooses from."""
 
-Weights = Sequence[float] | Literal["equal", "auto"]
+Weights = Sequence[Setting] | Literal["equal", "auto"]
 
 
 def merge(
@@ -32,7 +35,7 @@ def merge(
     *,
     method: str = "tall-mask",
     weights: Weights | None = None,
-    scale: float | Literal["auto"] | None = None,
+    scale: Setting | Literal["auto"] | None = None,
     held_out_loss: Loss | None = None,
     run_losses: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
@@ -44,9 +47,11 @@ def merge(
         base: θ₀.
         runs: the θ_t, dense or adapters, each with the base's floating tensors.
         method: one of `METHODS`.
-        weights: one number a run, "equal", or "auto": the softmax of the runs' z-scored negative held-out losses.
-            Methods that average take them relative to each other; task-arithmetic takes them as they are, by default 1.
-        scale: the factor on τ_m, by default 1, or "auto": that of 0.1, 0.2 … 1.5 with the lowest held-out loss.
+        weights: one number a run (or setting: see `emomerge.merging.settings`), "equal", or "auto": the softmax of the
+            runs' z-scored negative held-out losses. Methods that average take them relative to each other; the others,
+            such as task-arithmetic, take them as they are, by default 1.
+        scale: the factor on τ_m (or setting), by default 1, or "auto": that of 0.1, 0.2 … 1.5 with the lowest held-out
+            loss.
         held_out_loss: the loss of a checkpoint on held-out data. With it, tall-mask's weights and scale are "auto"
             unless they are given.
         run_losses: the held-out loss of each run, if already known.
@@ -67,26 +72,33 @@ def merge(
     _check_lengths(len(runs), weights=options.get("weights"), run_losses=run_losses, names=names)
     opened = [open_run(base, run) for run in runs]
     task = TaskVectors(base, opened, labels=names or _labels(runs), held_out_loss=held_out_loss, run_losses=run_losses)
-    task.weights = _resolve_weights(task, definition, options.pop("weights", None))
-    scale = options.pop("scale")
-    merged = MergedCheckpoint(task, definition, options)
+    weights, scale = options.pop("weights", None), options.pop("scale")
+    task.weights = _resolve_weights(task, definition, weights)
+    merged = MergedCheckpoint(task, definition, options, weights)
     if scale == "auto" or (scale is None and definition.tuned and held_out_loss is not None):
         merged.choose_scale()
     elif scale is not None:
-        merged.scale = float(scale)
+        merged.scale_by(scale)
     return merged
 
 
 class MergedCheckpoint(Displaced):
     """A merge, made by `merge`: the base's names, dtypes and shapes; `merged[name]` is not yet rounded to the dtype."""
 
-    def __init__(self, task: TaskVectors, method: MergeMethod, options: dict[str, Any]) -> None:
+    def __init__(self, task: TaskVectors, method: MergeMethod, options: dict[str, Any], weights: Weights | None) -> None:
         super().__init__(task.base, source=f"{method.name} of {len(task)} runs over {task.base.source}")
         self._task = task
         self._method = method
         self._options = options
-        self._found = method.first_pass(task, **select(method.first_pass, options)) if method.first_pass else {}
-        self._arguments = select(method.function, options | self._found)
+        self._weights = weights
+        self._scales: dict[str, tuple[float, ...]] = {}
+        self._scale_setting: Setting = None
+        self._numbers = {
+            key: resolve(options[key], task.names, task.labels if s.each_run else ("",), default=s.default, what=f"`{key}`")
+            for key, s in method.settings.items()
+        }
+        given = options | self._numbers
+        self._found = method.first_pass(task, **select(method.first_pass, given)) if method.first_pass else {}
         self._masking = False
         self._figures: dict[str, Figures] = {}
         self._scale_losses: dict[float, float] = {}
@@ -98,17 +110,52 @@ class MergedCheckpoint(Displaced):
             self._task.check_equal(name)
             return None
         figures = Figures(len(self._task))
-        parts = []
-        for deltas in self._task.pieces(name, whole=not self._method.elementwise):
-            inputs = {"deltas": deltas, "weights": self._task.weights_for(deltas), "name": name}
-            result = self._method.function(**select(self._method.function, inputs), **self._arguments)
-            tau, masks = result if isinstance(result, tuple) else (result, None)
-            parts.append(tau.flatten())
-            if name not in self._figures:
-                self._masking |= masks is not None
-                figures.add(deltas, tau, masks)
+        parts: list[Tensor] = []
+        rows = self._task.rows(name)
+        if rows is not None:
+            given = self._given(name, rows)
+            size = vectors.CHUNK if self._method.elementwise else len(rows[0])
+            for offset, piece in blocks(rows, size):
+                deltas = piece if self._method.elementwise else piece.view(-1, *self.info(name).shape)
+                inputs = given | {"deltas": deltas, "offset": offset}
+                if "base" in given:
+                    inputs["base"] = given["base"][offset : offset + size].view(deltas.shape[1:])
+                result = self._method.function(**select(self._method.function, inputs))
+                tau, masks = result if isinstance(result, tuple) else (result, None)
+                parts.append(tau.flatten())
+                if name not in self._figures:
+                    self._masking |= masks is not None
+                    figures.add(deltas, tau, masks)
         self._figures.setdefault(name, figures)
         return torch.cat(parts).view(self.info(name).shape) if parts else None
+
+    def _given(self, name: str, rows: list[Tensor]) -> dict[str, Any]:
+        """What the method is given for every piece of a tensor, the results of its passes included."""
+        given = {**self._options, **self._found, "name": name, "shape": self.info(name).shape}
+        given["weights"] = self._task.weights_for(name, rows[0])
+        for key, numbers in self._numbers.items():
+            given[key] = numbers[name] if self._method.settings[key].each_run else numbers[name][0]
+        uses = [self._method.function, *([self._method.tensor_pass] if self._method.tensor_pass else [])]
+        if any("base" in inspect.signature(function).parameters for function in uses):
+            given["base"] = self._base_of(name, rows[0])
+        if self._method.tensor_pass:
+            given |= self._method.tensor_pass(**select(self._method.tensor_pass, given | {"rows": rows}))
+        return given
+
+    def _base_of(self, name: str, like: Tensor) -> Tensor:
+        """θ₀ of a tensor, flat, in the dtype and on the device of the deltas."""
+        return self.base[name].flatten().to(like)
+
+    def scale_by(self, setting: Setting) -> None:
+        """Take this factor on τ_m, one number or a setting that differs from tensor to tensor."""
+        if isinstance(setting, int | float):
+            self.scale = float(setting)
+        else:
+            self._scales, self._scale_setting = resolve(setting, self._task.names, default=1.0, what="`scale`"), setting
+
+    def scale_of(self, name: str) -> float:
+        """The factor on a tensor's τ_m."""
+        return self._scales[name][0] if name in self._scales else self.scale
 
     def choose_scale(self) -> None:
         """Take the scale with the lowest held-out loss, the smaller of equals; τ_m is computed once, to a file."""
@@ -164,11 +211,13 @@ class MergedCheckpoint(Displaced):
     def _resolved(self) -> dict[str, Any]:
         """The parameters as a recipe writes them, with what was chosen."""
         params = {key.rstrip("_"): value for key, value in self._options.items()}
-        plain = {key: value for key, value in self._found.items() if isinstance(value, str | int | float | tuple)}
+        plain = {key: value for key, value in self._found.items() if _is_plain(value)}
         if self._method.takes_weights:
             total = len(self._task) if self._method.relative_weights else 1
-            params["weights"] = [weight / total for weight in self._task.weights]
-        return {key: _json(value) for key, value in {**params, **plain, "scale": self.scale}.items()}
+            shared = constant(self._task.weights)
+            params["weights"] = self._weights if shared is None else [weight / total for weight in shared]
+        scale = self.scale if self._scale_setting is None else self._scale_setting
+        return {key: _json(value) for key, value in {**params, **plain, "scale": scale}.items()}
 
     def _compare_with_runs(self, losses: list[float] | None) -> list[str]:
         """A merge that is worse than its best run is not worth having."""
@@ -184,20 +233,26 @@ class MergedCheckpoint(Displaced):
         return [f"the merge's held-out loss {merged:.4g} is worse than {best:.4g} of run {label}; use that run instead"]
 
 
-def _resolve_weights(task: TaskVectors, method: MergeMethod, given: Weights | None) -> tuple[float, ...]:
-    """One weight a run; with mean 1 where the method averages."""
+def _resolve_weights(task: TaskVectors, method: MergeMethod, given: Weights | None) -> dict[str, tuple[float, ...]]:
+    """One weight a run, by tensor; with mean 1 where the method averages."""
     runs = len(task)
     measurable = task.known_run_losses is not None or task.held_out_loss is not None
     if given == "auto" or (given is None and method.tuned and measurable):
         given = softmax_weights(task.run_losses("weights: auto"))
     elif given is None or isinstance(given, str):
         given = [1.0] * runs
+    settings = [resolve(each, task.names, what=f"`weights`, {run}") for each, run in zip(given, task.labels, strict=True)]
+    weights = {name: tuple(each[name][0] for each in settings) for name in task.names}
     if not method.relative_weights:
-        return tuple(given)
-    total = math.fsum(given)
+        return weights
+    return {name: _mean_one(some, name) for name, some in weights.items()}
+
+
+def _mean_one(weights: tuple[float, ...], name: str) -> tuple[float, ...]:
+    total = math.fsum(weights)
     if total <= 0:
-        raise BadInput("weights must have a positive sum", found=list(given))
-    return tuple(weight * runs / total for weight in given)
+        raise BadInput("weights must have a positive sum", where=name, found=list(weights))
+    return tuple(weight * len(weights) / total for weight in weights)
 
 
 def softmax_weights(losses: Sequence[float]) -> list[float]:
@@ -221,6 +276,10 @@ def _labels(runs: Sequence[Checkpoint | str | Path]) -> list[str]:
     """What the runs are called: where they come from, numbered where that is the same."""
     sources = [run.source if isinstance(run, Checkpoint) else str(run) for run in runs]
     return [f"{source} #{i}" if sources.count(source) > 1 else source for i, source in enumerate(sources, start=1)]
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, str | int | float)
 
 
 def _json(value: Any) -> Any:

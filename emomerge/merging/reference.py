@@ -1,4 +1,4 @@
-"""The merge methods on flat task vectors, in the order of the papers: slow, without pieces, passes or laziness.
+"""The merge methods as the papers write them: slow, without pieces, passes or laziness.
 
 `taus` are the task vectors (runs, d) of all tensors joined end to end. The tests hold the methods that stream equal to
 these, bit for bit.
@@ -63,3 +63,139 @@ def tall_mask(taus: Tensor, r: Tensor, lambdas: Sequence[float], k: int) -> Tens
     for tau, lambda_ in zip(taus, lambdas, strict=True):
         votes = votes + (tau.abs() > lambda_ * (r - tau).abs())
     return torch.where(votes >= k, r, 0)
+
+
+# One tensor at a time from here on: `taus` (runs, *shape).
+
+
+def top(tau: Tensor, count: int) -> Tensor:
+    """The `count` elements of the largest magnitude, of equal ones the first; zero elsewhere."""
+    order = tau.flatten().abs().sort(descending=True, stable=True).indices
+    kept = torch.zeros_like(tau.flatten())
+    kept[order[:count]] = tau.flatten()[order[:count]]
+    return kept.view_as(tau)
+
+
+def consensus(
+    kept: Tensor,
+    weights: Tensor,
+    elect: Literal["sum", "weighted", "count"] = "sum",
+    aggregate: Literal["mean", "count", "sum", "max"] = "mean",
+) -> Tensor:
+    """The elements with the elected sign, plus where the election is a draw, joined."""
+    w = weights.view(-1, *[1] * (kept.ndim - 1))
+    votes = {"sum": kept, "weighted": w * kept, "count": kept.sign()}[elect]
+    agree = votes.sign() == torch.where(total(votes) >= 0, 1, -1)
+    chosen = torch.where(agree, w * kept, 0)
+    if aggregate == "max":
+        return chosen.gather(0, chosen.abs().max(dim=0, keepdim=True).indices)[0]
+    s = total(chosen)
+    share = {"mean": total(torch.where(agree, w, 0)), "count": total(agree.to(s)), "sum": torch.ones_like(s)}[aggregate]
+    return s / torch.where(share == 0, 1, share)
+
+
+def kept_at_random(taus: Tensor, chances: Tensor, density: float) -> Tensor:
+    """DARE: τ_t/K where the chance, uniform in [0, 1), is below the density K."""
+    return torch.where(chances < density, taus, 0) / density
+
+
+def magprune(tau: Tensor, chances: Tensor, density: float, epsilon: float) -> Tensor:
+    """DELLA: row by row, element by element; the probability grows evenly with the rank."""
+    rows, out = (tau if tau.ndim > 1 else tau.view(1, -1)).flatten(1), []
+    for row, chance in zip(rows, chances.reshape(rows.shape), strict=True):
+        order = row.abs().argsort(stable=True).tolist()
+        for i in range(len(row)):
+            height = row.new_tensor(order.index(i)) / (len(row) - 1) if len(row) > 1 else 0.5
+            p = (density - epsilon) + height * (2 * epsilon)
+            out.append(row[i] / p if chance[i] < p else row[i] * 0)
+    return torch.stack(out).view_as(tau)
+
+
+def breadcrumbs(tau: Tensor, density: float, gamma: float) -> Tensor:
+    """The ⌊K·n⌋ elements that precede the ⌊γ·n⌋ largest in ascending order, or as many of these as are needed."""
+    n = tau.numel()
+    count, top_count = int(density * n), int(gamma * n)
+    first = min(n, count + top_count)
+    return top(tau, first) - top(tau, first - count)
+
+
+def sce(taus: Tensor, density: float) -> Tensor:
+    """Select by variance, calculate weights by energy, erase minority signs."""
+    mean = total(taus) / len(taus)
+    variance = total((taus - mean) ** 2) / len(taus)
+    chosen = (
+        top(variance, int(int((variance != 0).sum()) * density)) != 0
+        if density < 1
+        else torch.ones_like(mean, dtype=torch.bool)
+    )
+    kept = torch.where(chosen, taus, 0)
+    energy = kept.double().square().reshape(len(kept), -1).sum(1)
+    return consensus(kept, (energy / energy.sum() if energy.any() else torch.ones_like(energy)).to(taus))
+
+
+def model_stock(taus: Tensor) -> Tensor:
+    """t·τ̄ with t of the mean cosine over pairs."""
+    n, x = len(taus), taus.double().reshape(len(taus), -1)
+    norm = x.norm(dim=1)
+    pairs = [(i, j) for i in range(n) for j in range(i)]
+    c = sum(float(x[i] @ x[j] / (norm[i] * norm[j])) if norm[i] * norm[j] > 0 else 0.0 for i, j in pairs) / max(len(pairs), 1)
+    return n * c / (1 + (n - 1) * c) * taus.double().mean(0) if pairs else taus[0].double()
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """From a (t = 0) to b (t = 1) along the great circle."""
+    cosine = (a.double().flatten() @ b.double().flatten() / (a.double().norm() * b.double().norm())).clamp(-1, 1)
+    if cosine.abs() > 0.9995:
+        return (1 - t) * a.double() + t * b.double()
+    angle = cosine.acos()
+    merged: Tensor = ((1 - t) * angle).sin() / angle.sin() * a.double() + (t * angle).sin() / angle.sin() * b.double()
+    return merged
+
+
+def karcher(taus: Tensor, weights: Tensor, steps: int = 200) -> Tensor:
+    """Follow the weighted mean of the logarithm maps until it vanishes; then as long as the points are on average."""
+    x, w = taus.double().reshape(len(taus), -1), weights.double() / weights.double().sum()
+    norm = x.norm(dim=1, keepdim=True)
+    u = x / norm
+    m = (w[:, None] * u).sum(0)
+    m = m / m.norm()
+    for _ in range(steps):
+        dots = (u @ m).clamp(-1, 1)
+        logs = (dots.acos() / (1 - dots**2).sqrt().clamp(min=1e-12))[:, None] * (u - dots[:, None] * m)
+        step = (w[:, None] * logs).sum(0)
+        length = step.norm()
+        m = length.cos() * m + torch.sinc(length / torch.pi) * step
+    merged: Tensor = (w * norm[:, 0]).sum() * m
+    return merged.view_as(taus[0])
+
+
+def multislerp(taus: Tensor, weights: Tensor) -> Tensor:
+    """The direction of the weighted mean of directions, at the weighted mean length."""
+    x, w = taus.double().reshape(len(taus), -1), weights.double() / weights.double().sum()
+    norm = x.norm(dim=1, keepdim=True)
+    m = (w[:, None] * x / norm).sum(0)
+    merged: Tensor = (w * norm[:, 0]).sum() * m / m.norm()
+    return merged.view_as(taus[0])
+
+
+def fisher(taus: Tensor, information: Tensor, weights: Tensor) -> Tensor:
+    """Σ w F τ / Σ w F."""
+    w = weights.view(-1, *[1] * (taus.ndim - 1))
+    return total(w * information * taus) / total(w * information)
+
+
+def tsv(taus: Tensor) -> Tensor:
+    """Σ over the runs of their first ⌊min(shape)/N⌋ singular triples, whitened by P·Qᵀ of all vectors side by side."""
+    k = min(taus.shape[1:]) // len(taus)
+    u, s, vh = torch.linalg.svd(taus.double(), full_matrices=False)
+    sides = [torch.cat([x[:, :k] for x in side], dim=1) for side in (u, vh.mT)]
+    left, right = (p @ qh for p, _, qh in (torch.linalg.svd(side, full_matrices=False) for side in sides))
+    merged: Tensor = left @ torch.diag(s[:, :k].flatten()) @ right.mT
+    return merged
+
+
+def iso_c(taus: Tensor) -> Tensor:
+    """U·Vᵀ of the sum, times the mean of its singular values."""
+    u, s, vh = torch.linalg.svd(total(taus.double()), full_matrices=False)
+    merged: Tensor = s.mean() * (u @ vh)
+    return merged

@@ -6,15 +6,19 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from torch import Tensor
 
 from emomerge.errors import BadInput
+from emomerge.merging.settings import EACH_RUN, EACH_TENSOR, setting_of
 
 Merged = Tensor | tuple[Tensor, Tensor]
 """What a method makes of one tensor: τ_m (*shape), or τ_m and each run's mask (runs, *shape) of bool."""
+
+Pass = Callable[..., dict[str, Any]]
+"""What returns further keyword arguments for a method's function."""
 
 Method = TypeVar("Method", bound=Callable[..., Merged])
 
@@ -26,7 +30,14 @@ class Schema(BaseModel):
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, alias_generator=lambda name: name.rstrip("_"))
 
-    scale: Finite | Literal["auto"] | None = None
+    scale: setting_of(Finite, or_word=Literal["auto"]) | None = None  # type: ignore[valid-type]
+
+
+class Setting(NamedTuple):
+    """How a parameter that may differ from tensor to tensor is resolved."""
+
+    default: float
+    each_run: bool
 
 
 @dataclass(frozen=True)
@@ -39,9 +50,12 @@ class MergeMethod:
     elementwise: bool
     relative_weights: bool
     tuned: bool
-    first_pass: Callable[..., dict[str, Any]] | None
+    first_pass: Pass | None
+    tensor_pass: Pass | None
     advice: Callable[[dict[str, Any]], list[str]] | None
     schema: type[Schema]
+    settings: Mapping[str, Setting]
+    """The parameters that may differ from tensor to tensor."""
 
     @property
     def description(self) -> str:
@@ -65,13 +79,16 @@ def merge_method(
     elementwise: bool = False,
     relative_weights: bool = True,
     tuned: bool = False,
-    first_pass: Callable[..., dict[str, Any]] | None = None,
+    first_pass: Pass | None = None,
+    tensor_pass: Pass | None = None,
     advice: Callable[[dict[str, Any]], list[str]] | None = None,
 ) -> Callable[[Method], Method]:
     """Register a function on one tensor as a merge method.
 
-    The function takes what it names of `deltas` (runs, *shape), `weights` (runs,) and the tensor's `name`. A user can
-    set its keyword-only parameters that have a default, and the first pass's; those without one the first pass returns.
+    The function takes what it names of `deltas` (runs, *shape), `weights` (runs,), `base` (*shape, θ₀ in the deltas'
+    dtype), the tensor's `name`, and `offset`, the place in the flat tensor of the first element given. A user can set its
+    keyword-only parameters that have a default, and those of its passes; those without one the passes return. Of a
+    parameter annotated `PerTensor` or `PerRun` it is given this tensor's number, or a tuple of each run's.
 
     Args:
         name: what the user types.
@@ -79,17 +96,29 @@ def merge_method(
         elementwise: the function treats every element alike, so that it may be given flat pieces (runs, n) of a tensor.
         relative_weights: weights are rescaled to a mean of 1; otherwise they are used as given.
         tuned: where a held-out loss is at hand it chooses weights and scale, unless they are given.
-        first_pass: a function of all the task vectors (`TaskVectors`) and of parameters, which runs once before the
-            function and returns further keyword arguments for it. What of them is plain appears in the diagnostics.
+        first_pass: a function of all the task vectors (`TaskVectors`) and of parameters, which runs once before all
+            else. What it returns that is plain appears in the diagnostics. Parameters annotated `PerTensor` or `PerRun`
+            elsewhere it may take, without a default, as the numbers of every tensor by its name.
+        tensor_pass: a function of one tensor, which runs before the function is given that tensor. It takes what it names
+            of `rows` (the flat τ_t, a list of (n,)), `shape`, `weights`, `base` (n,), `name`, and parameters.
         advice: warnings that the finished diagnostics call for.
     """
 
     def register(function: Method) -> Method:
-        fields = _parameters(first_pass) | _parameters(function)
+        fields = _parameters(first_pass) | _parameters(tensor_pass) | _parameters(function)
+        settings = {}
+        for key, (hint, default) in fields.items():
+            kinds = {EACH_RUN, EACH_TENSOR} & set(getattr(hint, "__metadata__", ()))
+            if kinds:
+                settings[key] = Setting(default, EACH_RUN in kinds)
+                number = get_args(get_args(hint)[0])[0] if EACH_RUN in kinds else hint
+                fields[key] = (setting_of(number, each_run=EACH_RUN in kinds), default)
         if "weights" in inspect.signature(function).parameters:
-            fields["weights"] = (list[Finite] | Literal["equal", "auto"] | None, None)
+            fields["weights"] = (list[setting_of(Finite)] | Literal["equal", "auto"] | None, None)  # type: ignore[misc]
         schema = create_model(f"{name} parameters", __base__=Schema, **fields)
-        METHODS[name] = MergeMethod(name, function, source, elementwise, relative_weights, tuned, first_pass, advice, schema)
+        METHODS[name] = MergeMethod(
+            name, function, source, elementwise, relative_weights, tuned, first_pass, tensor_pass, advice, schema, settings
+        )
         return function
 
     return register

@@ -1,8 +1,9 @@
-"""The exact k-th smallest magnitude of a stream of tensors."""
+"""Exact ranks: the k-th smallest magnitude of a stream of tensors, the largest elements of one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,3 +49,62 @@ def kth_magnitude(stream: Callable[[], Iterable[Tensor]], ranks: Sequence[int], 
         remaining = remaining - (up_to - counts).gather(1, digit).squeeze(1)
         prefix = (prefix << DIGIT) | digit.squeeze(1)
     return prefix.to(_INTEGERS[dtype]).view(dtype)
+
+
+SAMPLE = 2**14
+"""Elements that bracket a rank before it is found exactly."""
+
+
+def kth_smallest(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest of a flat tensor, k from 1: `kthvalue`, most of it skipped (Floyd and Rivest 1975).
+
+    A sample brackets the value, the elements below are counted, and only those inside are searched. Where the bracket
+    misses, all are: the answer is exact.
+    """
+    n = len(values)
+    if n > 4 * SAMPLE:
+        sample = values[:: n // SAMPLE].sort().values
+        place, margin = k * len(sample) // n, 4 * int(SAMPLE**0.5)
+        low = sample[max(place - margin, 0)] if place > margin else values.new_tensor(-torch.inf)
+        high = sample[place + margin] if place + margin < len(sample) else values.new_tensor(torch.inf)
+        inside = values[(values >= low) & (values <= high)]
+        rank = k - int((values < low).count_nonzero())
+        if 1 <= rank <= len(inside):
+            return inside.kthvalue(rank).values
+    return values.kthvalue(k).values
+
+
+class Cut(NamedTuple):
+    """The elements of largest magnitude: above the threshold, or equal to it and up to the `last` place. Both (rows, 1)."""
+
+    threshold: Tensor
+    last: Tensor | None = None
+    """None where all that equal the threshold are among them."""
+
+    def mask(self, values: Tensor, offset: int = 0) -> Tensor:
+        """Where elements (rows, n) that start at a place are among them."""
+        size, threshold = values.abs(), self.threshold.to(values.device)
+        if self.last is None:
+            return size >= threshold
+        place = torch.arange(offset, offset + values.shape[1], device=values.device)
+        return (size > threshold) | ((size == threshold) & (place <= self.last.to(values.device)))
+
+
+def largest(rows: Sequence[Tensor], counts: Sequence[int]) -> Cut:
+    """Exactly so many elements of each flat row; of equal ones the first."""
+    found = [_largest(row, count) for row, count in zip(rows, counts, strict=True)]
+    threshold, last = torch.stack([threshold for threshold, _ in found]), [last for _, last in found]
+    all_equal = all(place == len(row) for row, place in zip(rows, last, strict=True))
+    return Cut(threshold.unsqueeze(1), None if all_equal else torch.tensor(last).unsqueeze(1))
+
+
+def _largest(row: Tensor, count: int) -> tuple[Tensor, int]:
+    """The threshold of one row, and the last place of an element equal to it that counts."""
+    n = len(row)
+    if count >= n or count <= 0:
+        return row.new_tensor(0 if count > 0 else torch.inf), n
+    magnitudes = row.abs()
+    threshold = kth_smallest(magnitudes, n - count + 1)
+    missing = count - int((magnitudes > threshold).count_nonzero())
+    equal = magnitudes == threshold
+    return threshold, n if int(equal.count_nonzero()) == missing else int(equal.nonzero()[missing - 1])

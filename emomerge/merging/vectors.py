@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,16 +41,20 @@ class Displaced(Checkpoint):
         """Shape and dtype of the base's tensor, to which a writer rounds."""
         return self.base.info(name)
 
+    def scale_of(self, name: str) -> float:
+        """The factor on a tensor's displacement."""
+        return self.scale
+
     def __getitem__(self, name: str) -> Tensor:
         theta, tau = self.base[name], self.tau(name)
-        return theta if tau is None else theta.to(tau.dtype) + self.scale * tau.to(theta.device)
+        return theta if tau is None else theta.to(tau.dtype) + self.scale_of(name) * tau.to(theta.device)
 
     def delta(self, name: str, base: Checkpoint) -> Tensor | None:
         """scale·τ without the rounding of the sum, if `base` is the very base of this checkpoint."""
         if base is not self.base:
             return super().delta(name, base)
         tau = self.tau(name)
-        return None if tau is None else self.scale * tau
+        return None if tau is None else self.scale_of(name) * tau
 
 
 class Candidate(Displaced):
@@ -98,7 +102,8 @@ class TaskVectors:
         """Elements of one task vector."""
         self.dtype = working_dtype(*(theta.info(name).dtype for theta in (base, *runs) for name in self.names))
         """The widest dtype that any of it has."""
-        self.weights: tuple[float, ...] = (1.0,) * len(self.runs)
+        self.weights: Mapping[str, tuple[float, ...]] = dict.fromkeys(self.names, (1.0,) * len(self.runs))
+        """The weights of the runs, by tensor."""
         self.held_out_loss = held_out_loss
         self._run_losses = run_losses
 
@@ -113,21 +118,21 @@ class TaskVectors:
                 raise BadInput("non-finite task vector", where=f"{name} of run {label}", fix="leave this run out")
         return deltas
 
-    def pieces(self, name: str, *, whole: bool = False) -> Iterator[Tensor]:
-        """The runs' τ of a tensor, stacked: flat pieces (runs, n) or the `whole` (runs, *shape); none if none moved."""
+    def rows(self, name: str) -> list[Tensor] | None:
+        """Each run's τ of a tensor, flat, in the dtype of the arithmetic; None where none moved."""
         deltas = self.deltas(name)
         moved = [delta for delta in deltas if delta is not None and delta.numel()]
         if not moved:
-            return
+            return None
         dtype = working_dtype(self.base.info(name).dtype, *(delta.dtype for delta in moved))
         still = torch.zeros_like(moved[0])
-        full = [still if delta is None else delta for delta in deltas]
-        if whole:
-            yield torch.stack([delta.to(dtype) for delta in full])
-            return
-        flat = [delta.flatten() for delta in full]
-        for start in range(0, still.numel(), CHUNK):
-            yield torch.stack([delta[start : start + CHUNK].to(dtype) for delta in flat])
+        return [(still if delta is None else delta).flatten().to(dtype) for delta in deltas]
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The runs' τ of a tensor in flat stacked pieces (runs, n); none if none moved."""
+        rows = self.rows(name)
+        if rows is not None:
+            yield from (piece for _, piece in blocks(rows, CHUNK))
 
     def all_pieces(self) -> Iterator[tuple[str, Tensor]]:
         """The flat pieces (runs, n) of every tensor that moved, with its name."""
@@ -135,9 +140,9 @@ class TaskVectors:
             for piece in self.pieces(name):
                 yield name, piece
 
-    def weights_for(self, deltas: Tensor) -> Tensor:
-        """The weights of the runs (runs,), rounded to the deltas' dtype."""
-        return deltas.new_tensor(self.weights)
+    def weights_for(self, name: str, deltas: Tensor) -> Tensor:
+        """The weights of the runs (runs,) in a tensor, rounded to the deltas' dtype."""
+        return deltas.new_tensor(self.weights[name])
 
     def need_loss(self, what: str) -> Loss:
         """The held-out loss. Raises BadInput, naming what is chosen by it, where there is none."""
@@ -181,6 +186,12 @@ class TaskVectors:
                     expected=f"the base's {_describe(self.base, name)}",
                     found=f"another {_describe(run, name)}",
                 )
+
+
+def blocks(rows: Sequence[Tensor], size: int) -> Iterator[tuple[int, Tensor]]:
+    """Flat tensors (n,) in stacked pieces (runs, size), each with the place of its first element."""
+    for start in range(0, len(rows[0]), size):
+        yield start, torch.stack([row[start : start + size] for row in rows])
 
 
 def merges(info: TensorInfo) -> bool:

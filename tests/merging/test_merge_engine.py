@@ -176,7 +176,7 @@ def test_a_single_run_survives_tall_mask(tensors):
         ("ties", {"density": 0}, "`density` of ties; expected greater than 0; found 0"),
         ("ties", {"density": 1.1}, "`density` of ties"),
         ("ties", {"trim": "tesnor"}, "`trim` of ties; expected 'global', 'tensor' or 'touched'; found 'tesnor'"),
-        ("ties", {"preset": "mergekit"}, "`preset` of ties; expected 'paper'; found 'mergekit'"),
+        ("ties", {"preset": "arcee"}, "`preset` of ties; expected 'paper', 'mergekit' or 'peft'; found 'arcee'"),
         ("tall-mask", {"lambda": -1}, "`lambda` of tall-mask"),
         ("tall-mask", {"k": 1.5}, "`k` of tall-mask"),
         ("mean", {"scale": "big"}, "`scale` of mean"),

@@ -1,15 +1,20 @@
-"""Every method that streams equals its flat twin bit for bit, however the work is split."""
+"""Every method equals its readable twin, however the work is split: bit for bit, unless it decomposes or rotates."""
 
 import math
+import os
+import subprocess
+import sys
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from emomerge.checkpoints import MemoryCheckpoint
 from emomerge.merging import merge, reference, vectors
+from emomerge.merging.methods.sparse import uniform
 
 SHAPES = {"a.weight": (3, 5), "b.weight": (), "c.weight": (0, 4), "d.weight": (17,), "e.weight": (2, 2, 2)}
 
@@ -63,15 +68,25 @@ def assert_same(case, exact_run, expected, *, scale=0.7, chunk=4, threads=1, **a
         patch.setattr(vectors, "CHUNK", chunk)
         merged = merge(case.base, runs, scale=scale, **arguments)
         got = {name: merged[name] for name in merged}
-    start = 0
+    parts = dict(zip(SHAPES, expected.split([math.prod(s) for s in SHAPES.values()]), strict=True))
     for name, shape in SHAPES.items():
-        piece = expected[start : start + math.prod(shape)].view(shape)
-        start += math.prod(shape)
+        piece = parts[name].view(shape)
         if all(taus[name] is None for taus in case.runs) or piece.numel() == 0:
             assert got[name] is case.base[name]
         else:
             want = case.base[name] + scale * piece
             assert torch.equal(bits(got[name]), bits(want)), (name, got[name], want)
+
+
+def tensor_by_tensor(case, function):
+    """A twin that takes one tensor's taus (runs, *shape), over all tensors, joined end to end."""
+    parts = case.taus.split([math.prod(shape) for shape in SHAPES.values()], dim=1)
+    shaped = [(name, part.view(len(part), *shape)) for (name, shape), part in zip(SHAPES.items(), parts, strict=True)]
+    return torch.cat([(function(name, taus) if taus.numel() else taus[0]).flatten() for name, taus in shaped])
+
+
+def chances(name, taus, seed):
+    return torch.stack([uniform(tau, name, run, seed) for run, tau in enumerate(taus)])
 
 
 def mean_one(case):
@@ -114,14 +129,162 @@ def test_ties_of_the_paper(exact_run, case, density, aggregate, chunk, threads):
     assert_same(case, exact_run, expected, method="ties", density=density, aggregate=aggregate, chunk=chunk, threads=threads)
 
 
+elections = st.sampled_from(["sum", "weighted", "count"])
+aggregates = st.sampled_from(["mean", "count", "sum", "max"])
+
+
+@few
+@given(case=any_case, density=densities, preset=st.sampled_from(["mergekit", "peft"]), threads=split["threads"])
+def test_ties_in_two_other_dialects(exact_run, case, density, preset, threads):
+    weights = case.taus.new_tensor(case.weights)
+    elect, aggregate, least = {"mergekit": ("weighted", "mean", 1), "peft": ("sum", "count", 0)}[preset]
+
+    def twin(name, taus):
+        count = max(int(density * taus[0].numel()), least)
+        return reference.consensus(torch.stack([reference.top(tau, count) for tau in taus]), weights, elect, aggregate)
+
+    arguments = {"method": "ties", "preset": preset, "density": density, "weights": case.weights, "threads": threads}
+    assert_same(case, exact_run, tensor_by_tensor(case, twin), **arguments)
+
+
 @few
 @given(case=any_case, density=densities, **split)
-def test_ties_trimmed_tensor_by_tensor(exact_run, case, density, chunk, threads):
+def test_the_paper_s_draw_with_exact_counts(exact_run, case, density, chunk, threads):
+    def twin(name, taus):
+        return torch.stack([reference.top(tau, max(1, int(density * tau.numel()))) for tau in taus]).flatten(1)
+
     sizes = [math.prod(shape) for shape in SHAPES.values()]
-    parts = [reference.trim(part, density) if part.numel() else part for part in case.taus.split(sizes, dim=1)]
-    trimmed = torch.cat(parts, dim=1)
+    parts = case.taus.split(sizes, dim=1)
+    trimmed = torch.cat([twin("", part) if part.numel() else part for part in parts], dim=1)
     expected = reference.ties(trimmed, reference.elect(trimmed))
     assert_same(case, exact_run, expected, method="ties", density=density, trim="tensor", chunk=chunk, threads=threads)
+
+
+@few
+@given(case=any_case, density=densities, elect=elections, aggregate=aggregates, seed=st.integers(0, 3), **split)
+def test_dare(exact_run, case, density, elect, aggregate, seed, chunk, threads):
+    weights = case.taus.new_tensor(case.weights)
+
+    def kept(name, taus):
+        return reference.kept_at_random(taus, chances(name, taus, seed), density)
+
+    common = {"weights": case.weights, "density": density, "seed": seed, "chunk": chunk, "threads": threads}
+    expected = tensor_by_tensor(case, lambda name, taus: reference.consensus(kept(name, taus), weights, elect, aggregate))
+    assert_same(case, exact_run, expected, method="dare-ties", elect=elect, aggregate=aggregate, **common)
+    expected = tensor_by_tensor(
+        case, lambda name, taus: reference.task_arithmetic(kept(name, taus).flatten(1), weights) if taus.ndim > 1
+        else reference.total(weights * kept(name, taus))
+    )  # fmt: skip
+    assert_same(case, exact_run, expected, method="dare-linear", **common)
+
+
+@few
+@given(case=any_case, density=st.sampled_from([0.3, 0.5]), epsilon=st.sampled_from([0.0, 0.2]), elect=elections)
+def test_della(exact_run, case, density, epsilon, elect):
+    weights = case.taus.new_tensor(case.weights)
+
+    def twin(name, taus):
+        kept = [reference.magprune(tau, c, density, epsilon) for tau, c in zip(taus, chances(name, taus, 5), strict=True)]
+        return reference.consensus(torch.stack(kept), weights, elect)
+
+    common = {"method": "della", "weights": case.weights, "density": density, "epsilon": epsilon}
+    assert_same(case, exact_run, tensor_by_tensor(case, twin), **common, elect=elect, seed=5)
+
+
+@few
+@given(case=any_case, density=densities, gamma=st.sampled_from([0.0, 0.01, 0.2, 0.7]), elect=elections, aggregate=aggregates)
+def test_breadcrumbs(exact_run, case, density, gamma, elect, aggregate):
+    weights = case.taus.new_tensor(case.weights)
+
+    def twin(name, taus):
+        kept = torch.stack([reference.breadcrumbs(tau, density, gamma) for tau in taus])
+        return reference.consensus(kept, weights, elect, aggregate)
+
+    common = {"weights": case.weights, "density": density, "gamma": gamma, "elect": elect, "aggregate": aggregate}
+    assert_same(case, exact_run, tensor_by_tensor(case, twin), method="breadcrumbs-ties", **common)
+
+
+# Methods on inner products and singular vectors: equal up to rounding.
+
+NORMAL = {"a.weight": (6, 9), "b.weight": (), "d.weight": (17,), "e.weight": (4, 3, 2)}
+
+
+@st.composite
+def related_runs(draw, most=5):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    number, size = draw(st.integers(2, most)), draw(st.sampled_from([1e-4, 1.0]))
+
+    def normal():
+        return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in NORMAL.items()}
+
+    shared, noise = normal(), [normal() for _ in range(number)]
+    runs = [{name: size * (shared[name] + run[name]) for name in NORMAL} for run in noise]
+    for run in runs:
+        run["b.weight"].abs_()  # numbers lie on a sphere of two points, where opposite runs have no mean
+    return runs, draw(st.lists(st.floats(0.1, 3), min_size=number, max_size=number)), size
+
+
+def assert_close(exact_run, given_runs, twin, **arguments):
+    runs, _, size = given_runs
+    base = MemoryCheckpoint({name: torch.zeros(shape, dtype=torch.float64) for name, shape in NORMAL.items()})
+    merged = merge(base, [exact_run(base, run) for run in runs], **arguments)
+    for name in NORMAL:
+        expected = twin(torch.stack([run[name] for run in runs]) / size)
+        torch.testing.assert_close(merged[name] / size, expected, rtol=1e-6, atol=1e-6)
+
+
+@few
+@given(given_runs=related_runs())
+def test_model_stock(exact_run, given_runs):
+    assert_close(exact_run, given_runs, reference.model_stock, method="model-stock")
+
+
+@few
+@given(given_runs=related_runs(most=2), t=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+def test_slerp(exact_run, given_runs, t):
+    assert_close(exact_run, given_runs, lambda taus: reference.slerp(taus[0], taus[1], t), method="slerp", t=t)
+    assert_close(exact_run, given_runs, lambda taus: reference.slerp(taus[0], taus[1], t), method="nuslerp", weights=[1 - t, t])
+
+
+@few
+@given(given_runs=related_runs())
+def test_karcher_and_multislerp(exact_run, given_runs):
+    weights = given_runs[1]
+    w = torch.tensor(weights, dtype=torch.float64)
+    assert_close(exact_run, given_runs, lambda taus: reference.karcher(taus, w), method="karcher", weights=weights)
+    assert_close(exact_run, given_runs, lambda taus: reference.multislerp(taus, w), method="multislerp", weights=weights)
+
+
+@few
+@given(given_runs=related_runs(most=3))
+def test_singular_vectors(exact_run, given_runs):
+    def twin(function):
+        return lambda taus: function(taus) if taus.ndim == 3 else taus.mean(0)
+
+    assert_close(exact_run, given_runs, twin(reference.tsv), method="tsv")
+    assert_close(exact_run, given_runs, twin(reference.iso_c), method="iso-c")
+
+
+@few
+@given(given_runs=related_runs(), density=st.sampled_from([0.2, 0.7, 1.0]))
+def test_sce(exact_run, given_runs, density):
+    assert_close(exact_run, given_runs, lambda taus: reference.sce(taus, density), method="sce", density=density)
+
+
+def test_fisher(exact_run, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    taus, information = (torch.randn(3, 5, 4, generator=generator) for _ in range(2))
+    information = information.square()
+    information[:, 0] = 0
+    base = MemoryCheckpoint({"w": torch.zeros(5, 4)})
+    for run, f in enumerate(information):
+        save_file({"w": f.contiguous()}, tmp_path / f"{run}.safetensors")
+    files = [str(tmp_path / f"{run}.safetensors") for run in range(3)]
+    weights = [0.5, 1.0, 1.5]
+    merged = merge(base, [exact_run(base, {"w": tau}) for tau in taus], method="fisher", information=files, weights=weights)
+    expected = reference.fisher(taus, information, torch.tensor(weights))
+    assert torch.equal(merged["w"][1:], expected[1:])
+    assert torch.equal(merged["w"][0], reference.mean(taus.flatten(1), torch.tensor(weights)).view(5, 4)[0])
 
 
 @few
@@ -176,3 +339,34 @@ def test_pieces_of_the_real_size_and_two_threads_change_nothing(exact_run):
             assert torch.equal(bits(merged["w"]), bits(base["w"] + tau.view(700, 600)))
             reports.append(merged.diagnostics())
         assert reports[0] == reports[1]
+
+
+PROBE = """
+import hashlib, torch
+from emomerge.checkpoints import MemoryCheckpoint
+from emomerge.merging import merge
+torch.set_num_threads({threads})
+make = lambda seed: torch.randn(200, 300, generator=torch.Generator().manual_seed(seed))
+base = MemoryCheckpoint({{"x.0.w": make(0), "x.1.w": make(1)}})
+runs = [MemoryCheckpoint({{name: base[name] + make(10 + t) for name in base}}) for t in range(3)]
+hashes = hashlib.sha256()
+for method in {methods}:
+    merged = merge(base, runs, method=method)
+    for name in merged:
+        hashes.update(merged[name].numpy().tobytes())
+    hashes.update(repr(merged.diagnostics()).encode())
+print(hashes.hexdigest())
+"""
+DETERMINISTIC = [
+    "ties", "dare-ties", "della", "breadcrumbs", "sce", "tall-mask", "model-stock", "karcher", "multislerp", "tsv", "iso-c",
+]  # fmt: skip
+
+
+def test_processes_with_other_hash_seeds_and_threads_agree():
+    seen = []
+    for seed, threads in (("1", 1), ("2", 2)):
+        script = PROBE.format(threads=threads, methods=DETERMINISTIC)
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+        seen.append(result.stdout)
+    assert seen[0] == seen[1] != ""

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emomerge.merging.thresholds import kth_magnitude
+from emomerge.merging import thresholds
+from emomerge.merging.thresholds import kth_magnitude, kth_smallest, largest
 
 floats32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 floats64 = st.floats(allow_nan=False, allow_infinity=False)
@@ -38,3 +39,28 @@ def test_narrower_pieces_are_widened():
 @pytest.mark.parametrize("numel", [0, 5])
 def test_nothing_to_read_gives_zero(numel):
     assert kth_magnitude(list, [1, 1], numel=numel, dtype=torch.float32).tolist() == [0.0, 0.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**20), kind=st.sampled_from(["normal", "equal", "sorted", "heavy"]), data=st.data())
+def test_the_kth_smallest_is_that_of_a_sort(seed, kind, data):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(5000, generator=generator)
+    x = {"normal": x, "equal": x.round(), "sorted": x.sort().values, "heavy": x.pow(9)}[kind].abs()
+    k = data.draw(st.integers(1, len(x)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(thresholds, "SAMPLE", 64)
+        assert kth_smallest(x, k) == x.sort().values[k - 1]
+
+
+@given(values=st.lists(st.integers(-3, 3), min_size=1, max_size=12), data=st.data())
+def test_exactly_so_many_of_the_largest_and_of_equal_ones_the_first(values, data):
+    x = torch.tensor(values, dtype=torch.float32)
+    count = data.draw(st.integers(-1, len(values) + 1))
+    order = sorted(range(len(values)), key=lambda i: (-abs(values[i]), i))
+    expected = set(order[: max(count, 0)])
+    split = data.draw(st.integers(0, len(values)))
+    cut, rows = largest([x, x], [count, 1]), torch.stack([x, x])
+    mask = torch.cat([cut.mask(rows[:, :split]), cut.mask(rows[:, split:], offset=split)], dim=1)
+    assert {i for i, kept in enumerate(mask[0]) if kept} == expected
+    assert {i for i, kept in enumerate(mask[1]) if kept} == {order[0]}

@@ -1,0 +1,92 @@
+"""Weighted averages of the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emomerge.checkpoints import Checkpoint, all_finite, open_checkpoint
+from emomerge.errors import BadInput
+from emomerge.merging.methods.sums import run_sum, weighted_sum
+from emomerge.merging.registry import merge_method
+from emomerge.merging.vectors import TaskVectors
+
+
+@merge_method("task-arithmetic", source="Ilharco et al. 2023", elementwise=True, relative_weights=False)
+def task_arithmetic(deltas: Tensor, weights: Tensor) -> Tensor:
+    """Σ_t w_t τ_t, with w_t as given (1 by default, negative to forget)."""
+    return weighted_sum(deltas, weights)
+
+
+@merge_method("mean", source="Wortsman et al. 2022; Ramé et al. 2022", elementwise=True)
+def mean(deltas: Tensor, weights: Tensor) -> Tensor:
+    """Σ_t w_t τ_t / Σ_t w_t."""
+    return weighted_sum(deltas, weights) / len(deltas)
+
+
+# ---------------------------------------------------------------------------------------------------------- greedy-soup
+
+
+def choose_members(vectors: TaskVectors) -> dict[str, Any]:
+    """From the best run on, add each run with which the mean is no worse on held-out data."""
+    vectors.need_loss("greedy-soup")
+    losses = vectors.run_losses("greedy-soup")
+    best, *others = sorted(range(len(vectors)), key=losses.__getitem__)
+    chosen: tuple[int, ...] = (best,)
+    lowest = losses[best]
+    for run in others:
+        candidate = (*chosen, run)
+        loss = vectors.loss_of(lambda _, deltas: greedy_soup(deltas, chosen=candidate), "greedy-soup")  # noqa: B023
+        if loss <= lowest:
+            chosen, lowest = candidate, loss
+    return {"chosen": chosen, "members": tuple(vectors.labels[run] for run in chosen)}
+
+
+@merge_method("greedy-soup", source="Wortsman et al. 2022", elementwise=True, first_pass=choose_members)
+def greedy_soup(deltas: Tensor, *, chosen: tuple[int, ...]) -> Tensor:
+    """The plain mean of the runs that a greedy search by held-out loss picks."""
+    return run_sum(deltas[run] for run in chosen) / len(chosen)
+
+
+# --------------------------------------------------------------------------------------------------------------- fisher
+
+
+def open_information(vectors: TaskVectors, *, information: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The F_t of each run, from the safetensors file or folder named for it: the base's tensor names and shapes."""
+    if len(information) != len(vectors):
+        raise BadInput(
+            "`information` does not fit the runs",
+            where="fisher",
+            expected=f"{len(vectors)} files of squared gradients, one for each run",
+            found=len(information),
+        )
+    opened = [open_checkpoint(Path(path)) for path in information]
+    for name in vectors.names:
+        for fisher in opened:
+            expected = vectors.base.info(name).shape
+            if name not in fisher or fisher.info(name).shape != expected:
+                found = list(fisher.info(name).shape) if name in fisher else "no such tensor"
+                raise BadInput(
+                    "information does not fit the base",
+                    where=f"{name} in {fisher.source}",
+                    expected=list(expected),
+                    found=found,
+                )
+    return {"opened": opened}
+
+
+@merge_method("fisher", source="Matena and Raffel 2022", first_pass=open_information)
+def fisher(deltas: Tensor, weights: Tensor, name: str, *, opened: Sequence[Checkpoint]) -> Tensor:
+    """Σ_t w_t F_t τ_t / Σ_t w_t F_t, F_t the runs' mean squared gradients; the mean where all are zero."""
+    weighted, whole = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for delta, weight, checkpoint in zip(deltas, weights, opened, strict=True):
+        f = checkpoint[name].to(delta)
+        if not all_finite(f) or (f < 0).any():
+            raise BadInput("squared gradients are finite and not negative", where=f"{name} in {checkpoint.source}")
+        weighted += weight * f * delta
+        whole += weight * f
+    return torch.where(whole > 0, weighted / whole.where(whole > 0, 1), mean(deltas, weights))
