@@ -11,7 +11,7 @@ import emomerge
 import emomerge.integrations
 
 PACKAGE = Path(emomerge.__file__).parent
-FLOOR = {"errors", "checkpoints"}
+FLOOR = {"errors", "checkpoints", "native"}
 ALLOWED = {
     "checkpoints": FLOOR,
     "optim": FLOOR,

@@ -18,7 +18,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) 
         generator: on x's device.
 
     Returns:
-        A tensor of `dtype`; values beyond its range become infinite, as in ordinary rounding.
+        A tensor of `dtype`; values beyond its largest are rounded as usual, to that or to infinity.
     """
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(x)
@@ -27,4 +27,4 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) 
     lower = scaled.floor()
     draw = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     rounded = (lower + (draw < scaled - lower)).mul_(spacing)
-    return torch.where(torch.isfinite(x), rounded, x).to(dtype)
+    return torch.where(x.abs() <= info.max, rounded, x).to(dtype)

@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from emomerge.checkpoints.rounding import stochastic_round
 from emomerge.errors import BadInput, MissingLossError
 from emomerge.optim import capture
-from emomerge.optim.batches import Batch, Lists, State, Tensors, batches, block_size, to_wide, wide
+from emomerge.optim.batches import Batch, Lists, State, Tensors, batches, block_size, local, to_wide, wide
 from emomerge.optim.device_pulse import DevicePulse
 from emomerge.optim.intake import LossIntake
 from emomerge.optim.pulse import EmoPulse
@@ -311,6 +311,7 @@ class EmoOptimizer(Optimizer):
 
     def _write(self, target: Tensors, source: Tensors, group: Group) -> None:
         """Round to half precision."""
+        target, source = [local(p) for p in target], [local(t) for t in source]
         if group["stochastic_rounding"]:
             source = [stochastic_round(t, p.dtype, self._generator(p.device)) for p, t in zip(target, source, strict=True)]
         torch._foreach_copy_(target, source)

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from emomerge.errors import BadInput
 from emomerge.optim import native
-from emomerge.optim.base import EmoOptimizer
+from emomerge.optim.base import EmoOptimizer, Group
 from emomerge.optim.batches import Tensors, block_size, blocks, exact, local, sum_over_shards, wide
 
 Geometry = Literal["exact", "l1"]
@@ -80,7 +80,11 @@ class WRefOptimizer(EmoOptimizer):
             raise BadInput("`capturable` keeps the host out of the step, where l1 decides", fix="use geometry='exact'")
         super().__init__(params, lr, **options)
         self.add_default("geometry", geometry)
-        self.param_groups[0].setdefault("l1", 0.0)  # Σ|W| that the last step left; 0 before the first
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Train more parameters from now on; Σ|W| starts anew, so that their weights do not pass for growth."""
+        super().add_param_group(param_group)
+        self.param_groups[0]["l1"] = 0.0
 
     def survey(self) -> list[Tensor]:
         """Σ|W| over all parameters of all groups, if a group needs it."""
