@@ -4,11 +4,15 @@ from emomerge.checkpoints.atomic import new_folder, replace, sha256, write_json,
 from emomerge.checkpoints.checkpoint import Checkpoint, MemoryCheckpoint, TensorInfo, all_finite, working_dtype
 from emomerge.checkpoints.names import disk_names, load_into, model_checkpoint
 from emomerge.checkpoints.reader import open_checkpoint
-from emomerge.checkpoints.writer import write_checkpoint
+from emomerge.checkpoints.rounding import Rounding, RoundingLoss
+from emomerge.checkpoints.writer import SideFile, write_checkpoint
 
 __all__ = [
     "Checkpoint",
     "MemoryCheckpoint",
+    "Rounding",
+    "RoundingLoss",
+    "SideFile",
     "TensorInfo",
     "all_finite",
     "disk_names",

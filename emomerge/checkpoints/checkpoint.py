@@ -78,6 +78,10 @@ class Checkpoint(Mapping[str, Tensor]):
         dtype = working_dtype(ours.dtype, theirs.dtype)
         return ours.to(dtype) - theirs.to(dtype)
 
+    def with_base(self, name: str, base: Checkpoint) -> tuple[Tensor, Tensor, Tensor | None]:
+        """θ, θ₀ and τ of one tensor; a checkpoint that computes θ from τ overrides this, so that it does so once."""
+        return self[name], base[name], self.delta(name, base)
+
 
 class MemoryCheckpoint(Checkpoint):
     """Tensors that are already in memory, such as a model's state dict."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo
@@ -51,10 +51,14 @@ class Header(NamedTuple):
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+    places: dict[str, int]
+    """Where in the file each tensor's data begin."""
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """Tensors of one or several safetensors files, mapped into memory when they are asked for.
+    """Tensors of one or several safetensors files, read when they are asked for.
+
+    Read, not mapped: the pages of a mapped file stay in the process for as long as any tensor of it is in use.
 
     Args:
         files: the file that holds each tensor.
@@ -65,7 +69,6 @@ class SafetensorsCheckpoint(Checkpoint):
         self._files = {name: files[name] for name in sorted(files)}
         self._names = tuple(self._files)
         self._headers = headers
-        self._open: dict[Path, Any] = {}
         self.source = source
         self.folder = folder
 
@@ -73,16 +76,23 @@ class SafetensorsCheckpoint(Checkpoint):
         """All tensor names, sorted."""
         return self._names
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that hold the tensors, sorted."""
+        return tuple(sorted(self._headers))
+
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype from the file's header."""
         return self._headers[self._files[name]].tensors[name]
 
     def __getitem__(self, name: str) -> Tensor:
-        path = self._files[name]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        tensor: Tensor = self._open[path].get_tensor(name)
-        return tensor
+        path, info = self._files[name], self.info(name)
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        data = np.fromfile(path, np.uint8, info.nbytes, offset=self._headers[path].places[name])
+        if data.nbytes != info.nbytes:
+            raise _truncated(path, self._headers[path].places[name] + info.nbytes, path.stat().st_size)
+        return torch.from_numpy(data).view(info.dtype).view(info.shape)
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -125,6 +135,7 @@ def read_header(path: Path) -> Header:
         header = json.loads(text)
         metadata = header.pop("__metadata__", None) or {}
         tensors = {name: _entry(path, name, entry) for name, entry in header.items()}
+        places = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
         extent = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         if isinstance(error, BadInput):
@@ -132,7 +143,7 @@ def read_header(path: Path) -> Header:
         raise _not_safetensors(path, "its header is not the format's JSON") from error
     if 8 + length + extent != total:
         raise _truncated(path, 8 + length + extent, total)
-    return Header(tensors, metadata)
+    return Header(tensors, metadata, places)
 
 
 def inside(folder: Path, name: str, *, named_by: Path) -> Path:

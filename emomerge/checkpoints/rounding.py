@@ -1,9 +1,47 @@
-"""Rounding to a narrower floating dtype."""
+"""Rounding to a narrower floating dtype, and what it takes from a small displacement."""
 
 from __future__ import annotations
 
+import hashlib
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from emomerge.checkpoints.checkpoint import Checkpoint
+
+Rounding = Literal["nearest", "stochastic"]
+
+PIECE = 2**17
+"""Elements worked on at a time."""
+ROW = 4096
+"""Elements that are always added together, so that no thread count changes a sum."""
+
+
+def round_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round once, to nearest even. torch takes float64 to 16 bits through fp32, which would round twice."""
+    if tensor.dtype == torch.float64 and dtype.is_floating_point and dtype.itemsize < 4:
+        near = tensor.float()
+        # Round to odd: an inexact fp32 value gets its last bit set, so that it can be no tie of the second rounding.
+        away = torch.where(tensor > near, torch.inf, -torch.inf).to(near.dtype)
+        even = near.view(torch.int32) % 2 == 0
+        tensor = torch.where((near != tensor) & even, torch.nextafter(near, away), near)
+    return tensor.to(dtype)
+
+
+def round_at_random(tensor: Tensor, dtype: torch.dtype, *, name: str, seed: int) -> Tensor:
+    """`stochastic_round` by draws that depend on seed and name alone; to nearest where `dtype` is no narrower 16-bit float.
+
+    Draws are made on the CPU, so that the bits are those of no device in particular.
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or tensor.dtype not in (torch.float32, torch.float64):
+        return round_to(tensor, dtype)
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    pieces = tensor.cpu().flatten().split(PIECE)
+    return torch.cat([stochastic_round(piece.float(), dtype, generator) for piece in pieces]).view(tensor.shape)
 
 
 def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -28,3 +66,47 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, generator: torch.Generator) 
     draw = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     rounded = (lower + (draw < scaled - lower)).mul_(spacing)
     return torch.where(x.abs() <= info.max, rounded, x).to(dtype)
+
+
+class RoundingLoss:
+    """What rounding takes from θ = θ₀ + τ, summed over the tensors that move.
+
+    Args:
+        base: θ₀.
+    """
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.base = base
+        self._moved = self._unchanged = 0
+        self._squared_errors: list[float] = []
+        self._squared_lengths: list[float] = []
+
+    def add(self, theta0: Tensor, tau: Tensor, rounded: Tensor) -> None:
+        """A tensor: θ₀ as stored, τ in the dtype of the arithmetic, and what is written for θ₀ + τ; of one shape."""
+        pieces = (tensor.flatten().split(PIECE) for tensor in (theta0, tau, rounded.to(tau.device)))
+        for old, moves, new in zip(*pieces, strict=True):
+            moved = moves != 0
+            self._moved += int(moved.count_nonzero())
+            self._unchanged += int((moved & (new == round_to(old, new.dtype))).count_nonzero())
+            error = new.to(moves.dtype) - old.to(moves.dtype) - moves
+            self._squared_errors += _squared_lengths(error)
+            self._squared_lengths += _squared_lengths(moves)
+
+    def figures(self) -> dict[str, float | None]:
+        """Ready for JSON; None where nothing moved.
+
+        - `unchanged`: of the weights with τ ≠ 0, the share that is written as the base's weight would be.
+        - `relative_error`: ‖round(θ₀ + τ) − θ₀ − τ‖ / ‖τ‖.
+        """
+        length = math.sqrt(math.fsum(self._squared_lengths))
+        return {
+            "unchanged": self._unchanged / self._moved if self._moved else None,
+            "relative_error": math.sqrt(math.fsum(self._squared_errors)) / length if length else None,
+        }
+
+
+def _squared_lengths(values: Tensor) -> list[float]:
+    """Σ x² of rows of a flat tensor, in float64."""
+    rows = pad(values, (0, -len(values) % ROW)).view(-1, ROW)
+    lengths: list[float] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square().tolist()
+    return lengths

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from emomerge.checkpoints.atomic import new_path, require_space, translate_os_error
 from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo, all_finite
 from emomerge.checkpoints.reader import DTYPES, inside
+from emomerge.checkpoints.rounding import Rounding, RoundingLoss, round_at_random, round_to
 from emomerge.errors import BadInput
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -26,6 +28,23 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 
 Plan = dict[str, TensorInfo]
 ExtraFiles = Mapping[str, str] | Callable[[], Mapping[str, str]]
+Progress = Callable[[str, int], None]
+
+
+class SideFile(NamedTuple):
+    """Tensors that go into a file of their own beside the weights, as they are, with the metadata of its header."""
+
+    tensors: Checkpoint
+    metadata: Mapping[str, str]
+
+
+class _Manner(NamedTuple):
+    """How tensors are written."""
+
+    rounding: Rounding = "nearest"
+    seed: int = 0
+    loss: RoundingLoss | None = None
+    progress: Progress | None = None
 
 
 def write_checkpoint(
@@ -33,21 +52,29 @@ def write_checkpoint(
     out: str | Path,
     *,
     dtype: str = "base",
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    loss: RoundingLoss | None = None,
     max_shard_size: str | int = "5GB",
     files_from: Path | None = None,
+    beside: Mapping[str, SideFile] = MappingProxyType({}),
     extra_files: ExtraFiles = MappingProxyType({}),
     force: bool = False,
-    progress: Callable[[str, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, str]:
     """Write weights as safetensors, holding one tensor in memory at a time; equal input gives equal bytes.
 
     Args:
         checkpoint: the weights. Where `checkpoint[name]` is wider than `checkpoint.info(name).dtype`, as a baked or
-            merged tensor is, it is rounded once, to nearest even.
+            merged tensor is, it is rounded once.
         out: a name that ends in `.safetensors` for one file; any other for a folder that `from_pretrained` loads.
         dtype: "float32", "bfloat16" or "float16" for floating tensors; "base" keeps the dtypes of `info()`.
+        rounding: to the nearest value, of two the even one; or "stochastic": up or down at random, exact in the mean.
+        seed: of stochastic rounding; the draws depend on it and on the tensor's name.
+        loss: adds up what rounding takes from the displacement from its base.
         max_shard_size: bytes, or a string such as "5GB", above which a folder's weights are split into files.
         files_from: a folder whose config, tokenizer and preprocessor files are copied along.
+        beside: file name → more tensors, for a folder.
         extra_files: file name → text, or a function that gives it and is called after all weights are written.
         force: replace an `out` that exists; it is left as it is until the new one is complete.
         progress: called with each tensor's name and bytes once it is written.
@@ -62,31 +89,33 @@ def write_checkpoint(
     plan = {name: _stored(checkpoint.info(name), dtype) for name in checkpoint.names()}
     needed = sum(info.nbytes for info in plan.values())
     limit = _bytes(max_shard_size)
+    manner = _Manner(rounding, seed, loss, progress)
     for folder in (checkpoint.folder, files_from):
         if folder is not None and out.resolve() in folder.resolve().parents:
             raise BadInput("refusing to replace a folder that is read from", where=out, found=folder)
     with translate_os_error(out, needed=needed), new_path(out, force=force) as temporary:
         require_space(out, needed)
         if out.suffix == ".safetensors":
-            return {out.name: _write_file(checkpoint, plan, temporary, progress)}
+            return {out.name: _write_file(checkpoint, plan, temporary, manner)}
         temporary.mkdir()
         if files_from is not None:
             _copy_files(files_from, temporary)
-        hashes = _write_shards(checkpoint, plan, temporary, limit, progress)
+        hashes = _write_shards(checkpoint, plan, temporary, limit, manner)
+        for name, (tensors, metadata) in beside.items():
+            infos = {tensor: tensors.info(tensor) for tensor in tensors}
+            hashes[name] = _write_file(tensors, infos, temporary / name, _Manner(), metadata)
         for name, text in (extra_files() if callable(extra_files) else extra_files).items():
             (temporary / name).write_text(text, encoding="utf-8", newline="\n")
         return hashes
 
 
-def _write_shards(
-    checkpoint: Checkpoint, plan: Plan, folder: Path, limit: int, progress: Callable[[str, int], None] | None
-) -> dict[str, str]:
+def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path, limit: int, manner: _Manner) -> dict[str, str]:
     """Write the weight files, and the index if there are several, as transformers names them."""
     shards = _shards(plan, limit)
     if len(shards) == 1:
-        return {"model.safetensors": _write_file(checkpoint, plan, folder / "model.safetensors", progress)}
+        return {"model.safetensors": _write_file(checkpoint, plan, folder / "model.safetensors", manner)}
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    hashes = {name: _write_file(checkpoint, shard, folder / name, progress) for name, shard in zip(names, shards, strict=True)}
+    hashes = {name: _write_file(checkpoint, shard, folder / name, manner) for name, shard in zip(names, shards, strict=True)}
     index = {
         "metadata": {
             "total_parameters": sum(info.numel for info in plan.values()),
@@ -98,28 +127,30 @@ def _write_shards(
     return hashes
 
 
-def _write_file(checkpoint: Checkpoint, plan: Plan, path: Path, progress: Callable[[str, int], None] | None) -> str:
+def _write_file(
+    checkpoint: Checkpoint, plan: Plan, path: Path, manner: _Manner, metadata: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """Write one safetensors file and return its SHA-256."""
     order = sorted(plan, key=lambda name: (-plan[name].dtype.itemsize, name))  # keeps every tensor aligned
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        head = _header(plan, order)
+        head = _header(plan, order, metadata)
         file.write(head)
         digest.update(head)
         for name in order:
-            data = _raw_bytes(_rounded(checkpoint, name, plan[name]))
+            data = _raw_bytes(_rounded(checkpoint, name, plan[name], manner))
             file.write(data)
             digest.update(data)
-            if progress is not None:
-                progress(name, plan[name].nbytes)
+            if manner.progress is not None:
+                manner.progress(name, plan[name].nbytes)
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
-def _header(plan: Plan, order: list[str]) -> bytes:
+def _header(plan: Plan, order: list[str], metadata: Mapping[str, str]) -> bytes:
     """The safetensors header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     begin = 0
     for name in order:
         info = plan[name]
@@ -131,12 +162,19 @@ def _header(plan: Plan, order: list[str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo) -> Tensor:
-    tensor = checkpoint[name].detach()
+def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo, manner: _Manner) -> Tensor:
+    loss, old, delta = manner.loss, None, None
+    if loss is None:
+        tensor = checkpoint[name].detach()
+    else:
+        tensor, old, delta = checkpoint.with_base(name, loss.base)
     where = f"{checkpoint.source}, {name}"
     if tuple(tensor.shape) != info.shape:
         raise BadInput("tensor of another shape than announced", where=where, expected=info.shape, found=tensor.shape)
-    rounded = round_to(tensor, info.dtype).cpu().contiguous()
+    if manner.rounding == "stochastic":
+        rounded = round_at_random(tensor, info.dtype, name=name, seed=manner.seed).contiguous()
+    else:
+        rounded = round_to(tensor, info.dtype).cpu().contiguous()
     if not all_finite(rounded):
         overflow = all_finite(tensor)
         raise BadInput(
@@ -144,18 +182,9 @@ def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo) -> Tensor:
             where=where,
             fix="write it as bfloat16 or float32" if overflow else "look at the run that it comes from",
         )
+    if loss is not None and old is not None and delta is not None:
+        loss.add(old, delta, rounded)
     return rounded
-
-
-def round_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round once, to nearest even. torch takes float64 to 16 bits through fp32, which would round twice."""
-    if tensor.dtype == torch.float64 and dtype.is_floating_point and dtype.itemsize < 4:
-        near = tensor.float()
-        # Round to odd: an inexact fp32 value gets its last bit set, so that it can be no tie of the second rounding.
-        away = torch.where(tensor > near, torch.inf, -torch.inf).to(near.dtype)
-        even = near.view(torch.int32) % 2 == 0
-        tensor = torch.where((near != tensor) & even, torch.nextafter(near, away), near)
-    return tensor.to(dtype)
 
 
 def _raw_bytes(tensor: Tensor) -> memoryview:

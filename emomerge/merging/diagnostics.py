@@ -58,6 +58,18 @@ class Figures:
         if masks is not None:
             self.masked += masks.reshape(len(masks), -1).sum(dim=1).cpu()
 
+    def add_sums(self, products: Tensor, counts: Tensor) -> None:
+        """What kernels.c has summed up: products (pieces, pairs) of some pieces, and their counts."""
+        for sums, new in zip(self.products.values(), products.T.tolist(), strict=True):
+            sums += new
+        runs = len(self.masked)
+        masked, signs, shared, rest = counts.split([runs, runs * runs, runs * runs, 2])
+        for table, upper in ((self.signs, signs), (self.shared, shared)):
+            table += upper.view(runs, runs) + upper.view(runs, runs).triu(1).T
+        self.masked += masked
+        self.moved += int(rest[0])
+        self.kept += int(rest[1])
+
     def _add(self, deltas: Tensor, merged: Tensor) -> None:
         mean = run_sum(deltas) / len(deltas)
         x = torch.cat([deltas, torch.stack([merged, mean, torch.where(merged != 0, mean, 0)])]).double()

@@ -110,6 +110,8 @@ class MergedCheckpoint(Displaced):
             self._task.check_equal(name)
             return None
         figures = Figures(len(self._task))
+        if (merged := self._tau_native(name, figures)) is not None:
+            return merged
         parts: list[Tensor] = []
         rows = self._task.rows(name)
         if rows is not None:
@@ -129,12 +131,33 @@ class MergedCheckpoint(Displaced):
         self._figures.setdefault(name, figures)
         return torch.cat(parts).view(self.info(name).shape) if parts else None
 
+    def _tau_native(self, name: str, figures: Figures) -> Tensor | None:
+        """The same by compiled kernels, where there are some for the method and the tensor."""
+        native, source = self._method.native, self._task.source(name) if self._method.native else None
+        if native is None or source is None:
+            return None
+        inputs = self._parameters(name) | {"source": source, "figures": figures}
+        inputs["weights"] = self._task.weights_for(name, torch.empty(0))
+        result = native(**select(native, inputs))
+        if result is None:
+            return None
+        merged, masking = result
+        self._masking |= masking
+        self._figures.setdefault(name, figures)
+        return merged
+
+    def _parameters(self, name: str) -> dict[str, Any]:
+        """The method's parameters for a tensor, and what its first pass found."""
+        numbers = {
+            key: setting[name] if self._method.settings[key].each_run else setting[name][0]
+            for key, setting in self._numbers.items()
+        }
+        return {**self._options, **self._found, **numbers}
+
     def _given(self, name: str, rows: list[Tensor]) -> dict[str, Any]:
         """What the method is given for every piece of a tensor, the results of its passes included."""
-        given = {**self._options, **self._found, "name": name, "shape": self.info(name).shape}
+        given = self._parameters(name) | {"name": name, "shape": self.info(name).shape}
         given["weights"] = self._task.weights_for(name, rows[0])
-        for key, numbers in self._numbers.items():
-            given[key] = numbers[name] if self._method.settings[key].each_run else numbers[name][0]
         uses = [self._method.function, *([self._method.tensor_pass] if self._method.tensor_pass else [])]
         if any("base" in inspect.signature(function).parameters for function in uses):
             given["base"] = self._base_of(name, rows[0])
@@ -145,6 +168,22 @@ class MergedCheckpoint(Displaced):
     def _base_of(self, name: str, like: Tensor) -> Tensor:
         """θ₀ of a tensor, flat, in the dtype and on the device of the deltas."""
         return self.base[name].flatten().to(like)
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The runs' names."""
+        return self._task.labels
+
+    def moves(self, name: str) -> bool:
+        """Whether any run moves a tensor."""
+        if merges(self.info(name)) and name not in self._figures:
+            self.tau(name)
+        return name in self._figures and self._figures[name].moved > 0
+
+    def given(self, name: str) -> dict[str, Any]:
+        """What the method is given for a tensor that moves, in one flat piece: `deltas` (runs, n) and the rest."""
+        rows = self._task.rows(name) or []
+        return self._given(name, rows) | {"deltas": torch.stack(rows), "offset": 0}
 
     def scale_by(self, setting: Setting) -> None:
         """Take this factor on τ_m, one number or a setting that differs from tensor to tensor."""

@@ -52,6 +52,7 @@ class MergeMethod:
     tuned: bool
     first_pass: Pass | None
     tensor_pass: Pass | None
+    native: Callable[..., tuple[Tensor, bool] | None] | None
     advice: Callable[[dict[str, Any]], list[str]] | None
     schema: type[Schema]
     settings: Mapping[str, Setting]
@@ -81,6 +82,7 @@ def merge_method(
     tuned: bool = False,
     first_pass: Pass | None = None,
     tensor_pass: Pass | None = None,
+    native: Callable[..., tuple[Tensor, bool] | None] | None = None,
     advice: Callable[[dict[str, Any]], list[str]] | None = None,
 ) -> Callable[[Method], Method]:
     """Register a function on one tensor as a merge method.
@@ -101,6 +103,8 @@ def merge_method(
             elsewhere it may take, without a default, as the numbers of every tensor by its name.
         tensor_pass: a function of one tensor, which runs before the function is given that tensor. It takes what it names
             of `rows` (the flat τ_t, a list of (n,)), `shape`, `weights`, `base` (n,), `name`, and parameters.
+        native: the same as the function for a whole tensor, compiled: of a `source` (`merging.native.Source`), `figures`, which
+            it adds up, `weights`, and parameters it makes τ_m and whether the method masks, or None where it cannot.
         advice: warnings that the finished diagnostics call for.
     """
 
@@ -117,7 +121,18 @@ def merge_method(
             fields["weights"] = (list[setting_of(Finite)] | Literal["equal", "auto"] | None, None)  # type: ignore[misc]
         schema = create_model(f"{name} parameters", __base__=Schema, **fields)
         METHODS[name] = MergeMethod(
-            name, function, source, elementwise, relative_weights, tuned, first_pass, tensor_pass, advice, schema, settings
+            name,
+            function,
+            source,
+            elementwise,
+            relative_weights,
+            tuned,
+            first_pass,
+            tensor_pass,
+            native,
+            advice,
+            schema,
+            settings,
         )
         return function
 

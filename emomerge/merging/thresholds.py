@@ -51,6 +51,13 @@ def kth_magnitude(stream: Callable[[], Iterable[Tensor]], ranks: Sequence[int], 
     return prefix.to(_INTEGERS[dtype]).view(dtype)
 
 
+def rank_of(counts: Tensor, rank: int) -> tuple[int, int]:
+    """The value at which the counts of values 0, 1, 2 … reach a rank (from 1), and the rank among its equals."""
+    up_to = counts.cumsum(0)
+    value = int(torch.searchsorted(up_to, rank))
+    return value, rank - int(up_to[value] - counts[value])
+
+
 SAMPLE = 2**14
 """Elements that bracket a rank before it is found exactly."""
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from emomerge.checkpoints import Checkpoint, TensorInfo, working_dtype
 from emomerge.errors import BadInput
+from emomerge.merging.native import Source, open_source
+from emomerge.merging.thresholds import rank_of
 
 CHUNK = 2**17
 """Elements of a piece: five runs' worth of them and a few temporaries stay in the cache."""
@@ -46,15 +48,21 @@ class Displaced(Checkpoint):
         return self.scale
 
     def __getitem__(self, name: str) -> Tensor:
-        theta, tau = self.base[name], self.tau(name)
-        return theta if tau is None else theta.to(tau.dtype) + self.scale_of(name) * tau.to(theta.device)
+        return self.with_base(name, self.base)[0]
 
     def delta(self, name: str, base: Checkpoint) -> Tensor | None:
         """scale·τ without the rounding of the sum, if `base` is the very base of this checkpoint."""
         if base is not self.base:
             return super().delta(name, base)
-        tau = self.tau(name)
-        return None if tau is None else self.scale_of(name) * tau
+        tau, scale = self.tau(name), self.scale_of(name)
+        return tau if tau is None or scale == 1 else scale * tau
+
+    def with_base(self, name: str, base: Checkpoint) -> tuple[Tensor, Tensor, Tensor | None]:
+        """θ₀ + scale·τ, θ₀ and scale·τ."""
+        if base is not self.base:
+            return super().with_base(name, base)
+        old, delta = base[name], self.delta(name, base)
+        return (old, old, None) if delta is None else (old.to(delta.dtype, copy=True).add_(delta.to(old.device)), old, delta)
 
 
 class Candidate(Displaced):
@@ -139,6 +147,28 @@ class TaskVectors:
         for name in self.names:
             for piece in self.pieces(name):
                 yield name, piece
+
+    def source(self, name: str) -> Source | None:
+        """A tensor as it is stored, for compiled kernels; None where these cannot work on it, or no run moves it."""
+        return open_source(name, self.base, self.runs, self.labels)
+
+    def kth_magnitude_native(self, ranks: Sequence[int]) -> Tensor | None:
+        """As `thresholds.kth_magnitude` over all tensors, float32, compiled; None where a tensor is of another kind."""
+        if self.dtype != torch.float32:
+            return None
+        found = torch.zeros(len(self.runs), dtype=torch.int64)
+        remaining = list(ranks)
+        for shift in (16, 0):
+            counts = torch.zeros(len(self.runs), 2**16, dtype=torch.int64)
+            prefixes = [-1] * len(self.runs) if shift else [int(pattern) >> 16 for pattern in found]
+            for name in self.names:
+                if (source := self.source(name)) is None:
+                    return None
+                counts += source.count_all(shift, prefixes)
+            for run, rank in enumerate(remaining):
+                digit, remaining[run] = rank_of(counts[run], rank)
+                found[run] |= digit << shift
+        return found.to(torch.int32).view(torch.float32)
 
     def weights_for(self, name: str, deltas: Tensor) -> Tensor:
         """The weights of the runs (runs,) in a tensor, rounded to the deltas' dtype."""

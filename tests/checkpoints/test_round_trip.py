@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from emomerge.checkpoints import Checkpoint, MemoryCheckpoint, TensorInfo, open_checkpoint, sha256, write_checkpoint
 from emomerge.checkpoints.reader import DTYPES
-from emomerge.checkpoints.writer import round_to
+from emomerge.checkpoints.rounding import round_to
 from emomerge.errors import BadInput
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,17 +12,33 @@ from torch import Tensor
 from emomerge.checkpoints import Checkpoint, all_finite, open_checkpoint
 from emomerge.errors import BadInput
 from emomerge.merging.methods.sums import run_sum, weighted_sum
+from emomerge.merging.native import Source
 from emomerge.merging.registry import merge_method
 from emomerge.merging.vectors import TaskVectors
 
+if TYPE_CHECKING:
+    from emomerge.merging.diagnostics import Figures
 
-@merge_method("task-arithmetic", source="Ilharco et al. 2023", elementwise=True, relative_weights=False)
+
+def task_arithmetic_native(source: Source, weights: Tensor, figures: Figures) -> tuple[Tensor, bool]:
+    """Compiled."""
+    return source.merge("linear", weights, figures=figures), False
+
+
+@merge_method(
+    "task-arithmetic", source="Ilharco et al. 2023", elementwise=True, relative_weights=False, native=task_arithmetic_native
+)
 def task_arithmetic(deltas: Tensor, weights: Tensor) -> Tensor:
     """Σ_t w_t τ_t, with w_t as given (1 by default, negative to forget)."""
     return weighted_sum(deltas, weights)
 
 
-@merge_method("mean", source="Wortsman et al. 2022; Ramé et al. 2022", elementwise=True)
+def mean_native(source: Source, weights: Tensor, figures: Figures) -> tuple[Tensor, bool]:
+    """Compiled."""
+    return source.merge("linear", weights, options=(1,), figures=figures), False
+
+
+@merge_method("mean", source="Wortsman et al. 2022; Ramé et al. 2022", elementwise=True, native=mean_native)
 def mean(deltas: Tensor, weights: Tensor) -> Tensor:
     """Σ_t w_t τ_t / Σ_t w_t."""
     return weighted_sum(deltas, weights) / len(deltas)

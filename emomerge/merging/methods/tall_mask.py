@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -13,8 +13,12 @@ from torch import Tensor
 from emomerge.errors import BadInput
 from emomerge.merging.methods.sums import weighted_sum
 from emomerge.merging.methods.ties import ties, trim_and_elect
+from emomerge.merging.native import Source
 from emomerge.merging.registry import merge_method
 from emomerge.merging.vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from emomerge.merging.diagnostics import Figures
 
 Lambda = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Votes = Annotated[int, Field(ge=0)]
@@ -85,10 +89,21 @@ def tall_mask_advice(report: dict[str, Any]) -> list[str]:
     return warnings
 
 
+def tall_mask_native(
+    source: Source, weights: Tensor, figures: Figures, *, lambdas: tuple[float, ...], votes: int, reference: Reference
+) -> tuple[Tensor, bool] | None:
+    """Compiled, but for the reference that is itself a merge."""
+    if reference == "ties":
+        return None
+    options = (votes, reference == "mean")
+    return source.merge("tall-mask", weights, numbers=torch.tensor(lambdas), options=options, figures=figures), True
+
+
 @merge_method(
     "tall-mask",
     source="Wang et al. 2024",
     elementwise=True,
+    native=tall_mask_native,
     tuned=True,
     first_pass=settle_lambdas,
     advice=tall_mask_advice,

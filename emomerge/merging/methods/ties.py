@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -11,10 +11,14 @@ from torch import Tensor
 
 from emomerge.errors import BadInput
 from emomerge.merging.methods.sums import PIECE, run_sum
+from emomerge.merging.native import AGGREGATE, ELECT, Source
 from emomerge.merging.registry import merge_method
 from emomerge.merging.settings import PerRun, constant
 from emomerge.merging.thresholds import Cut, kth_magnitude, largest
 from emomerge.merging.vectors import TaskVectors, blocks
+
+if TYPE_CHECKING:
+    from emomerge.merging.diagnostics import Figures
 
 Density = Annotated[float, Field(gt=0, le=1)]
 Trim = Literal["global", "tensor", "touched"]
@@ -63,6 +67,11 @@ def trim_and_elect(
     if dialect.draw == "majority":
         balance = torch.zeros((), dtype=torch.float64)
         for name in vectors.names:
+            if found["cut"] and (source := vectors.source(name)):
+                balance = balance + balance_native(
+                    source, vectors.weights_for(name, torch.empty(0)), found["cut"], dialect.elect
+                )
+                continue
             rows = vectors.rows(name) or []
             cut = found["cut"] or cut_tensor(rows, density=density[name], cut=None, at_least=dialect.at_least)["cut"]
             for offset, deltas in blocks(rows, PIECE) if rows else ():
@@ -88,7 +97,10 @@ def cut_globally(vectors: TaskVectors, densities: Sequence[float], trim: Trim) -
         min(vectors.numel - d + max(d - int(d * density), 1), vectors.numel)
         for d, density in zip(counts.tolist(), densities, strict=True)
     ]
-    return Cut(kth_magnitude(pieces, ranks, numel=vectors.numel, dtype=vectors.dtype).unsqueeze(1))
+    threshold = vectors.kth_magnitude_native(ranks)
+    if threshold is None:
+        threshold = kth_magnitude(pieces, ranks, numel=vectors.numel, dtype=vectors.dtype)
+    return Cut(threshold.unsqueeze(1))
 
 
 def cut_tensor(rows: Sequence[Tensor], *, density: PerRun[Density] = 0.2, cut: Cut | None, at_least: int) -> dict[str, Any]:
@@ -137,8 +149,36 @@ def ties_advice(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def balance_native(source: Source, weights: Tensor, cut: Cut, elect: Elect) -> int:
+    """Coordinates that elect plus, less those that elect minus, compiled."""
+    last = None if cut.last is None else cut.last.flatten()
+    return source.balance(weights, numbers=cut.threshold.flatten(), last=last, elect=ELECT[elect])
+
+
+def ties_native(
+    source: Source,
+    weights: Tensor,
+    figures: Figures,
+    *,
+    density: PerRun[Density],
+    cut: Cut | None,
+    at_least: int,
+    elect: Elect,
+    aggregate: Aggregate,
+    majority: int,
+) -> tuple[Tensor, bool]:
+    """Compiled."""
+    if cut is None:
+        cut = source.largest([max(int(share * source.numel), at_least) for share in each(density, weights)])
+    last = None if cut.last is None else cut.last.flatten()
+    options = (ELECT[elect], AGGREGATE[aggregate], majority)
+    numbers = cut.threshold.flatten()
+    return source.merge("ties", weights, numbers=numbers, last=last, options=options, figures=figures), True
+
+
 @merge_method(
     "ties",
+    native=ties_native,
     source="Yadav et al. 2023",
     elementwise=True,
     relative_weights=False,
