@@ -135,17 +135,8 @@ def _steps(
 
 
 def _metrics(step: int, losses: list[Tensor], optimizer: EmoOptimizer, seconds: float) -> dict[str, Any]:
-    pulse = optimizer.pulse
-    return {
-        "step": step,
-        "loss": float(torch.stack(losses).mean()),
-        "rate": pulse.rate,
-        "sigma": pulse.sigma,
-        "trust": pulse.trust,
-        "dnr": pulse.dnr,
-        "should_stop": pulse.should_stop,
-        "seconds": round(seconds, 6),
-    }
+    loss = float(torch.stack(losses).mean())
+    return {**optimizer.pulse.figures(), "step": step, "loss": loss, "seconds": round(seconds, 6)}
 
 
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
