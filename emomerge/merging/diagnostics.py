@@ -64,8 +64,8 @@ class Figures:
             sums += new
         runs = len(self.masked)
         masked, signs, shared, rest = counts.split([runs, runs * runs, runs * runs, 2])
-        for table, upper in ((self.signs, signs), (self.shared, shared)):
-            table += upper.view(runs, runs) + upper.view(runs, runs).triu(1).T
+        self.signs += signs.view(runs, runs)
+        self.shared += shared.view(runs, runs)
         self.masked += masked
         self.moved += int(rest[0])
         self.kept += int(rest[1])

@@ -170,6 +170,8 @@ static void figures(int runs, long n, const float (*tau)[BLOCK], const float *me
             *products++ += product;
             signs[t * runs + u] += (int64_t)alike;
             shared[t * runs + u] += (int64_t)both;
+            signs[u * runs + t] = signs[t * runs + u];
+            shared[u * runs + t] = shared[t * runs + u];
         }
     double mm = 0, mt = 0, tt = 0, kk = 0;
     long count = 0, moves = 0;
