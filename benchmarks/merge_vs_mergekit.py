@@ -62,7 +62,7 @@ def llama(millions: int) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (hidden,)}
 
 
-def make_models(folder: Path, millions: int) -> tuple[list[Path], int]:
+def make_models(folder: Path, millions: int, runs: int = RUNS) -> tuple[list[Path], int]:
     """The base and the runs; and the number of parameters."""
     shapes = llama(millions)
     hidden = shapes["model.norm.weight"][0]
@@ -72,7 +72,7 @@ def make_models(folder: Path, millions: int) -> tuple[list[Path], int]:
         "num_hidden_layers": sum(name.endswith("q_proj.weight") for name in shapes), "num_attention_heads": hidden // 64,
         "num_key_value_heads": hidden // 64, "vocab_size": 32_000, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
     }  # fmt: skip
-    paths = [folder / name for name in ("base", *(f"run-{number}" for number in range(RUNS)))]
+    paths = [folder / name for name in ("base", *(f"run-{number}" for number in range(runs)))]
     for number, path in enumerate(paths):
         path.mkdir()
         (path / "config.json").write_text(json.dumps(config))

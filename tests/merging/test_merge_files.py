@@ -1,0 +1,107 @@
+"""Merges as files: the same bytes however the inputs lie on disk, and after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from emomerge.checkpoints import write_checkpoint
+from emomerge.merging import merge
+
+SHAPES = {
+    "embed.weight": (50, 16),
+    "0.weight": (16, 16),
+    "0.bias": (16,),
+    "column": (9, 1),
+    "scalar": (),
+    "none": (0, 4),
+    "head": (700, 333),
+}
+
+
+def tensors(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    base = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(index))
+        for index, (name, shape) in enumerate(SHAPES.items())
+    }
+    found = {name: (t + 0.01 * torch.randn(t.shape, generator=generator) * bool(seed)).bfloat16() for name, t in base.items()}
+    return found | {"positions": torch.arange(7), "scales": torch.ones(3).to(torch.float8_e4m3fn)}
+
+
+def save(state: dict[str, Tensor], path: Path, shards: int = 1, order: int = 0) -> Path:
+    """A folder with the tensors in a shuffled order, in one file or in several with an index."""
+    path.mkdir(parents=True)
+    names = sorted(state)
+    random.Random(order).shuffle(names)
+    if shards == 1:
+        save_file({name: state[name] for name in names}, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+    files = {name: f"model-{index % shards + 1:05d}-of-{shards:05d}.safetensors" for index, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: state[name] for name in names if files[name] == file}, path / file, metadata={"format": "pt"})
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return path
+
+
+def command(folder: Path, out: Path, method: str = "ties") -> list[str]:
+    runs = [str(folder / f"run-{number}") for number in range(3)]
+    main = "import sys; from emomerge.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", main, "merge", str(folder / "base"), *runs, "--method", method, "-o", str(out), "--quiet"]
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+
+
+def environment(threads: int, seed: int, native: str = "1") -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONHASHSEED": str(seed), "EMOMERGE_NATIVE": native}
+
+
+def test_the_same_bytes_however_the_inputs_lie(tmp_path: Path) -> None:
+    found = set()
+    for variant, (shards, threads, native) in enumerate([(1, 1, "1"), (3, 2, "1"), (2, 1, "0")]):
+        folder = tmp_path / str(variant)
+        save(tensors(0), folder / "base", shards, variant)
+        for number in range(3):
+            save(tensors(number + 1), folder / f"run-{number}", shards if number else 1, variant + number)
+        subprocess.run(
+            command(folder, folder / "out"), check=True, env=environment(threads, variant, native), capture_output=True
+        )
+        found.add(digest(folder / "out"))
+    assert len(found) == 1
+
+
+def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    save(tensors(0), tmp_path / "base")
+    runs = [save(tensors(number + 1), tmp_path / f"run-{number}") for number in range(3)]
+    write_checkpoint(merge(tmp_path / "base", runs, method="ties"), tmp_path / "whole")
+    killer = f"""
+import os, signal, sys
+import emomerge.checkpoints.writer as writer
+whole = writer._raw_bytes
+def raw_bytes(tensor):
+    if tensor.shape == {SHAPES["head"]!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(tensor)
+writer._raw_bytes = raw_bytes
+from emomerge.cli import main
+sys.exit(main())
+"""
+    killed = command(tmp_path, tmp_path / "out")
+    killed[2] = killer
+    assert subprocess.run(killed, capture_output=True).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    write_checkpoint(merge(tmp_path / "base", runs, method="ties"), tmp_path / "out")
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "run-0", "run-1", "run-2", "whole"]
