@@ -11,15 +11,20 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
 from emomerge.errors import BadInput, EmomergeError
 
+if TYPE_CHECKING:
+    from emomerge.merging.record import MergeRecord, Output
+
 out_path = click.Path(path_type=Path)
+DTYPES = click.Choice(["base", "float32", "bfloat16", "float16"])
 
 
 class Verb(click.Command):
@@ -71,6 +76,13 @@ def _verb(group: click.Group, name: str, example: str) -> Callable[[Callable[...
 quiet_option = click.option("--quiet", is_flag=True, help="Show nothing but errors and results.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on the standard output.")
 set_option = click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a field of the recipe.")
+rounding_option = click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "stochastic"]),
+    default="nearest",
+    show_default=True,
+    help="To bfloat16 and float16: to the nearest value, or up or down at random, exact in the mean (see --seed).",
+)
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
 
@@ -142,11 +154,19 @@ def train_all(recipe: str, out: Path | None, only: str, overrides: Sequence[str]
     _print_status(pipeline.space.out, as_json)
 
 
-@_verb(main, "bake", "emomerge bake out/digits/base out/digits/runs/sens-0/adapter -o baked.safetensors")
+@_verb(
+    main, "bake",
+    """
+    emomerge bake out/digits/base out/digits/runs/sens-0/adapter -o baked.safetensors
+    emomerge bake base run --dtype bfloat16 --rounding stochastic --seed 1 -o baked
+    """,
+)  # fmt: skip
 @click.argument("base")
 @click.argument("adapter")
 @click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
-@click.option("--dtype", type=click.Choice(["base", "float32", "bfloat16", "float16"]), default="base", show_default=True)
+@click.option("--dtype", type=DTYPES, default="base", show_default=True)
+@rounding_option
+@click.option("--seed", type=int, default=0, show_default=True, help="Of stochastic rounding.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option(
     "--allow-unmatched",
@@ -156,19 +176,21 @@ def train_all(recipe: str, out: Path | None, only: str, overrides: Sequence[str]
 @force_option
 @quiet_option
 def bake(
-    base: str, adapter: str, out: Path, dtype: str, max_shard_size: str, allow_unmatched: bool, force: bool, quiet: bool
-) -> None:
+    base: str, adapter: str, out: Path, dtype: str, rounding: str, seed: int, max_shard_size: str, allow_unmatched: bool,
+    force: bool, quiet: bool,
+) -> None:  # fmt: skip
     """Write BASE with ADAPTER merged into its weights: computed in float32, rounded once."""
     from emomerge import adapters
     from emomerge.checkpoints import open_checkpoint
+    from emomerge.merging.record import Output
 
     opened = open_checkpoint(base)
     baked = adapters.bake(opened, adapter, allow_unmatched=allow_unmatched)
-    record = {"title": out.stem, "about": f"`{adapter}` merged into the weights of its base.", "base": base}
-    _write(
-        baked, opened, out, "bake", dtype=dtype, max_shard_size=max_shard_size, force=force, quiet=quiet,
-        papers=lambda: {"README.md": _card(record)},
-    )  # fmt: skip
+    context = {"title": out.stem, "about": f"`{adapter}` merged into the weights of its base.", "base": base}
+    output = Output(dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size)
+    lost = _write(baked, opened, out, "bake", output, force=force, quiet=quiet, papers=lambda _: _only_a_card(context))
+    if not quiet:
+        _print_rounding(lost)
     click.echo(str(out))
 
 
@@ -178,13 +200,22 @@ def bake(
     emomerge merge base runs/sens-0 runs/airy-0 runs/cats-0 --method tall-mask -o merged
     emomerge merge base run-a run-b --method ties --density 0.3 -o merged.safetensors
     emomerge merge base run-a run-b --method slerp --set 't=[0.2, 0.8]' -o merged
+    emomerge merge base run-a run-b --dtype bfloat16 --rounding stochastic --seed 1 -o merged
+    emomerge merge base run-a run-b --method mean --as-lora auto --energy 0.99 -o adapter
+    emomerge merge base run-a run-b --save-masks -o merged
     emomerge merge --config mergekit.yaml -o merged
+    emomerge merge --again merged/merge.json -o same
+    emomerge merge --extend merged run-c -o of-three
     """,
 )  # fmt: skip
 @click.argument("base", required=False)
 @click.argument("runs", nargs=-1)
 @click.option("--config", type=out_path, help="A mergekit configuration, instead of BASE, RUNS and --method.")
-@click.option("--method", help="How to merge (default: tall-mask): any of the methods below.")
+@click.option("--again", type=out_path, metavar="MERGE.JSON", help="Repeat the merge that this records, instead of all else.")
+@click.option(
+    "--extend", type=out_path, metavar="FOLDER", help="Repeat the merge in FOLDER with RUNS besides its own; no BASE."
+)
+@click.option("--method", help="How to merge (default: tall-mask): any of the methods above.")
 @click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
 @click.option("--weight", "weights", type=float, multiple=True, help="Weight of a run; give one for each run, in their order.")
 @click.option("--scale", help="Factor on the merged task vector, or `auto` (needs --recipe).")
@@ -195,9 +226,23 @@ def bake(
 @click.option("--preset", type=click.Choice(["paper", "mergekit", "peft"]), help="ties: whose reading of the method.")
 @click.option("--trim", type=click.Choice(["global", "tensor", "touched"]), help="ties: over what the density is taken.")
 @click.option("--aggregate", help="ties, dare, della, breadcrumbs: mean, sum, count or max of agreeing weights.")
-@click.option("--seed", type=int, help="dare, della: of the random masks.")
-@click.option("--dtype", type=click.Choice(["base", "float32", "bfloat16", "float16"]), help="What is written (default: base).")
+@click.option("--seed", type=int, help="dare, della: of the random masks; --rounding stochastic: of its draws (default: 0).")
+@click.option("--dtype", type=DTYPES, help="What is written (default: base; of an adapter float32).")
+@rounding_option
 @click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option(
+    "--save-masks",
+    is_flag=True,
+    help="tall-mask: keep each run's mask and their reference in OUT/masks, for `emomerge reconstruct`.",
+)
+@click.option(
+    "--as-lora",
+    metavar="RANK|auto",
+    help="Write a PEFT adapter of this rank instead of a model; auto: of the smallest that captures --energy, by layer.",
+)
+@click.option("--energy", type=float, help="--as-lora auto: share of each layer's squared length (default: 0.99).")
+@click.option("--max-rank", type=int, help="--as-lora auto: the largest rank (default: 256).")
+@click.option("--allow-partial", is_flag=True, help="--as-lora: leave out and list what no adapter holds: biases, norms, …")
 @click.option("--recipe", "recipe_path", help="A recipe whose validation data decides what is `auto`, and greedy-soup.")
 @click.option(
     "--set",
@@ -211,57 +256,52 @@ def bake(
 @quiet_option
 @json_option
 def merge(
-    base: str | None, runs: Sequence[str], config: Path | None, method: str | None, out: Path, weights: Sequence[float],
-    scale: str | None, density: float | None, lambda_: str | None, k: int | None, reference: str | None,
-    preset: str | None, trim: str | None, aggregate: str | None, seed: int | None, dtype: str | None,
-    max_shard_size: str, recipe_path: str | None, overrides: Sequence[str], force: bool, quiet: bool, as_json: bool,
+    out: Path, base: str | None, runs: Sequence[str], again: Path | None, extend: Path | None, weights: Sequence[float],
+    force: bool, quiet: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Merge RUNS (dense checkpoints, adapters or run directories) into BASE.
 
     Methods: mean, task-arithmetic, greedy-soup, fisher; ties, dare-linear, dare-ties, della, della-linear, breadcrumbs,
     breadcrumbs-ties, sce; tall-mask; model-stock, slerp, nuslerp, karcher, multislerp; tsv, iso-c.
     """
-    from emomerge import merging
+    if again is not None or extend is not None:
+        record = _recorded(again, extend, [*([base] if base else []), *runs], weights)
+    else:
+        record = _asked_for(base, runs, weights, **options)
+    _merge(record, out, force=force, quiet=quiet, as_json=as_json)
+
+
+@_verb(
+    main, "reconstruct",
+    """
+    emomerge merge base runs/sens-0 runs/cats-0 --method tall-mask --save-masks -o merged
+    emomerge reconstruct merged sens-0 -o sens-0-again
+    """,
+)  # fmt: skip
+@click.argument("folder", type=out_path)
+@click.argument("run")
+@click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
+@click.option("--dtype", type=DTYPES, default="base", show_default=True)
+@rounding_option
+@click.option("--seed", type=int, default=0, show_default=True, help="Of stochastic rounding.")
+@click.option("--max-shard-size", default="5GB", show_default=True)
+@force_option
+@quiet_option
+def reconstruct(
+    folder: Path, run: str, out: Path, dtype: str, rounding: str, seed: int, max_shard_size: str, force: bool, quiet: bool
+) -> None:
+    """Turn the masks that `merge --save-masks` left in FOLDER back into the single run RUN: base + mask ⊙ reference."""
     from emomerge.checkpoints import open_checkpoint
+    from emomerge.merging import masks
+    from emomerge.merging.record import Output, read_record
 
-    given = {
-        "weights": list(weights) or None, "scale": _number("--scale", scale), "density": density,
-        "lambda_": _number("--lambda", lambda_), "k": k, "reference": reference, "preset": preset, "trim": trim,
-        "aggregate": aggregate, "seed": seed,
-    }  # fmt: skip
-    given = {key: value for key, value in given.items() if value is not None}
-    if config is not None:
-        base, runs, method, configured, dtype = _configured(config, base, method, dtype)
-        given = configured | given
-    if base is None or not runs:
-        raise BadInput("merge needs BASE and RUNS, or --config", found="no BASE" if base is None else "no RUNS")
-    method = method or "tall-mask"
-    parameters, overrides = _split_overrides(method, overrides, recipe_path)
-    params = merging.check_params(method, given | parameters)
-    opened = open_checkpoint(base)
-    evaluator = None if recipe_path is None else _evaluator(recipe_path, overrides, opened)
-    merged = merging.merge(opened, list(runs), method=method, held_out_loss=evaluator, **params)
-    record = {"method": method, "params": params, "base": base, "runs": [{"name": run, "source": run} for run in runs]}
-
-    def papers() -> dict[str, str]:
-        return _merge_papers(record, merged.diagnostics(), out)
-
-    _write(
-        merged,
-        opened,
-        out,
-        f"merge {method}",
-        dtype=dtype or "base",
-        max_shard_size=max_shard_size,
-        force=force,
-        quiet=quiet,
-        papers=papers,
-    )
-    diagnostics = merged.diagnostics()
-    if as_json:
-        click.echo(json.dumps({**record, "out": str(out), "diagnostics": diagnostics}, indent=2))
-        return
-    _print_diagnostics(diagnostics)
+    record = read_record(folder)
+    record.check_base()
+    base = open_checkpoint(record.base)
+    rebuilt = masks.reconstruct(folder, run, base)
+    context = {"title": out.stem, "about": f"{run}, reconstructed from the masks in {folder}.", "base": record.base}
+    output = Output(dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size)
+    _write(rebuilt, base, out, f"reconstruct {run}", output, force=force, quiet=quiet, papers=lambda _: _only_a_card(context))
     click.echo(str(out))
 
 
@@ -319,21 +359,31 @@ def report(folder: Path, out: Path | None, force: bool, quiet: bool) -> None:
         click.echo(str(page))
 
 
-@_verb(main, "inspect", "emomerge inspect out/digits/base out/digits/runs/sens-0")
+@_verb(
+    main, "inspect",
+    """
+    emomerge inspect out/digits/base out/digits/runs/sens-0
+    emomerge inspect run-a run-b --base base --top 10
+    """,
+)  # fmt: skip
 @click.argument("path")
 @click.argument("other", required=False)
+@click.option("--base", help="What PATH and OTHER started from: compare their task vectors instead of their weights.")
+@click.option("--top", type=click.IntRange(min=0), default=40, show_default=True, help="Tensors to show; 0 shows all.")
 @quiet_option
 @json_option
-def inspect(path: str, other: str | None, quiet: bool, as_json: bool) -> None:
-    """Say what PATH is (a checkpoint or an adapter); with OTHER, tensor by tensor what differs."""
+def inspect(path: str, other: str | None, base: str | None, top: int, quiet: bool, as_json: bool) -> None:
+    """Say what PATH is (a checkpoint or an adapter); with OTHER, tensor by tensor what differs, the largest first."""
     from emomerge.inspection import compare, describe, show_comparison, show_description
 
     if other is None:
+        if base is not None:
+            raise BadInput("--base belongs to a comparison", found=base, fix="name two paths")
         described = describe(path)
         click.echo(json.dumps(described, indent=2)) if as_json else _console().print(show_description(described))
     else:
-        compared = compare(path, other)
-        click.echo(json.dumps(compared, indent=2)) if as_json else _console().print(show_comparison(compared))
+        compared = compare(path, other, base=base)
+        click.echo(json.dumps(compared, indent=2)) if as_json else _console().print(show_comparison(compared, top=top))
 
 
 @_verb(main, "status", "emomerge status out/digits")
@@ -448,38 +498,195 @@ def _split_overrides(method: str, overrides: Sequence[str], recipe: str | None) 
     return parameters, others
 
 
-def _evaluator(recipe: str, overrides: Sequence[str], base: Any) -> Any:
-    """Validation loss of any weights, by a recipe's task."""
+def _evaluator(recipe: str, overrides: Sequence[str], base: Any) -> tuple[Any, list[Path]]:
+    """Validation loss of any weights, by a recipe's task; and the local files that decide it."""
     from emomerge.measure import Measurer, choose_device
     from emomerge.tasks import make_task
+    from emomerge.workspace import external_sources, files_below
 
     parsed = _load(recipe, overrides)
     if base.folder is None:
         raise BadInput("--recipe needs a BASE folder with its config", found=base.source)
     task = make_task(parsed.task)
     data = task.load_data(parsed.base)
-    return Measurer(parsed, task, data, base, base.folder, "base", choose_device(parsed.device), None).held_out_loss
+    places = [place for source in [recipe, *external_sources(parsed)] if (place := Path(source).expanduser()).exists()]
+    files = [file for place in places for file in (files_below(place) if place.is_dir() else [place])]
+    measurer = Measurer(parsed, task, data, base, base.folder, "base", choose_device(parsed.device), None)
+    return measurer.held_out_loss, files
+
+
+def _asked_for(
+    base: str | None, runs: Sequence[str], weights: Sequence[float], *, config: Path | None, method: str | None,
+    scale: str | None, density: float | None, lambda_: str | None, k: int | None, reference: str | None, preset: str | None,
+    trim: str | None, aggregate: str | None, seed: int | None, dtype: str | None, rounding: str, max_shard_size: str,
+    save_masks: bool, as_lora: str | None, energy: float | None, max_rank: int | None, allow_partial: bool,
+    recipe_path: str | None, overrides: Sequence[str],
+) -> MergeRecord:  # fmt: skip
+    """The merge that the options describe."""
+    from emomerge.merging import check_params, find_method
+    from emomerge.merging.record import MergeRecord, Output, Run
+
+    given = {
+        "weights": list(weights) or None, "scale": _number("--scale", scale), "density": density,
+        "lambda_": _number("--lambda", lambda_), "k": k, "reference": reference, "preset": preset, "trim": trim,
+        "aggregate": aggregate,
+    }  # fmt: skip
+    given = {key: value for key, value in given.items() if value is not None}
+    if config is not None:
+        base, runs, method, configured, dtype = _configured(config, base, method, dtype)
+        given = configured | given
+    if base is None or not runs:
+        raise BadInput("merge needs BASE and RUNS, or --config", found="no BASE" if base is None else "no RUNS")
+    method = method or "tall-mask"
+    if seed is not None and (rounding == "nearest" or "seed" in find_method(method).schema.model_fields):
+        given["seed"] = seed
+    parameters, overrides = _split_overrides(method, overrides, recipe_path)
+    written: dict[str, Any] = {
+        "dtype": dtype, "rounding": rounding, "seed": seed, "max_shard_size": max_shard_size, "save_masks": save_masks,
+        "as_lora": _rank(as_lora), "energy": energy, "max_rank": max_rank, "allow_partial": allow_partial,
+    }  # fmt: skip
+    for option in ("energy", "max_rank"):
+        if written[option] is not None and as_lora != "auto":
+            raise BadInput(f"--{option.replace('_', '-')} belongs to --as-lora auto", found=written[option])
+    if allow_partial and as_lora is None:
+        raise BadInput("--allow-partial belongs to --as-lora")
+    return MergeRecord(
+        method=method,
+        params=check_params(method, given | parameters),
+        base=base,
+        runs=tuple(Run(name=run, source=run) for run in runs),
+        recipe=recipe_path,
+        overrides=tuple(overrides),
+        output=Output(**{key: value for key, value in written.items() if value is not None}),
+    )
+
+
+def _recorded(again: Path | None, extend: Path | None, runs: Sequence[str], weights: Sequence[float]) -> MergeRecord:
+    """The merge of a record, as it was or with more runs; its inputs are checked."""
+    from click.core import ParameterSource
+
+    from emomerge.merging.record import INCREMENTAL, read_record
+
+    context = click.get_current_context()
+    option = "--again" if again is not None else "--extend"
+    allowed = {"out", "force", "quiet", "as_json", *(["again"] if again else ["extend", "base", "runs", "weights"])}
+    for parameter in context.command.params:
+        if parameter.name not in allowed and context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE:
+            raise BadInput(f"{option} takes all from the record", found=parameter.opts[-1], fix="leave that out")
+    record = read_record(again or extend or "")
+    record.check_inputs()
+    if again is not None:
+        return record
+    if not runs:
+        raise BadInput("--extend needs the RUNS to add", found="none")
+    if record.method not in INCREMENTAL:
+        click.echo(f"{record.method} depends on all runs at once: everything it chooses, it chooses anew", err=True)
+    return record.extended(runs, weights)
+
+
+def _rank(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise BadInput("--as-lora is a rank or `auto`", found=repr(text))
+    return int(text)
+
+
+def _merge(record: MergeRecord, out: Path, *, force: bool, quiet: bool, as_json: bool) -> None:
+    """Do what a record says, and write it with the record completed."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from emomerge import merging
+    from emomerge.checkpoints import atomic, open_checkpoint
+    from emomerge.merging.masks import mask_files
+    from emomerge.merging.record import as_json as completed
+
+    output = record.output
+    for what, wanted in (("--save-masks", output.save_masks), ("--as-lora", output.as_lora is not None)):
+        if wanted and out.suffix == ".safetensors":
+            raise BadInput(f"{what} writes a folder", found=f"-o {out}")
+    if output.save_masks and (record.method != "tall-mask" or output.as_lora is not None):
+        raise BadInput("--save-masks belongs to a model merged by tall-mask", found=record.method)
+    atomic.refuse_existing(out, force=force)
+    base = open_checkpoint(record.base)
+    evaluator, read = (None, []) if record.recipe is None else _evaluator(record.recipe, record.overrides, base)
+    sources = [run.source for run in record.runs]
+    merged = merging.merge(base, sources, method=record.method, held_out_loss=evaluator, **record.params)
+    record = record.named(merged.runs)
+    with ThreadPoolExecutor(1) as beside:
+        hashed = beside.submit(record.with_hashes, read)
+        found: dict[str, Any] = {}
+
+        def papers(facts: dict[str, Any]) -> dict[str, str]:
+            found.update(completed(hashed.result(), **facts, diagnostics=merged.diagnostics()))
+            return {"merge.json": json.dumps(found, indent=2) + "\n", "README.md": _merge_card(found, out)}
+
+        if output.as_lora is not None:
+            _write_lora(merged, base, out, output, rank=output.as_lora, force=force, quiet=quiet, papers=papers)
+        else:
+            files = mask_files(merged, record.params["reference"]) if output.save_masks else {}
+            title = f"merge {record.method}"
+            _write(merged, base, out, title, output, force=force, quiet=quiet, papers=papers, beside=files)
+        if not found:  # one file holds no papers, but one may ask for the figures
+            papers({})
+    if as_json:
+        click.echo(json.dumps({**found, "out": str(out)}, indent=2))
+        return
+    _print_truncation(found.get("adapter"), record)
+    _print_diagnostics(found["diagnostics"])
+    _print_rounding(found.get("rounding_loss"))
+    click.echo(str(out))
 
 
 def _write(
-    checkpoint: Any, base: Any, out: Path, title: str, *, dtype: str, max_shard_size: str, force: bool, quiet: bool,
-    papers: Callable[[], dict[str, str]] | None = None,
+    checkpoint: Any, base: Any, out: Path, title: str, output: Output, *, force: bool, quiet: bool,
+    papers: Callable[[dict[str, Any]], dict[str, str]], beside: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:  # fmt: skip
+    """Write a model; return what rounding took from it."""
+    from emomerge.checkpoints import RoundingLoss, write_checkpoint
+    from emomerge.progress import Display
+
+    display, loss = Display(quiet=quiet), RoundingLoss(base)
+    with display.live():
+        line = display.line(title, len(checkpoint))
+        write_checkpoint(
+            checkpoint, out, dtype=output.dtype, rounding=output.rounding, seed=output.seed, loss=loss,
+            max_shard_size=output.max_shard_size, files_from=base.folder,
+            beside=beside, extra_files=lambda: papers({"rounding_loss": loss.figures()}),
+            force=force, progress=lambda name, _: line.add(1, name),
+        )  # fmt: skip
+    return loss.figures()
+
+
+def _write_lora(
+    merged: Any, base: Any, out: Path, output: Output, *, rank: int | Literal["auto"], force: bool, quiet: bool,
+    papers: Callable[[dict[str, Any]], dict[str, str]],
 ) -> None:  # fmt: skip
-    from emomerge.checkpoints import write_checkpoint
+    """Write an adapter instead of a model."""
+    from emomerge.merging.lora import truncate
     from emomerge.progress import Display
 
     display = Display(quiet=quiet)
     with display.live():
-        line = display.line(title, len(checkpoint))
-        write_checkpoint(
-            checkpoint, out, dtype=dtype, max_shard_size=max_shard_size, files_from=base.folder, extra_files=papers or {},
-            force=force, progress=lambda name, _: line.add(1, name),
+        line = display.line("adapter", len(merged))
+        truncated = truncate(
+            merged, base, rank=rank, energy=output.energy, max_rank=output.max_rank,
+            allow_partial=output.allow_partial, progress=lambda name, _: line.add(1, name),
         )  # fmt: skip
+    dtype = "float32" if output.dtype == "base" else output.dtype
+    truncated.write(out, dtype=dtype, extra_files=papers({"adapter": truncated.figures()}), force=force)
 
 
-def _merge_papers(record: dict[str, Any], diagnostics: dict[str, Any], out: Path) -> dict[str, str]:
-    context = {**record, "title": out.stem, "name": out.stem, "diagnostics": diagnostics, "params": diagnostics["params"]}
-    return {"merge.json": json.dumps({**record, "diagnostics": diagnostics}, indent=2) + "\n", "README.md": _card(context)}
+def _only_a_card(context: dict[str, Any]) -> dict[str, str]:
+    return {"README.md": _card(context)}
+
+
+def _merge_card(record: dict[str, Any], out: Path) -> str:
+    context = {**record, "title": out.stem, "name": out.stem, "params": record["diagnostics"]["params"]}
+    if "adapter" in record:
+        about = f"A LoRA adapter that holds {record['adapter']['energy']:.2%} of the squared length of the merged task vector."
+        context |= {"library_name": "peft", "about": about}
+    return _card(context)
 
 
 def _card(context: dict[str, Any]) -> str:
@@ -524,6 +731,32 @@ def _print_diagnostics(diagnostics: dict[str, Any]) -> None:
     _console().print(table)
     for warning in diagnostics.get("warnings", []):
         click.echo(f"Warning: {warning}", err=True)
+
+
+def _print_rounding(lost: dict[str, Any] | None) -> None:
+    if lost and lost["relative_error"] is not None:
+        shown = (
+            f"rounding left {lost['unchanged']:.1%} of the moved weights at the base's value; relative error of the task vector"
+        )
+        click.echo(f"{shown} {lost['relative_error']:.2g}")
+
+
+def _print_truncation(adapter: dict[str, Any] | None, record: MergeRecord) -> None:
+    from rich.table import Table
+
+    if adapter is None:
+        return
+    table = Table("tensor", "rank", "energy captured", "share of all energy")
+    for name, layer in adapter["layers"].items():
+        table.add_row(name, str(layer["rank"]), f"{layer['energy']:.2%}", f"{layer['share']:.2%}")
+    for name, share in adapter["left_out"].items():
+        table.add_row(name, "–", "left out", f"{share:.2%}")
+    table.add_row("all", "", f"{adapter['energy']:.2%}", "")
+    _console().print(table)
+    limit, wanted = record.output.max_rank, record.output.energy
+    short = [name for name, layer in adapter["layers"].items() if layer["energy"] < wanted and layer["rank"] == limit]
+    if record.output.as_lora == "auto" and short:
+        click.echo(f"Warning: {len(short)} layers hold less than {wanted:.0%} at --max-rank {limit}", err=True)
 
 
 def _print_status(folder: Path, as_json: bool) -> None:

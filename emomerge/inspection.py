@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from torch import Tensor
 
@@ -17,6 +19,9 @@ from emomerge.checkpoints.atomic import size
 from emomerge.errors import BadInput
 from emomerge.pipeline import Pipeline
 from emomerge.recipe import load_recipe
+
+PIECE = 2**20
+"""Elements compared at a time."""
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -70,67 +75,141 @@ def show_description(found: dict[str, Any]) -> Table:
     return table
 
 
-def compare(path: str, other: str) -> dict[str, Any]:
-    """What `other` differs in from `path`, tensor by tensor: two checkpoints, two adapters, or a base and its adapter.
+def compare(path: str, other: str, *, base: str | None = None) -> dict[str, Any]:
+    """What `other` differs in from `path`, tensor by tensor, the largest difference first.
+
+    Args:
+        path: a checkpoint, adapter or run directory, A.
+        other: another one, B; beside a checkpoint it may be an adapter of that.
+        base: what both started from: then their task vectors are compared instead of themselves. Without it two adapters are
+            compared by their factors.
 
     Returns:
         `only_here`, `only_there`: names; `shapes`: name → both shapes where they differ; `equal`: how many tensors are the
-        same; `changed`: for each other one ‖difference‖, it relative to ‖here‖, and the cosine between both.
+        same; `changed`: figures of each other one; `all`: of these together. Figures: `norm` = ‖B − A‖, `relative` =
+        ‖B − A‖/‖A‖, `cosine` of A and B, `sign_agreement`: of elements that are zero in neither, the share of one sign, and
+        `density`: the share of elements that differ. None is what has no value.
     """
-    here = _open(path)
-    both_adapters = _adapter_config(artefact_of(path)) and _adapter_config(artefact_of(other))
-    there = _open(other) if both_adapters else open_run(here, other)
+    here, there, origin = _open_pair(path, other, base)
     shared = [name for name in here if name in there]
-    shapes = {
-        n: [list(here.info(n).shape), list(there.info(n).shape)] for n in shared if here.info(n).shape != there.info(n).shape
-    }
     found: dict[str, Any] = {
-        "here": path, "there": other,
+        "here": path, "there": other, "base": base,
         "only_here": [name for name in here if name not in there], "only_there": [name for name in there if name not in here],
-        "shapes": shapes, "equal": 0, "changed": [],
+        "shapes": {}, "equal": 0, "changed": [],
     }  # fmt: skip
+    total = _Comparison()
     for name in shared:
-        if name in shapes:
+        shapes = [list(checkpoint.info(name).shape) for checkpoint in (here, there)]
+        if shapes[0] != shapes[1]:
+            found["shapes"][name] = shapes
             continue
-        row = _difference(here, there, name)
-        if row is None:
+        comparison = _compare(here, there, origin, name)
+        if comparison is None:
             found["equal"] += 1
         else:
-            found["changed"].append(row)
-    return found
+            found["changed"].append({"name": name, **comparison.figures()})
+            total.add(comparison)
+    found["changed"].sort(key=lambda row: -row["norm"])
+    return {**found, "all": total.figures()}
 
 
-def _difference(here: Checkpoint, there: Checkpoint, name: str) -> dict[str, Any] | None:
-    delta = there.delta(name, here)
-    if delta is None or not bool(delta.any()):
+def _open_pair(path: str, other: str, base: str | None) -> tuple[Checkpoint, Checkpoint, Checkpoint | None]:
+    if base is not None:
+        origin = open_checkpoint(base)
+        return open_run(origin, path), open_run(origin, other), origin
+    adapters = [bool(_adapter_config(artefact_of(place))) for place in (path, other)]
+    if adapters == [True, False]:
+        raise BadInput("an adapter against a model", where=path, fix="name the model first, or what both started from: --base")
+    here = _open(path)
+    return here, (_open(other) if all(adapters) else open_run(here, other)), None
+
+
+@dataclass
+class _Comparison:
+    """Sums over the elements of A and B, in float64."""
+
+    elements: int = 0
+    different: int = 0
+    alike: int = 0
+    """Elements of one sign."""
+    signed: int = 0
+    """Elements that are zero in neither."""
+    difference: float = 0.0
+    squares: tuple[float, float] = (0.0, 0.0)
+    product: float = 0.0
+
+    def add(self, other: _Comparison) -> None:
+        """Take in the sums over other elements."""
+        for key in ("elements", "different", "alike", "signed", "difference", "product"):
+            setattr(self, key, getattr(self, key) + getattr(other, key))
+        self.squares = (self.squares[0] + other.squares[0], self.squares[1] + other.squares[1])
+
+    def figures(self) -> dict[str, float | None]:
+        """See `compare`."""
+        here, there = map(math.sqrt, self.squares)
+        norm, both = math.sqrt(self.difference), here * there
+        return {
+            "norm": norm,
+            "relative": norm / here if here else None,
+            "cosine": max(-1.0, min(self.product / both, 1.0)) if both else None,
+            "sign_agreement": self.alike / self.signed if self.signed else None,
+            "density": self.different / self.elements if self.elements else None,
+        }
+
+
+def _compare(here: Checkpoint, there: Checkpoint, origin: Checkpoint | None, name: str) -> _Comparison | None:
+    """The sums of one tensor; None where both are the same."""
+    if origin is None:
+        difference, a = there.delta(name, here), here[name]
+    else:
+        a, b = (_displacement(checkpoint, origin, name) for checkpoint in (here, there))
+        difference = b.double() - a.double()
+    if difference is None:
         return None
-    old = here[name].double()
-    new = old + delta.double()
-    norm, size_ = _norm(delta.double()), _norm(old)
-    both = size_ * _norm(new)
-    return {
-        "name": name, "norm": norm, "relative": norm / size_ if size_ else None,
-        "cosine": float((old * new).sum()) / both if both else None,
-    }  # fmt: skip
+    total = _Comparison()
+    for x, moved in zip(a.flatten().split(PIECE), difference.flatten().split(PIECE), strict=True):
+        one, change = x.double(), moved.double()
+        two = one + change
+        signs = one.sign() * two.sign()
+        total.add(
+            _Comparison(
+                len(one), int(change.count_nonzero()), int((signs > 0).sum()), int(signs.count_nonzero()),
+                float(change @ change), (float(one @ one), float(two @ two)), float(one @ two),
+            )
+        )  # fmt: skip
+    return total if total.different else None
 
 
-def _norm(tensor: Tensor) -> float:
-    return math.sqrt(float(tensor.square().sum()))
+def _displacement(checkpoint: Checkpoint, origin: Checkpoint, name: str) -> Tensor:
+    """τ of a tensor; one that the base lacks starts from zero."""
+    if name not in origin or origin.info(name).shape != checkpoint.info(name).shape:
+        return checkpoint[name]
+    delta = checkpoint.delta(name, origin)
+    return torch.zeros_like(checkpoint[name]) if delta is None else delta
 
 
-def show_comparison(found: dict[str, Any]) -> Table:
-    """`compare` for people."""
-    table = Table(title=f"{found['there']} against {found['here']}: {found['equal']} tensors equal")
-    for heading in ("tensor", "‖difference‖", "relative", "cosine"):
-        table.add_column(heading, justify="left" if heading == "tensor" else "right", overflow="fold")
-    for row in found["changed"]:
-        shown = [f"{row[key]:.4g}" if row[key] is not None else "–" for key in ("norm", "relative", "cosine")]
-        table.add_row(row["name"], *shown)
+def show_comparison(found: dict[str, Any], *, top: int = 0) -> Table:
+    """`compare` for people; only so many tensors, or all where `top` is 0."""
+    what = f"{found['there']} against {found['here']}" + (f", both from {found['base']}" if found["base"] else "")
+    table = Table(title=f"{what}: {len(found['changed'])} tensors differ, {found['equal']} are equal")
+    figures = {"norm": "‖B − A‖", "relative": "/‖A‖", "cosine": "cosine", "sign_agreement": "signs agree", "density": "differ"}
+    table.add_column("tensor", overflow="fold")
+    for heading in figures.values():
+        table.add_column(heading, justify="right")
+    shown = found["changed"][: top or None]
+    rows = [{"name": "all of these", **found["all"]}, *shown] if found["changed"] else []
+    for row in rows:
+        numbers = [row[key] for key in figures]
+        plain = [f"{number:.4g}" if number is not None else "–" for number in numbers[:3]]
+        shares = [f"{number:.1%}" if number is not None else "–" for number in numbers[3:]]
+        table.add_row(row["name"], *plain, *shares)
+    if len(shown) < len(found["changed"]):
+        table.add_row(f"… and {len(found['changed']) - len(shown)} more with smaller differences")
     for name, (here, there) in found["shapes"].items():
-        table.add_row(name, f"shape {here} against {there}", "", "")
+        table.add_row(name, f"shape {here} against {there}")
     for key, words in (("only_here", "only in the first"), ("only_there", "only in the second")):
         for name in found[key]:
-            table.add_row(name, words, "", "")
+            table.add_row(name, words)
     return table
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from emomerge.cli import main
 
-COMMANDS = ["run", "train-all", "bake", "merge", "probe", "report", "inspect", "status", "init"]
+COMMANDS = ["run", "train-all", "bake", "merge", "reconstruct", "probe", "report", "inspect", "status", "init"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,7 +71,7 @@ def test_help_has_an_example(command):
 def test_help_lists_only_what_is_there():
     shown = call("--help").output
     assert all(command in shown for command in COMMANDS)
-    for absent in ("reconstruct", "as-lora", "executor", "parallel"):
+    for absent in ("executor", "parallel"):
         assert absent not in shown + "".join(call(command, "--help").output for command in ("merge", "run", "train-all"))
 
 
@@ -165,6 +165,32 @@ def test_merge_with_a_recipe_chooses_by_its_validation_data(finished, tmp_path):
     members = json.loads(result.stdout)["diagnostics"]["params"]["members"]
     assert 1 <= len(members) <= 2
     assert {member.rpartition("/")[2] for member in members} <= {"sens-0", "cats-0"}
+    assert call("merge", "--again", tmp_path / "soup", "-o", tmp_path / "again", "--quiet").exit_code == 0
+    for name in ("model.safetensors", "merge.json"):
+        assert (tmp_path / "soup" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    extended = call("merge", "--extend", tmp_path / "soup", out / "runs/airy-0", "-o", tmp_path / "more")
+    assert extended.exit_code == 0
+    assert "greedy-soup depends on all runs at once: everything it chooses, it chooses anew" in extended.stderr
+    recipe = (finished / "tiny.yaml").read_text()
+    (finished / "tiny.yaml").write_text(recipe + "\n")
+    fails(call("merge", "--again", tmp_path / "soup", "-o", tmp_path / "third"), "tiny.yaml", "not what it was")
+    (finished / "tiny.yaml").write_text(recipe)
+    fails(call("merge", "--again", out / "merges/mean", "-o", tmp_path / "third"), "no hashes", "`emomerge run`")
+
+
+def test_lora_runs_become_one_adapter(finished, tmp_path):
+    out = finished / "out"
+    runs = sorted((out / "runs").iterdir())
+    merging = ("merge", out / "base", *runs, "--method", "mean", "--quiet", "--json")
+    adapter = json.loads(call(*merging, "--as-lora", 2 * len(runs), "-o", tmp_path / "adapter").stdout)["adapter"]
+    assert adapter["energy"] == pytest.approx(1, abs=1e-6)
+    assert not adapter["left_out"]
+    assert call(*merging, "--dtype", "float32", "-o", tmp_path / "dense").exit_code == 0
+    assert call("bake", out / "base", tmp_path / "adapter", "--dtype", "float32", "-o", tmp_path / "baked").exit_code == 0
+    dense, baked = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "baked"))
+    assert all(torch.allclose(dense[name], baked[name], rtol=0, atol=1e-5) for name in dense)
+    half = json.loads(call(*merging, "--as-lora", "auto", "--energy", 0.5, "-o", tmp_path / "half").stdout)["adapter"]
+    assert 0.5 <= half["energy"] < 0.999
 
 
 def test_init_writes_a_recipe_that_parses(tmp_path):

@@ -37,6 +37,11 @@ class BaseNames:
                 return present[0]
         return None
 
+    def live(self, name: str) -> str:
+        """The name in a live model of a tensor of the base; its own where the model is not known."""
+        found = _variants(name, self._from_disk, self._from_disk_by_tail)
+        return self._from_disk[found[0]] if len(found) == 1 else name
+
     def module(self, name: str) -> nn.Module | None:
         """The module of that name in a model of the base's configuration, without data; None where that is unknown."""
         found = _variants(name, self._modules, self._modules_by_tail)
@@ -88,6 +93,14 @@ class BaseNames:
     @cached_property
     def _disk_by_tail(self) -> dict[str, list[str]]:
         return _index_by_tail(self._disk)
+
+    @cached_property
+    def _from_disk(self) -> dict[str, str]:
+        return {on_disk: live for live, on_disk in self._disk.items()}
+
+    @cached_property
+    def _from_disk_by_tail(self) -> dict[str, list[str]]:
+        return _index_by_tail(self._from_disk)
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from emomerge.checkpoints.checkpoint import Checkpoint
 
@@ -84,13 +83,16 @@ class RoundingLoss:
     def add(self, theta0: Tensor, tau: Tensor, rounded: Tensor) -> None:
         """A tensor: θ₀ as stored, τ in the dtype of the arithmetic, and what is written for θ₀ + τ; of one shape."""
         pieces = (tensor.flatten().split(PIECE) for tensor in (theta0, tau, rounded.to(tau.device)))
-        for old, moves, new in zip(*pieces, strict=True):
-            moved = moves != 0
-            self._moved += int(moved.count_nonzero())
-            self._unchanged += int((moved & (new == round_to(old, new.dtype))).count_nonzero())
-            error = new.to(moves.dtype) - old.to(moves.dtype) - moves
-            self._squared_errors += _squared_lengths(error)
-            self._squared_lengths += _squared_lengths(moves)
+        for old, step, new in zip(*pieces, strict=True):
+            change = new.to(step.dtype) - old.to(step.dtype)
+            moved = int(step.count_nonzero())
+            if old.dtype == new.dtype:  # what does not move is written as it is
+                self._unchanged += moved - int(change.count_nonzero())
+            else:
+                self._unchanged += int(((new == round_to(old, new.dtype)) & (step != 0)).count_nonzero())
+            self._moved += moved
+            self._squared_errors += _squared_lengths(change.sub_(step))
+            self._squared_lengths += _squared_lengths(step)
 
     def figures(self) -> dict[str, float | None]:
         """Ready for JSON; None where nothing moved.
@@ -106,7 +108,8 @@ class RoundingLoss:
 
 
 def _squared_lengths(values: Tensor) -> list[float]:
-    """Σ x² of rows of a flat tensor, in float64."""
-    rows = pad(values, (0, -len(values) % ROW)).view(-1, ROW)
-    lengths: list[float] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square().tolist()
-    return lengths
+    """Σ x² of rows of a flat tensor."""
+    whole, rest = values.split([len(values) - len(values) % ROW, len(values) % ROW])
+    lengths = torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in (whole.view(-1, ROW), rest.view(1, -1))])
+    squares: list[float] = lengths.double().square().tolist()
+    return squares

@@ -103,6 +103,7 @@ def write_checkpoint(
         hashes = _write_shards(checkpoint, plan, temporary, limit, manner)
         for name, (tensors, metadata) in beside.items():
             infos = {tensor: tensors.info(tensor) for tensor in tensors}
+            (temporary / name).parent.mkdir(exist_ok=True)
             hashes[name] = _write_file(tensors, infos, temporary / name, _Manner(), metadata)
         for name, text in (extra_files() if callable(extra_files) else extra_files).items():
             (temporary / name).write_text(text, encoding="utf-8", newline="\n")

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from emomerge.checkpoints import atomic
+from emomerge.checkpoints import MemoryCheckpoint, atomic, disk_names, model_checkpoint, write_checkpoint
 from emomerge.errors import BadInput, NonFiniteLossError, RunFailed
-from emomerge.optim import OPTIMIZERS
+from emomerge.optim import OPTIMIZERS, EmoSens
 from emomerge.optim.base import EmoOptimizer
 from emomerge.recipe import Recipe, Runs
 from emomerge.tasks import Task, TaskData
@@ -69,6 +69,9 @@ def train_run(
     except NonFiniteLossError as error:
         run.write_state(state="failed", error=str(error))
         raise RunFailed(f"run {spec.name} failed: {error}; its last good checkpoint is kept in {run.path}") from None
+    run.squared_gradients.unlink(missing_ok=True)  # of a run of other inputs
+    if isinstance(optimizer, EmoSens) and artefact == "model":
+        write_checkpoint(squared_gradients(model, optimizer, spec.steps), run.squared_gradients, force=True)
     _finish(run, model, artefact, base_folder)
 
 
@@ -199,6 +202,26 @@ def _learnt(model: nn.Module) -> dict[str, Tensor]:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     kept = set(model.state_dict())
     return {**parameters, **{name: b for name, b in model.named_buffers() if name in kept}}
+
+
+def squared_gradients(model: nn.Module, optimizer: EmoSens, steps: int) -> MemoryCheckpoint:
+    """v/(1 − β₂ˢ) of every floating tensor under its name on disk, zero where nothing was learnt: F of the method `fisher`.
+
+    An adapter's v is that of its factors, which says nothing of the weights.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    learnt: dict[Tensor, Tensor] = {}
+    for group in optimizer.param_groups:
+        unbiased = 1 - group["betas"][1] ** steps
+        learnt |= {p: optimizer.state[p]["v"] / unbiased for p in group["params"] if p in optimizer.state}
+    found = {
+        on_disk: learnt[p]
+        for name, on_disk in disk_names(model).items()
+        if (p := parameters.get(name)) is not None and p in learnt
+    }
+    weights = model_checkpoint(model, source="F")
+    floating = [name for name in weights if weights[name].is_floating_point()]
+    return MemoryCheckpoint({name: found.get(name, torch.zeros_like(weights[name])).cpu() for name in floating}, source="F")
 
 
 def _finish(run: RunDir, model: nn.Module, artefact: str, base_folder: Path) -> None:

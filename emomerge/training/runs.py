@@ -4,6 +4,7 @@ runs/sens-0/
   run.json                 state, figures, hashes; `artefact` names the folder below
   metrics.jsonl            one row a step: loss, emoPulse and what it was made of
   adapter/ or model/       the result, PEFT or dense, once the run is done
+  fisher.safetensors       mean squared gradients, if EmoSens trained all weights; method `fisher` finds them here
   checkpoint.safetensors   where a killed run resumes; gone once the run is done
 """
 
@@ -50,6 +51,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoint = path / "checkpoint.safetensors"
+        self.squared_gradients = path / "fisher.safetensors"
         self._state_file = path / "run.json"
         self._metrics_file = path / "metrics.jsonl"
 

@@ -14,8 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from emomerge.checkpoints import Checkpoint, MemoryCheckpoint, TensorInfo, open_checkpoint, sha256, write_checkpoint
-from emomerge.checkpoints.reader import DTYPES
+from emomerge.checkpoints import (
+    Checkpoint,
+    MemoryCheckpoint,
+    SideFile,
+    TensorInfo,
+    open_checkpoint,
+    sha256,
+    write_checkpoint,
+)
+from emomerge.checkpoints.reader import DTYPES, read_header
 from emomerge.checkpoints.rounding import round_to
 from emomerge.errors import BadInput
 
@@ -225,3 +233,18 @@ def test_an_unknown_dtype_is_refused(tmp_path):
     with pytest.raises(BadInput, match="dtype"):
         write_checkpoint(MemoryCheckpoint({"a": torch.zeros(1)}), tmp_path / "out", dtype="int4")
     assert not list(tmp_path.iterdir())
+
+
+def test_more_tensors_go_beside_the_weights(tmp_path):
+    weights = MemoryCheckpoint({"w": torch.zeros(3)})
+    side = SideFile(MemoryCheckpoint({"m": torch.arange(4, dtype=torch.uint8)}), {"kind": "é"})
+    hashes = write_checkpoint(weights, tmp_path / "out", dtype="bfloat16", beside={"more/side.safetensors": side})
+    assert hashes["more/side.safetensors"] == sha256(tmp_path / "out/more/side.safetensors")
+    header = read_header(tmp_path / "out/more/side.safetensors")
+    assert header.metadata == {"format": "pt", "kind": "é"}
+    assert torch.equal(load_file(tmp_path / "out/more/side.safetensors")["m"], side.tensors["m"])
+    assert open_checkpoint(tmp_path / "out").names() == ("w",)
+    with pytest.raises(BadInput, match="NaN"):
+        broken = SideFile(MemoryCheckpoint({"m": torch.tensor(float("nan"))}), {})
+        write_checkpoint(weights, tmp_path / "other", beside={"side.safetensors": broken})
+    assert not (tmp_path / "other").exists()

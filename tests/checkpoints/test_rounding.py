@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emomerge.checkpoints.rounding import stochastic_round
+from emomerge.checkpoints.rounding import PIECE, round_at_random, round_to, stochastic_round
 
 HALVES = [torch.bfloat16, torch.float16]
 HALF = pytest.mark.parametrize("dtype", HALVES)
@@ -100,3 +100,24 @@ def test_the_same_generator_gives_the_same_bits() -> None:
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(draw(x, torch.bfloat16), draw(x, torch.bfloat16))
     assert not torch.equal(draw(x, torch.bfloat16), draw(x, torch.bfloat16, seed=1))
+
+
+def test_draws_depend_on_seed_and_name_alone() -> None:
+    x = torch.randn(3, PIECE, generator=torch.Generator().manual_seed(0))[:, 1:]  # several pieces, not contiguous
+    first = round_at_random(x, torch.bfloat16, name="w", seed=0)
+    torch.rand(5)
+    assert torch.equal(first, round_at_random(x.clone(), torch.bfloat16, name="w", seed=0))
+    assert not torch.equal(first, round_at_random(x, torch.bfloat16, name="v", seed=0))
+    assert not torch.equal(first, round_at_random(x, torch.bfloat16, name="w", seed=1))
+    assert first.shape == x.shape
+    assert abs((first.double() - x).mean()) < 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.float8_e4m3fn])
+def test_only_to_sixteen_bits_is_there_chance(dtype: torch.dtype) -> None:
+    x = torch.randn(50, dtype=torch.float64)
+    assert torch.equal(round_at_random(x, dtype, name="w", seed=0).double(), round_to(x, dtype).double())
+    whole = torch.arange(20, dtype=torch.bfloat16)
+    assert torch.equal(round_at_random(whole, torch.float16, name="w", seed=0), whole.half())
+    assert round_at_random(torch.tensor(1.001), torch.bfloat16, name="w", seed=0).shape == ()
+    assert round_at_random(torch.empty(0, 3), torch.bfloat16, name="w", seed=0).shape == (0, 3)

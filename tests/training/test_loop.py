@@ -7,6 +7,7 @@ from emomerge.checkpoints import open_checkpoint
 from emomerge.errors import BadInput, RunFailed
 from emomerge.recipe import FAMILY
 from emomerge.training import RunDir, RunSpec, planned_runs, run_inputs, train_locally, train_run
+from emomerge.training.order import BatchOrder
 
 
 class Stop(Exception):
@@ -95,6 +96,44 @@ def test_a_full_run_loads_by_itself(train, digits, base_folder):
     assert trained.names() == base.names()
     assert not torch.equal(trained["classifier.weight"], base["classifier.weight"])
     digits[1].reload_model(run.artefact)
+
+
+def test_sens_leaves_the_squared_gradients_of_a_full_run(train, digits, base_folder):
+    from emomerge.merging import merge, reference
+    from emomerge.recipe import Full
+
+    full = {"adapter": Full(kind="full")}
+    runs = [train("sens-0", **full), train("sens-1", **full)]
+    files = [run.path / "fisher.safetensors" for run in runs]
+    base, found = open_checkpoint(base_folder), [open_checkpoint(file) for file in files]
+    assert found[0].names() == tuple(name for name in base if base[name].is_floating_point())
+    assert all((fisher[name] >= 0).all() and fisher[name].any() for fisher in found for name in base if "weight" in name)
+    merged = merge(base, [run.path for run in runs], method="fisher")
+    given = merge(base, [run.artefact for run in runs], method="fisher", information=tuple(map(str, files)))
+    name = "classifier.weight"
+    taus = torch.stack([open_checkpoint(run.artefact)[name] - base[name] for run in runs])
+    expected = reference.fisher(taus, torch.stack([fisher[name] for fisher in found]), torch.ones(2))
+    assert torch.equal(merged[name], given[name])
+    torch.testing.assert_close(merged[name], base[name] + expected)
+
+    train("sens-0")  # an adapter, in the same directory
+    assert not files[0].exists()
+    cats = train("cats-0", **full)
+    assert not (cats.path / "fisher.safetensors").exists()
+    with pytest.raises(BadInput, match=f"a run without squared gradients: {cats.path}.*`information`"):
+        merge(base, [runs[1].path, cats.path], method="fisher")
+
+
+def test_squared_gradients_after_one_step_are_those(train, digits, base_folder):
+    from emomerge.recipe import Full
+
+    recipe, task, data = digits
+    run = train("sens-0", adapter=Full(kind="full"), runs={"steps": 1, "checkpoint_every": 1})
+    model = task.reload_model(base_folder, trust_remote_code=False)
+    rows = BatchOrder(len(data.train), recipe.runs.batch_size, 0).batch(0)
+    task.loss(model.train(), data.train.batch(rows)).backward()
+    fisher = open_checkpoint(run.path / "fisher.safetensors")
+    torch.testing.assert_close(fisher["classifier.weight"], model.classifier.weight.grad.square(), rtol=1e-4, atol=1e-12)
 
 
 def test_bfloat16_autocast_and_clipping_train(train):

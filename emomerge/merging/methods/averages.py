@@ -71,8 +71,28 @@ def greedy_soup(deltas: Tensor, *, chosen: tuple[int, ...]) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- fisher
 
 
+def squared_gradients_of(run: str) -> Path | None:
+    """fisher.safetensors of a run directory, of which this is a part, as EmoSens leaves it where it trains all weights."""
+    for folder in (Path(run), *Path(run).parents[:2]):
+        if (folder / "run.json").is_file() and (file := folder / "fisher.safetensors").is_file():
+            return file
+    return None
+
+
 def open_information(vectors: TaskVectors, *, information: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The F_t of each run, from the safetensors file or folder named for it: the base's tensor names and shapes."""
+    """The F_t of each run, from the safetensors file or folder named for it, or from its run directory.
+
+    They have the base's tensor names and shapes.
+    """
+    information = information or tuple(str(squared_gradients_of(run.source) or "") for run in vectors.runs)
+    for label, path in zip(vectors.labels, information, strict=False):
+        if not path:
+            raise BadInput(
+                "a run without squared gradients",
+                where=label,
+                expected="fisher.safetensors in its directory, which EmoSens leaves where it trains all weights",
+                fix="name a file for each run: `information`",
+            )
     if len(information) != len(vectors):
         raise BadInput(
             "`information` does not fit the runs",

@@ -1,0 +1,282 @@
+"""A merge as one PEFT LoRA adapter: every matrix of its task vector truncated to the leading singular triples.
+
+    τ ≈ BA,  B = U·√Σ (rows, r),  A = √Σ·Vᵀ (r, columns),  α = r
+
+No matrices of rank r are nearer (Eckart and Young 1936); of large ones the triples are found in a random sketch (Halko,
+Martinsson and Tropp 2011). What a truncation captures is its share of the energy, ‖BA‖²/‖τ‖².
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from emomerge.adapters.naming import BaseNames
+from emomerge.adapters.peft import CONFIG, WEIGHTS
+from emomerge.checkpoints import Checkpoint, all_finite, new_folder
+from emomerge.errors import BadInput
+from emomerge.merging.methods.spectral import one_thread
+
+SMALL = 512
+"""Matrices with no more rows or columns are decomposed exactly."""
+SKETCH = 32
+"""Columns of the first sketch where the rank is not known."""
+OVERSAMPLING = 16
+"""Columns of a sketch beyond the rank that it is for."""
+POWER_ITERATIONS = 8
+"""Of a sketch; each pulls it towards the leading triples."""
+
+Kind = Literal["linear", "conv1d", "embedding"]
+
+
+class Place(NamedTuple):
+    """The module of a live model that a matrix is the weight of."""
+
+    module: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What an adapter holds of one matrix."""
+
+    name: str
+    """In the base."""
+    place: Place
+    shape: tuple[int, ...]
+    """As in the base."""
+    a: Tensor
+    b: Tensor
+    energy: float
+    """‖τ‖²."""
+    captured: float
+    """‖BA‖²."""
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return len(self.a)
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """A merge as low-rank factors, ready to be written; made by `truncate`."""
+
+    layers: tuple[Layer, ...]
+    left_out: Mapping[str, float]
+    """The energy of each tensor that moved and is not in the adapter."""
+    source: str
+    """The base, as it is named in the adapter."""
+    modules: frozenset[str]
+    """All modules of the base that have a weight."""
+
+    @property
+    def energy(self) -> float:
+        """‖τ‖² of all tensors, those that are left out included."""
+        return math.fsum([*(layer.energy for layer in self.layers), *self.left_out.values()])
+
+    def figures(self) -> dict[str, Any]:
+        """Ready for JSON: `energy`, the captured share of ‖τ‖² in total; `layers` with rank, own share and share of the
+        total that is their own; `left_out`: each one's share of the total."""
+        total = self.energy
+        return {
+            "energy": math.fsum(layer.captured for layer in self.layers) / total,
+            "layers": {
+                layer.name: {
+                    "rank": layer.rank, "energy": layer.captured / layer.energy, "share": layer.energy / total,
+                }
+                for layer in self.layers
+            },
+            "left_out": {name: energy / total for name, energy in self.left_out.items()},
+        }  # fmt: skip
+
+    def config(self) -> dict[str, Any]:
+        """`adapter_config.json`; s = α/r is 1 in every layer."""
+        most = max(layer.rank for layer in self.layers)
+        # PEFT takes the keys for regular expressions, of which the first that fits the end of a name counts.
+        ranks = {f"^{re.escape(layer.place.module)}": layer.rank for layer in self.layers if layer.rank != most}
+        return {
+            "peft_type": "LORA", "task_type": None, "base_model_name_or_path": self.source, "inference_mode": True,
+            "r": most, "lora_alpha": most, "rank_pattern": ranks, "alpha_pattern": ranks, "use_rslora": False,
+            "lora_dropout": 0.0, "bias": "none", "init_lora_weights": True, "modules_to_save": None,
+            "fan_in_fan_out": any(layer.place.kind == "conv1d" for layer in self.layers),
+            "target_modules": self._targets(),
+        }  # fmt: skip
+
+    def _targets(self) -> list[str] | str:
+        """The modules; as a regular expression, which PEFT matches in full, where another one's name ends like one's."""
+        targets = {layer.place.module: None for layer in self.layers}
+        for module in self.modules - targets.keys():
+            parts = module.split(".")
+            if any(".".join(parts[start:]) in targets for start in range(1, len(parts))):
+                return "|".join(map(re.escape, targets))
+        return list(targets)
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The factors under PEFT's names. Raises BadInput where one is too large for the dtype."""
+        tensors = {}
+        for layer in self.layers:
+            # PEFT applies BA to (out, in), which is how a Linear keeps its weight; the other two keep the transpose.
+            a, b = (layer.a, layer.b) if layer.place.kind == "linear" else (layer.b.mT, layer.a.mT)
+            stem = f"base_model.model.{layer.place.module}."
+            names = ("lora_embedding_A", "lora_embedding_B") if layer.place.kind == "embedding" else _FACTORS
+            for name, factor in zip(names, (a, b), strict=True):
+                tensors[stem + name] = factor.to("cpu", dtype).contiguous()
+                if not all_finite(tensors[stem + name]):
+                    raise BadInput(f"values too large for {dtype}", where=stem + name, fix="write it as bfloat16 or float32")
+        return tensors
+
+    def write(
+        self, out: str | Path, *, dtype: str = "float32", extra_files: Mapping[str, str] | None = None, force: bool = False
+    ) -> None:
+        """Write a folder that `peft.PeftModel.from_pretrained` loads.
+
+        Args:
+            out: the folder.
+            dtype: of the factors: "float32", "bfloat16" or "float16".
+            extra_files: file name → text.
+            force: replace an `out` that exists.
+        """
+        tensors = self.tensors(getattr(torch, dtype))
+        with new_folder(out, force=force) as folder:
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+            for name, text in {CONFIG: json.dumps(self.config(), indent=2) + "\n", **(extra_files or {})}.items():
+                (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+_FACTORS = ("lora_A.weight", "lora_B.weight")
+
+
+def truncate(
+    merged: Checkpoint,
+    base: Checkpoint,
+    *,
+    rank: int | Literal["auto"],
+    energy: float = 0.99,
+    max_rank: int = 256,
+    allow_partial: bool = False,
+    progress: Callable[[str, int], None] | None = None,
+) -> Truncation:
+    """The adapter nearest to θ − θ₀, matrix by matrix.
+
+    Embeddings are matrices too, unless they are tied to a head. Without a `config.json` beside the base every 2-D
+    `….weight` is taken for that of a Linear.
+
+    Args:
+        merged: θ.
+        base: θ₀.
+        rank: of every matrix, or "auto": for each the smallest that captures `energy`.
+        energy: share of ‖τ‖² of each matrix.
+        max_rank: what "auto" does not exceed.
+        allow_partial: leave out what no LoRA can hold (biases, norms, convolutions, …) instead of refusing.
+        progress: called with each tensor's name and bytes once it is done.
+
+    Raises:
+        BadInput: nothing moved, or something that no LoRA can hold did.
+    """
+    if rank != "auto" and rank < 1:
+        raise BadInput("a rank is at least 1", found=rank)
+    if not 0 < energy <= 1:
+        raise BadInput("an energy is a share of ‖τ‖²", expected="above 0, up to 1", found=energy)
+    names = BaseNames(base)
+    places = {name: place_of(base, names, name) for name in base}
+    left_out = {}
+    for name, place in places.items():
+        if isinstance(place, str) and (delta := merged.delta(name, base)) is not None and delta.any():
+            if not allow_partial:
+                what = "a tensor that moved fits into no adapter"
+                raise BadInput(what, where=name, found=place, fix="--allow-partial leaves such tensors out, and lists them")
+            left_out[name] = _energy(delta)
+    layers = []
+    for name, place in places.items():
+        if isinstance(place, Place) and (delta := merged.delta(name, base)) is not None and delta.any():
+            limit = max_rank if rank == "auto" else rank
+            a, b = low_rank(delta, limit, energy=energy if rank == "auto" else None, name=name)
+            layers.append(Layer(name, place, tuple(delta.shape), a, b, _energy(delta), _captured(a)))
+        if progress is not None:
+            progress(name, base.info(name).nbytes)
+    if not layers:
+        raise BadInput("no matrix moved: there is nothing for an adapter to hold", where=merged.source)
+    modules = frozenset(names.live(name).removesuffix(".weight") for name in base if name.endswith(".weight"))
+    return Truncation(tuple(layers), left_out, base.source, modules)
+
+
+def low_rank(tau: Tensor, rank: int, *, energy: float | None = None, name: str) -> tuple[Tensor, Tensor]:
+    """A (r, columns) and B (rows, r), of which BA is τ (rows, columns) truncated.
+
+    Args:
+        tau: the matrix.
+        rank: r, or what it does not exceed.
+        energy: the share of ‖τ‖² for which r is to be the smallest, if any.
+        name: what a random sketch depends on.
+    """
+    full = min(tau.shape)
+    rank = min(rank, full)
+    with one_thread():
+        u, s, v = _triples(tau, rank, energy, name)
+        if energy is not None:
+            shares = s.double().square().cumsum(0) / _energy(tau)
+            rank = min(rank, 1 + int((shares < energy).count_nonzero()))
+        root = s[:rank].sqrt()
+        return (v[:, :rank] * root).mT, u[:, :rank] * root
+
+
+def _triples(tau: Tensor, rank: int, energy: float | None, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triples, U (rows, k), S (k,), V (columns, k); k as large as the rank or the energy needs."""
+    size = rank if energy is None else min(SKETCH, rank)
+    while min(tau.shape) > SMALL and 4 * size < min(tau.shape):
+        u, s, v = _sketched(tau, size + OVERSAMPLING, name)
+        if size == rank or float(s[:size].double().square().sum()) >= (energy or 0) * _energy(tau):
+            return u[:, :size], s[:size], v[:, :size]
+        size = min(2 * size, rank)
+    u, s, vh = torch.linalg.svd(tau, full_matrices=False)
+    return u, s, vh.mT
+
+
+def _sketched(tau: Tensor, columns: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    with torch.random.fork_rng([tau.device] if tau.device.type != "cpu" else []):
+        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+        found: tuple[Tensor, Tensor, Tensor] = torch.svd_lowrank(tau, q=columns, niter=POWER_ITERATIONS)
+    return found
+
+
+def place_of(base: Checkpoint, names: BaseNames, name: str) -> Place | str:
+    """Where PEFT puts a pair of factors for a tensor of the base, or what it is that it can put none there."""
+    live = names.live(name)
+    module, _, leaf = live.rpartition(".")
+    dimensions = len(base.info(name).shape)
+    if dimensions != 2 or leaf != "weight" or not module:
+        return f"{dimensions} dimensions" if dimensions != 2 else "no weight of a layer"
+    if names.find(f"{module.rpartition('.')[0]}.in_proj_weight") is not None:
+        return "a part of nn.MultiheadAttention"
+    partner = names.tied_partner(live)
+    if partner is not None and names.find(partner) is None:
+        return f"tied to {partner}"
+    layer = names.module(module)
+    if layer is None or isinstance(layer, nn.Linear):
+        return Place(module, "linear")
+    if isinstance(layer, nn.Embedding):
+        return Place(module, "embedding")
+    return Place(module, "conv1d") if type(layer).__name__ == "Conv1D" else f"in a {type(layer).__name__}"
+
+
+def _energy(tau: Tensor) -> float:
+    """‖τ‖², in float64."""
+    rows = tau.reshape(len(tau), -1) if tau.ndim else tau.reshape(1, 1)
+    return math.fsum(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square().tolist())
+
+
+def _captured(a: Tensor) -> float:
+    """‖BA‖² from A = √Σ·Vᵀ alone: its rows are orthogonal, and of the squared length σ."""
+    return math.fsum(torch.linalg.vector_norm(a, dim=1, dtype=torch.float64).pow(4).tolist())
