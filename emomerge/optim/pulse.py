@@ -30,19 +30,21 @@ class Preset:
     max_rate: float = 3e-3
     hold_first: bool = False
     """The first step leaves dNR_hist alone."""
-    only_down: bool = False
-    """The brake never raises dNR_hist."""
+    span: float = 0.0
+    """If above 0, dNR_hist follows span^(c/w), where c and w are slow EMAs of σ and |σ|: progress over wandering."""
     chained: bool = False
     """emoScope is stretched by 100^c, where c is a short EMA of σ, and the largest rate follows emoScope."""
     stop: Literal["v3.7", "v3.8", "v3.9"] = "v3.8"
     """Which rule turns `should_stop` on."""
 
-    def next_dnr(self, dnr: Any, dnr_now: Any, trust: Any, do: Operations) -> Any:
-        """dNR_hist after a step (paper 3.2): trust is hard to earn and easy to lose."""
-        grown = do.minimum(dnr_now, dnr * self.grow)
-        braked = (do.minimum(dnr_now, dnr) if self.only_down else dnr_now) * self.decay
+    def next_dnr(self, dnr: Any, goal: Any, trust: Any, do: Operations) -> Any:
+        """dNR_hist after a step (paper 3.2): trust is hard to earn and easy to lose. `goal` is what it moves to."""
+        grown = do.minimum(goal, dnr * self.grow)
         hesitant = (trust >= -0.5) & (trust <= 0.5)
-        return do.where((dnr_now >= dnr) & (trust >= 0.5), grown, do.where(hesitant, braked, dnr))
+        if self.span:  # never up in the band, and down as far as it goes while the loss rises
+            held = do.minimum(dnr, do.where(trust > 0, goal, 1 / self.span))
+            return do.maximum(do.where(hesitant, held, grown), dnr * self.decay)
+        return do.where((goal >= dnr) & (trust >= 0.5), grown, do.where(hesitant, goal * self.decay, dnr))
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -51,10 +53,14 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "v3.8": Preset(),
         "v3.8-fft": Preset(base_scale=1e-5, min_rate=1e-8, max_rate=3e-4),
         "v3.9": Preset(min_rate=1e-8, chained=True, stop="v3.9"),
-        "guarded": Preset(only_down=True),
+        "guarded": Preset(grow=1.10, span=10.0),
     }
 )
-"""Every preset by name; `v3.8-fft` is for full fine-tuning, `guarded` is v3.8 with a brake that can only slow down."""
+"""Every preset by name; `v3.8-fft` is for full fine-tuning.
+
+`guarded` is ours. The published rules raise dNR_hist while the loss falls steeply, and once it is nearly still nothing brings
+it down again. Here it follows 10^(c/w): up to tenfold while the loss keeps falling, 1 when it wanders, a tenth when it rises.
+"""
 
 
 @dataclass
@@ -92,7 +98,9 @@ class EmoPulse:
     distance: float = field(default=0.02, init=False)
     """d, the EMA of |trust|: progress."""
     chain: float = field(default=0.0, init=False)
-    """c, the short EMA of σ (v3.9)."""
+    """c, the EMA of σ: short in v3.9, slow in `guarded`."""
+    swing: float = field(default=0.0, init=False)
+    """w, the slow EMA of |σ| (`guarded`)."""
     dnr_now: float = field(default=0.0, init=False)
     """dNR_now of the last step, before dNR_hist takes it in."""
     dnr: float = field(default=1.0, init=False)
@@ -214,20 +222,25 @@ def advance(preset: Preset, s: Mapping[str, Any], loss: Any, do: Operations) -> 
     distance = 0.97 * s["distance"] + 0.03 * abs(trust)
     noise_base = abs(sigma - trust) + 0.1
     d_base = abs(do.maximum(noise, preset.noise_floor) - distance) + 0.1
-    dnr_now = snr(d_base, noise_base)
-    dnr = preset.next_dnr(s["dnr"], dnr_now, trust, do)
+    goal = dnr_now = snr(d_base, noise_base)
+    chain, swing, gain = s["chain"], s["swing"], s["gain"]
+    if preset.span:
+        chain = 0.997 * chain + 0.003 * sigma
+        swing = 0.997 * swing + 0.003 * abs(sigma)
+        goal = preset.span ** (chain / do.maximum(swing, preset.noise_floor))
+    dnr = preset.next_dnr(s["dnr"], goal, trust, do)
     if preset.hold_first:
         dnr = do.where(first, s["dnr"], dnr)
 
-    chain, gain = s["chain"], s["gain"]
     if preset.chained:
         chain = 0.7 * chain + 0.3 * sigma
         gain = do.maximum(100**chain, 1e-2)
-    elif preset.stop == "v3.8":  # the signal of a step is judged after its rate, so it slows the next one
+    elif preset.stop == "v3.8" and not preset.span:  # the signal of a step is judged after its rate, so it slows the next one
         gain = do.where(s["stop_steps"] > 0, 0.1, 1.0)
     after = {
         "steps": s["steps"] + 1, "loss": loss, "short": short, "medium": medium, "long": long, "noise": noise,
-        "distance": distance, "chain": chain, "dnr_now": dnr_now, "dnr": dnr, "sigma": sigma, "trust": trust, "gain": gain,
+        "distance": distance, "chain": chain, "swing": swing, "dnr_now": dnr_now, "dnr": dnr, "sigma": sigma, "trust": trust,
+        "gain": gain,
     }  # fmt: skip
     after["rate"] = rate_at(preset, after, s["scope"], do)
     rest = _at_rest(preset, after, sigma_long, noise_base - d_base)
