@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -131,19 +132,23 @@ def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path, limit: int, 
 def _write_file(
     checkpoint: Checkpoint, plan: Plan, path: Path, manner: _Manner, metadata: Mapping[str, str] = MappingProxyType({})
 ) -> str:
-    """Write one safetensors file and return its SHA-256."""
+    """Write one safetensors file and return its SHA-256; a tensor is computed while the one before it is written."""
     order = sorted(plan, key=lambda name: (-plan[name].dtype.itemsize, name))  # keeps every tensor aligned
     digest = hashlib.sha256()
-    with path.open("wb") as file:
-        head = _header(plan, order, metadata)
-        file.write(head)
-        digest.update(head)
-        for name in order:
-            data = _raw_bytes(_rounded(checkpoint, name, plan[name], manner))
+    with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
+
+        def put(data: bytes | memoryview, name: str | None = None) -> None:
             file.write(data)
             digest.update(data)
-            if manner.progress is not None:
+            if name is not None and manner.progress is not None:
                 manner.progress(name, plan[name].nbytes)
+
+        writing = writer.submit(put, _header(plan, order, metadata))
+        for name in order:
+            data = _raw_bytes(_rounded(checkpoint, name, plan[name], manner))
+            writing.result()
+            writing = writer.submit(put, data, name)
+        writing.result()
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()

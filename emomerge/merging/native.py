@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -210,7 +211,7 @@ def _parts(numel: int, threads: int) -> list[Part]:
     pieces = -(-numel // PIECE)
     threads = min(threads, pieces)
     cuts = [min(pieces * index // threads * PIECE, numel) for index in range(threads + 1)]
-    return [Part(*ends) for ends in zip(cuts, cuts[1:], strict=False)]
+    return [Part(*ends) for ends in pairwise(cuts)]
 
 
 def _kernels() -> ctypes.CDLL:
