@@ -266,7 +266,7 @@ class MergedCheckpoint(Displaced):
         if self._merged_loss is None:
             self._merged_loss = self._scale_losses.get(self.scale) or finite_or_inf(loss(self))
         best, merged = min(losses), self._merged_loss
-        if merged <= best:
+        if merged <= best or math.isclose(merged, best, rel_tol=1e-5):  # θ₀ + (θ − θ₀) is θ up to rounding
             return []
         label = self._task.labels[losses.index(best)]
         return [f"the merge's held-out loss {merged:.4g} is worse than {best:.4g} of run {label}; use that run instead"]

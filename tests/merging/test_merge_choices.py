@@ -174,6 +174,17 @@ def test_a_run_without_a_finite_loss_is_named(base, make_runs, taus):
         merge(base, make_runs(taus), run_losses=[1.0, math.nan, 1.0, 1.0], names=["a", "lost", "c", "d"])
 
 
+def test_a_merge_of_one_run_is_no_worse_than_the_run(base, make_runs, taus):
+    runs = make_runs(taus)
+    best = runs[2]["w"]
+
+    def loss(model):  # its optimum is a run; θ₀ + (θ − θ₀) differs from that run by rounding
+        return 1.0 + Valley(best)(model) + 1e-9 * (model not in runs)
+
+    merged = merge(base, runs, method="greedy-soup", held_out_loss=loss)
+    assert merged.diagnostics()["params"]["chosen"] == (2,) and merged.diagnostics()["warnings"] == []
+
+
 def test_a_merge_worse_than_its_best_run_says_so(base, make_runs, taus):
     names = ["a", "b", "c", "d"]
     loss = Valley(base["w"] + taus[2])
