@@ -179,7 +179,7 @@ def test_a_merge_of_one_run_is_no_worse_than_the_run(base, make_runs, taus):
     best = runs[2]["w"]
 
     def loss(model):  # its optimum is a run; θ₀ + (θ − θ₀) differs from that run by rounding
-        return 1.0 + Valley(best)(model) + 1e-9 * (model not in runs)
+        return 1.0 + Valley(best)(model) + 1e-9 * all(model is not run for run in runs)
 
     merged = merge(base, runs, method="greedy-soup", held_out_loss=loss)
     assert merged.diagnostics()["params"]["chosen"] == (2,) and merged.diagnostics()["warnings"] == []
