@@ -36,6 +36,8 @@ FLAGS = [
 ]
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS.append("-mprefer-vector-width=512")  # 8 % faster where there is AVX-512, without effect elsewhere
+PLAIN_FLAGS = ["-O3", "-ffp-contract=off", "-shared", "-fPIC"]
+"""For compilers that do not know the others, as some do not know -march=native on ARM."""
 
 Item = TypeVar("Item")
 
@@ -48,22 +50,39 @@ def library(source: Path, *defines: str) -> ctypes.CDLL | None:
         source: a file of C.
         defines: what the preprocessor is to know, such as `REAL=float`.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    name, *arguments = os.environ.get("CC", "").split() or ["cc"]  # CC may be `ccache gcc`
+    compiler = shutil.which(name)
     if compiler is None or os.environ.get("EMOMERGE_NATIVE") == "0":
         return None
+    command = [compiler, *arguments, *(f"-D{define}" for define in defines)]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        options = [*FLAGS, *(f"-D{define}" for define in defines)]
-        key = "\n".join([compiler, *options, _processor(), source.read_text()])
-        folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "emomerge"
-        target = folder / f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-        if not target.exists():
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                built = Path(scratch) / target.name
-                command = [compiler, *options, str(source), "-o", str(built), "-lm"]
-                subprocess.run(command, check=True, capture_output=True, timeout=60)
-                built.replace(target)
-        return ctypes.CDLL(str(target))
+        key = "\n".join([*command, *FLAGS, _processor(), source.read_text()])
+        file = f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        folder = _cache_folder()
+        if folder and (folder / file).exists():
+            with contextlib.suppress(OSError):  # damaged, or of another system that shares the disk: made anew
+                return ctypes.CDLL(str(folder / file))
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / file
+            _compile(command, source, built)
+            return ctypes.CDLL(str(built.replace(folder / file) if folder else built))
+    return None
+
+
+def _compile(command: list[str], source: Path, built: Path) -> None:
+    last = [str(source), "-o", str(built), "-lm"]
+    try:
+        subprocess.run([*command, *FLAGS, *last], check=True, capture_output=True, timeout=60)
+    except subprocess.CalledProcessError:
+        subprocess.run([*command, *PLAIN_FLAGS, *last], check=True, capture_output=True, timeout=60)
+
+
+def _cache_folder() -> Path | None:
+    """Where compiled code is kept; None for a user without a home, or on a disk that is read only."""
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emomerge"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder if os.access(folder, os.W_OK) else None
     return None
 
 
@@ -95,7 +114,8 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(thread_name_prefix="emomerge")
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads do not survive a fork
 
 
 def _processor() -> str:

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from emomerge.optim import native
 from emomerge.optim.base import EmoOptimizer, Group, Rate, descend
-from emomerge.optim.batches import Lists, State, Tensors, reduced, to_wide
+from emomerge.optim.batches import Lists, State, Tensors, reduced, to_wide, wide_zeros
 
 
 class EmoAiry(EmoOptimizer):
@@ -31,8 +31,8 @@ class EmoAiry(EmoOptimizer):
     def init_state(self, w: Tensor, group: Group) -> State:
         """Factors of the second moment, or the second moment itself."""
         if w.dim() < 2:
-            return {"v": torch.zeros_like(w)}
-        rows, columns = _factors(torch.zeros_like(w))
+            return {"v": wide_zeros(w)}
+        rows, columns = _factors(wide_zeros(w))
         return {"r": rows, "c": columns}
 
     def measure(self, w: Tensors, g: Tensors, state: Lists, group: Group) -> Lists:

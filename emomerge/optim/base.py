@@ -83,12 +83,9 @@ class EmoOptimizer(Optimizer):
             "maximize": maximize,
             "stochastic_rounding": stochastic_rounding,
         }
-        _check_options(defaults)
-        for name in ("use_shadow", "stochastic_rounding"):
-            if capturable and defaults[name]:
-                raise BadInput(f"`capturable` keeps the host out of the step, which `{name}` needs", fix="choose one of them")
-        self._pulse = EmoPulse(preset, lr, cautious)
         self.capture_loss, self.capturable = capture_loss, capturable
+        self._check_options(defaults)
+        self._pulse = EmoPulse(preset, lr, cautious)
         self._device_pulse: DevicePulse | None = None
         super().__init__(params, defaults)
         self._save_pulse()
@@ -115,7 +112,7 @@ class EmoOptimizer(Optimizer):
 
     @abstractmethod
     def init_state(self, w: Tensor, group: Group) -> State:
-        """The rule's state tensors for one parameter, given in the dtype of the arithmetic."""
+        """The rule's state tensors for one parameter, in the dtype of the arithmetic (`wide`), which w may not have."""
 
     @abstractmethod
     def update(self, w: Tensors, g: Tensors, state: Lists, rate: Rate, group: Group) -> None:
@@ -219,7 +216,7 @@ class EmoOptimizer(Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Train more parameters from now on; the pulse goes on as it is."""
-        _check_options({**self.defaults, **param_group})
+        self._check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["scope"] = group["lr"]
@@ -235,24 +232,35 @@ class EmoOptimizer(Optimizer):
         """Continue bit-identically from a `state_dict()`. The dict is copied, so it may be loaded again.
 
         Raises:
-            BadInput: the dict holds no emoPulse.
+            BadInput: the dict holds no emoPulse, options that are out of range, or the state of another rule or of parameters
+                of another shape. Nothing has changed.
         """
-        EmoPulse().load_state_dict(_pulse_in(state_dict["param_groups"][0]))  # refuse it before anything changes
-        super().load_state_dict(state_dict)
+        EmoPulse().load_state_dict(_pulse_in(state_dict["param_groups"][0]))
+        for group in state_dict["param_groups"]:
+            self._check_options({**self.defaults, **group})
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for key, p in zip(keys, params, strict=True):  # torch has cast them to the parameter's dtype, or aliased them
-            if key in state_dict["state"]:
-                saved = state_dict["state"][key]
-                self.state[p] = {name: value.to(p.device, wide(p.dtype), copy=True) for name, value in saved.items()}
+        owners = [(p, group) for group in self.param_groups for p in group["params"]]
+        states = [
+            (key, p, state_dict["state"][key], group)
+            for key, (p, group) in zip(keys, owners, strict=False)
+            if key in state_dict["state"]
+        ]
+        for key, p, saved, group in states:
+            self._check_state(key, p, saved, group)
+        super().load_state_dict(state_dict)
+        for _, p, saved, _ in states:  # torch has cast them to the parameter's dtype, or aliased them
+            self.state[p] = {name: value.to(p.device, wide(p.dtype), copy=True) for name, value in saved.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         self._save_pulse()
         return {**super().__getstate__(), "capture_loss": self.capture_loss, "capturable": self.capturable}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
         copied = "_pulse" not in self.__dict__  # unpickled or deep-copied, not `load_state_dict`
+        if not copied:
+            for own, loaded in zip(self.param_groups, state["param_groups"], strict=True):  # what an older version did not save
+                loaded.update({name: value for name, value in own.items() if name not in loaded})
+        super().__setstate__(state)
         if copied:
             self._pulse, self._device_pulse = EmoPulse(), None
         self._pulse.load_state_dict(_pulse_in(self.param_groups[0]))
@@ -318,14 +326,47 @@ class EmoOptimizer(Optimizer):
 
     def _state_of(self, p: Tensor, group: Group) -> State:
         state: State | None = self.state.get(p)
-        if state is None:
-            w = p.detach().to(wide(p.dtype))
-            state = self.init_state(w, group)
-            if group["use_shadow"]:
-                state["shadow"] = w.clone()
+        if not state:  # or empty: `state` is a defaultdict, which somebody may have looked into
+            state = self.init_state(p, group)
             if state:  # EmoVoid has none
                 self.state[p] = state
+        if group["use_shadow"] and "shadow" not in state:
+            state["shadow"] = p.detach().to(wide(p.dtype), copy=True)
+            self.state[p] = state
         return state
+
+    def _check_state(self, key: object, p: Tensor, saved: State, group: Group) -> None:
+        """Refuse what this rule did not make for a parameter like this."""
+        if hasattr(p, "to_local"):  # sharded, of which torch knows more than we do
+            return
+        wanted = {name: tuple(t.shape) for name, t in self.init_state(torch.empty_like(p, device="meta"), group).items()}
+        if "shadow" in saved:
+            wanted["shadow"] = tuple(p.shape)
+        found = {name: tuple(t.shape) for name, t in saved.items()}
+        if found != wanted:
+            raise BadInput(
+                "the state of another rule, or of a parameter of another shape",
+                where=f"state of parameter {key}",
+                expected=wanted,
+                found=found,
+                fix=f"load what {type(self).__name__} saved for this model",
+            )
+
+    def _check_options(self, group: Group) -> None:
+        """Refuse hyper-parameters out of range."""
+        ranges = {
+            "lr": (group["lr"], math.inf),
+            "eps": (group["eps"], math.inf),
+            "weight_decay": (group["weight_decay"], math.inf),
+            "betas[0]": (group["betas"][0], 1.0),
+            "betas[1]": (group["betas"][1], 1.0),
+        }
+        for name, (value, end) in ranges.items():
+            if not isinstance(value, (int, float)) or not 0 <= value < end:
+                raise BadInput("option out of range", where=name, expected=f"a number in [0, {end})", found=repr(value))
+        for name in ("use_shadow", "stochastic_rounding"):
+            if self.capturable and group[name]:
+                raise BadInput(f"`capturable` keeps the host out of the step, which `{name}` needs", fix="choose one of them")
 
     def _check_step(self, trained: list[tuple[Tensor, Tensor, Group]]) -> None:
         """Refuse what this step cannot do, before anything has changed."""
@@ -363,20 +404,6 @@ class EmoOptimizer(Optimizer):
 
 def _pulse_in(group: Group) -> dict[str, Any]:
     return {key.removeprefix(PULSE): value for key, value in group.items() if key.startswith(PULSE)}
-
-
-def _check_options(group: Group) -> None:
-    """Refuse hyper-parameters out of range."""
-    ranges = {
-        "lr": (group["lr"], math.inf),
-        "eps": (group["eps"], math.inf),
-        "weight_decay": (group["weight_decay"], math.inf),
-        "betas[0]": (group["betas"][0], 1.0),
-        "betas[1]": (group["betas"][1], 1.0),
-    }
-    for name, (value, end) in ranges.items():
-        if not isinstance(value, (int, float)) or not 0 <= value < end:
-            raise BadInput("option out of range", where=name, expected=f"a number in [0, {end})", found=repr(value))
 
 
 def descend(w: Tensors, u: Tensors, rate: Rate, decay: float) -> None:

@@ -104,6 +104,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def wide_zeros(w: Tensor) -> Tensor:
+    """Zeros in the shape and layout of w, in the dtype of arithmetic and state."""
+    return torch.zeros_like(w, dtype=wide(w.dtype))
+
+
 def to_wide(tensors: Tensors) -> Tensors:
     """The tensors in the dtype of arithmetic: copies of half-precision ones, else the same list."""
     dtype = wide(tensors[0].dtype)

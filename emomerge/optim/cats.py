@@ -7,7 +7,7 @@ from torch import Tensor
 
 from emomerge.optim import native
 from emomerge.optim.base import EmoOptimizer, Group, Rate, descend
-from emomerge.optim.batches import Lists, State, Tensors
+from emomerge.optim.batches import Lists, State, Tensors, wide_zeros
 
 
 class EmoCats(EmoOptimizer):
@@ -18,7 +18,7 @@ class EmoCats(EmoOptimizer):
 
     def init_state(self, w: Tensor, group: Group) -> State:
         """Momentum."""
-        return {"m": torch.zeros_like(w)}
+        return {"m": wide_zeros(w)}
 
     def update(self, w: Tensors, g: Tensors, state: Lists, rate: Rate, group: Group) -> None:
         """Weight decay, step by the sign of a blend of momentum and gradient, momentum."""

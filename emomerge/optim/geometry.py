@@ -74,17 +74,22 @@ class WRefOptimizer(EmoOptimizer):
     """
 
     def __init__(self, params: ParamsT, lr: float = 1.0, *, geometry: Geometry = "exact", **options: Any) -> None:
-        if geometry not in ("exact", "l1"):
-            raise BadInput("unknown geometry", expected="exact | l1", found=repr(geometry))
-        if geometry == "l1" and options.get("capturable"):
-            raise BadInput("`capturable` keeps the host out of the step, where l1 decides", fix="use geometry='exact'")
         super().__init__(params, lr, **options)
         self.add_default("geometry", geometry)
+        self._check_options(self.defaults)
 
     def add_param_group(self, param_group: Group) -> None:
         """Train more parameters from now on; Σ|W| starts anew, so that their weights do not pass for growth."""
         super().add_param_group(param_group)
         self.param_groups[0]["l1"] = 0.0
+
+    def _check_options(self, group: Group) -> None:
+        super()._check_options(group)
+        geometry = group.get("geometry", "exact")
+        if geometry not in ("exact", "l1"):
+            raise BadInput("unknown geometry", expected="exact | l1", found=repr(geometry))
+        if geometry == "l1" and self.capturable:
+            raise BadInput("`capturable` keeps the host out of the step, where l1 decides", fix="use geometry='exact'")
 
     def survey(self) -> list[Tensor]:
         """Σ|W| over all parameters of all groups, if a group needs it."""

@@ -30,7 +30,8 @@ static double relation(long n, const REAL *restrict w, const REAL *restrict g, d
         }
         wg += a, ww += b, gg += c;
     }
-    return fmin(fabs(wg) / (sqrt(ww) * sqrt(gg) + eps), 1);
+    double rho = fabs(wg) / (sqrt(ww) * sqrt(gg) + eps);
+    return rho > 1 ? 1 : rho; /* fmin would take NaN for 1 */
 }
 
 int geom_relation(long count, const long *size, tensors w, tensors g, double *const *rho, double eps)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from emomerge.errors import BadInput
 from emomerge.native import in_parallel, library, longs, pointers, threads
 
 KERNELS = Path(__file__).with_name("kernels.c")
@@ -27,7 +30,7 @@ def fits(*tensors: Tensor) -> bool:
     for t in tensors:
         if type(t) not in PLAIN or not t.is_cpu or t.dtype != dtype or not t.is_contiguous():
             return False
-    return dtype in REALS and library(KERNELS, REALS[dtype]) is not None
+    return _compiled(dtype) is not None
 
 
 def run(kernel: str, sizes: Sequence[Sequence[int]], tensors: Sequence[Sequence[Tensor]], scalars: Sequence[float]) -> None:
@@ -39,8 +42,15 @@ def run(kernel: str, sizes: Sequence[Sequence[int]], tensors: Sequence[Sequence[
         tensors: for each of the kernel's tensor arguments one tensor for each parameter.
         scalars: the kernel's last arguments.
     """
-    compiled = library(KERNELS, REALS[tensors[0][0].dtype])
+    compiled = _compiled(tensors[0][0].dtype)
     assert compiled is not None, "ask `fits` first"
+    numels = [math.prod(size) for size in zip(*sizes, strict=True)] if len(sizes) > 1 else sizes[0]
+    wanted = [numels, *sizes, [1] * len(numels)]
+    if not all(list(map(Tensor.numel, column)) in wanted for column in tensors[1:]):  # else C would write beyond their ends
+        raise BadInput(
+            f"{kernel}: gradients or state have not the shape of their parameters",
+            fix="after giving a parameter other `.data`, make the optimizer anew",
+        )
     function = getattr(compiled, kernel)
     last = [ctypes.c_double(value) for value in scalars]
 
@@ -49,7 +59,12 @@ def run(kernel: str, sizes: Sequence[Sequence[int]], tensors: Sequence[Sequence[
         if function(ctypes.c_long(len(counts[0])), *counts, *(pointers(column[part]) for column in tensors), *last):
             raise MemoryError(f"no memory for the sums of {kernel}")
 
-    in_parallel(work, _shares([t.numel() for t in tensors[0]], threads()))
+    in_parallel(work, _shares(numels, threads()))
+
+
+@cache
+def _compiled(dtype: torch.dtype) -> ctypes.CDLL | None:
+    return library(KERNELS, REALS[dtype]) if dtype in REALS else None
 
 
 def _shares(numels: Sequence[int], most: int) -> list[slice]:

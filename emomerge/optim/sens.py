@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from emomerge.optim.base import EmoOptimizer, Group, Rate, descend
-from emomerge.optim.batches import Lists, State, Tensors
+from emomerge.optim.batches import Lists, State, Tensors, wide_zeros
 
 LATE = 1e12
 """A number of steps after which Adam's bias correction, 1 − βˢ, is 1."""
@@ -25,14 +25,15 @@ class EmoSens(EmoOptimizer):
 
     def init_state(self, w: Tensor, group: Group) -> State:
         """First and second moment."""
-        return {"m": torch.zeros_like(w), "v": torch.zeros_like(w)}
+        return {"m": wide_zeros(w), "v": wide_zeros(w)}
 
     def update(self, w: Tensors, g: Tensors, state: Lists, rate: Rate, group: Group) -> None:
         """Both moments, weight decay, normalised step: torch's fused AdamW at a late step is exactly this."""
         beta1, beta2 = group["betas"]
         m, v, decay, eps = state["m"], state["v"], group["weight_decay"], group["eps"]
         device, single = w[0].device, w[0].dtype == torch.float32
-        dense = all(t.is_contiguous() for ts in (w, g, m, v) for t in ts)  # torch's kernel would pair elements by address
+        numels = list(map(Tensor.numel, w))  # torch's kernel would pair elements by address, beyond the ends as well
+        dense = all(all(map(Tensor.is_contiguous, ts)) and list(map(Tensor.numel, ts)) == numels for ts in (w, g, m, v))
         exact = single or isinstance(rate, float)  # it takes a tensor for a float32 rate
         if dense and exact and device.type in _get_fused_kernels_supported_devices():
             late = torch.full((), LATE, device=device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emomerge.optim import native
 from emomerge.optim.base import Group, Rate, descend
-from emomerge.optim.batches import Lists, State, Tensors
+from emomerge.optim.batches import Lists, State, Tensors, wide, wide_zeros
 from emomerge.optim.geometry import WRefOptimizer, geom_relations
 
 
@@ -27,7 +27,7 @@ class EmoTion(WRefOptimizer):
 
     def init_state(self, w: Tensor, group: Group) -> State:
         """Momentum, and the mean of ρ, which is −1 until the first ρ."""
-        return {"m": torch.zeros_like(w), "rho": torch.full((), -1.0, dtype=w.dtype, device=w.device)}
+        return {"m": wide_zeros(w), "rho": torch.full((), -1.0, dtype=wide(w.dtype), device=w.device)}
 
     def prepare(self, *surveyed: float) -> None:
         """q of this step."""

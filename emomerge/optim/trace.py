@@ -27,12 +27,14 @@ class PulseTrace:
 
     def __init__(self, optimizer: EmoOptimizer) -> None:
         self.rows = []
+        self._step = optimizer.pulse.steps
         self._handle = optimizer.register_step_post_hook(self._record)
 
     def _record(self, optimizer: Any, *_: Any) -> None:
         figures = optimizer.pulse.figures()
-        if not self.rows or figures["step"] != self.rows[-1]["step"]:  # a step with lr=0 leaves the pulse alone
+        if figures["step"] != self._step:  # a step with lr=0 leaves the pulse alone
             self.rows.append(figures)
+        self._step = figures["step"]
 
     def close(self) -> None:
         """Stop recording."""

@@ -182,7 +182,7 @@ def test_a_merge_of_one_run_is_no_worse_than_the_run(base, make_runs, taus):
         return 1.0 + Valley(best)(model) + 1e-9 * all(model is not run for run in runs)
 
     merged = merge(base, runs, method="greedy-soup", held_out_loss=loss)
-    assert merged.diagnostics()["params"]["chosen"] == (2,) and merged.diagnostics()["warnings"] == []
+    assert merged.diagnostics()["params"]["chosen"] == [2] and merged.diagnostics()["warnings"] == []
 
 
 def test_a_merge_worse_than_its_best_run_says_so(base, make_runs, taus):

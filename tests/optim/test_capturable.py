@@ -147,6 +147,22 @@ def test_what_needs_the_host_is_refused(name: str, option: dict[str, Any]) -> No
         OPTIMIZERS[name](parameters(), capturable=True, **option)
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("sens", {"use_shadow": True}), ("sens", {"stochastic_rounding": True}), ("tion", {"geometry": "l1"})],
+)
+def test_what_needs_the_host_is_refused_in_a_group_and_in_a_state(name: str, option: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="capturable"):
+        OPTIMIZERS[name]([{"params": parameters(), **option}], capturable=True)
+    opt = OPTIMIZERS[name](parameters(), capturable=True)
+    with pytest.raises(BadInput, match="capturable"):
+        opt.add_param_group({"params": parameters(), **option})
+    before = opt.state_dict()
+    with pytest.raises(BadInput, match="capturable"):
+        opt.load_state_dict(OPTIMIZERS[name](parameters(), **option).state_dict())
+    assert opt.state_dict() == before
+
+
 def test_the_state_dict_is_that_of_the_host() -> None:
     """A run may go on without `capturable`."""
     opt = EmoSens(parameters(), capturable=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -133,6 +134,21 @@ def test_zero_gradient_moves_only_by_decay(path: str) -> None:
         opt.step()
         factor = 1.0 if name == "void" else 1 - 0.01 * opt.pulse.rate
         assert p.tolist() == pytest.approx([factor, -2 * factor], abs=1e-15)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_a_gradient_that_is_not_a_number(path: str, name: str, options: dict[str, Any]) -> None:
+    """Neither path hides what the formula makes of it."""
+    w = nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+    opt = OPTIMIZERS[name]([w], **options)
+    before = w.detach().clone()
+    w.grad = torch.tensor([1.0, math.nan, -1.0], dtype=torch.float64)
+    opt.observe(1.0)
+    opt.step()
+    new, state = REFERENCE[name](before, w.grad, {}, opt.pulse.rate, reference.Settings(**options))
+    torch.testing.assert_close(w.detach(), new, atol=1e-12, rtol=1e-12, equal_nan=True)
+    for key, value in state.items():
+        torch.testing.assert_close(opt.state[w][key], value, atol=1e-12, rtol=1e-12, equal_nan=True)
 
 
 def test_void_holds_the_norm_for_55_steps_and_again_at_rest() -> None:

@@ -396,6 +396,68 @@ def test_foreign_state_is_refused_before_anything_changes() -> None:
     assert bits(opt) == before
 
 
+@pytest.mark.parametrize("other", ["rule", "shape"])
+@pytest.mark.parametrize("name", ["sens", "airy", "cats", "tion"])
+def test_state_of_another_rule_or_shape_is_refused_before_anything_changes(name: str, other: str) -> None:
+    w, v = nn.Parameter(torch.ones(1, 8)), nn.Parameter(torch.ones(1 if other == "rule" else 16, 8))
+    saved, opt = OPTIMIZERS[name]([w]), OPTIMIZERS["cats" if other == "rule" and name != "cats" else "tion"]([v])
+    if other == "shape":
+        opt = OPTIMIZERS[name]([v])
+    for step, (one, p) in enumerate(((saved, w), (opt, v))):
+        p.grad = torch.ones_like(p)
+        one.observe(losses(step))
+        one.step()
+    before = bits(opt)
+    with pytest.raises(BadInput, match="another rule, or of a parameter of another shape: state of parameter 0"):
+        opt.load_state_dict(saved.state_dict())
+    assert bits(opt) == before
+
+
+def test_options_out_of_range_in_a_state_are_refused() -> None:
+    opt = build("void")[1]
+    saved, before = opt.state_dict(), bits(opt)
+    for name, value in {"lr": math.nan, "geometry": "l2"}.items():
+        with pytest.raises(BadInput, match=f"{name}"):
+            opt.load_state_dict({**saved, "param_groups": [{**saved["param_groups"][0], name: value}]})
+    assert bits(opt) == before
+
+
+@EVERY
+def test_a_state_saved_before_an_option_existed(name: str, options: dict[str, Any]) -> None:
+    opt = build(name, **options)[1]
+    train(opt, 0, 3)
+    saved = opt.state_dict()
+    for option in ("stochastic_rounding", "maximize", "scope"):
+        del saved["param_groups"][0][option]
+    twin = copy.deepcopy(opt)
+    twin.load_state_dict(saved)
+    for one in (opt, twin):
+        train(one, 3, 5)
+    assert json.loads(bits(twin))[::2] == json.loads(bits(opt))[::2]
+
+
+@EVERY
+def test_a_state_somebody_looked_into(name: str, options: dict[str, Any]) -> None:
+    opt, twin = (build(name, **options)[1] for _ in range(2))
+    for p in opt.param_groups[0]["params"]:
+        assert not opt.state[p]  # the defaultdict makes an empty entry
+    for one in (opt, twin):
+        train(one, 0, 3)
+        one.state.clear()  # a fresh start of the moments
+        train(one, 3, 5)
+    assert bits(opt) == bits(twin)
+
+
+@pytest.mark.parametrize(("name", "options"), RULES)
+def test_a_shadow_that_starts_late(name: str, options: dict[str, Any]) -> None:
+    opt = build(name, **options)[1]
+    train(opt, 0, 3)
+    opt.param_groups[0]["use_shadow"] = True
+    before = [p.detach().clone() for p in opt.param_groups[0]["params"]]
+    train(opt, 3, 4)  # the shadow follows weights that it equals
+    assert all(torch.equal(opt.state[p]["shadow"], w) for p, w in zip(opt.param_groups[0]["params"], before, strict=True))
+
+
 def small_steps(name: str, weights: Tensor, stochastic: bool) -> tuple[Tensor, float]:
     """Weights after 30 steps far below their spacing, and how far these went in all; the gradient is a constant 1."""
     p = nn.Parameter(weights.clone())

@@ -34,6 +34,13 @@ def test_records_what_the_pulse_did(tmp_path: Path) -> None:
     assert [json.loads(line) for line in (tmp_path / "pulse.jsonl").read_text().splitlines()] == trace.rows
 
 
+def test_steps_that_leave_the_pulse_alone_are_not_recorded() -> None:
+    opt = EmoSens([nn.Parameter(torch.ones(3))], lr=0.0)
+    with PulseTrace(opt) as trace:
+        opt.step()
+    assert trace.rows == []
+
+
 def test_purity_is_the_cube_of_the_ratio_whose_square_is_dnr() -> None:
     opt = EmoSens([nn.Parameter(torch.ones(1))])
     for loss in (1.0, 0.7, 0.4, 0.3):
