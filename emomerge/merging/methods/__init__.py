@@ -9,3 +9,4 @@ no result depends on how the work is split.
 from emomerge.merging.methods import averages, sparse, spectral, spherical, tall_mask, ties
 from emomerge.merging.methods.sums import run_sum
 
+__all__ = ["averages", "run_sum", "sparse", "spectral", "spherical", "tall_mask", "ties"]
