@@ -243,7 +243,7 @@ def bake(
 @click.option("--energy", type=float, help="--as-lora auto: share of each layer's squared length (default: 0.99).")
 @click.option("--max-rank", type=int, help="--as-lora auto: the largest rank (default: 256).")
 @click.option("--allow-partial", is_flag=True, help="--as-lora: leave out and list what no adapter holds: biases, norms, …")
-@click.option("--recipe", "recipe_path", help="A recipe whose validation data decides what is `auto`, and greedy-soup.")
+@click.option("--recipe", "recipe_path", help="A recipe; its validation data decides what is `auto`, greedy-soup, positioning.")
 @click.option(
     "--set",
     "overrides",
@@ -261,8 +261,8 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge RUNS (dense checkpoints, adapters or run directories) into BASE.
 
-    Methods: mean, task-arithmetic, greedy-soup, fisher; ties, dare-linear, dare-ties, della, della-linear, breadcrumbs,
-    breadcrumbs-ties, sce; tall-mask; model-stock, slerp, nuslerp, karcher, multislerp; tsv, iso-c.
+    Methods: mean, task-arithmetic, greedy-soup, positioning, fisher; ties, dare-linear, dare-ties, della, della-linear,
+    breadcrumbs, breadcrumbs-ties, sce; tall-mask; model-stock, slerp, nuslerp, karcher, multislerp; tsv, iso-c.
     """
     if again is not None or extend is not None:
         record = _recorded(again, extend, [*([base] if base else []), *runs], weights)

@@ -199,3 +199,10 @@ def iso_c(taus: Tensor) -> Tensor:
     u, s, vh = torch.linalg.svd(total(taus.double()), full_matrices=False)
     merged: Tensor = s.mean() * (u @ vh)
     return merged
+
+
+def positioning(taus: Tensor, centre: Tensor, hessian: Tensor) -> Tensor:
+    """The point of the τ_t's span with the lowest ½(τ − centre)ᵀH(τ − centre): the normal equations of the coefficients."""
+    x = taus.double()
+    coefficients: Tensor = torch.linalg.solve(x @ hessian.double() @ x.T, x @ hessian.double() @ centre.double())
+    return coefficients @ x

@@ -6,7 +6,7 @@ otherwise. Sums over runs are loops in the order of the runs, and sums over elem
 no result depends on how the work is split.
 """
 
-from emomerge.merging.methods import averages, sparse, spectral, spherical, tall_mask, ties
+from emomerge.merging.methods import averages, positioning, sparse, spectral, spherical, tall_mask, ties
 from emomerge.merging.methods.sums import run_sum
 
-__all__ = ["averages", "run_sum", "sparse", "spectral", "spherical", "tall_mask", "ties"]
+__all__ = ["averages", "positioning", "run_sum", "sparse", "spectral", "spherical", "tall_mask", "ties"]

@@ -1,0 +1,225 @@
+"""Multiple positioning: the runs are positions around one minimum, which is sought in the space that they span.
+
+    θ = θ₀ + Σ_t c_t τ_t,  c = argmin L(c),  L the held-out loss
+
+L is a black box that is asked a few dozen times, so its gradient and its Hessian in the span come from a quadratic fitted to
+the losses that were measured, which a trust region keeps honest (Powell 2006; Conn, Gould and Toint 2000, chapter 9). The
+fit is made in coordinates u in which length is distance between weights, as long runs and runs that agree would hide what
+the others differ in:
+
+    c = c₀ + Bu,  BᵀGB = l²·I,  G = [⟨τ_s, τ_t⟩],  c₀ the best start, l = ‖Σ_t c₀_t τ_t‖
+
+Five coefficients can be fitted to chance: below about 500 validation rows the merge may be worse on new data than its best run
+(benchmarks/multi_positioning.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from emomerge.merging.methods.spectral import one_thread
+from emomerge.merging.methods.sums import gram, weighted_sum
+from emomerge.merging.native import Source
+from emomerge.merging.registry import merge_method
+from emomerge.merging.vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from emomerge.merging.diagnostics import Figures
+
+Count = Annotated[int, Field(ge=0)]
+
+RADIUS = 0.2
+"""Of the first trust region, in units of the length of the start's task vector."""
+COLLINEAR = 1e-4
+"""Directions with a smaller share of the start's energy are left out: coefficients in the hundreds would blow up rounding."""
+RIDGE = 1e-3
+"""On the Hessian of the fit: what no loss has shown is flat."""
+ENOUGH = 1e-6
+"""A smaller share of the loss is not worth another measurement."""
+
+
+class Quadratic(NamedTuple):
+    """m(u) = m(0) + gᵀu + ½uᵀHu."""
+
+    g: Tensor
+    h: Tensor
+
+    def gain(self, u: Tensor) -> float:
+        """m(0) − m(u)."""
+        return -float(self.g @ u + u @ self.h @ u / 2)
+
+
+class Search:
+    """The coefficients whose loss is known, and the loss of others."""
+
+    def __init__(self, loss: Callable[[Tensor], float]) -> None:
+        self.loss = loss
+        self.points: list[Tensor] = []
+        self.losses: list[float] = []
+
+    def know(self, c: Tensor, loss: float) -> None:
+        """Take down the loss of coefficients."""
+        self.points.append(c)
+        self.losses.append(loss)
+
+    def measure(self, c: Tensor) -> float:
+        """The loss of coefficients."""
+        self.know(c, self.loss(c))
+        return self.losses[-1]
+
+    @property
+    def lowest(self) -> float:
+        """The lowest loss so far."""
+        return min(self.losses)
+
+    @property
+    def best(self) -> Tensor:
+        """Its coefficients; of equals the first."""
+        return self.points[self.losses.index(self.lowest)]
+
+
+def choose_coefficients(vectors: TaskVectors, *, evaluations: Count = 40) -> dict[str, Any]:
+    """The c with the lowest held-out loss that is found from the best run, or from the mean where that is better.
+
+    Args:
+        vectors: the runs' task vectors.
+        evaluations: held-out losses to measure at most, beyond those of the runs and of the mean.
+
+    Returns:
+        dict: `coefficients` of the runs; `start`, a run or "mean"; `measured_loss` of the coefficients, and the
+        `predicted_loss` where the quadratic led there; `evaluations_used`, beyond those of the runs.
+
+    Raises:
+        BadInput: there is no held-out loss, or a run has none that is finite.
+    """
+    vectors.need_loss("positioning")
+    known, runs = vectors.run_losses("positioning"), len(vectors)
+
+    def loss(c: Tensor) -> float:
+        return vectors.loss_of(lambda _, deltas: positioning(deltas, coefficients=tuple(c.tolist())), "positioning")
+
+    search = Search(loss)
+    for c, run_loss in zip(torch.eye(runs, dtype=torch.float64), known, strict=True):
+        search.know(c, run_loss)
+    if runs > 1:
+        search.measure(torch.full((runs,), 1 / runs, dtype=torch.float64))
+    start = (*vectors.labels, "mean")[search.losses.index(search.lowest)]
+    predicted = descend(search, axes(inner_products(vectors), search.best), evaluations)
+    found = {"coefficients": tuple(search.best.tolist()), "start": start, "measured_loss": search.lowest}
+    used = {"evaluations_used": len(search.losses) - runs}
+    return found | used | ({} if predicted is None else {"predicted_loss": predicted})
+
+
+def inner_products(vectors: TaskVectors) -> Tensor:
+    """G = [⟨τ_s, τ_t⟩] (runs, runs), in float64."""
+    g = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
+    for name in vectors.names:
+        if (rows := vectors.rows(name)) is not None:
+            g += gram([row.unsqueeze(0) for row in rows])[0].cpu()
+    return g
+
+
+@one_thread()
+def axes(g: Tensor, start: Tensor) -> Tensor:
+    """B (runs, dimensions): orthogonal directions of the span, each as long as the task vector of the start, if that moved."""
+    energies, directions = torch.linalg.eigh(g)
+    energy = float(start @ g @ start) or float(g.diagonal().mean())
+    moving = energies > COLLINEAR * energy
+    b: Tensor = directions[:, moving] * (energy / energies[moving]).sqrt()
+    return b
+
+
+def descend(search: Search, b: Tensor, evaluations: int) -> float | None:
+    """Look for a lower loss: first at c₀ ± r·b_i, then, while it gains, where the quadratic is lowest in ‖u − u_best‖ ≤ r.
+
+    The radius r grows and shrinks with how well the gain was predicted.
+
+    Returns:
+        float | None: the loss that was predicted of the best; None where no quadratic led there.
+    """
+    radius, predicted, start = RADIUS, None, search.best
+    corners = [start + sign * radius * axis for axis in b.T for sign in (1, -1)]
+    for corner in corners[:evaluations]:
+        search.measure(corner)
+    for _ in range(evaluations - len(corners) if corners else 0):
+        best, lowest = search.best, search.lowest
+        model = fit(search, b, radius)
+        step = lowest_within(model, 1.0)
+        gain = model.gain(step)
+        if gain <= ENOUGH * abs(lowest):
+            break
+        gained = lowest - search.measure(best + radius * (b @ step))
+        if gained > 0:
+            predicted = lowest - gain
+        if gained < 0.1 * gain:
+            radius /= 2
+        elif gained > 0.5 * gain and step.norm() > 0.9:
+            radius *= 2
+    return predicted
+
+
+@one_thread()
+def fit(search: Search, b: Tensor, radius: float) -> Quadratic:
+    """The quadratic of (u − u_best)/r that is nearest to the losses, those nearby before all, with a ridge on H."""
+    finite = [i for i, loss in enumerate(search.losses) if math.isfinite(loss)]
+    u = (torch.stack([search.points[i] for i in finite]) - search.best) @ torch.linalg.pinv(b).T / radius
+    losses = u.new_tensor([search.losses[i] for i in finite]) - search.lowest
+    n = u.shape[1]
+    i, j = torch.triu_indices(n, n)
+    terms = torch.cat([torch.ones_like(u[:, :1]), u, u[:, i] * u[:, j]], dim=1)
+    weight = 1 / (1 + (u.norm(dim=1) / 2) ** 4)
+    ridge = torch.cat([u.new_zeros(1), u.new_full((n,), RIDGE**2), u.new_full((len(i),), RIDGE)]).sqrt()
+    equations = torch.cat([weight.unsqueeze(1) * terms, ridge.diag()])
+    values = torch.cat([weight * losses, torch.zeros_like(ridge)])
+    solution = torch.linalg.lstsq(equations, values.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+    h = u.new_zeros(n, n)
+    h[i, j] = solution[1 + n :]
+    return Quadratic(solution[1 : 1 + n], h + h.T)
+
+
+@one_thread()
+def lowest_within(model: Quadratic, radius: float) -> Tensor:
+    """argmin of m(u) over ‖u‖ ≤ radius: u = −(H + λI)⁻¹g, with λ ≥ 0 the least that makes H + λI positive and u short."""
+    curvatures, directions = torch.linalg.eigh(model.h)
+    slopes = directions.T @ model.g
+    low = max(0.0, -float(curvatures[0]))
+    high = low + max(float(slopes.norm()) / radius, torch.finfo(slopes.dtype).tiny)
+    for _ in range(100):
+        middle = (low + high) / 2
+        short = (slopes / (curvatures + middle)).norm() <= radius
+        low, high = (low, middle) if short else (middle, high)
+    u: Tensor = -(directions @ (slopes / (curvatures + high)))
+    return u
+
+
+def positioning_advice(report: dict[str, Any]) -> list[str]:
+    """A merge that is one of its runs should not look like more."""
+    params = report["params"]
+    if sorted(params["coefficients"]) != [0.0] * (len(report["runs"]) - 1) + [1.0]:
+        return []
+    run = report["runs"][params["coefficients"].index(1.0)]
+    return [f"no combination of the runs was better on held-out data than run {run}; the merge is that run"]
+
+
+def positioning_native(source: Source, figures: Figures, *, coefficients: tuple[float, ...]) -> tuple[Tensor, bool]:
+    """Compiled."""
+    return source.merge("linear", torch.tensor(coefficients), figures=figures), False
+
+
+@merge_method(
+    "positioning",
+    source="muooon 2026; Powell 2006",
+    elementwise=True,
+    native=positioning_native,
+    first_pass=choose_coefficients,
+    advice=positioning_advice,
+)
+def positioning(deltas: Tensor, *, coefficients: tuple[float, ...]) -> Tensor:
+    """Σ_t c_t τ_t with the c that a search by held-out loss finds, starting from the best run or the mean."""
+    return weighted_sum(deltas, deltas.new_tensor(coefficients))
