@@ -1,6 +1,6 @@
 /* Merge methods that treat every element alike, on float32 task vectors: each weight of the base and the runs is read once, and
  * what the diagnostics want to know is summed up on the way. The formulas are those of methods/, in the same order of operations,
- * so that every bit agrees; sums are double, of blocks in float. One call works on elements start ... stop - 1 of one tensor; a call for all elements
+ * so that every bit agrees; sums are double. One call works on elements start ... stop - 1 of one tensor; a call for all elements
  * and several calls for parts of them that begin at multiples of PIECE give the same. What is returned is 0, 1 where memory ran
  * out, or 2 + t where a value of run t is not finite. */
 
@@ -146,21 +146,24 @@ static void consensus(int runs, long n, const float (*tau)[BLOCK], const float *
 static void figures(int runs, long n, const float (*tau)[BLOCK], const float *merged, double *products, int64_t *signs,
                     int64_t *shared, int64_t *moved, int64_t *kept)
 {
+    double wide[64][BLOCK];
     float direction[64][BLOCK], any[BLOCK] = {0}, mean[BLOCK];
     for (int t = 0; t < runs; t++)
 #pragma omp simd
         for (long i = 0; i < n; i++) {
+            wide[t][i] = tau[t][i];
             direction[t][i] = sign(tau[t][i]);
             any[i] += direction[t][i] * direction[t][i];
             mean[i] = t ? mean[i] + tau[t][i] : tau[0][i];
         }
     for (int t = 0; t < runs; t++)
         for (int u = t; u < runs; u++) {
-            float product = 0, alike = 0, both = 0;
+            double product = 0;
+            float alike = 0, both = 0;
 #pragma omp simd reduction(+ : product, alike, both)
             for (long i = 0; i < n; i++) {
                 float pair = direction[t][i] * direction[u][i];
-                product += tau[t][i] * tau[u][i];
+                product += wide[t][i] * wide[u][i];
                 alike += pair;
                 both += pair * pair;
             }
@@ -170,16 +173,16 @@ static void figures(int runs, long n, const float (*tau)[BLOCK], const float *me
             signs[u * runs + t] = signs[t * runs + u];
             shared[u * runs + t] = shared[t * runs + u];
         }
-    float mm = 0, mt = 0, tt = 0, kk = 0;
-    int count = 0, moves = 0;
+    double mm = 0, mt = 0, tt = 0, kk = 0;
+    long count = 0, moves = 0;
 #pragma omp simd reduction(+ : mm, mt, tt, kk, count, moves)
     for (long i = 0; i < n; i++) {
-        float m = merged[i], a = mean[i] / runs;
+        double m = merged[i], a = mean[i] / runs;
         mm += m * m;
-        mt += m * a;
-        tt += a * a;
-        kk += m != 0 ? a * a : 0;
-        count += m != 0;
+        mt += m * (double)(float)a;
+        tt += (double)(float)a * (double)(float)a;
+        kk += merged[i] != 0 ? (double)(float)a * (double)(float)a : 0;
+        count += merged[i] != 0;
         moves += any[i] > 0;
     }
     products[0] += mm, products[1] += mt, products[2] += tt, products[3] += kk;
