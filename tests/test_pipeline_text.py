@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
                 "classes": {"negative": "< -0.5", "positive": "> 0.5"}, "eval_fraction": 0.3, "max_length": 16,
             },
             "adapter": {"kind": "lora", "rank": 2, "alpha": 4},
-            "runs": {"steps": 40, "batch_size": 8, "lr": 30.0, "optimizers": ["sens", "cats"]},
+            "runs": {"steps": 60, "batch_size": 8, "lr": 30.0, "optimizers": ["sens", "cats"]},
             "merge": [{"method": "tall-mask"}, {"method": "mean", "dtype": "bfloat16"}],
             "controls": ["distance-matched"],
             "probe": {"batches": 1, "batch_size": 32, "directions": 2},
@@ -54,7 +54,7 @@ def finished(tmp_path_factory):
 def test_it_learns_and_reports(finished):
     results = load_results(finished.space.out)
     losses = {a["name"]: a["test_loss"] for a in results["artefacts"]}
-    assert losses["sens-0"] < losses["base"] - 0.01
+    assert losses["sens-0"] < losses["base"] - 0.02
     assert results["data"]["classes"] == ["negative", "positive"]
     assert "120 rows in 2 classes; 1 left out" in results["data"]["summary"]
 
