@@ -354,6 +354,8 @@ class EmoOptimizer(Optimizer):
 
     def _check_options(self, group: Group) -> None:
         """Refuse hyper-parameters out of range."""
+        if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
+            raise BadInput("option out of range", where="betas", expected="two numbers, β₁ and β₂", found=repr(group["betas"]))
         ranges = {
             "lr": (group["lr"], math.inf),
             "eps": (group["eps"], math.inf),

@@ -1,7 +1,7 @@
 """emoPulse: a learning rate from nothing but the loss (paper, chapters 2–4 and supplementary material 1).
 
-Plain Python floats in IEEE double precision. The order of operations is part of the definition: where σ compares two
-quantities that differ only by rounding, rounding decides.
+Numbers in IEEE double precision: Python's, or (`device_pulse.py`) tensors of one element. The order of operations is part of
+the definition: where σ compares two quantities that differ only by rounding, rounding decides.
 """
 
 from __future__ import annotations

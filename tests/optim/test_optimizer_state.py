@@ -363,6 +363,8 @@ def test_unusable_gradients_are_refused(kind: str) -> None:
         ({"lr": math.nan}, "lr"),
         ({"lr": torch.tensor(1.0)}, "lr"),
         ({"betas": (1.0, 0.9)}, r"betas\[0\]"),
+        ({"betas": 0.9}, "betas; expected two numbers"),
+        ({"betas": (0.9, 0.99, 0.999)}, "betas; expected two numbers"),
         ({"betas": (0.9, -0.1)}, r"betas\[1\]"),
         ({"eps": -1e-8}, "eps"),
         ({"weight_decay": math.inf}, "weight_decay"),
