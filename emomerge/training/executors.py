@@ -10,7 +10,8 @@ import torch
 from emomerge.errors import RunFailed
 from emomerge.recipe import Recipe
 from emomerge.tasks import Task, TaskData
-from emomerge.training.loop import StepHook, train_run
+from emomerge.training.live import StepHook
+from emomerge.training.loop import train_run
 from emomerge.training.runs import RunDir, RunSpec, run_inputs
 
 

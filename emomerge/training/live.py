@@ -1,0 +1,228 @@
+"""One run while it is trained: all that belongs to it alone between backward pass and artefact, whichever loop drives it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from emomerge.checkpoints import MemoryCheckpoint, atomic, disk_names, model_checkpoint, write_checkpoint
+from emomerge.errors import BadInput, NonFiniteLossError, RunFailed
+from emomerge.optim import OPTIMIZERS, EmoSens
+from emomerge.optim.base import EmoOptimizer
+from emomerge.recipe import Recipe, Runs
+from emomerge.training.adapt import save_adapted
+from emomerge.training.runs import RunDir, RunSpec, file_sizes
+
+StepHook = Callable[[RunSpec, dict[str, Any]], None]
+"""Called after every step with the run and its row of metrics."""
+
+
+class TrainingRun:
+    """Optimizer, metrics, checkpoints and artefact of one run. A loop gives it losses and gradients:
+
+        live = TrainingRun(recipe, spec, run, inputs, trained=parameters, buffers=buffers)
+        while live.unfinished:
+            ...                         # loss and backward, on the rows of step live.step + 1
+            live.observe(loss)          # of every micro-batch
+            live.take_step(rows, seconds)
+        live.finish(model, base_folder)
+
+    Its checkpoints are the same for every loop: tensors under the names given here.
+
+    Args:
+        recipe, spec: what is trained.
+        run: where it is kept.
+        inputs: hash of what decides the result; a checkpoint of other inputs is not resumed.
+        trained: the parameters by their names in the adapted model, in its order; changed in place if there is a checkpoint.
+        buffers: what layers update on the way (running means), by name.
+        on_step: called after every step.
+
+    Raises:
+        BadInput: the checkpoint is damaged.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        spec: RunSpec,
+        run: RunDir,
+        inputs: str,
+        *,
+        trained: Mapping[str, nn.Parameter],
+        buffers: Mapping[str, Tensor],
+        on_step: StepHook = lambda spec, row: None,
+    ) -> None:
+        self.recipe, self.spec, self.run, self.inputs = recipe, spec, run, inputs
+        self.learnt: dict[str, Tensor] = {**trained, **buffers}
+        """What the run changes, by name."""
+        self.optimizer = build_optimizer(list(trained.values()), recipe.runs, spec.optimizer)
+        self.step = 0
+        """Steps taken."""
+        self._trained = list(trained.values())
+        self._losses: list[Tensor] = []
+        self._on_step = on_step
+        run.path.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        run.restart_metrics(self.step)
+        run.write_state(
+            name=spec.name, role=spec.role, optimizer=spec.optimizer, seed=spec.seed, steps=spec.steps, inputs=inputs,
+            artefact=self._artefact, state="running", step=self.step, error=None,
+        )  # fmt: skip
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a step is still to be taken."""
+        return self.step < self.spec.steps
+
+    def observe(self, loss: Tensor) -> None:
+        """Note the loss of a micro-batch of the coming step, a scalar."""
+        self.optimizer.observe(loss)
+        self._losses.append(loss.detach())
+
+    def take_step(self, rows: Tensor, seconds: float) -> None:
+        """One step from the gradients in the parameters, which then drop them; its metrics; a checkpoint if one is due.
+
+        Args:
+            rows: row numbers of the last micro-batch, for the error.
+            seconds: what the forward and backward passes took.
+
+        Raises:
+            RunFailed: the loss is NaN or infinite; names step and rows. The last good checkpoint stays.
+        """
+        started = time.perf_counter()
+        runs = self.recipe.runs
+        if runs.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._trained, runs.max_grad_norm)
+        try:
+            self.optimizer.step()
+        except NonFiniteLossError as error:
+            self._fail(error, rows)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        loss = float(torch.stack(self._losses).mean())
+        self._losses.clear()
+        seconds += time.perf_counter() - started
+        row = {**self.optimizer.pulse.figures(), "step": self.step, "loss": loss, "seconds": round(seconds, 6)}
+        self.run.append_metrics(row)
+        self._on_step(self.spec, row)
+        if self.step % runs.checkpoint_every == 0 or not self.unfinished:
+            self._save_checkpoint()
+
+    def finish(self, model: nn.Module, base_folder: Path) -> None:
+        """Write the artefact and mark the run as done.
+
+        Args:
+            model: the adapted model on the CPU, with this run's weights in it under the names of `trained`.
+            base_folder: where the base is, which the artefact names or takes its configuration from.
+        """
+        folder = self.run.path / self._artefact
+        self.run.squared_gradients.unlink(missing_ok=True)  # of a run of other inputs
+        if isinstance(self.optimizer, EmoSens) and self._artefact == "model":
+            write_checkpoint(squared_gradients(model, self.optimizer, self.step), self.run.squared_gradients, force=True)
+        save_adapted(model, folder, base_folder=base_folder)
+        rows = list(self.run.metrics())
+        weights = {file.name: atomic.sha256(file) for file in sorted(folder.rglob("*.safetensors"))}
+        self.run.write_state(
+            state="done",
+            sha256=weights,
+            sizes={f"{self._artefact}/{name}": size for name, size in file_sizes(folder).items()},
+            seconds=sum(row["seconds"] for row in rows),
+            last_loss=sum(row["loss"] for row in rows[-20:]) / max(1, len(rows[-20:])),
+        )
+        self.run.checkpoint.unlink(missing_ok=True)
+
+    @property
+    def _artefact(self) -> str:
+        return "model" if self.recipe.adapter.kind == "full" else "adapter"
+
+    def _fail(self, error: NonFiniteLossError, rows: Tensor) -> NoReturn:
+        shown = ", ".join(map(str, rows.tolist()[:8]))
+        text = f"{error} at step {self.step + 1}, rows {shown}… of the training data"
+        self.run.write_state(state="failed", error=text)
+        raise RunFailed(f"run {self.spec.name} failed: {text}; its last good checkpoint is kept in {self.run.path}") from None
+
+    # The checkpoint: one safetensors file (weights, optimizer tensors; scalars as JSON in its metadata), replaced whole.
+
+    def _save_checkpoint(self) -> None:
+        state = self.optimizer.state_dict()
+        tensors = {f"model.{name}": tensor.detach().contiguous() for name, tensor in self.learnt.items()}
+        scalars: dict[str, dict[str, Any]] = {}
+        for index, values in state["state"].items():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{index}.{key}"] = value.contiguous()
+                else:
+                    scalars.setdefault(str(index), {})[key] = value
+        header = {"inputs": self.inputs, "step": self.step, "groups": state["param_groups"], "scalars": scalars}
+        file = self.run.checkpoint
+        with atomic.translate_os_error(file), atomic.new_path(file, force=True) as temporary:
+            save_file(tensors, temporary, metadata={"state": json.dumps(header)})
+        self.run.write_state(step=self.step)
+
+    def _resume(self) -> None:
+        """Continue from the run's checkpoint, if there is one of these inputs."""
+        file = self.run.checkpoint
+        if not file.exists():
+            return
+        try:
+            with safe_open(file, framework="pt") as opened:
+                header = json.loads(opened.metadata()["state"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+        except Exception as error:  # safetensors raises its own type, which says nothing of the file
+            raise BadInput(
+                "the run's checkpoint cannot be read", where=file, found=error, fix="delete it to train this run anew"
+            ) from None
+        if header["inputs"] != self.inputs:
+            return
+        state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header["scalars"].items()}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                index, _, key = rest.partition(".")
+                state.setdefault(int(index), {})[key] = tensor
+        with torch.no_grad():
+            for name, tensor in self.learnt.items():
+                tensor.copy_(tensors[f"model.{name}"])
+        self.optimizer.load_state_dict({"state": state, "param_groups": header["groups"]})
+        self.step = int(header["step"])
+
+
+def build_optimizer(parameters: list[nn.Parameter], runs: Runs, name: str) -> EmoOptimizer:
+    """One optimizer of the family as the recipe asks for it."""
+    options: dict[str, Any] = {"geometry": runs.geometry} if name in ("tion", "void") else {}
+    return OPTIMIZERS[name](
+        parameters,
+        lr=runs.lr,
+        weight_decay=runs.weight_decay,
+        preset=runs.preset,
+        use_shadow=runs.use_shadow,
+        **options,
+    )
+
+
+def squared_gradients(model: nn.Module, optimizer: EmoSens, steps: int) -> MemoryCheckpoint:
+    """v/(1 − β₂ˢ) of every floating tensor under its name on disk, zero where nothing was learnt: F of the method `fisher`.
+
+    An adapter's v is that of its factors, which says nothing of the weights.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    learnt: dict[Tensor, Tensor] = {}
+    for group in optimizer.param_groups:
+        unbiased = 1 - group["betas"][1] ** steps
+        learnt |= {p: optimizer.state[p]["v"] / unbiased for p in group["params"] if p in optimizer.state}
+    found = {
+        on_disk: learnt[p]
+        for name, on_disk in disk_names(model).items()
+        if (p := parameters.get(name)) is not None and p in learnt
+    }
+    weights = model_checkpoint(model, source="F")
+    floating = [name for name in weights if weights[name].is_floating_point()]
+    return MemoryCheckpoint({name: found.get(name, torch.zeros_like(weights[name])).cpu() for name in floating}, source="F")
