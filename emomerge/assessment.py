@@ -16,9 +16,12 @@ from emomerge.recipe import Recipe
 
 Array = NDArray[np.float64]
 
-SINGLE, MATCHED, MEAN, LONG = "best single run", "distance-matched", "plain mean", "long run of equal steps"
+SINGLE, MATCHED, LOSS_MATCHED, MEAN = "best single run", "distance-matched", "loss-matched", "plain mean"
+LONG, ADAMW, ADAMW_AVERAGE, SWA = (
+    "long run of equal steps", "AdamW with cosine, equal steps", "average of AdamW runs", "SWA of the long run",
+)  # fmt: skip
 """The merge's rivals."""
-UNMEASURED_FLATNESS = ("λmax and trace of the Hessian", "the loss-matched control")
+UNMEASURED_FLATNESS = ("λmax and trace of the Hessian",)
 """What the claim `flatter` needs and the preset `quick` does not measure."""
 
 
@@ -41,7 +44,7 @@ def assess(
     runs: Sequence[Artefact],
     merges: Mapping[str, Sequence[Artefact]],
     best: Sequence[Artefact],
-    long: Sequence[Artefact],
+    rivals: Mapping[str, Sequence[Artefact]],
     display: Display,
 ) -> dict[str, Any]:
     """Measure everything and judge the recipe's first merge: named before any figure was seen, it is no pick of the luckiest.
@@ -53,7 +56,7 @@ def assess(
         runs: the shallow runs.
         merges: label → one merge for each training seed.
         best: the best single run of each training seed.
-        long: the long run of each training seed; may be empty.
+        rivals: kind of control → its artefact for each training seed that has one (see `Pipeline.rivals`).
         display: shows progress.
 
     Returns:
@@ -61,8 +64,10 @@ def assess(
     """
     label = recipe.merge[0].label
     matched = _distance_matched(recipe, measurer, runs, merges[label])
+    alike = _loss_matched(recipe, measurer, rivals["snapshots"], merges[label])
+    trained = [a for kind in ("long-run", "adamw-long-run", "adamw-average", "swa") for a in rivals[kind]]
     rows, curves, sharpness = [], {}, {}
-    everything = [base, *runs, *(merge for group in merges.values() for merge in group), *long, *matched]
+    everything = [base, *runs, *(merge for group in merges.values() for merge in group), *trained, *matched, *alike]
     line = display.line("probe", len(everything) * recipe.probe.directions)
     for artefact in everything:
         row, values, curve = measurer.probe(artefact, line)
@@ -74,17 +79,27 @@ def assess(
     contests = [
         Contest(
             merged,
-            flat=_present({SINGLE: [single], MATCHED: [m for m in matched if m.of == single.name]}),
+            flat=_present(
+                {
+                    SINGLE: [single],
+                    MATCHED: [m for m in matched if m.of == single.name],
+                    LOSS_MATCHED: [a for a in alike if a.of == merged.name],
+                }
+            ),
             better=_present(
                 {
                     SINGLE: [single],
                     MEAN: [merges[mean][index]] if mean not in (None, label) else [],
-                    LONG: [run for run in long if run.seed == single.seed],
+                    LONG: [a for a in rivals["long-run"] if a.seed == single.seed],
+                    ADAMW: [a for a in rivals["adamw-long-run"] if a.seed == single.seed],
+                    ADAMW_AVERAGE: [a for a in rivals["adamw-average"] if a.seed == single.seed],
+                    SWA: [a for a in rivals["swa"] if a.seed == single.seed],
                 }
             ),
         )
         for index, (merged, single) in enumerate(zip(merges[label], best, strict=True))
     ]
+    contests = _everywhere(contests)
     found = _judge(recipe, measurer, label, contests, sharpness, mean_needed=mean != label)
     return {
         "artefacts": rows,
@@ -105,6 +120,22 @@ def _distance_matched(
     if "distance-matched" not in recipe.controls:
         return []
     return [measurer.distance_matched(run, merge) for merge in merged for run in runs if run.seed == merge.seed]
+
+
+def _everywhere(contests: Sequence[Contest]) -> list[Contest]:
+    """The contests with the rivals alone that every training seed has: one that diverged leaves the others unpaired."""
+    flat = [name for name in contests[0].flat if all(name in c.flat for c in contests)]
+    better = [name for name in contests[0].better if all(name in c.better for c in contests)]
+    return [Contest(c.merge, {n: c.flat[n] for n in flat}, {n: c.better[n] for n in better}) for c in contests]
+
+
+def _loss_matched(
+    recipe: Recipe, measurer: Measurer, snapshots: Sequence[Artefact], merged: Sequence[Artefact]
+) -> list[Artefact]:
+    if "loss-matched" not in recipe.controls:
+        return []
+    of_seed = [(m, [s for s in snapshots if s.seed == m.seed]) for m in merged]
+    return [measurer.loss_matched(kept, merge) for merge, kept in of_seed if kept]
 
 
 def _present(rivals: Mapping[str, Sequence[Artefact]]) -> dict[str, Artefact]:
@@ -147,7 +178,7 @@ def _judge(
     ]
     flat_missing = [
         *UNMEASURED_FLATNESS,
-        *(["the distance-matched control"] if MATCHED not in contests[0].flat else []),
+        *(f"the {rival} control" for rival in (MATCHED, LOSS_MATCHED) if rival not in contests[0].flat),
     ]
     needed = {MEAN: mean_needed, LONG: True}
     better_missing = [f"the {rival}" for rival, is_needed in needed.items() if is_needed and rival not in contests[0].better]

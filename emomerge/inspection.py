@@ -219,9 +219,8 @@ def status_of(folder: Path) -> dict[str, Any]:
         raise BadInput("not an output folder of emomerge", where=folder, expected="a folder with recipe.yaml")
     pipeline = Pipeline(load_recipe(folder / "recipe.yaml"), folder)
     busy = pipeline.space.is_busy()
-    long = [pipeline.long_run(spec) for spec in pipeline.specs]  # one of them, once somebody began it
     runs = []
-    for spec in [*pipeline.specs, *(spec for spec in long if pipeline.run_dir(spec).state)]:
+    for spec in [*pipeline.specs, *(spec for spec in pipeline.possible_rivals() if pipeline.run_dir(spec).state)]:
         run = pipeline.run_dir(spec)
         last = max(run.metrics(), key=lambda row: int(row["step"]), default={})
         state = "done" if pipeline.run_is_done(spec) else run.state.get("state", "waiting")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -214,6 +214,21 @@ class Measurer:
         )  # fmt: skip
 
     # Controls.
+
+    def average(self, name: str, members: Sequence[Artefact], control: str) -> Artefact:
+        """The plain mean of some weights."""
+        return Artefact(
+            name, "control",
+            merge(self.base, [a.checkpoint for a in members], method="mean", names=[a.name for a in members]),
+            digest(["mean", *(a.hash for a in members)]),
+            optimizer=members[0].optimizer, seed=members[0].seed, control=control,
+        )  # fmt: skip
+
+    def loss_matched(self, snapshots: Sequence[Artefact], merged: Artefact) -> Artefact:
+        """The snapshot whose training loss is nearest to the merge's: is the merge flatter, or merely less far learnt?"""
+        goal = self.loss(merged, "train")
+        found = min(snapshots, key=lambda a: abs(self.loss(a, "train") - goal))
+        return replace(found, control="loss-matched", of=merged.name)
 
     def distance_matched(self, run: Artefact, merged: Artefact) -> Artefact:
         """The run's task vector rescaled to the merge's length: is the merge flatter, or merely nearer to the base?"""

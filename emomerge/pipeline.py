@@ -7,6 +7,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ from emomerge.recipe import Merge, Recipe, digest
 from emomerge.reporting import model_card, write_report
 from emomerge.tasks import Task, TaskData, make_task
 from emomerge.training import RunDir, RunSpec, fit, planned_runs, run_inputs, train_locally
+from emomerge.training.controls import adamw_members, long_adamw_runs, long_run
 from emomerge.workspace import Workspace, files_below, stopwatch
 
 Results = dict[str, Any]
@@ -173,24 +175,36 @@ class Pipeline:
         )  # fmt: skip
 
     def train_controls(self) -> None:
-        """The long run of equal total compute, where the recipe wants one: the rival that a merge must beat."""
+        """The rivals that a merge must beat, those of them that the recipe wants: runs of equal total compute, and others."""
         if self.controls_are_done():
             return
-        best = [self.best_run(seed) for seed in self.recipe.runs.seeds]
-        diverged = None
-        if "long-run" in self.recipe.controls:
-            try:
-                self.train([self.long_run(spec) for spec in best])
-            except RunFailed as error:  # a finding about the rival, no reason to stop
-                diverged = str(error)
-                self.display.say(diverged)
-        names = [] if diverged else [spec.name for spec in best]
-        self.space.write_stamp("controls", self.controls_inputs, [], long=names, diverged=diverged)
+        recipe, seeds = self.recipe, self.recipe.runs.seeds
+        best = [self.best_run(seed) for seed in seeds]
+        wanted = [long_run(recipe, spec) for spec in best] if "long-run" in recipe.controls else []
+        if "adamw-long-run" in recipe.controls:
+            wanted += [spec for seed in seeds for spec in long_adamw_runs(recipe, seed)]
+        trained, diverged = self._train_rivals(wanted)
+        if "adamw-average" in recipe.controls:
+            members = [spec for seed in seeds for spec in adamw_members(recipe, seed, self._adamw_rate(seed, trained))]
+            more, diverged_too = self._train_rivals(members)
+            trained, diverged = [*trained, *more], [*diverged, *diverged_too]
+        plans = [asdict(spec) for spec in trained]
+        self.space.write_stamp("controls", self.controls_inputs, [], trained=plans, diverged=diverged)
 
-    def long_run(self, best: RunSpec) -> RunSpec:
-        """The long run with the optimizer of a single run."""
-        steps = self.recipe.runs.steps * len(self.recipe.runs.optimizers)
-        return RunSpec(f"long-{best.name}", best.optimizer, best.seed, steps, role="control")
+    def _train_rivals(self, specs: Sequence[RunSpec]) -> tuple[list[RunSpec], list[str]]:
+        """Those that came to their end, and what is to be said of the others: a finding about them, no reason to stop."""
+        try:
+            self.train(specs)
+        except RunFailed as error:
+            self.display.say(str(error))
+            return [spec for spec in specs if self.run_is_done(spec)], [str(error)]
+        return list(specs), []
+
+    def _adamw_rate(self, seed: int, trained: Sequence[RunSpec]) -> float:
+        """The peak rate whose long run did best on the validation rows; the first listed where none was trained."""
+        long = [spec for spec in trained if spec.optimizer == "adamw" and spec.seed == seed]
+        best = min(long, key=lambda spec: self.measurer.loss(self.run_artefact(spec), "validation"), default=None)
+        return self.recipe.rival.learning_rates[0] if best is None or best.rate is None else best.rate
 
     def best_run(self, seed: int) -> RunSpec:
         """The single run of a training seed with the lowest validation loss."""
@@ -198,10 +212,42 @@ class Pipeline:
         return min(runs, key=lambda spec: self.measurer.loss(self.run_artefact(spec), "validation"))
 
     @property
-    def long_runs(self) -> list[RunSpec]:
-        """The long runs that were trained, one for each training seed."""
-        names = self.space.stamp("controls").get("long", []) if "long-run" in self.recipe.controls else []
-        return [self.long_run(spec) for spec in self.specs if spec.name in names]
+    def rival_runs(self) -> list[RunSpec]:
+        """The controls that were trained."""
+        plans = self.space.stamp("controls").get("trained", [])
+        return [RunSpec(**{**plan, "snapshots": tuple(plan["snapshots"])}) for plan in plans]
+
+    def possible_rivals(self) -> list[RunSpec]:
+        """Every control that may be trained; which ones depends on which run is the best, and on which rate."""
+        recipe = self.recipe
+        long = [long_run(recipe, spec) for spec in self.specs]
+        long += [spec for seed in recipe.runs.seeds for spec in long_adamw_runs(recipe, seed)]
+        rates = recipe.rival.learning_rates
+        return long + [s for seed in recipe.runs.seeds for rate in rates for s in adamw_members(recipe, seed, rate)]
+
+    def rivals(self) -> dict[str, list[Artefact]]:
+        """Kind of control → its artefact for each training seed that has one; `snapshots` are the long run's on its way."""
+        kinds = ("long-run", "adamw-long-run", "adamw-average", "swa", "snapshots")
+        found: dict[str, list[Artefact]] = {kind: [] for kind in kinds}
+        for seed in self.recipe.runs.seeds:
+            of_kind: dict[str | None, list[RunSpec]] = {kind: [] for kind in kinds}
+            for spec in self.rival_runs:
+                if spec.seed == seed:
+                    of_kind[spec.control].append(spec)
+            long = [self.run_artefact(spec) for spec in of_kind["adamw-long-run"]]
+            if long:
+                found["adamw-long-run"].append(min(long, key=lambda a: self.measurer.loss(a, "validation")))
+            members = [self.run_artefact(spec) for spec in of_kind["adamw-average"]]
+            if members:
+                found["adamw-average"].append(self.measurer.average(f"adamw-average-{seed}", members, "adamw-average"))
+            for spec in of_kind["long-run"]:
+                found["long-run"].append(self.run_artefact(spec))
+                snapshots = [self.snapshot_artefact(spec, step) for step in spec.snapshots]
+                found["snapshots"] += snapshots
+                if "swa" in self.recipe.controls:
+                    later = [a for a, step in zip(snapshots, spec.snapshots, strict=True) if 2 * step > spec.steps]
+                    found["swa"].append(self.measurer.average(f"swa-{spec.name}", later, "swa"))
+        return found
 
     def merge(self) -> None:
         """Every merge of the recipe, for each training seed."""
@@ -286,8 +332,9 @@ class Pipeline:
         base = self.recipe.base.model or f"a small {self.recipe.base.prepare.model if self.recipe.base.prepare else 'model'}"
         about = f"The base of all runs of the recipe `{self.recipe.name}`: {base}."
         self._write_card(self.space.base, {"name": "base", "about": about, **shared})
-        for spec in [*self.specs, *self.long_runs]:
-            about = f"Trained from `{self.space.base}` for {spec.steps} steps with {OPTIMIZERS[spec.optimizer].__name__}."
+        for spec in [*self.specs, *self.rival_runs]:
+            optimizer = OPTIMIZERS[spec.optimizer].__name__ if spec.rate is None else f"AdamW, peak rate {spec.rate:g}, cosine"
+            about = f"Trained from `{self.space.base}` for {spec.steps} steps with {optimizer}."
             self._write_card(
                 self.run_dir(spec).artefact, {"name": spec.name, "about": about, "base": str(self.space.base), **shared}
             )
@@ -357,7 +404,8 @@ class Pipeline:
     @property
     def controls_inputs(self) -> str:
         """Hash of what the controls are trained from."""
-        return digest([self.run_hashes(), "long-run" in self.recipe.controls, self.recipe.probe.batch_size])
+        wanted = sorted({"long-run", "adamw-long-run", "adamw-average"} & set(self.recipe.controls))
+        return digest([self.run_hashes(), wanted, self.recipe.rival, self.recipe.probe.batch_size])
 
     def run_hashes(self, seed: int | None = None) -> list[Any]:
         """Inputs and weights of the runs, of one training seed or of all."""
@@ -367,7 +415,7 @@ class Pipeline:
     def controls_are_done(self) -> bool:
         """Whether every control that has to be trained is."""
         done = self.space.is_done("controls", self.controls_inputs)
-        return done and all(self.run_is_done(spec) for spec in self.long_runs)
+        return done and all(self.run_is_done(spec) for spec in self.rival_runs)
 
     def run_artefact(self, spec: RunSpec) -> Artefact:
         """A trained run, as base + adapter or dense weights."""
@@ -376,8 +424,17 @@ class Pipeline:
         return Artefact(
             spec.name, spec.role, open_run(self.base, run.path),
             digest([self.base_hash, state["sha256"]]), path=run.artefact, optimizer=spec.optimizer, seed=spec.seed,
-            control="long-run" if spec.role == "control" else None,
+            control=spec.control,
             facts={"seconds": state["seconds"], "sha256": state["sha256"]},
+        )  # fmt: skip
+
+    def snapshot_artefact(self, spec: RunSpec, step: int) -> Artefact:
+        """A control on its way."""
+        folder = self.run_dir(spec).snapshot(step)
+        weights = {file.name: atomic.sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+        return Artefact(
+            f"{spec.name} at step {step}", "control", open_run(self.base, folder),
+            digest([self.base_hash, weights]), optimizer=spec.optimizer, seed=spec.seed,
         )  # fmt: skip
 
     def merge_name(self, spec: Merge, seed: int) -> str:
@@ -413,8 +470,8 @@ class Pipeline:
     def probe_inputs(self) -> str:
         """Hash of what the probe measures."""
         recipe = self.recipe
-        long = [self.run_dir(spec).state.get("sha256") for spec in self.long_runs]
-        return digest([recipe.name, self.merge_stamps(), long, recipe.probe, recipe.controls, recipe.select])
+        rivals = [self.run_dir(spec).state.get("sha256") for spec in self.rival_runs]
+        return digest([recipe.name, self.merge_stamps(), rivals, recipe.probe, recipe.controls, recipe.select])
 
     @property
     def report_inputs(self) -> str:
@@ -437,7 +494,7 @@ class Pipeline:
             runs=[self.run_artefact(spec) for spec in self.specs],
             merges=merges,
             best=[self.run_artefact(self.best_run(seed)) for seed in seeds],
-            long=[self.run_artefact(spec) for spec in self.long_runs],
+            rivals=self.rivals(),
             display=self.display,
         )
         return {

@@ -214,9 +214,20 @@ class Probe(Section):
     seed: int = 0
 
 
-Control = Literal["best-single", "distance-matched", "long-run"]
-"""What the merge must beat: the best single run (always), it rescaled to the merge's length, and its optimizer trained for as
-many steps as all runs together."""
+Control = Literal["best-single", "distance-matched", "loss-matched", "long-run", "adamw-long-run", "adamw-average", "swa"]
+"""What the merge must beat: the best single run (always); it rescaled to the merge's length; the long run where its training
+loss was the merge's; its optimizer trained for as many steps as all runs together; AdamW with cosine decay for as many; the
+average of as many AdamW runs in different orders; the average of the long run's second half (SWA, Izmailov et al. 2018)."""
+
+
+class Rival(Section):
+    """How the controls are trained that are not of the family."""
+
+    learning_rates: tuple[float, ...] = Field((3e-4, 1e-3, 3e-3), min_length=1)
+    """Peak rates of AdamW. Every one is trained for as many steps as all runs together; the lowest validation loss counts."""
+    weight_decay: float = Field(0.01, ge=0)
+    snapshots: int = Field(12, ge=2)
+    """Points of the long run that are kept, evenly spaced, for `loss-matched` and `swa`."""
 
 
 class Recipe(Section):
@@ -232,7 +243,8 @@ class Recipe(Section):
         min_length=1,
     )
     """The first one is what the verdict judges."""
-    controls: tuple[Control, ...] = ("best-single", "distance-matched", "long-run")
+    controls: tuple[Control, ...] = ("best-single", "distance-matched", "loss-matched", "long-run", "adamw-long-run")
+    rival: Rival = Rival()
     probe: Probe = Probe()
     select: Literal["best", "none"] = "best"
     """`best` names the artefact with the lowest validation loss, be it a merge or a single run."""
@@ -245,8 +257,11 @@ class Recipe(Section):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"`merge` has two entries called {label!r}; give one of them a `name`")
-            if label == "base" or label.removeprefix("long-").partition("-")[0] in FAMILY:
+            if label == "base" or label.removeprefix("long-").partition("-")[0] in (*FAMILY, "adamw"):
                 raise ValueError(f"`merge` has an entry called {label!r}, which is the name of the base or of a run")
+        needed = {"loss-matched", "swa"} & set(self.controls)
+        if needed and "long-run" not in self.controls:
+            raise ValueError(f"the control `{min(needed)}` is made of the long run; add `long-run` to `controls`")
         if self.base.prepare is not None and not isinstance(self.task, ImageClassification):
             raise ValueError("`base.prepare` builds image models; give `base.model` for this task")
         return self

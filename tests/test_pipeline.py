@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from emomerge.adapters import open_run
 from emomerge.checkpoints import load_into, open_checkpoint
 from emomerge.errors import BadInput, RunFailed
 from emomerge.measure import Measurer
+from emomerge.merging import merge
 from emomerge.pipeline import Pipeline, load_results
 from emomerge.recipe import parse_recipe
 from emomerge.training import RunDir
+from emomerge.training.controls import long_adamw_runs
 from emomerge.workspace import Workspace
 
 
@@ -41,7 +44,8 @@ def test_everything_is_there(finished, tiny_recipe):
     runs = ["sens-0", "airy-0", "cats-0", "tion-0", "void-0"]
     merges = ["tall-mask", "ties", "mean", "greedy-soup"]
     assert names[:10] == ["base", *runs, *merges]
-    assert [a["control"] for a in results["artefacts"]][10:] == ["long-run"] + ["distance-matched"] * 5
+    controls = ["long-run", "adamw-long-run", *["distance-matched"] * 5, "loss-matched"]
+    assert [a["control"] for a in results["artefacts"]][10:] == controls
     for artefact in results["artefacts"]:
         assert artefact["test_loss"] > 0
         assert 0 <= artefact["test_accuracy"] <= 1
@@ -276,6 +280,41 @@ def test_another_base_makes_everything_after_it_stale(finished, tiny_recipe, tmp
     stages = Pipeline(parse_recipe(tiny_recipe), out).stages()
     assert stages.pop("base")
     assert not any(stages.values())
+
+
+def test_the_controls_that_a_sceptic_asks_for(tiny_recipe, tmp_path):
+    """AdamW at the best of two rates, the mean of AdamW runs in other orders, SWA, the loss-matched point of the long run."""
+    recipe = {
+        **tiny_recipe,
+        "merge": [{"method": "mean"}],
+        "runs": {**tiny_recipe["runs"], "optimizers": ["sens", "cats"]},
+        "rival": {"learning_rates": [1e-5, 1e-2], "snapshots": 4},
+        "controls": ["distance-matched", "loss-matched", "long-run", "adamw-long-run", "adamw-average", "swa"],
+    }
+    out = tmp_path / "out"
+    pipeline = Pipeline(parse_recipe(recipe), out)
+    assert pipeline.run()
+    assert not Pipeline(parse_recipe(recipe), out).run()
+    by_control = {a["control"]: a for a in load_results(out)["artefacts"] if a["control"]}
+    assert set(by_control) == set(recipe["controls"])
+    rates = [pipeline.measurer.loss(pipeline.run_artefact(s), "validation") for s in long_adamw_runs(pipeline.recipe, 0)]
+    assert by_control["adamw-long-run"]["validation_loss"] == min(rates) < max(rates)
+
+    (long,) = [spec for spec in pipeline.rival_runs if spec.control == "long-run"]
+    assert long.snapshots == (3, 6, 9, 12)
+    snapshots = [open_run(pipeline.base, pipeline.run_dir(long).snapshot(step)) for step in long.snapshots]
+    last = open_run(pipeline.base, pipeline.run_dir(long).path)
+    name = next(n for n in last if "query" in n and n.endswith("weight"))
+    assert torch.equal(snapshots[-1][name], last[name])
+    swa = pipeline.rivals()["swa"][0]
+    assert torch.equal(swa.checkpoint[name], merge(pipeline.base, snapshots[2:], method="mean")[name])
+    matched, merged = by_control["loss-matched"], next(a for a in load_results(out)["artefacts"] if a["role"] == "merge")
+    losses = [pipeline.measurer.loss(pipeline.snapshot_artefact(long, step), "train") for step in long.snapshots]
+    assert matched["train_loss"] == min(losses, key=lambda loss: abs(loss - merged["train_loss"]))
+    members = [spec for spec in pipeline.rival_runs if spec.control == "adamw-average"]
+    first, second = (open_run(pipeline.base, pipeline.run_dir(spec).path)[name] for spec in members)
+    assert not torch.equal(first, second), "the members see their data in different orders"
+    assert members[0].rate == 1e-2, "the rate whose long run did best"
 
 
 def test_a_long_run_that_diverges_is_a_finding_and_no_obstacle(tiny_recipe, tmp_path, monkeypatch):

@@ -17,8 +17,9 @@ from emomerge.checkpoints import MemoryCheckpoint, atomic, disk_names, model_che
 from emomerge.errors import BadInput, NonFiniteLossError, RunFailed
 from emomerge.optim import OPTIMIZERS, EmoSens
 from emomerge.optim.base import EmoOptimizer
-from emomerge.recipe import Recipe, Runs
+from emomerge.recipe import Recipe
 from emomerge.training.adapt import save_adapted
+from emomerge.training.rival import AdamWCosine
 from emomerge.training.runs import RunDir, RunSpec, file_sizes
 
 StepHook = Callable[[RunSpec, dict[str, Any]], None]
@@ -63,7 +64,7 @@ class TrainingRun:
         self.recipe, self.spec, self.run, self.inputs = recipe, spec, run, inputs
         self.learnt: dict[str, Tensor] = {**trained, **buffers}
         """What the run changes, by name."""
-        self.optimizer = build_optimizer(list(trained.values()), recipe.runs, spec.optimizer)
+        self.optimizer = build_optimizer(list(trained.values()), recipe, spec)
         self.step = 0
         """Steps taken."""
         self._trained = list(trained.values())
@@ -116,6 +117,14 @@ class TrainingRun:
         if self.step % runs.checkpoint_every == 0 or not self.unfinished:
             self._save_checkpoint()
 
+    def keep_snapshot(self, model: nn.Module, base_folder: Path) -> None:
+        """Keep the weights on the way, if the run is asked for them after this step; arguments as for `finish`."""
+        if self.step not in self.spec.snapshots:
+            return
+        device = next(iter(self.learnt.values())).device
+        save_adapted(model.cpu(), self.run.snapshot(self.step), base_folder=base_folder)
+        model.to(device)
+
     def finish(self, model: nn.Module, base_folder: Path) -> None:
         """Write the artefact and mark the run as done.
 
@@ -130,10 +139,11 @@ class TrainingRun:
         save_adapted(model, folder, base_folder=base_folder)
         rows = list(self.run.metrics())
         weights = {file.name: atomic.sha256(file) for file in sorted(folder.rglob("*.safetensors"))}
+        kept = [folder, *(self.run.snapshot(step) for step in self.spec.snapshots)]
         self.run.write_state(
             state="done",
             sha256=weights,
-            sizes={f"{self._artefact}/{name}": size for name, size in file_sizes(folder).items()},
+            sizes={f"{k.relative_to(self.run.path)}/{name}": size for k in kept for name, size in file_sizes(k).items()},
             seconds=sum(row["seconds"] for row in rows),
             last_loss=sum(row["loss"] for row in rows[-20:]) / max(1, len(rows[-20:])),
         )
@@ -195,8 +205,11 @@ class TrainingRun:
         self.step = int(header["step"])
 
 
-def build_optimizer(parameters: list[nn.Parameter], runs: Runs, name: str) -> EmoOptimizer:
-    """One optimizer of the family as the recipe asks for it."""
+def build_optimizer(parameters: list[nn.Parameter], recipe: Recipe, spec: RunSpec) -> EmoOptimizer | AdamWCosine:
+    """The run's optimizer, one of the family or its rival, as the recipe asks for it."""
+    runs, name = recipe.runs, spec.optimizer
+    if spec.rate is not None:
+        return AdamWCosine(parameters, lr=spec.rate, steps=spec.steps, weight_decay=recipe.rival.weight_decay)
     options: dict[str, Any] = {"geometry": runs.geometry} if name in ("tion", "void") else {}
     return OPTIMIZERS[name](
         parameters,

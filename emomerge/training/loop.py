@@ -40,6 +40,7 @@ def train_run(
     model.to(device).train()
     live = TrainingRun(recipe, spec, run, inputs, trained=trained(model), buffers=buffers(model), on_step=on_step)
     order = batch_order(recipe.runs, spec, len(data.train))
+    live.keep_snapshot(model, base_folder)  # a kill may have come between checkpoint and snapshot
     with torch.random.fork_rng():
         while live.unfinished:
             started = time.perf_counter()
@@ -52,6 +53,7 @@ def train_run(
                 (loss / recipe.runs.accumulation).backward()
                 live.observe(loss)
             live.take_step(rows, time.perf_counter() - started)
+            live.keep_snapshot(model, base_folder)
     live.finish(model.cpu(), base_folder)
 
 
@@ -79,7 +81,7 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
 def batch_order(runs: Runs, spec: RunSpec, rows: int) -> BatchOrder:
     """Which rows of the training split a run sees."""
     key = (spec.seed,) if runs.data_order == "same" else (spec.seed, spec.optimizer)
-    return BatchOrder(rows, runs.batch_size, *key)
+    return BatchOrder(rows, runs.batch_size, *key, *([f"member {spec.member}"] if spec.member else []))
 
 
 def micro_batches(runs: Runs, step: int) -> range:

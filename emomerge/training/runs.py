@@ -5,6 +5,7 @@ runs/sens-0/
   metrics.jsonl            one row a step: loss, emoPulse and what it was made of
   adapter/ or model/       the result, PEFT or dense, once the run is done
   fisher.safetensors       mean squared gradients, if EmoSens trained all weights; method `fisher` finds them here
+  snapshots/step-00120/    of a control: adapter or dense weights on the way
   checkpoint.safetensors   where a killed run resumes; gone once the run is done
 """
 
@@ -30,7 +31,19 @@ class RunSpec:
     optimizer: str
     seed: int
     steps: int
-    role: Role = "run"
+    control: str | None = None
+    """Which of the recipe's `controls` it serves, if it is none of the runs that are merged."""
+    rate: float | None = None
+    """Peak learning rate of a rival that has no emoPulse."""
+    member: int = 0
+    """Its number among runs that differ in the order of their batches alone."""
+    snapshots: tuple[int, ...] = ()
+    """Steps after which the weights are kept."""
+
+    @property
+    def role(self) -> Role:
+        """What it is for."""
+        return "run" if self.control is None else "control"
 
 
 def planned_runs(recipe: Recipe) -> list[RunSpec]:
@@ -42,7 +55,8 @@ def planned_runs(recipe: Recipe) -> list[RunSpec]:
 def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
     """Hash of everything that decides a run's result: a run whose stamp agrees is not trained again."""
     shared = recipe.runs.model_dump(exclude={"optimizers", "seeds", "steps", "checkpoint_every"})
-    return digest([base_hash, recipe.adapter, shared, spec.optimizer, spec.seed, spec.steps])
+    of_a_control = [spec.rate, recipe.rival.weight_decay, spec.member, spec.snapshots] if spec.role == "control" else []
+    return digest([base_hash, recipe.adapter, shared, spec.optimizer, spec.seed, spec.steps, *of_a_control])
 
 
 class RunDir:
@@ -79,6 +93,10 @@ class RunDir:
     def artefact(self) -> Path:
         """The folder with the trained adapter or dense weights."""
         return self.path / str(self.state["artefact"])
+
+    def snapshot(self, step: int) -> Path:
+        """The folder with the weights after a step of a control."""
+        return self.path / "snapshots" / f"step-{step:06d}"
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
