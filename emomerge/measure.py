@@ -163,14 +163,13 @@ class Measurer:
         self.load(artefact)
         probe = self._perturbable(artefact)
         radii = recipe.radii if "gaussian" in metrics else ()
-        values = sharpness.gaussian(probe, radii, recipe.directions, lambda number: line.add(1, artefact.name))
-        weight = sharpness.weights(probe)
+        found_sharpness = sharpness.gaussian(probe, radii, recipe.directions, lambda number: line.add(1, artefact.name))
         row: dict[str, Any] = {
             "name": artefact.name, "role": artefact.role, "path": None if artefact.path is None else str(artefact.path),
             "optimizer": artefact.optimizer, "seed": artefact.seed, "control": artefact.control, "of": artefact.of,
             "grad_norm": controls.gradient_norm(probe),
             "distance": controls.distance(self.model, self.base_parameters),
-            "sharpness": {f"{r:g}": sharpness.summary(v, weight) for r, v in zip(radii, values, strict=True)},
+            "sharpness": found_sharpness.summary,
             **artefact.facts,
         }  # fmt: skip
         for split in ("train", "validation", "test"):
@@ -181,9 +180,8 @@ class Measurer:
                 row["entropy"] = controls.mean_score(found, "entropy")
         curve: dict[str, list[float]] = {"alpha": [], "loss": []}
         if "curve" in metrics and artefact.role in ("run", "merge"):
-            losses = landscape.alpha_curve(probe, self.base_parameters)
-            curve = {"alpha": list(landscape.ALPHAS), "loss": losses.tolist()}
-        return row, list(values), curve
+            curve = landscape.alpha_curve(probe, self.base_parameters).summary
+        return row, list(found_sharpness.values), curve
 
     def unit_weights(self, artefact: Artefact) -> Array:
         """Weights of the units that sharpness is resampled over, (units,)."""

@@ -11,22 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from emomerge.errors import BadInput
-from emomerge.probing import controls, sharpness
+from emomerge.probing import controls, landscape, sharpness, worst_case  # noqa: F401  (they register their metrics)
+from emomerge.probing.batch_norm import reestimate_batch_norm
 from emomerge.probing.ledger import Ledger
-from emomerge.probing.perturb import Batch, LossFunction, Perturbable, rms
-
-METRICS = ("loss", "gradient-norm", "noise-floor", "gaussian")
+from emomerge.probing.perturb import Batch, LossFunction, Perturbable, Weights, rms
+from emomerge.probing.registry import METRICS, PRESETS, Preset, preset_metrics
 
 
 def probe(
     model: nn.Module,
     loss: LossFunction,
     batches: Sequence[Batch],
-    metrics: Sequence[str] = METRICS,
+    metrics: Preset | Sequence[str] | Mapping[str, Mapping[str, Any]] = "quick",
     *,
     reference: nn.Module | Mapping[str, float] | None = None,
-    radii: Sequence[float] = (0.01, 0.03, 0.1),
-    directions: int = 16,
+    others: Mapping[str, nn.Module | Weights] | None = None,
     seed: int = 0,
     ledger: str | Path | None = None,
     model_hash: str | None = None,
@@ -34,47 +33,69 @@ def probe(
     """Measure a model; its weights are the same to the bit afterwards.
 
     Args:
-        model: any module; its trainable floating parameters are perturbed.
-        loss: (model, batch) → mean loss of the batch, and the batch's weight.
+        model: any module; its trainable floating parameters are perturbed. A model spread over devices stays there.
+        loss: (model, batch) → mean loss of the batch, and the batch's weight (rows, or tokens); or tensors and lists of both
+            for groups of rows.
         batches: what the loss is taken on; give all models of a comparison the same.
-        metrics: of METRICS.
+        metrics: `quick`, `standard` or `full`; names of METRICS; or names with options, {"gaussian": {"directions": 32}}.
+            A preset leaves out what needs arguments that are not given.
         reference: the base whose RMS per tensor sets the size of perturbations, or those numbers; by default the model
-            itself, which favours models with small weights: give the common base when models are compared.
-        radii: perturbation sizes, as fractions of that RMS.
-        directions: Gaussian directions, each taken both ways.
+            itself, which favours models with small weights: give the common base when models are compared. What looks at
+            the way from the base (`curve`, `plane`, `distance`) needs the module.
+        others: label → model that is compared with this one, by `barriers`, `plane` and `agreement`.
         seed: of the directions.
         ledger: a JSONL file to resume from, one for each loss function; None remembers nothing.
         model_hash: what the ledger files the model under; by default the SHA-256 of its weights.
 
     Returns:
-        `loss`, `gradient_norm`, `noise_floor`, and `gaussian`: radius → mean, standard error, number of directions.
+        metric → its summary, ready for JSON.
 
     Raises:
-        BadInput: no batches, an unknown metric, or weights in a dtype that cannot hold the perturbation.
+        BadInput: no batches, an unknown metric, one without what it needs, or weights in a dtype that cannot hold the
+            perturbation.
     """
-    for metric in metrics:
-        if metric not in METRICS:
-            raise BadInput("no such metric", found=metric, expected=", ".join(METRICS))
     if not batches:
         raise BadInput("the probe needs at least one batch")
+    given: dict[str, Any] = {}
+    if isinstance(reference, nn.Module):
+        given["base"] = _weights(reference)
+    if others:
+        given["others"] = {label: _weights(other) for label, other in others.items()}
+    wanted = _wanted(metrics, given)
     scale = reference if isinstance(reference, Mapping) else rms(model if reference is None else reference)
     probed = Perturbable(
         model, loss, batches, scale, seed=seed, ledger=Ledger(None if ledger is None else Path(ledger)),
         model_hash=model_hash or "", data_hash="" if ledger is None else _hash([batches, sorted(scale.items()), seed]),
     )  # fmt: skip
     probed.model_hash = model_hash or probed.sha256()
-    weight, found = sharpness.weights(probed), {}
-    if "loss" in metrics:
-        found["loss"] = float(sharpness.center(probed) @ weight)
-    if "gradient-norm" in metrics:
-        found["gradient_norm"] = controls.gradient_norm(probed)
-    if "noise-floor" in metrics:
-        found["noise_floor"] = controls.noise_floor(probed)
-    result: dict[str, Any] = dict(found)
-    if "gaussian" in metrics:
-        values = sharpness.gaussian(probed, radii, directions)
-        result["gaussian"] = {f"{r:g}": sharpness.summary(v, weight) for r, v in zip(radii, values, strict=True)}
-    return result
+    return {
+        name: METRICS[name].function(probed, **{need: given[need] for need in METRICS[name].needs}, **options).summary
+        for name, options in wanted.items()
+    }
+
+
+def _wanted(
+    metrics: str | Sequence[str] | Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]
+) -> dict[str, Mapping[str, Any]]:
+    """Metric → options."""
+    if metrics in PRESETS:
+        return {name: {} for name in preset_metrics(metrics) if set(METRICS[name].needs) <= given.keys()}
+    if isinstance(metrics, str):
+        raise BadInput("no such preset", found=metrics, expected=", ".join(PRESETS))
+    wanted = dict(metrics) if isinstance(metrics, Mapping) else {name: {} for name in metrics}
+    for name in wanted:
+        if name not in METRICS:
+            raise BadInput("no such metric", found=name, expected=", ".join(METRICS))
+        if missing := set(METRICS[name].needs) - given.keys():
+            wants = {"base": "reference=, the base as a module", "others": "others="}
+            raise BadInput(
+                "the metric needs an argument", where=name, fix=f"give {' and '.join(wants[m] for m in sorted(missing))}"
+            )
+    return wanted
+
+
+def _weights(model: nn.Module | Weights) -> Weights:
+    return {name: p.detach() for name, p in model.named_parameters()} if isinstance(model, nn.Module) else model
 
 
 def _hash(value: Any) -> str:
@@ -101,4 +122,7 @@ def _hash(value: Any) -> str:
     return hashlib.sha256("/".join([type(value).__name__, *parts]).encode()).hexdigest()
 
 
-__all__ = ["METRICS", "Batch", "Ledger", "LossFunction", "Perturbable", "probe", "rms"]
+__all__ = [
+    "METRICS", "PRESETS", "Batch", "Ledger", "LossFunction", "Perturbable", "preset_metrics", "probe",
+    "reestimate_batch_norm", "rms",
+]  # fmt: skip

@@ -1,22 +1,29 @@
-"""The loss along lines through the base."""
+"""The loss along lines and over planes through models."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from functools import partial
+from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
-from emomerge.probing.perturb import Move, Perturbable
-from emomerge.probing.sharpness import key, weights
+from emomerge.errors import BadInput
+from emomerge.probing.perturb import Lazy, Perturbable, Weights, inner
+from emomerge.probing.registry import Array, Measurement, metric
+from emomerge.probing.sharpness import losses, weights
 
 ALPHAS: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+MODEL = "model"
+"""What the probed model is called beside others."""
 
 
-def alpha_curve(probe: Perturbable, base: Mapping[str, Tensor], alphas: Sequence[float] = ALPHAS) -> NDArray[np.float64]:
-    """Loss at θ₀ + α·τ, from the base (α = 0) through the model (α = 1) and beyond.
+@metric("curve", preset="quick", needs=("base",))
+def alpha_curve(probe: Perturbable, base: Weights, alphas: Sequence[float] = ALPHAS) -> Measurement:
+    """Loss at θ₀ + α·τ, from the base (α = 0) through the model (α = 1) and beyond. Cost: alphas · batches forward passes.
 
     Args:
         probe: the model θ = θ₀ + τ.
@@ -24,19 +31,166 @@ def alpha_curve(probe: Perturbable, base: Mapping[str, Tensor], alphas: Sequence
         alphas: where to look.
 
     Returns:
-        (alphas,), weighted mean losses in nats.
+        values (alphas, units), in nats; the summary: `alpha` and the mean `loss`.
     """
-    backwards = {name: base[name] - p.detach() for name, p in probe.parameters.items()}  # −τ, so that α = 1 is θ to the bit
+    backwards = Lazy(probe.parameters, lambda name: _single(base[name]) - _single(probe.center[name]))
+    metric = f"curve {_hash(probe, base)}"
+    with probe.placed() as place:  # θ − (1 − α)·τ, so that α = 1 is θ to the bit
+        values = np.array([losses(probe, place, metric, a, None, probe.along(backwards, 1 - a)) for a in alphas])
+    return Measurement(values, {"alpha": list(alphas), "loss": _plain(values @ weights(probe))})
 
-    def evaluate(move: Move, alpha: float, batch: int) -> dict[str, list[float]]:
-        move(backwards, 1 - alpha)
-        return {"loss": probe.evaluate(batch)[0]}
 
-    found = []
-    with probe.moved() as move:
-        for alpha in alphas:
-            asked = [
-                (partial(evaluate, move, alpha, b), key(probe, "curve", alpha, None, b)) for b in range(len(probe.batches))
+@metric("barriers", preset="standard", needs=("others",))
+def barriers(probe: Perturbable, others: Mapping[str, Weights], points: int = 11) -> Measurement:
+    """How far the loss rises above the chord between two models: max over t of L((1−t)a + t·b) − (1−t)L(a) − t·L(b).
+
+    Cost: points · batches forward passes a pair, of the probed model and all others.
+
+    Args:
+        probe: the model; it is called "model".
+        others: label → parameter name → tensor, on the model's device.
+        points: from one model to the other, both included.
+
+    Returns:
+        values (pairs, points, units), in nats; the summary: one entry a pair, `between`, `t`, `loss`, `barrier`.
+    """
+    hashes = {MODEL: "model", **{label: _hash(probe, tensors) for label, tensors in others.items()}}
+    grid, weight = np.linspace(0, 1, points).tolist(), weights(probe)
+    values, entries = [], []
+    with probe.placed() as place:
+        models = {MODEL: probe.center, **others}
+        for a, b in combinations(models, 2):
+            of_pair = [
+                losses(probe, place, f"barrier {hashes[a]} {hashes[b]}", t, None, _mix(probe, {a: 1 - t, b: t}, models))
+                for t in grid
             ]
-            found.append(np.concatenate([probe.ledger.ask(ask, **place)["loss"] for ask, place in asked]))
-    return np.array(found) @ weights(probe)
+            loss = np.array(of_pair) @ weight
+            chord = (1 - np.array(grid)) * loss[0] + np.array(grid) * loss[-1]
+            highest = float((loss - chord).max())
+            finding = {} if math.isfinite(highest) else {"finding": "diverged between them"}
+            entries.append({"between": [a, b], "t": grid, "loss": _plain(loss), "barrier": _plain([highest])[0], **finding})
+            values.append(of_pair)
+    return Measurement(np.array(values), entries)
+
+
+@metric("plane", preset="full", needs=("base", "others"))
+def plane(
+    probe: Perturbable, base: Weights, others: Mapping[str, Weights], size: int = 21, margin: float = 0.25
+) -> Measurement:
+    """Loss over the plane through the base, the model and the first of the others. Cost: size² · batches forward passes.
+
+    The base is at (0, 0) and the model on the x axis; distances are those between the weights.
+
+    Args:
+        probe: the model, as a rule a merge.
+        base: parameter name → tensor, on the model's device.
+        others: label → the same; the first is the third corner, as a rule the best single run.
+        size: points along either axis.
+        margin: how far the plane reaches beyond its corners, as a fraction of their extent.
+
+    Returns:
+        values (size, size, units), rows along y, in nats; the summary: `x`, `y`, the mean `loss` and the `corners`.
+
+    Raises:
+        BadInput: the three lie on a line.
+    """
+    label, third = next(iter(others.items()))
+    length, along, square = 0.0, 0.0, 0.0
+    for name, center in probe.center.items():
+        first, second = (_single(weights) - _single(base[name]) for weights in (center, third[name]))
+        length, along, square = length + inner(first, first), along + inner(first, second), square + inner(second, second)
+    a = math.sqrt(length)
+    b = along / a if a else 0.0
+    c = math.sqrt(max(square - b * b, 0.0))
+    if not a or c < 1e-6 * math.sqrt(square):
+        raise BadInput("three models on a line span no plane", where=f"base, model and {label}")
+    x, y = (_axis(corners, size, margin) for corners in ((0.0, a, b), (0.0, 0.0, c)))
+    metric = f"plane {_hash(probe, base)} {_hash(probe, third)}"
+    values = np.empty((size, size, len(weights(probe))))
+    with probe.placed() as place:
+        models = {"base": base, MODEL: probe.center, label: third}
+        for j, i in np.ndindex(size, size):
+            to_third = y[j] / c
+            to_model = (x[i] - b * to_third) / a
+            shares = {"base": 1 - to_model - to_third, MODEL: to_model, label: to_third}
+            values[j, i] = losses(probe, place, f"{metric} {y[j]!r}", x[i], None, _mix(probe, shares, models))
+    corners = {"base": [0.0, 0.0], MODEL: [a, 0.0], label: [b, c]}
+    return Measurement(values, {"x": x, "y": y, "loss": [_plain(row) for row in values @ weights(probe)], "corners": corners})
+
+
+@metric("surface", preset="full")
+def surface(probe: Perturbable, size: int = 21, reach: float = 1.0) -> Measurement:
+    """Loss over two filter-normalised Gaussian directions (Li et al. 2018), from −`reach` to `reach`.
+
+    Each filter (a slice along the first dimension: an output neuron, an output channel) of a direction has the norm of the
+    model's filter; vectors (biases, scales of normalisations) stay. A picture, no measure: it rewards small weights.
+    Cost: size² · batches forward passes.
+
+    Returns:
+        values (size, size, units), rows along the second direction, in nats; the summary: `x`, `y` and the mean `loss`.
+    """
+    grid: list[float] = np.linspace(-reach, reach, size).tolist()
+    values = np.empty((size, size, len(weights(probe))))
+    with probe.placed() as place:
+        directions = [_filter_normalised(probe, number) for number in (0, 1)]
+        for j, i in np.ndindex(size, size):
+            there = _between(probe, directions, (grid[i], grid[j]))
+            values[j, i] = losses(probe, place, f"surface {grid[j]!r}", grid[i], None, there)
+    return Measurement(values, {"x": grid, "y": grid, "loss": [_plain(row) for row in values @ weights(probe)]})
+
+
+def _filter_normalised(probe: Perturbable, number: int) -> Lazy:
+    drawn = probe.direction(number)
+
+    def compute(name: str) -> Tensor:
+        center, noise = probe.center[name], drawn[name]
+        norms = [x.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny) for x in (center, noise)]
+        return noise.mul((norms[0] / norms[1]).view(-1, *[1] * (noise.ndim - 1)))
+
+    return Lazy([name for name in drawn if probe.center[name].ndim > 1], compute)
+
+
+def _between(probe: Perturbable, directions: Sequence[Weights], factors: Sequence[float]) -> Lazy:
+    def compute(name: str) -> Tensor:
+        total = _single(probe.center[name])
+        for direction, factor in zip(directions, factors, strict=True):
+            total = total + factor * direction[name]
+        return total.to(probe.center[name].dtype)
+
+    return Lazy(directions[0], compute)
+
+
+def _mix(probe: Perturbable, shares: Mapping[str, float], models: Mapping[str, Weights]) -> Lazy:
+    """Σ share · model, which is a model to the bit where its share is 1 and the others' are 0."""
+    used = {label: share for label, share in shares.items() if share}
+
+    def compute(name: str) -> Tensor:
+        terms = [share * _single(models[label][name]) for label, share in used.items()]
+        return torch.stack(terms).sum(dim=0).to(probe.center[name].dtype)
+
+    return Lazy(probe.parameters, compute)
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """In float32, or as it is if that is wider: half precision is rounded to once, at the end."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _axis(corners: Sequence[float], size: int, margin: float) -> list[float]:
+    low, high = min(corners), max(corners)
+    room = margin * (high - low)
+    points: list[float] = np.linspace(low - room, high + room, size).tolist()
+    return points
+
+
+def _hash(probe: Perturbable, tensors: Weights) -> str:
+    """What the ledger files other weights under."""
+    total = hashlib.sha256()
+    for name in sorted(probe.parameters):
+        total.update(name.encode())
+        total.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _plain(values: Array | Sequence[float]) -> list[float | None]:
+    return [float(value) if math.isfinite(value) else None for value in values]

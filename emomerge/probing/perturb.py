@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, TypeAlias
+from functools import cache, cached_property
+from typing import Any, Literal, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from emomerge.errors import BadInput, EmomergeError
 from emomerge.probing.ledger import Ledger
@@ -26,8 +28,41 @@ LossFunction: TypeAlias = Callable[[nn.Module, Batch], tuple[Tensor, float | Seq
 """(model, batch) → mean loss and weight (rows, tokens …) of the batch as a whole, or of each of several groups of its rows:
 a scalar tensor and a number, or a tensor (groups,) and as many numbers. Groups give intervals more units to resample."""
 
-Move: TypeAlias = Callable[[Mapping[str, Tensor], float], None]
+Weights: TypeAlias = Mapping[str, Tensor]
+"""Parameter name → tensor; what is absent is θ₀."""
+Place: TypeAlias = Callable[[Weights], None]
+"""θ ← the given weights."""
+Move: TypeAlias = Callable[[Weights, float], None]
 """θ ← θ₀ + factor·direction."""
+Ball: TypeAlias = Literal["base", "own"]
+"""What one unit of a perturbation is: the RMS of the base's tensor, or each weight's own size |w|."""
+
+KEPT_BYTES = 2**28
+"""Directions up to this size are kept while they are in use; of larger ones each tensor is drawn again when it is needed."""
+ROW, PIECE = 4096, 2**22
+"""Elements summed in one go, which no thread count splits, and elements that are float64 at a time."""
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Tensors by name, each computed when it is asked for: of a large model only one exists at a time."""
+
+    def __init__(self, names: Collection[str], compute: Callable[[str], Tensor]) -> None:
+        self._names, self._compute = dict.fromkeys(names), compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with torch.no_grad():
+            return self._compute(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass
@@ -35,7 +70,8 @@ class Perturbable:
     """A model on fixed batches, in eval mode while it is measured.
 
     Args:
-        model: its floating parameters are moved and restored in place; frozen ones (`requires_grad=False`) stay.
+        model: its floating parameters are moved; frozen ones (`requires_grad=False`) stay. Adapters must be merged into it:
+            the sharpness of factors changes with their scale A → cA, B → B/c, which changes no output.
         loss: see LossFunction.
         batches: the same for every model that is to be compared, on the model's device.
         reference: parameter name → RMS of that tensor in the base; tensors with RMS 0 are not moved. See `rms`.
@@ -52,19 +88,29 @@ class Perturbable:
     model_hash: str = "model"
     data_hash: str = "data"
     ledger: Ledger = field(default_factory=Ledger)
+    _kept: dict[str, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, parameter in self.parameters.items():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
+            if ".lora_" in name:
                 raise BadInput(
-                    "small perturbations do not survive this dtype", where=f"parameter {name}",
-                    expected="float32", found=parameter.dtype, fix="load the model in float32",
+                    "sharpness of LoRA factors depends on how they are scaled", where=f"parameter {name}",
+                    fix="merge the adapter into its base first (emomerge bake, or merge_and_unload())",
                 )  # fmt: skip
+            if parameter.is_meta:
+                raise BadInput(
+                    "the weights are not in memory", where=f"parameter {name}", fix="load the model without offloading"
+                )
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is perturbed, tied tensors once."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad and p.is_floating_point()}
+
+    @property
+    def center(self) -> Weights:
+        """θ₀, also while the model is somewhere else."""
+        return self.parameters if self._kept is None else self._kept
 
     def evaluate(self, index: int) -> tuple[list[float], list[float]]:
         """Mean loss and weight of each group of rows in one batch, at the present weights."""
@@ -72,44 +118,168 @@ class Perturbable:
             loss, weight = self.loss(self.model, self.batches[index])
         return loss.cpu().double().reshape(-1).tolist(), [*weight] if isinstance(weight, Sequence) else [float(weight)]
 
-    def direction(self, number: int) -> dict[str, Tensor]:
-        """One Gaussian direction: for each tensor, RMS of the base's tensor times standard normals of its shape."""
-        drawn = {}
-        for name, parameter in self.parameters.items():
-            rms = self.reference.get(name, 0.0)
-            if rms > 0:
-                key = hashlib.blake2b(f"{self.seed}/{number}/{name}".encode(), digest_size=8).digest()
-                generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(key, "little") >> 1)
-                noise = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-                drawn[name] = noise.normal_(generator=generator).mul_(rms)
-        return drawn
+    # Where to go.
+
+    def direction(self, number: int, ball: Ball = "base") -> Lazy:
+        """One Gaussian direction: for each tensor the ball's unit times standard normals of its shape.
+
+        In half precision it is drawn in float32: the same direction as that of the same model in float32.
+        """
+        units = self.units(ball)
+
+        def draw(name: str) -> Tensor:
+            return normals(self.seed, number, name, self.center[name]).mul_(units[name])
+
+        small = sum(p.numel() * max(4, p.element_size()) for p in self.parameters.values()) <= KEPT_BYTES
+        return Lazy(units, cache(draw) if small else draw)
+
+    def units(self, ball: Ball) -> Weights:
+        """One unit of a perturbation by name: a scalar (the base's RMS) or |θ₀| of the tensor's shape."""
+        if ball == "own":
+            return Lazy(self.parameters, lambda name: self.center[name].detach().abs())
+        sizes = {name: self.reference.get(name, 0.0) for name in self.parameters}
+        return Lazy(
+            [name for name, size in sizes.items() if size > 0],
+            lambda name: torch.tensor(sizes[name], dtype=_drawn_dtype(self.center[name]), device=self.center[name].device),
+        )
+
+    def along(self, direction: Weights, factor: float) -> Lazy:
+        """θ₀ + factor·direction, rounded to the weights' dtype."""
+
+        def compute(name: str) -> Tensor:
+            center = self.center[name]
+            return torch.add(center, direction[name], alpha=factor).to(center.dtype)
+
+        return Lazy(direction, compute)
+
+    def realised(self, direction: Weights, factor: float) -> tuple[float, float]:
+        """What is left of factor·direction after rounding: its norm as a fraction of the intended one, and their cosine."""
+        weights = self.along(direction, factor)
+        square, wanted, both = 0.0, 0.0, 0.0
+        for name in direction:
+            step, got = direction[name], (weights[name].double() - self.center[name].detach().double())
+            square, wanted, both = square + inner(got, got), wanted + inner(step, step), both + inner(got, step)
+        norm, intended = math.sqrt(square), math.sqrt(wanted)
+        return norm / (abs(factor) * intended), both / (norm * intended) * math.copysign(1, factor) if norm else 0.0
+
+    # Going there.
 
     @contextmanager
-    def moved(self) -> Iterator[Move]:
-        """Within the block the given function sets θ ← θ₀ + factor·direction; after it, also after an exception, θ is θ₀ again.
+    def placed(self, *, in_place: bool = False) -> Iterator[Place]:
+        """Within the block the given function sets θ; after it, also after an exception, θ is θ₀ again.
+
+        For forward passes no stored weight is touched: each module is handed its tensors while it runs, one at a time. Where
+        a module reads another's weights (`is_swappable`), and for gradients, weights are moved in place and copied back.
+
+        Args:
+            in_place: move the parameters themselves, as gradients with respect to them need; costs a copy of them.
 
         Raises:
             EmomergeError: the SHA-256 of all weights afterwards is not what it was.
         """
-        before = self.sha256()
-        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        training = self.model.training
-        self.model.eval()
+        swap = not in_place and self.is_swappable
+        with self.guarded(), self._swapped() if swap else self._copied() as place:
+            yield place
+
+    @contextmanager
+    def moved(self) -> Iterator[Move]:
+        """`placed(in_place=True)` for steps from θ₀."""
+        with self.placed(in_place=True) as place:
+            yield lambda direction, factor: place(self.along(direction, factor))
+
+    @cached_property
+    def is_swappable(self) -> bool:
+        """Whether handing each module its tensors while it runs does what moving the weights does. Two forward passes, once.
+
+        Fused layers, modules that hold a weight twice, and parents that read a child's weight (`nn.MultiheadAttention`) fail.
+        The test point needs no copy to come back from: one bit of each weight is flipped.
+        """
+        with self.guarded():
+            try:
+                self._flip()
+                expected = self.evaluate(0)
+            finally:
+                self._flip()
+            with self._swapped() as place:
+                place(Lazy(self.parameters, lambda name: _flipped(self.parameters[name].detach())))
+                return self.evaluate(0) == expected
+
+    def _flip(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.data.copy_(_flipped(parameter.detach()))
+
+    @contextmanager
+    def _swapped(self) -> Iterator[Place]:
+        """Modules see the placed weights while they run; the parameters stay what they are."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        slots = {
+            module: [(leaf, names[id(p)]) for leaf, p in module._parameters.items() if id(p) in names]
+            for module in self.model.modules()
+        }
+        weights: Weights = {}
+
+        def place(new: Weights) -> None:
+            nonlocal weights
+            weights = new
+
+        def enter(module: nn.Module, args: Any) -> None:
+            for leaf, name in slots[module]:
+                if name in weights:
+                    module._parameters[leaf] = cast(nn.Parameter, weights[name])
+
+        def leave(module: nn.Module, *args: Any) -> None:
+            for leaf, name in slots[module]:
+                module._parameters[leaf] = self.parameters[name]
+
+        handles = []
+        try:
+            for module in [module for module, owned in slots.items() if owned]:
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+            yield place
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in slots:
+                leave(module)
+
+    @contextmanager
+    def _copied(self) -> Iterator[Place]:
+        """The parameters are moved in place, and restored from a copy."""
+        kept = self._kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
         @torch.no_grad()
-        def move(direction: Mapping[str, Tensor], factor: float) -> None:
-            for name, step in direction.items():
-                torch.add(kept[name], step, alpha=factor, out=self.parameters[name].data)
+        def place(weights: Weights) -> None:
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(weights[name] if name in weights else kept[name])
 
         try:
-            yield move
+            yield place
         finally:
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.data.copy_(kept[name])
-            self.model.train(training)
-            if self.sha256() != before:
-                raise EmomergeError("the probe could not restore the model's weights: their SHA-256 changed")
+            place({})
+            self._kept = None
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode within the block, and each module's own mode after it."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Eval mode, and an EmomergeError if the weights are not the same afterwards."""
+        before = self.sha256()
+        with self.evaluating():
+            try:
+                yield
+            finally:
+                if self.sha256() != before:
+                    raise EmomergeError("the probe could not restore the model's weights: their SHA-256 changed")
 
     def sha256(self) -> str:
         """Hash of all weights, in the order of their names."""
@@ -120,9 +290,42 @@ class Perturbable:
         return total.hexdigest()
 
 
+def normals(seed: int, number: int, name: str, like: Tensor) -> Tensor:
+    """Standard normals of a tensor's shape and device, from a generator seeded by (seed, number, name)."""
+    key = hashlib.blake2b(f"{seed}/{number}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator(like.device).manual_seed(int.from_bytes(key, "little") >> 1)
+    return torch.empty(like.shape, dtype=_drawn_dtype(like), device=like.device).normal_(generator=generator)
+
+
+def _drawn_dtype(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def _flipped(x: Tensor) -> Tensor:
+    """x with the third bit of its fraction flipped, which changes a number by at most an eighth; its own inverse, exactly."""
+    integers, fraction = {
+        torch.float64: (torch.int64, 52), torch.float32: (torch.int32, 23),
+        torch.float16: (torch.int16, 10), torch.bfloat16: (torch.int16, 7),
+    }[x.dtype]  # fmt: skip
+    return x.view(integers).bitwise_xor(1 << (fraction - 3)).view(x.dtype)
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """Σ a·b in float64, in an order that no thread count changes."""
+    sums: list[float] = []
+    for x, y in zip(a.detach().flatten().split(PIECE), b.detach().flatten().split(PIECE), strict=True):
+        product = _double(x) * _double(y)
+        sums += pad(product, (0, -len(product) % ROW)).view(-1, ROW).sum(dim=1).tolist()
+    return float(np.sum(sums))
+
+
+def _double(x: Tensor) -> Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).double()  # MPS has no float64
+
+
 def square_sum(tensor: Tensor) -> float:
-    """Σ x² in float64, on the CPU: some accelerators have no float64."""
-    return float(tensor.detach().cpu().double().square().sum())
+    """Σ x² in float64."""
+    return inner(tensor, tensor)
 
 
 def rms(model: nn.Module) -> dict[str, float]:

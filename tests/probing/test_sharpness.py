@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ from torch import nn
 
 import emomerge
 from emomerge.errors import BadInput
-from emomerge.probing import Ledger, Perturbable, rms, sharpness
+from emomerge.probing import METRICS, PRESETS, Ledger, Perturbable, preset_metrics, rms, sharpness
 from emomerge.probing.controls import distance, gradient_norm, mean_score, noise_floor, scores
 from emomerge.probing.landscape import ALPHAS, alpha_curve
 
@@ -32,13 +33,50 @@ def probe_of(model, reference=None, **options):
     return Perturbable(model, loss, [torch.tensor(1.0), torch.tensor(3.0)], reference or rms(model), **options)
 
 
+def network_loss(model, batch):
+    """Token-weighted: two groups, weighing 1 and 3."""
+    inputs, labels = batch
+    rows = nn.functional.cross_entropy(model(inputs), labels, reduction="none")
+    return torch.stack([rows[:1].mean(), rows[1:].mean()]), [1.0, 3.0]
+
+
+@pytest.fixture
+def network():
+    """A model, its base, two others, and batches."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+    models = [copy.deepcopy(base) for _ in range(3)]
+    with torch.no_grad():
+        for model in models:
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    batches = [(torch.randn(4, 3), torch.tensor([0, 1, 1, 0])) for _ in range(2)]
+    return models[0], base, {"a": models[1], "b": models[2]}, batches
+
+
+FEW = {
+    "loss": {},
+    "gradient-norm": {},
+    "noise-floor": {},
+    "gaussian": {"radii": (0.1,), "directions": 2},
+    "adaptive": {"radii": (0.1,), "directions": 2},
+    "basin": {"directions": 2, "bisections": 3},
+    "curve": {"alphas": (0, 1)},
+    "barriers": {"points": 2},
+    "plane": {"size": 2},
+    "surface": {"size": 2},
+    "worst-case": {"steps": 3, "norms": ("l2",), "radii": {"l2": (0.5, 1.0)}},
+}
+"""Metric → options that make it quick."""
+
+
 H = np.linspace(0.1, 4.0, 500)
 
 
 def test_gaussian_of_a_quadratic_is_half_the_second_order_term_exactly():
     model = Quadratic(np.full(500, 2.0), H)
     probe = probe_of(model)
-    found = sharpness.gaussian(probe, [0.01, 0.1], directions=3)
+    found = sharpness.gaussian(probe, [0.01, 0.1], directions=3).values
     for r, radius in enumerate((0.01, 0.1)):
         for d in range(3):
             z = probe.direction(d)["w"].numpy()
@@ -48,16 +86,16 @@ def test_gaussian_of_a_quadratic_is_half_the_second_order_term_exactly():
 
 def test_its_mean_estimates_the_trace():
     model = Quadratic(np.full(500, 2.0), H)
-    found = sharpness.gaussian(probe_of(model), [0.05], directions=200)[0]
+    found = sharpness.gaussian(probe_of(model), [0.05], directions=200).values[0]
     expected = 0.5 * 0.05**2 * 2.0**2 * H.sum()
-    figures = sharpness.summary(found, np.array([1.0, 0.0]))
+    figures = sharpness.summary(found, np.array([1.0, 0.0]), 0.05)
     assert abs(figures["mean"] - expected) < 4 * figures["stderr"]
     assert figures["n"] == 200
 
 
 def test_away_from_the_minimum_the_first_order_term_cancels():
-    here = sharpness.gaussian(probe_of(Quadratic(np.full(500, 2.0), H), {"w": 1.0}), [0.1], 4)
-    away = sharpness.gaussian(probe_of(Quadratic(np.full(500, 2.0), H, c=50.0), {"w": 1.0}), [0.1], 4)
+    here = sharpness.gaussian(probe_of(Quadratic(np.full(500, 2.0), H), {"w": 1.0}), [0.1], 4).values
+    away = sharpness.gaussian(probe_of(Quadratic(np.full(500, 2.0), H, c=50.0), {"w": 1.0}), [0.1], 4).values
     np.testing.assert_allclose(here, away, rtol=1e-6)
 
 
@@ -65,8 +103,8 @@ def test_one_ball_for_all_models_does_not_reward_large_weights():
     small, large = Quadratic(np.full(500, 0.1), H), Quadratic(np.full(500, 10.0), H)
     shared = {"w": 1.0}
     np.testing.assert_allclose(
-        sharpness.gaussian(probe_of(small, shared), [0.1], 4),
-        sharpness.gaussian(probe_of(large, shared), [0.1], 4),
+        sharpness.gaussian(probe_of(small, shared), [0.1], 4).values,
+        sharpness.gaussian(probe_of(large, shared), [0.1], 4).values,
         rtol=1e-6,
     )
 
@@ -76,10 +114,11 @@ def test_a_divergence_is_reported_and_never_imputed():
         def forward(self, batch):
             return super().forward(batch) if self.w.max() < 2.2 else torch.tensor(float("inf"))
 
-    found = sharpness.gaussian(probe_of(Cliff(np.full(50, 2.0), 1.0)), [0.001, 0.2], 4)
+    found = sharpness.gaussian(probe_of(Cliff(np.full(50, 2.0), 1.0)), [0.001, 0.2], 4).values
     weight = np.array([0.5, 0.5])
-    assert sharpness.summary(found[0], weight)["mean"] is not None
-    assert sharpness.summary(found[1], weight) == {"mean": None, "stderr": None, "n": 4}
+    assert sharpness.summary(found[0], weight, 0.001)["mean"] is not None
+    finding = "diverged at radius 0.2 in 4 of 4 directions"
+    assert sharpness.summary(found[1], weight, 0.2) == {"mean": None, "stderr": None, "n": 4, "finding": finding}
 
 
 def test_alpha_curve_of_a_quadratic():
@@ -87,7 +126,7 @@ def test_alpha_curve_of_a_quadratic():
     model = Quadratic([1.0, 2.0, 3.0], 1.0, c=0.5)
     probe = probe_of(model)
     expected = [0.5 * 2.0 * sum((a * w - 0.5) ** 2 for w in (1, 2, 3)) for a in ALPHAS]  # batches weigh (1 + 3) / 2
-    np.testing.assert_allclose(alpha_curve(probe, base), expected, rtol=1e-12)
+    np.testing.assert_allclose(alpha_curve(probe, base).summary["loss"], expected, rtol=1e-12)
     assert distance(model, base) == pytest.approx(14**0.5)
 
 
@@ -123,12 +162,12 @@ def test_scores_are_weighted_and_remembered():
 def test_a_probe_cut_short_anywhere_ends_with_the_same_figures(tmp_path):
     def run(ledger):
         model = Quadratic(np.full(20, 2.0), 1.0)
-        return sharpness.gaussian(probe_of(model, ledger=ledger), [0.01, 0.1], 3)
+        return sharpness.gaussian(probe_of(model, ledger=ledger), [0.01, 0.1], 3).values
 
     whole = tmp_path / "whole.jsonl"
     expected = run(Ledger(whole))
     lines = whole.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 2 + 2 * 3 * 2
+    assert len(lines) == 2 + 2 + 2 * 3 * 2  # center, what the dtype resolves, evaluations
     for cut in range(0, whole.stat().st_size, 97):
         part = tmp_path / "part.jsonl"
         part.write_bytes(whole.read_bytes()[:cut])
@@ -139,22 +178,67 @@ def test_a_probe_cut_short_anywhere_ends_with_the_same_figures(tmp_path):
 def test_the_public_probe(tmp_path):
     model, base = Quadratic([1.0, -2.0], 1.0), {"w": 1.0}
     batches = [torch.tensor(1.0)]
-    found = emomerge.probe(model, loss, batches, reference=base, radii=(0.1,), directions=4, ledger=tmp_path / "l.jsonl")
+    wanted = {"loss": {}, "gaussian": {"radii": (0.1,), "directions": 4}}
+    found = emomerge.probe(model, loss, batches, wanted, reference=base, ledger=tmp_path / "l.jsonl")
     assert found["loss"] == pytest.approx(2.5)
-    assert set(found) == {"loss", "gradient_norm", "noise_floor", "gaussian"}
+    assert set(found) == set(wanted)
     rows = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
     # Another batch, seed or ball must not be taken for one in the ledger.
     for change in ({"batches": [torch.tensor(2.0)]}, {"seed": 1}, {"reference": {"w": 2.0}}):
         options = {"batches": batches, "reference": base, "seed": 0} | change
-        other = emomerge.probe(model, loss, **options, radii=(0.1,), directions=4, ledger=tmp_path / "l.jsonl")
+        other = emomerge.probe(model, loss, metrics=wanted, **options, ledger=tmp_path / "l.jsonl")
         assert other["gaussian"] != found["gaussian"]
     assert len((tmp_path / "l.jsonl").read_text().splitlines()) == 4 * len(rows)
 
 
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_by_name_restores_the_weights_and_is_json(name, network):
+    model, base, others, batches = network
+    before, mode = {k: v.clone() for k, v in model.state_dict().items()}, model.training
+    found = emomerge.probe(model, network_loss, batches, {name: FEW.get(name, {})}, reference=base, others=others)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training is mode
+
+
+def test_presets_grow_and_leave_out_what_they_lack(network):
+    model, base, _, batches = network
+    quick, standard, full = (set(preset_metrics(preset)) for preset in PRESETS)
+    assert quick < standard < full == set(METRICS)
+    assert {"loss", "gradient-norm", "noise-floor", "distance", "gaussian", "curve"} <= quick
+    assert {"adaptive", "basin", "barriers"} <= standard - quick
+    assert {"worst-case", "plane", "surface"} <= full - standard
+    bare = {"loss", "gradient-norm", "noise-floor", "gaussian"}
+    assert set(emomerge.probe(model, network_loss, batches)) == bare
+    assert set(emomerge.probe(model, network_loss, batches, reference=base)) == bare | {"distance", "curve"}
+
+
+def test_a_probe_of_everything_cut_at_any_row_ends_with_the_same_json(tmp_path, network):
+    model, base, others, batches = network
+
+    def run(path):
+        found = emomerge.probe(model, network_loss, batches, FEW, reference=base, others=others, ledger=path, model_hash="m")
+        return json.dumps(found)
+
+    whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
+    expected = run(whole)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    assert len({json.loads(line)["metric"] for line in lines}) > len(FEW)
+    for cut in range(len(lines)):
+        part.write_bytes(b"".join(lines[:cut]))
+        assert run(part) == expected
+        assert part.read_bytes() == whole.read_bytes()
+
+
 def test_the_public_probe_refuses(tmp_path):
     model = Quadratic([1.0], 1.0)
-    with pytest.raises(BadInput, match="no such metric; expected loss, .*; found flatness"):
+    with pytest.raises(BadInput, match="no such metric; expected .*gaussian, .*; found flatness"):
         emomerge.probe(model, loss, [torch.tensor(1.0)], ["flatness"])
+    with pytest.raises(BadInput, match="no such preset; expected quick, standard, full; found all"):
+        emomerge.probe(model, loss, [torch.tensor(1.0)], "all")
+    with pytest.raises(BadInput, match="needs an argument: plane; give reference=, the base as a module and others="):
+        emomerge.probe(model, loss, [torch.tensor(1.0)], ["plane"])
     with pytest.raises(BadInput, match="at least one batch"):
         emomerge.probe(model, loss, [])
     with pytest.raises(BadInput, match="with a ledger"):
