@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +19,7 @@ from emomerge.recipe import TextColumns
 from emomerge.tasks import sources
 from emomerge.tasks.base import Batch, Split, Task, TaskData
 from emomerge.tasks.pretrained import load_classifier, load_config, load_tokenizer, reload_classifier
+from emomerge.tasks.tables import Row, read_rows
 
 
 class TextSplit(Split):
@@ -158,27 +157,27 @@ class _Sentences:
         return _Sentences([self.texts[row] for row in rows.tolist()], self.labels[rows])
 
 
-def _labelling(section: recipe.TextClassification, train: Sequence[_Row]) -> _Labelling:
+def _labelling(section: recipe.TextClassification, train: Sequence[Row]) -> _Labelling:
     if isinstance(section.classes, dict):
         return _Labelling(tuple(section.classes), _by_rating(section.classes))
-    names = section.classes or sources.distinct_classes(sources.label_text(row.label) for row in train)
+    names = section.classes or sources.distinct_classes(sources.label_text(row.cells[1]) for row in train)
     if len(set(names)) < len(names):
         raise BadInput("a class is named twice", where="task.classes", found=", ".join(names))
     number = sources.class_index(names)
     return _Labelling(names, lambda label, where: number(sources.label_text(label), where))
 
 
-def _label(rows: Sequence[_Row], labelling: _Labelling, source: object) -> _Sentences:
+def _label(rows: Sequence[Row], labelling: _Labelling, source: object) -> _Sentences:
     """The rows that have a class. Raises BadInput for a row of them that has no text."""
     texts, labels = [], []
     for row in rows:
-        where = f"{source}, row {row.number}"
-        label = labelling.find(row.label, where)
+        where, (text, own_label) = f"{source}, row {row.number}", row.cells
+        label = labelling.find(own_label, where)
         if label is None:
             continue
-        if not isinstance(row.text, str) or not row.text.strip():
-            raise BadInput("row without text", where=where, found=repr(row.text))
-        texts.append(row.text)
+        if not isinstance(text, str) or not text.strip():
+            raise BadInput("row without text", where=where, found=repr(text))
+        texts.append(text)
         labels.append(label)
     if not texts:
         raise BadInput("no usable rows", where=source)
@@ -223,93 +222,10 @@ def _condition(name: str, text: str) -> Callable[[float], bool]:
     return lambda rating: all(compare(rating, bound) for compare, bound in bounds)
 
 
-# Files
-
-
-class _Row(NamedTuple):
-    text: Any
-    label: Any
-    number: int
-    """Line of the file (its last, where a quoted cell has several), or row of the data set, from 1."""
-
-
-def _read(source: str, role: str, columns: TextColumns) -> list[_Row]:
-    """All rows of a file or of the split `role` of a data set; every one has a label."""
-    path = sources.local_path(source)
-    rows = _read_hub(source, role, columns) if path is None else _read_file(path, columns)
+def _read(source: str, role: str, columns: TextColumns) -> list[Row]:
+    """All rows of a file or of the split `role` of a data set, as (text, label); every one has a label."""
+    rows = read_rows(source, role, (columns.text, columns.label))
     for row in rows:
-        if row.label is None or row.label == "":
+        if row.cells[1] is None or row.cells[1] == "":
             raise BadInput("row without a label", where=f"{source}, row {row.number}")
     return rows
-
-
-def _read_hub(name: str, split: str, columns: TextColumns) -> list[_Row]:
-    data = sources.hub_dataset(name, split, [columns.text, columns.label])
-    labels = sources.class_names(data, str(columns.label))
-    return [_Row(*pair, n) for n, pair in enumerate(zip(data[str(columns.text)], labels, strict=True), start=1)]
-
-
-def _read_file(path: Path, columns: TextColumns) -> list[_Row]:
-    readers = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise BadInput("no text data", where=path, expected="a .tsv, .csv or .jsonl file, or a `datasets` id")
-    try:
-        return list(reader(path, columns))
-    except UnicodeDecodeError as error:
-        raise BadInput("the file is not UTF-8", where=path, found=error) from None
-    except (OSError, csv.Error) as error:
-        raise BadInput("the file cannot be read", where=path, found=error) from None
-
-
-def _read_tsv(path: Path, columns: TextColumns) -> Iterator[_Row]:
-    return _read_table(path, columns, delimiter="\t", quoting=csv.QUOTE_NONE)
-
-
-def _read_csv(path: Path, columns: TextColumns) -> Iterator[_Row]:
-    return _read_table(path, columns, strict=True)
-
-
-def _read_table(path: Path, columns: TextColumns, **dialect: Any) -> Iterator[_Row]:
-    """Rows of cells; the first row names the columns if the recipe does."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        table = csv.reader(file, **dialect)
-        named = isinstance(columns.text, str) or isinstance(columns.label, str)
-        header = next(table, []) if named else []
-        text, label = _position(columns.text, header, path), _position(columns.label, header, path)
-        for cells in table:
-            if not cells:
-                continue
-            if max(text, label) >= len(cells):
-                raise BadInput(
-                    "row with too few columns",
-                    where=f"{path}, row {table.line_num}",
-                    expected=f"a column {max(text, label)}, counted from 0",
-                    found=f"{len(cells)} columns",
-                )
-            yield _Row(cells[text], cells[label], table.line_num)
-
-
-def _position(column: str | int, header: Sequence[str], path: Path) -> int:
-    if isinstance(column, str):
-        return header.index(sources.find_column(column, header, path))
-    if column < 0:
-        raise BadInput("columns are counted from 0", where="task.columns", found=column)
-    return column
-
-
-def _read_jsonl(path: Path, columns: TextColumns) -> Iterator[_Row]:
-    """One object a line."""
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, row {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadInput("line is not JSON", where=where, found=error) from None
-            if not isinstance(row, dict):
-                raise BadInput("line is no JSON object", where=where, found=type(row).__name__)
-            text, label = (row[sources.find_column(column, list(row), where)] for column in (columns.text, columns.label))
-            yield _Row(text, label, number)
