@@ -27,7 +27,7 @@ from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Perturbable, rms
 from emomerge.progress import Display, Line
 from emomerge.recipe import Recipe, digest
-from emomerge.tasks import Batch, Split, Task, TaskData, make_task, row_figures
+from emomerge.tasks import Batch, Split, Task, TaskData, make_task
 
 Array = NDArray[np.float64]
 METRICS = ("gaussian", "curve")
@@ -175,8 +175,9 @@ class Measurer:
         for split in ("train", "validation", "test"):
             found = self.scores(artefact, split)
             row[f"{split}_loss"] = controls.mean_score(found, "loss")
-            row[f"{split}_accuracy"] = controls.mean_score(found, "accuracy")
-            if split == "train":
+            if "accuracy" in found:
+                row[f"{split}_accuracy"] = controls.mean_score(found, "accuracy")
+            if split == "train" and "entropy" in found:
                 row["entropy"] = controls.mean_score(found, "entropy")
         curve: dict[str, list[float]] = {"alpha": [], "loss": []}
         if "curve" in metrics and artefact.role in ("run", "merge"):
@@ -194,10 +195,12 @@ class Measurer:
         return controls.noise_floor(self._perturbable(artefact))
 
     def grouped_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[float]]:
-        """Mean losses (groups,) of groups of rows and their sizes: about 64 units over the whole probe for the bootstrap."""
+        """Mean losses (groups,) of groups of rows and their weights: about 64 units over the whole probe for the bootstrap."""
         size = max(1, len(self.probe_rows[self.recipe.probe.data]) // 64)
-        groups = row_figures(self.task, model, batch)[0].split(size)
-        return torch.stack([group.mean() for group in groups]), [float(len(group)) for group in groups]
+        rows = self.task.row_figures(model, batch)
+        weights = torch.stack([group.sum() for group in rows.weight.split(size)])
+        sums = torch.stack([group.sum() for group in (rows.loss * rows.weight).split(size)])
+        return sums / weights, weights.tolist()
 
     def _perturbable(self, artefact: Artefact) -> Perturbable:
         recipe = self.recipe.probe
@@ -244,10 +247,12 @@ class Measurer:
 
 
 def score(task: Task, model: nn.Module, batch: Batch) -> dict[str, float]:
-    """Mean cross-entropy, accuracy and mean predictive entropy of a batch, and its rows as weight."""
+    """Mean loss of a batch, mean accuracy and predictive entropy where the task has them, and the batch's weight."""
     with torch.inference_mode():
-        loss, accuracy, entropy = row_figures(task, model, batch).mean(dim=1).tolist()
-    return {"loss": loss, "accuracy": accuracy, "entropy": entropy, "weight": float(len(batch["labels"]))}
+        rows = task.row_figures(model, batch)
+        found = {name: figure for name, figure in rows._asdict().items() if figure is not None and name != "weight"}
+        means = (torch.stack([*found.values()]) * rows.weight).sum(dim=1) / rows.weight.sum()
+    return dict(zip(found, means.tolist(), strict=True)) | {"weight": float(rows.weight.sum())}
 
 
 def probe_models(

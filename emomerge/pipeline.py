@@ -129,8 +129,7 @@ class Pipeline:
         with stopwatch() as clock:
             line = self.display.line("base", prepare.steps if prepare else 1)
             if prepare is not None:
-                section = self.recipe.task.model_copy(update={"transform": prepare.transform})
-                task = make_task(section)
+                task = make_task(self.recipe.base_task)
                 data = task.load_data(self.recipe.base)
                 model = task.new_model(self.recipe.base, data)
                 fit(model.to(self.device), task, data, prepare, lambda step, loss: line.at(step, f"loss {loss:.4f}"))
@@ -145,10 +144,7 @@ class Pipeline:
 
     def _write_model(self, model: torch.nn.Module, task: Task) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            config: Any = model.config
-            config.architectures = [type(model).__name__]
-            config.save_pretrained(scratch)
-            task.save_processor(Path(scratch))
+            task.save_files(model, Path(scratch))
             weights = model_checkpoint(model, source="base")
             write_checkpoint(weights, self.space.base, files_from=Path(scratch), force=True)
 

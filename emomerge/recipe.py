@@ -91,15 +91,52 @@ class ImageClassification(DataSection):
     """Pixels a side; images of other sizes are resized (by default the first image's size)."""
 
 
-Task = Annotated[TextClassification | ImageClassification, Field(discriminator="kind")]
+class LanguageColumns(Section):
+    """Columns of one of three forms: plain text, prompt and completion, or chat messages."""
+
+    text: str | int | None = None
+    """Learnt whole; `text` where no column is named."""
+    prompt: str | int | None = None
+    """Read, and not learnt."""
+    completion: str | int | None = None
+    messages: str | None = None
+    """A list of `{role, content}`, written by the tokenizer's chat template; only the assistant's turns are learnt."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> LanguageColumns:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("`prompt` and `completion` come together")
+        if sum(column is not None for column in (self.text, self.prompt, self.messages)) > 1:
+            raise ValueError("give `text`, or `prompt` and `completion`, or `messages`")
+        return self
+
+
+class CausalLanguageModel(DataSection):
+    """The next token: TSV, CSV, JSONL, plain text (a folder's files are its documents, a file's paragraphs are), a `datasets`
+    id, or `python-docs` and `python-code`, which come with Python."""
+
+    kind: Literal["causal-lm"]
+    columns: LanguageColumns = LanguageColumns()
+    max_length: int = Field(256, ge=4)
+    """Tokens a row. Longer plain text goes on in another row; longer prompts and chats are cut."""
+    packing: Literal["none", "separate", "joined"] = "none"
+    """How documents share rows. `none`: one a row. `separate`: several, each with positions of its own and blind to the
+    others (the base is asked whether it can). `joined`: one stream, an end token between, attention across it."""
+
+
+Task = Annotated[TextClassification | ImageClassification | CausalLanguageModel, Field(discriminator="kind")]
 
 
 class Prepare(Section):
     """A small base that is trained first, for demonstrations; plain AdamW with cosine decay."""
 
-    model: Literal["mlp", "cnn", "vit"]
+    model: Literal["mlp", "cnn", "vit", "llama"]
     transform: Transform = Transform()
-    """The shift under which the base learns; the runs learn under the task's own."""
+    """The shift of images under which the base learns; the runs learn under the task's own."""
+    train: str | None = None
+    """The text that the base learns, and its tokenizer with it (default: the task's own)."""
+    vocabulary: int = Field(1024, ge=258)
+    """Tokens of that tokenizer, a byte-level BPE."""
     hidden: int = Field(64, ge=4)
     layers: int = Field(3, ge=1)
     patch_size: int = Field(2, ge=1)
@@ -214,6 +251,9 @@ class Probe(Section):
     seed: int = 0
 
 
+PREPARED: Mapping[str, tuple[str, ...]] = {"image-classification": ("mlp", "cnn", "vit"), "causal-lm": ("llama",)}
+"""Kind of task → what `base.prepare` builds for it."""
+
 Control = Literal["best-single", "distance-matched", "loss-matched", "long-run", "adamw-long-run", "adamw-average", "swa"]
 """What the merge must beat: the best single run (always); it rescaled to the merge's length; the long run where its training
 loss was the merge's; its optimizer trained for as many steps as all runs together; AdamW with cosine decay for as many; the
@@ -262,9 +302,22 @@ class Recipe(Section):
         needed = {"loss-matched", "swa"} & set(self.controls)
         if needed and "long-run" not in self.controls:
             raise ValueError(f"the control `{min(needed)}` is made of the long run; add `long-run` to `controls`")
-        if self.base.prepare is not None and not isinstance(self.task, ImageClassification):
-            raise ValueError("`base.prepare` builds image models; give `base.model` for this task")
+        if self.base.prepare is not None and self.base.prepare.model not in PREPARED.get(self.task.kind, ()):
+            kinds = PREPARED.get(self.task.kind)
+            fix = f"`base.prepare.model` is one of {', '.join(kinds)} there" if kinds else "give `base.model`"
+            raise ValueError(f"`base.prepare` builds no {self.base.prepare.model} for the task {self.task.kind}; {fix}")
         return self
+
+    @property
+    def base_task(self) -> Task:
+        """What a prepared base learns: the task without its shift."""
+        prepare = self.base.prepare
+        assert prepare is not None
+        if not isinstance(self.task, CausalLanguageModel):
+            return self.task.model_copy(update={"transform": prepare.transform})
+        if prepare.train is None:
+            return self.task
+        return self.task.model_copy(update={"train": prepare.train, "validation": None, "test": None, "limit": None})
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -361,7 +414,7 @@ def _explain(error: ValidationError, source: str) -> BadInput:
     return BadInput("recipe value not usable", where=where, expected=message[:1].lower() + message[1:], found=found)
 
 
-_TAGS = {"text-classification", "image-classification", "lora", "full"}
+_TAGS = {"text-classification", "image-classification", "causal-lm", "lora", "full"}
 
 
 def _fields_at(path: list[str], raw: tuple[int | str, ...]) -> set[str]:

@@ -151,7 +151,8 @@ class Workspace:
 
 def external_sources(recipe: Recipe) -> list[str]:
     """Everything the recipe names that may be a path, and the label files beside IDX images."""
-    named = [s for s in (recipe.base.model, recipe.task.train, recipe.task.validation, recipe.task.test) if s is not None]
+    own = recipe.base.prepare.train if recipe.base.prepare else recipe.base.model
+    named = [s for s in (own, recipe.task.train, recipe.task.validation, recipe.task.test) if s is not None]
     return named + [s.replace("images-idx3", "labels-idx1") for s in named if "images-idx3" in s]
 
 

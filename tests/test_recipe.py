@@ -11,6 +11,7 @@ MINIMAL = {
     "base": {"model": "some/model"},
     "task": {"kind": "text-classification", "train": "a.tsv"},
 }
+LANGUAGE = {"kind": "causal-lm", "train": "a.txt"}
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
 
@@ -48,7 +49,11 @@ def test_shipped_recipes_are_valid_and_say_how_to_run_them(file):
         ({"runs": {"optimizers": ["sens", "sens"]}}, "`optimizers` names something twice"),
         ({"base": {}}, "either `model`"),
         ({"base": {"model": "a", "prepare": {"model": "mlp"}}}, "either `model`"),
-        ({"base": {"prepare": {"model": "mlp"}}}, "builds image models"),
+        ({"base": {"prepare": {"model": "mlp"}}}, "builds no mlp for the task text-classification; give `base.model`"),
+        ({"base": {"prepare": {"model": "mlp"}}, "task": LANGUAGE}, "no mlp for the task causal-lm; .*is one of llama there"),
+        ({"task": LANGUAGE | {"columns": {"prompt": "q"}}}, "`prompt` and `completion` come together"),
+        ({"task": LANGUAGE | {"columns": {"messages": "m", "text": "t"}}}, "give `text`, or `prompt`"),
+        ({"task": LANGUAGE | {"packing": "tight"}}, r"`task\.packing`.*'none', 'separate' or 'joined'; found 'tight'"),
         ({"merge": [{"method": "mean"}, {"method": "mean", "scale": 2}]}, "two entries called 'mean'"),
         ({"merge": [{"method": "mean", "name": "../x"}]}, r"`merge\.0\.name`"),
         ({"merge": [{"method": "mean", "name": "tion-0"}]}, "'tion-0', which is the name of the base or of a run"),

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from emomerge import recipe
-from emomerge.tasks.base import Batch, Split, Task, TaskData, row_figures
+from emomerge.tasks.base import Batch, RowFigures, Split, Task, TaskData
+from emomerge.tasks.causal_lm import CausalLanguageModelTask
 from emomerge.tasks.image_classification import ImageClassificationTask
 from emomerge.tasks.text_classification import TextClassificationTask
 
-__all__ = ["TASKS", "Batch", "Split", "Task", "TaskData", "make_task", "row_figures"]
+__all__ = ["TASKS", "Batch", "RowFigures", "Split", "Task", "TaskData", "make_task"]
 
 TASKS: dict[str, Callable[[Any], Task]] = {
     TextClassificationTask.kind: TextClassificationTask,
     ImageClassificationTask.kind: ImageClassificationTask,
+    CausalLanguageModelTask.kind: CausalLanguageModelTask,
 }
 """The recipe's `task.kind` → what builds the task from its section."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ class Split:
     """An immutable set of examples on the CPU, addressed by row number.
 
     Args:
-        fields: name → tensor (rows, …): what the model's forward takes, and `labels` (rows,).
+        fields: name → tensor (rows, …): what the model's forward takes, and `labels` (rows, …).
     """
 
     def __init__(self, fields: Mapping[str, Tensor]) -> None:
@@ -72,6 +72,28 @@ class TaskData:
     summary: str
 
 
+class RowFigures(NamedTuple):
+    """Figures of each row of a batch, all (rows,)."""
+
+    loss: Tensor
+    """Mean over what the row has to predict; in nats where it is a cross-entropy."""
+    weight: Tensor
+    """How much that is: 1 label, or so many tokens."""
+    accuracy: Tensor | None = None
+    entropy: Tensor | None = None
+    """Mean entropy of the predictions, in nats."""
+
+
+class Texts(NamedTuple):
+    """Continuations of some prompts."""
+
+    prompts: list[str]
+    texts: list[str]
+
+
+Samples = Texts
+
+
 class Task(ABC):
     """One kind of learning. A subclass is constructed from its section of the recipe and says where examples and models
     come from; equal recipes give bit-identical data and models."""
@@ -81,6 +103,9 @@ class Task(ABC):
 
     peft_task_type: ClassVar[str | None] = None
     """PEFT's name for such tasks, if it has one."""
+
+    loss_name: ClassVar[str] = "cross-entropy (nats)"
+    """What `loss` is the mean of, for reports."""
 
     @abstractmethod
     def load_data(self, base: recipe.Base) -> TaskData:
@@ -103,6 +128,15 @@ class Task(ABC):
     def save_processor(self, folder: str | Path) -> None:
         """Write what turns raw input into model input (tokenizer, image sizes) beside a model; after `load_data`."""
 
+    def save_files(self, model: nn.Module, folder: str | Path) -> None:
+        """Write what a model folder has beside its weights: configuration and processor; after `load_data`."""
+        saved: Any = model
+        saved.config.architectures = [type(model).__name__]
+        saved.config.save_pretrained(str(folder))
+        if saved.can_generate():
+            saved.generation_config.save_pretrained(str(folder))
+        self.save_processor(folder)
+
     @abstractmethod
     def reload_model(self, folder: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
         """A saved model of this task in fp32 and eval mode. Raises BadInput where a tensor is missing or misshapen."""
@@ -113,16 +147,24 @@ class Task(ABC):
         return scores
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the batch's rows in nats: a scalar, fp32 also under autocast."""
+        """Mean cross-entropy over the batch's labels in nats: a scalar, fp32 also under autocast."""
         logits = self.logits(model, batch)
         return F.cross_entropy(logits.to(working_dtype(logits.dtype)), batch["labels"])
 
+    def row_figures(self, model: nn.Module, batch: Batch) -> RowFigures:
+        """Figures of each row of a batch; `loss` is their weighted mean."""
+        logits, labels = self.logits(model, batch), batch["labels"]
+        logits = logits.to(working_dtype(logits.dtype))
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        correct = (logits.argmax(dim=-1) == labels).to(loss.dtype)
+        return RowFigures(loss, torch.ones_like(loss), correct, predictive_entropy(logits))
 
-def row_figures(task: Task, model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy in nats, correctness (0 or 1) and predictive entropy in nats of each row of a batch: (3, rows)."""
-    logits, labels = task.logits(model, batch), batch["labels"]
-    logits = logits.to(working_dtype(logits.dtype))
-    loss = F.cross_entropy(logits, labels, reduction="none")
-    correct = (logits.argmax(dim=-1) == labels).to(loss.dtype)
-    entropy = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
-    return torch.stack([loss, correct, entropy])
+    def samples(self, model: nn.Module) -> Samples | None:
+        """What the model makes, for people to look at; after `load_data`. None for a task that makes nothing."""
+        return None
+
+
+def predictive_entropy(logits: Tensor) -> Tensor:
+    """−Σ p log p in nats: (…, classes) → (…)."""
+    entropy: Tensor = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
+    return entropy

@@ -21,7 +21,7 @@ from emomerge.errors import BadInput
 from emomerge.recipe import ImageColumns, Transform
 from emomerge.tasks import sources
 from emomerge.tasks.base import Split, Task, TaskData
-from emomerge.tasks.pretrained import load_classifier, load_config, load_preprocessor, reload_classifier
+from emomerge.tasks.pretrained import load_classifier, load_config, load_preprocessor, reload_complete
 
 
 class ImageClassificationTask(Task):
@@ -89,7 +89,7 @@ class ImageClassificationTask(Task):
         """A saved image classifier; see `Task.reload_model`."""
         from transformers import AutoModelForImageClassification
 
-        return reload_classifier(AutoModelForImageClassification, folder, trust_remote_code)
+        return reload_complete(AutoModelForImageClassification, folder, trust_remote_code)
 
     def _check_takes(self, model: nn.Module, data: TaskData, base: recipe.Base) -> None:
         try:

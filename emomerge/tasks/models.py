@@ -1,4 +1,4 @@
-"""The small bases of `base.prepare`: an MLP and a CNN of our own, and a small ViT of transformers.
+"""The small bases of `base.prepare`: an MLP and a CNN of our own, and a small ViT and Llama of transformers.
 
 Importing this module imports transformers and makes its Auto classes know `emomerge_mlp` and `emomerge_cnn`, so it is
 imported inside functions only.
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     ViTConfig,
@@ -50,6 +52,36 @@ def build(prepare: recipe.Prepare, *, channels: int, image_size: int, classes: S
     name_classes(config, classes)
     with cpu_seed(prepare.seed):
         model: nn.Module = model_class(config)
+    return model.eval()
+
+
+def build_llama(prepare: recipe.Prepare, tokenizer: Any, *, positions: int) -> nn.Module:
+    """A new Llama with heads of 32 for a tokenizer's vocabulary, in fp32 and eval mode; weights drawn with `prepare.seed`.
+
+    Raises:
+        BadInput: the hidden units do not divide into heads.
+    """
+    if prepare.hidden % 32:
+        raise BadInput(
+            "hidden units do not divide into heads of 32",
+            where="base.prepare.hidden",
+            expected="a multiple of 32",
+            found=prepare.hidden,
+        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=prepare.hidden,
+        num_hidden_layers=prepare.layers,
+        num_attention_heads=prepare.hidden // 32,
+        intermediate_size=3 * prepare.hidden,
+        max_position_embeddings=max(512, positions),
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with cpu_seed(prepare.seed):
+        model: nn.Module = LlamaForCausalLM(config)
     return model.eval()
 
 

@@ -68,6 +68,26 @@ def load_tokenizer(base: recipe.Base) -> Any:
     return tokenizer
 
 
+def input_length(section: recipe.TextClassification | recipe.CausalLanguageModel, tokenizer: Any, config: Any) -> int:
+    """Tokens a row may have: `max_length`, by default no more than the base has positions for.
+
+    Args:
+        section: the recipe's `task`.
+        tokenizer: of the base.
+        config: of the base; None for a base that is still to be made.
+    """
+    wanted = section.max_length
+    positions: int = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or wanted)
+    if wanted > positions and "max_length" in section.model_fields_set:
+        raise BadInput(
+            "texts may be longer than the base can read",
+            where="task.max_length",
+            expected=f"at most {positions}",
+            found=wanted,
+        )
+    return min(wanted, positions)
+
+
 def load_preprocessor(base: recipe.Base) -> dict[str, Any]:
     """The `preprocessor_config.json` of `base.model`; empty if it has none."""
     from transformers.utils import cached_file
@@ -118,27 +138,32 @@ def load_classifier(auto_class: Any, base: recipe.Base, classes: Sequence[str]) 
     return model.eval()
 
 
-def reload_classifier(auto_class: Any, folder: str | Path, trust_remote_code: bool) -> nn.Module:
+def load_complete(auto_class: Any, base: recipe.Base, **options: Any) -> nn.Module:
+    """A model that lacks nothing, in fp32 and eval mode. Raises BadInput where a tensor is missing or misshapen."""
+    model, report = _call(
+        auto_class,
+        base,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+    lacking = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
+    if lacking:
+        raise BadInput("tensors are missing or misshapen", where=base.model, found=", ".join(lacking[:4]))
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def reload_complete(auto_class: Any, folder: str | Path, trust_remote_code: bool) -> nn.Module:
     """A complete model from a folder, in fp32 and eval mode; see `Task.reload_model`."""
     import emomerge.tasks.models  # noqa: F401 - the Auto classes learn our own models
 
     if not Path(folder).is_dir():
         raise BadInput("no such model folder", where=folder)
     base = recipe.Base(model=str(folder), trust_remote_code=trust_remote_code)
-    model, report = _call(
-        auto_class,
-        base,
-        dtype=torch.float32,
-        use_safetensors=True,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    lacking = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
-    if lacking:
-        raise BadInput("tensors are missing or misshapen", where=folder, found=", ".join(lacking[:4]))
-    loaded: nn.Module = model.eval()
-    return loaded
+    return load_complete(auto_class, base, local_files_only=True)
 
 
 def _call(auto_class: Any, base: recipe.Base, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from emomerge.errors import BadInput
 from emomerge.recipe import TextColumns
 from emomerge.tasks import sources
 from emomerge.tasks.base import Batch, Split, Task, TaskData
-from emomerge.tasks.pretrained import load_classifier, load_config, load_tokenizer, reload_classifier
+from emomerge.tasks.pretrained import input_length, load_classifier, load_config, load_tokenizer, reload_complete
 from emomerge.tasks.tables import Row, read_rows
 
 
@@ -65,7 +65,7 @@ class TextClassificationTask(Task):
 
         self._tokenizer = load_tokenizer(base)
         config = load_config(base).get_text_config()
-        longest, vocabulary = _longest(section, self._tokenizer, config), getattr(config, "vocab_size", math.inf)
+        longest, vocabulary = input_length(section, self._tokenizer, config), getattr(config, "vocab_size", math.inf)
         splits = {role: _tokenise(part, self._tokenizer, longest, vocabulary) for role, part in parts.items()}
         summary = sources.summarise(list(splits.values()), labelling.classes, left_out)
         return TaskData(**splits, classes=labelling.classes, summary=summary)
@@ -90,7 +90,7 @@ class TextClassificationTask(Task):
         """A saved sequence classifier; see `Task.reload_model`."""
         from transformers import AutoModelForSequenceClassification
 
-        return reload_classifier(AutoModelForSequenceClassification, folder, trust_remote_code)
+        return reload_complete(AutoModelForSequenceClassification, folder, trust_remote_code)
 
 
 # Tokens
@@ -114,20 +114,6 @@ def _tokenise(sentences: _Sentences, tokenizer: Any, longest: int, vocabulary: f
     if largest >= vocabulary:
         raise BadInput("the tokenizer gives tokens the base has not", expected=f"ids below {vocabulary}", found=largest)
     return TextSplit({**tokens, "labels": sentences.labels})
-
-
-def _longest(section: recipe.TextClassification, tokenizer: Any, config: Any) -> int:
-    """Tokens a sentence may have: `max_length`, by default no more than the base has positions for."""
-    wanted = section.max_length
-    positions: int = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or wanted)
-    if wanted > positions and "max_length" in section.model_fields_set:
-        raise BadInput(
-            "sentences may be longer than the base can read",
-            where="task.max_length",
-            expected=f"at most {positions}",
-            found=wanted,
-        )
-    return min(wanted, positions)
 
 
 # Labels

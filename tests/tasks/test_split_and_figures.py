@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from emomerge.errors import BadInput
+from emomerge.measure import score
 from emomerge.recipe import TextClassification
-from emomerge.tasks import Split, Task, row_figures, sources
+from emomerge.tasks import Split, Task, sources
 from emomerge.tasks.text_classification import TextSplit
 
 
@@ -76,12 +77,16 @@ def test_row_figures_equal_direct_computation():
     task, model, split = toy()
     batch = split.batch(range(37))
     with torch.inference_mode():
-        loss, correct, entropy = row_figures(task, model.eval(), batch)
+        loss, weight, correct, entropy = task.row_figures(model.eval(), batch)
     logits = model[1](batch["x"]).detach().double()
     p = logits.softmax(-1)
     torch.testing.assert_close(loss.double(), F.cross_entropy(logits, batch["labels"], reduction="none"), atol=1e-6, rtol=0)
     assert correct.tolist() == (logits.argmax(-1) == batch["labels"]).tolist()
     torch.testing.assert_close(entropy.double(), -(p * p.log()).sum(-1), atol=1e-6, rtol=0)
+    assert weight.tolist() == [1] * 37
+    whole = score(task, model, batch)  # weights of one change no bit of a mean
+    assert [whole[name] for name in ("loss", "accuracy", "entropy")] == torch.stack([loss, correct, entropy]).mean(1).tolist()
+    assert whole["weight"] == 37
     assert float(loss.mean()) == pytest.approx(float(task.loss(model, batch).detach()), abs=1e-6)
 
 
