@@ -401,7 +401,7 @@ def status(folder: Path, quiet: bool, as_json: bool) -> None:
 @force_option
 @quiet_option
 def init(template: str, out: Path | None, force: bool, quiet: bool) -> None:
-    """Write a commented recipe to start from: digits, movie-reviews or fashion-mnist."""
+    """Write a commented recipe to start from: digits, movie-reviews, fashion-mnist or causal-lm."""
     from emomerge.checkpoints import atomic
 
     text = _template(template).read_text(encoding="utf-8")

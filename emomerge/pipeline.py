@@ -483,19 +483,22 @@ class Pipeline:
     def _measure(self) -> Results:
         seeds = self.recipe.runs.seeds
         merges = {spec.label: [self.merge_artefact(spec, seed) for seed in seeds] for spec in self.recipe.merge}
+        base = Artefact("base", "base", self.base, self.base_hash, path=self.space.base)
+        best = [self.run_artefact(self.best_run(seed)) for seed in seeds]
         assessed = assess(
             self.recipe,
             self.measurer,
-            base=Artefact("base", "base", self.base, self.base_hash, path=self.space.base),
+            base=base,
             runs=[self.run_artefact(spec) for spec in self.specs],
             merges=merges,
-            best=[self.run_artefact(self.best_run(seed)) for seed in seeds],
+            best=best,
             rivals=self.rivals(),
             display=self.display,
         )
         return {
             **self._heading(),
             **assessed,
+            "samples": self._samples([base, best[0], merges[self.recipe.merge[0].label][0]]),
             "traces": self._traces(),
             "cosines": self._cosines(merges),
             "merges": {name: self.merge_record(name)["diagnostics"] for name in self.merge_stamps()},
@@ -517,8 +520,21 @@ class Pipeline:
                 "summary": data.summary,
                 "rows": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
                 "classes": list(data.classes),
+                "unit": self.task.unit,
             },
         }
+
+    def _samples(self, artefacts: Sequence[Artefact]) -> dict[str, Any] | None:
+        """What some artefacts make, for tasks whose models make something."""
+        made = {}
+        for artefact in artefacts:
+            self.measurer.load(artefact)
+            made[artefact.name] = self.task.samples(self.measurer.model)
+        first = made["base"]
+        if first is None:
+            return None
+        texts = {name: samples.texts for name, samples in made.items() if samples is not None}
+        return {"about": first.about, "prompts": first.prompts, "texts": texts}
 
     def _traces(self) -> dict[str, Any]:
         columns = ("step", "loss", "rate", "sigma", "trust")

@@ -6,14 +6,14 @@ import math
 from typing import Any
 
 from emomerge.reporting.figure import HALF, Axis, Figure, Results, Row, chart_of, painted
-from emomerge.reporting.text import finite, fixed
+from emomerge.reporting.text import finite, fixed, unit
 
 SHAPES = {"good": "circle", "bad": "square", "unclear": "diamond"}
 
 
 def better(results: Results) -> Figure | None:
     """Differences in held-out loss, against every rival."""
-    return _forest(results, "better", "Is it better?", "held-out loss of the merge − that of the rival (nats)")
+    return _forest(results, "better", "Is it better?", f"held-out loss of the merge − that of the rival ({unit(results)})")
 
 
 def flatter(results: Results) -> Figure | None:

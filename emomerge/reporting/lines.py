@@ -12,7 +12,7 @@ from emomerge.reporting import labels
 from emomerge.reporting.figure import HALF, WIDE, Axis, Figure, Results, Row, chart_of, painted
 from emomerge.reporting.palette import colour_of
 from emomerge.reporting.table import artefacts
-from emomerge.reporting.text import finite, short
+from emomerge.reporting.text import finite, short, unit
 
 TRACE_POINTS = 200
 """A trace is thinned to at most about this many points: more than the figure has pixels would only make the page heavy."""
@@ -58,9 +58,9 @@ def alpha_curves(results: Results) -> Figure | None:
         "The loss along θ₀ + α·τ: α = 0 is the base, α = 1 the artefact, beyond it the task vector is stretched. A wide "
         "valley is what a flat minimum looks like along its own task vector; a valley right of α = 1 says that the artefact "
         "stopped short.",
-        f"Line chart of the loss along the task vector of {len(lines)} artefacts. The lowest point is {short(loss)} nats, on "
-        f"{name} at α = {short(alpha)}.",
-        _draw(lines, "α, the multiple of the task vector", f"{split} loss (nats)", WIDE, 340, mark=1.0),
+        f"Line chart of the loss along the task vector of {len(lines)} artefacts. The lowest point is {short(loss)} "
+        f"{unit(results)}, on {name} at α = {short(alpha)}.",
+        _draw(lines, "α, the multiple of the task vector", f"{split} loss ({unit(results)})", WIDE, 340, mark=1.0),
     )
 
 
@@ -73,9 +73,9 @@ def training_loss(results: Results) -> Figure | None:
     return Figure(
         "Training loss",
         "Loss of each step, smoothed over about 3 % of the run; the raw figures are behind.",
-        f"Line chart of the training loss of {len(lines)} runs. The lowest end is {short(ends[0][0])} nats ({ends[0][1]}), "
-        f"the highest {short(ends[-1][0])} ({ends[-1][1]}).",
-        _draw(lines, "step", "loss of the step (nats)", HALF, 260),
+        f"Line chart of the training loss of {len(lines)} runs. The lowest end is {short(ends[0][0])} {unit(results)} "
+        f"({ends[0][1]}), the highest {short(ends[-1][0])} ({ends[-1][1]}).",
+        _draw(lines, "step", f"loss of the step ({unit(results)})", HALF, 260),
         half=True,
     )
 

@@ -17,7 +17,7 @@ from emomerge.reporting.figures import figures
 from emomerge.reporting.forest import evidence
 from emomerge.reporting.palette import DARK, LIGHT, colour_of
 from emomerge.reporting.table import artefacts, columns
-from emomerge.reporting.text import duration, finite, fixed, percent, short
+from emomerge.reporting.text import duration, finite, fixed, percent, short, unit
 
 
 @cache
@@ -66,6 +66,7 @@ def write_report(results: Results, out: str | Path, *, png_dir: Path | None = No
             columns=columns(results),
             merges=_merges(results),
             limits=limits(results),
+            unit=unit(results),
             light=LIGHT,
             dark=DARK,
         )
@@ -91,7 +92,7 @@ def limits(results: Results) -> list[str]:
         )
     rows = (data.get("rows") or {}).get("test")
     best = max((a for a in (finite(row.get("test_accuracy")) for row in artefacts(results)) if a is not None), default=None)
-    if rows and best is not None:
+    if rows and best is not None and data.get("classes"):  # tokens of a row are no independent labels
         margin = fixed(196 * math.sqrt(max(best * (1 - best), 0) / rows), 1)
         found.append(f"With {short(rows)} test rows, an accuracy of {percent(best)} is known to ± {margin} percentage points.")
     if any(a.get("sharpness") for a in artefacts(results)):
@@ -99,6 +100,7 @@ def limits(results: Results) -> list[str]:
             f"Sharpness is the average over random directions on {short(probe.get('rows'))} rows of the "
             f"{probe.get('data', 'probed')} data; it says nothing of the worst direction."
         )
+    if any(a.get("sharpness") and a.get("entropy") is not None for a in artefacts(results)):
         found.append("The curvature of cross-entropy falls as predictions grow confident: compare the entropy of all figures.")
     found.append("One base and one data set: whether the finding carries over to others takes their own experiments.")
     return found

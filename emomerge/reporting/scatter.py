@@ -11,7 +11,7 @@ from emomerge.reporting import labels
 from emomerge.reporting.figure import NARROW, WIDE, Axis, Figure, Results, Row, chart_of, filled, painted
 from emomerge.reporting.palette import colour_of
 from emomerge.reporting.table import artefacts, middle_radius, sharpness_at
-from emomerge.reporting.text import finite, short
+from emomerge.reporting.text import finite, short, unit
 
 if TYPE_CHECKING:
     import altair as alt
@@ -33,15 +33,15 @@ def loss_and_sharpness(results: Results) -> Figure | None:
     x = _frame([r["sharpness"] for r in rows], [v for r in rows for v in (r["low"], r["high"])])
     y = _frame([r["loss"] for r in rows])
     titles = (
-        [f"sharpness at σ = {radius:g} (rise of the loss, nats)", "← flatter"],
-        [f"{split} loss (nats)", "lower is better"],
+        [f"sharpness at σ = {radius:g} (rise of the loss, {unit(results)})", "← flatter"],
+        [f"{split} loss ({unit(results)})", "lower is better"],
     )
     best = min((r for r in rows if r["role"] in ("run", "merge")), key=lambda r: r["loss"], default=rows[0])
     return Figure(
         "Loss against sharpness",
         _caption(rows, diverged, x, y, split, radius),
         f"Scatter plot of {split} loss against sharpness for {len(rows)} artefacts. Lowest loss among runs and merges: "
-        f"{best['name']} at {short(best['loss'])} nats with sharpness {short(best['sharpness'])}.",
+        f"{best['name']} at {short(best['loss'])} {unit(results)} with sharpness {short(best['sharpness'])}.",
         _draw(rows, x, y, titles, WIDE, 430),
         _draw(rows, x, y, titles, NARROW, 480),
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emomerge.reporting.text import UNKNOWN, decimals, finite, fixed, percent
+from emomerge.reporting.text import UNKNOWN, decimals, finite, fixed, percent, unit
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,12 @@ def columns(results: Mapping[str, Any]) -> list[Column]:
     """Every figure that at least one artefact has."""
     rows = artefacts(results)
     found = [
-        _losses(rows, "test"),
+        _losses(rows, "test", unit(results)),
+        *([_perplexities(rows, "test")] if _is_language(results) else []),
         _accuracies(rows, "test"),
         *(_sharpness(rows, radius) for radius in radii(results)),
         _plain(rows, "distance", "distance", "‖θ − θ₀‖, the length of the task vector"),
-        *(make(rows, split) for split in ("validation", "train") for make in (_losses, _accuracies)),
+        *(c for split in ("validation", "train") for c in (_losses(rows, split, unit(results)), _accuracies(rows, split))),
         _plain(
             rows,
             "cosine_to_mean",
@@ -74,18 +75,30 @@ def columns(results: Mapping[str, Any]) -> list[Column]:
     return [column for column in found if any(cell != UNKNOWN for cell in column.cells)]
 
 
-def _losses(rows: Sequence[Mapping[str, Any]], split: str) -> Column:
+def _losses(rows: Sequence[Mapping[str, Any]], split: str, in_unit: str) -> Column:
     values = tuple(finite(a.get(f"{split}_loss")) for a in rows)
     places = decimals(values, 4)
     cells = tuple(fixed(v, places) for v in values)
     return Column(
         f"{split}_loss",
         f"{split} loss",
-        f"mean cross-entropy on the {split} rows (nats)",
+        f"mean loss on the {split} rows ({in_unit})",
         values,
         cells,
         _best(rows, values, cells, min),
     )
+
+
+def _is_language(results: Mapping[str, Any]) -> bool:
+    return ((results.get("recipe") or {}).get("task") or {}).get("kind") == "causal-lm"
+
+
+def _perplexities(rows: Sequence[Mapping[str, Any]], split: str) -> Column:
+    losses = [finite(a.get(f"{split}_loss")) for a in rows]
+    values = tuple(None if loss is None else math.exp(min(loss, 700.0)) for loss in losses)
+    cells = tuple(fixed(v, decimals(values)) for v in values)
+    meaning = f"exp of the {split} loss: among so many equally likely tokens the next one is as hard to guess"
+    return Column(f"{split}_perplexity", "perplexity", meaning, values, cells, _best(rows, values, cells, min))
 
 
 def _accuracies(rows: Sequence[Mapping[str, Any]], split: str) -> Column:
@@ -110,7 +123,7 @@ def _sharpness(rows: Sequence[Mapping[str, Any]], radius: float) -> Column:
     return Column(
         f"sharpness_{radius:g}",
         f"sharpness σ={radius:g}",
-        f"mean rise of the loss (nats) under Gaussian noise of {radius:g} times the RMS of the base's tensor, ± standard error",
+        f"mean rise of the loss under Gaussian noise of {radius:g} times the RMS of the base's tensor, ± standard error",
         tuple(values),
         tuple(cells),
         _best(rows, means, plain, min),

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 UNKNOWN = "–"
+
+
+def unit(results: Mapping[str, Any]) -> str:
+    """What losses are counted in."""
+    return str((results.get("data") or {}).get("unit") or "nats")
 
 
 def finite(value: object) -> float | None:

@@ -85,10 +85,12 @@ class RowFigures(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Continuations of some prompts."""
+    """What a model writes after some prompts."""
 
     prompts: list[str]
     texts: list[str]
+    about: str
+    """How they were drawn, in a sentence."""
 
 
 Samples = Texts
@@ -104,8 +106,8 @@ class Task(ABC):
     peft_task_type: ClassVar[str | None] = None
     """PEFT's name for such tasks, if it has one."""
 
-    loss_name: ClassVar[str] = "cross-entropy (nats)"
-    """What `loss` is the mean of, for reports."""
+    unit: ClassVar[str] = "nats"
+    """What losses are counted in, for reports."""
 
     @abstractmethod
     def load_data(self, base: recipe.Base) -> TaskData:

@@ -51,7 +51,6 @@ class CausalLanguageModelTask(Task):
 
     kind = "causal-lm"
     peft_task_type = "CAUSAL_LM"
-    loss_name = "cross-entropy of the next token (nats)"
 
     def __init__(self, section: recipe.CausalLanguageModel) -> None:
         self.section = section
@@ -182,7 +181,8 @@ class CausalLanguageModelTask(Task):
                     do_sample=True, temperature=0.8, top_k=50, top_p=1.0, pad_token_id=self._tokenizer.pad_token_id,
                 )  # fmt: skip
             texts.append(self._tokenizer.decode(drawn[0, len(prompt) :], skip_special_tokens=True))
-        return Texts([self._tokenizer.decode(prompt) for prompt in self._prompts], texts)
+        about = "The first test documents go on, drawn at temperature 0.8 with the same seed."
+        return Texts([self._tokenizer.decode(prompt) for prompt in self._prompts], texts, about)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
