@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 import platform
@@ -25,8 +26,8 @@ from emomerge.merging import MergedCheckpoint, check_params, merge
 from emomerge.optim import OPTIMIZERS
 from emomerge.progress import Display
 from emomerge.recipe import Merge, Recipe, digest
-from emomerge.reporting import model_card, write_report
-from emomerge.tasks import Task, TaskData, make_task
+from emomerge.reporting import model_card, png, write_report
+from emomerge.tasks import Images, Task, TaskData, Texts, make_task
 from emomerge.training import RunDir, RunSpec, fit, planned_runs, run_inputs, train_locally
 from emomerge.training.controls import adamw_members, long_adamw_runs, long_run
 from emomerge.workspace import Workspace, files_below, stopwatch
@@ -530,11 +531,15 @@ class Pipeline:
         for artefact in artefacts:
             self.measurer.load(artefact)
             made[artefact.name] = self.task.samples(self.measurer.model)
-        first = made["base"]
-        if first is None:
+        texts = {name: samples for name, samples in made.items() if isinstance(samples, Texts)}
+        if texts:
+            first = texts["base"]
+            return {"about": first.about, "prompts": first.prompts, "texts": {name: s.texts for name, s in texts.items()}}
+        images = {name: samples for name, samples in made.items() if isinstance(samples, Images)}
+        if not images:
             return None
-        texts = {name: samples.texts for name, samples in made.items() if samples is not None}
-        return {"about": first.about, "prompts": first.prompts, "texts": texts}
+        shown = {name: base64.b64encode(png(samples.picture.numpy())).decode() for name, samples in images.items()}
+        return {"about": images["base"].about, "images": shown}
 
     def _traces(self) -> dict[str, Any]:
         columns = ("step", "loss", "rate", "sigma", "trust")

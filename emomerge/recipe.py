@@ -81,14 +81,39 @@ class TextClassification(DataSection):
     """Tokens; longer sentences are cut."""
 
 
-class ImageClassification(DataSection):
-    """Images into classes: `digits` (scikit-learn), an IDX file or folder, a folder of folders, or a `datasets` id."""
+class LabelledImages(DataSection):
+    """Images of classes: `digits` (scikit-learn), an IDX file or folder, a folder of folders, or a `datasets` id."""
 
-    kind: Literal["image-classification"]
     columns: ImageColumns = ImageColumns()
     transform: Transform = Transform()
     image_size: int | None = Field(None, ge=4)
     """Pixels a side; images of other sizes are resized (by default the first image's size)."""
+
+
+class ImageClassification(LabelledImages):
+    """Images into classes."""
+
+    kind: Literal["image-classification"]
+
+
+class FlowMatching(LabelledImages):
+    """Images from noise and a class: a network learns the velocity of x_t = (1 − t)·x₀ + t·ε, at t of this distribution."""
+
+    kind: Literal["flow-matching"]
+    time: Literal["logit-normal", "uniform"] = "logit-normal"
+    label_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of training rows whose class is withheld, which guidance needs."""
+    sampler: Literal["heun", "euler"] = "heun"
+    sampling_steps: int = Field(20, ge=1)
+    """From noise to image, for the report."""
+    guidance: float = Field(1.0, ge=0)
+    """Classifier-free: how far samples go from the velocity without a class to that with it; 1 is without guidance."""
+
+    @model_validator(mode="after")
+    def _guided(self) -> FlowMatching:
+        if self.guidance != 1 and not self.label_dropout:
+            raise ValueError("`guidance` needs `label_dropout`, which teaches the model to do without a class")
+        return self
 
 
 class LanguageColumns(Section):
@@ -124,13 +149,13 @@ class CausalLanguageModel(DataSection):
     others (the base is asked whether it can). `joined`: one stream, an end token between, attention across it."""
 
 
-Task = Annotated[TextClassification | ImageClassification | CausalLanguageModel, Field(discriminator="kind")]
+Task = Annotated[TextClassification | ImageClassification | CausalLanguageModel | FlowMatching, Field(discriminator="kind")]
 
 
 class Prepare(Section):
     """A small base that is trained first, for demonstrations; plain AdamW with cosine decay."""
 
-    model: Literal["mlp", "cnn", "vit", "llama"]
+    model: Literal["mlp", "cnn", "vit", "llama", "dit"]
     transform: Transform = Transform()
     """The shift of images under which the base learns; the runs learn under the task's own."""
     train: str | None = None
@@ -251,7 +276,11 @@ class Probe(Section):
     seed: int = 0
 
 
-PREPARED: Mapping[str, tuple[str, ...]] = {"image-classification": ("mlp", "cnn", "vit"), "causal-lm": ("llama",)}
+PREPARED: Mapping[str, tuple[str, ...]] = {
+    "image-classification": ("mlp", "cnn", "vit"),
+    "causal-lm": ("llama",),
+    "flow-matching": ("dit",),
+}
 """Kind of task → what `base.prepare` builds for it."""
 
 Control = Literal["best-single", "distance-matched", "loss-matched", "long-run", "adamw-long-run", "adamw-average", "swa"]
@@ -313,7 +342,7 @@ class Recipe(Section):
         """What a prepared base learns: the task without its shift."""
         prepare = self.base.prepare
         assert prepare is not None
-        if not isinstance(self.task, CausalLanguageModel):
+        if isinstance(self.task, LabelledImages):
             return self.task.model_copy(update={"transform": prepare.transform})
         if prepare.train is None:
             return self.task
@@ -414,7 +443,7 @@ def _explain(error: ValidationError, source: str) -> BadInput:
     return BadInput("recipe value not usable", where=where, expected=message[:1].lower() + message[1:], found=found)
 
 
-_TAGS = {"text-classification", "image-classification", "causal-lm", "lora", "full"}
+_TAGS = {"text-classification", "image-classification", "causal-lm", "flow-matching", "lora", "full"}
 
 
 def _fields_at(path: list[str], raw: tuple[int | str, ...]) -> set[str]:

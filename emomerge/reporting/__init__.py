@@ -3,7 +3,8 @@
 from emomerge.reporting.card import model_card
 from emomerge.reporting.figure import Figure
 from emomerge.reporting.figures import figures
+from emomerge.reporting.pixels import png
 from emomerge.reporting.report import write_report
 from emomerge.reporting.terminal import figures_table
 
-__all__ = ["Figure", "figures", "figures_table", "model_card", "write_report"]
+__all__ = ["Figure", "figures", "figures_table", "model_card", "png", "write_report"]

@@ -6,17 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 from emomerge import recipe
-from emomerge.tasks.base import Batch, RowFigures, Split, Task, TaskData
+from emomerge.tasks.base import Batch, Images, RowFigures, Split, Task, TaskData, Texts
 from emomerge.tasks.causal_lm import CausalLanguageModelTask
+from emomerge.tasks.flow_matching import FlowMatchingTask
 from emomerge.tasks.image_classification import ImageClassificationTask
 from emomerge.tasks.text_classification import TextClassificationTask
 
-__all__ = ["TASKS", "Batch", "RowFigures", "Split", "Task", "TaskData", "make_task"]
+__all__ = ["TASKS", "Batch", "Images", "RowFigures", "Split", "Task", "TaskData", "Texts", "make_task"]
 
 TASKS: dict[str, Callable[[Any], Task]] = {
     TextClassificationTask.kind: TextClassificationTask,
     ImageClassificationTask.kind: ImageClassificationTask,
     CausalLanguageModelTask.kind: CausalLanguageModelTask,
+    FlowMatchingTask.kind: FlowMatchingTask,
 }
 """The recipe's `task.kind` → what builds the task from its section."""
 

@@ -93,7 +93,15 @@ class Texts(NamedTuple):
     """How they were drawn, in a sentence."""
 
 
-Samples = Texts
+class Images(NamedTuple):
+    """Images a model made, as one picture."""
+
+    picture: Tensor
+    """uint8 (height, width, 1 or 3)."""
+    about: str
+
+
+Samples = Texts | Images
 
 
 class Task(ABC):

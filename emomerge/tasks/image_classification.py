@@ -33,7 +33,7 @@ class ImageClassificationTask(Task):
 
     kind = "image-classification"
 
-    def __init__(self, section: recipe.ImageClassification) -> None:
+    def __init__(self, section: recipe.LabelledImages) -> None:
         self.section = section
         self._input: ImageInput | None = None
 
@@ -78,6 +78,12 @@ class ImageClassificationTask(Task):
             return model
         _, channels, size, _ = data.train.batch([0])["pixel_values"].shape
         return models.build(base.prepare, channels=channels, image_size=size, classes=data.classes)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Model inputs back as uint8 (rows, channels, side, side); after `load_data`."""
+        if self._input is None:
+            raise RuntimeError("load_data comes before pixels")
+        return self._input.pixels(images)
 
     def save_processor(self, folder: str | Path) -> None:
         """Write `preprocessor_config.json`. The recipe's transform is the task's, not the model's, and is not in it."""
@@ -147,6 +153,11 @@ class ImageInput:
             return unit
         return F.interpolate(unit, (self.size, self.size), mode="bilinear", antialias=True).clamp_(0, 1)
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """What `prepare` normalised, as uint8 (rows, channels, size, size)."""
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (images.cpu() * std + mean).clamp(0, 1).mul(255).round().byte()
+
     def config(self) -> dict[str, Any]:
         """The contents of a `preprocessor_config.json` of transformers."""
         return {
@@ -162,7 +173,7 @@ class ImageInput:
         }
 
 
-def image_input(base: recipe.Base, section: recipe.ImageClassification, images: Images) -> ImageInput:
+def image_input(base: recipe.Base, section: recipe.LabelledImages, images: Images) -> ImageInput:
     """The form that the base takes: after its `preprocessor_config.json` and configuration, else that of the images.
 
     Raises:

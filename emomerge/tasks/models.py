@@ -1,18 +1,22 @@
-"""The small bases of `base.prepare`: an MLP and a CNN of our own, and a small ViT and Llama of transformers.
+"""The small bases of `base.prepare`: an MLP, a CNN and a DiT of our own, and a small ViT and Llama of transformers.
 
-Importing this module imports transformers and makes its Auto classes know `emomerge_mlp` and `emomerge_cnn`, so it is
-imported inside functions only.
+Importing this module imports transformers and makes its Auto classes know `emomerge_mlp`, `emomerge_cnn` and `emomerge_dit`,
+so it is imported inside functions only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForImageClassification,
     LlamaConfig,
     LlamaForCausalLM,
@@ -22,7 +26,7 @@ from transformers import (
     ViTForImageClassification,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
 
 from emomerge import recipe
 from emomerge.errors import BadInput
@@ -85,13 +89,32 @@ def build_llama(prepare: recipe.Prepare, tokenizer: Any, *, positions: int) -> n
     return model.eval()
 
 
-def _vit_config(prepare: recipe.Prepare, image_size: int, sizes: dict[str, Any]) -> ViTConfig:
-    heads = max(1, prepare.hidden // 16)
-    if prepare.hidden % heads:
+def build_dit(prepare: recipe.Prepare, *, channels: int, image_size: int, classes: Sequence[str]) -> nn.Module:
+    """A new diffusion transformer with heads of 32, in fp32 and eval mode; weights drawn with `prepare.seed`.
+
+    Raises:
+        BadInput: the sizes do not fit each other.
+    """
+    _check_divides(prepare, image_size, head=32)
+    config = DitConfig(
+        hidden_size=prepare.hidden,
+        num_hidden_layers=prepare.layers,
+        patch_size=prepare.patch_size,
+        num_channels=channels,
+        image_size=image_size,
+    )
+    name_classes(config, classes)
+    with cpu_seed(prepare.seed):
+        model: nn.Module = DitForFlowMatching(config)
+    return model.eval()
+
+
+def _check_divides(prepare: recipe.Prepare, image_size: int, *, head: int) -> None:
+    if prepare.hidden % head:
         raise BadInput(
-            "hidden units do not divide into heads of 16",
+            f"hidden units do not divide into heads of {head}",
             where="base.prepare.hidden",
-            expected="a multiple of 16",
+            expected=f"a multiple of {head}",
             found=prepare.hidden,
         )
     if image_size % prepare.patch_size:
@@ -101,6 +124,11 @@ def _vit_config(prepare: recipe.Prepare, image_size: int, sizes: dict[str, Any])
             expected=f"a divisor of the image's {image_size} pixels a side",
             found=prepare.patch_size,
         )
+
+
+def _vit_config(prepare: recipe.Prepare, image_size: int, sizes: dict[str, Any]) -> ViTConfig:
+    heads = max(1, prepare.hidden // 16)
+    _check_divides(prepare, image_size, head=16 if heads > 1 else prepare.hidden)
     return ViTConfig(
         hidden_size=prepare.hidden,
         num_hidden_layers=prepare.layers,
@@ -194,6 +222,112 @@ class CnnForImageClassification(_SmallClassifier):
         self.post_init()
 
 
+class DitConfig(PretrainedConfig):  # type: ignore[misc]
+    """Sizes of the diffusion transformer."""
+
+    model_type = "emomerge_dit"
+
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    patch_size: int = 4
+    image_size: int = 28
+    num_channels: int = 1
+
+
+@dataclass
+class FlowOutput(ModelOutput):  # type: ignore[misc]
+    """dx/dt of x_t = (1 − t)·x₀ + t·ε, in the shape of the images."""
+
+    velocity: Tensor | None = None
+
+
+class DitForFlowMatching(PreTrainedModel):  # type: ignore[misc]
+    """Diffusion transformer with adaLN-Zero blocks (Peebles & Xie 2023), conditioned on time and class."""
+
+    config_class = DitConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__(config)
+        hidden, patch = config.hidden_size, config.patch_size
+        pixels = config.num_channels * patch**2
+        self.patch_embedding = nn.Linear(pixels, hidden)
+        self.positions = nn.Parameter(torch.zeros((config.image_size // patch) ** 2, hidden))
+        self.time_embedding = nn.Sequential(nn.Linear(_FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.class_embedding = nn.Embedding(config.num_labels + 1, hidden)  # the last one is no class
+        self.blocks = nn.ModuleList(DitBlock(hidden) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False)
+        self.modulation = ZeroLinear(hidden, 2 * hidden)
+        self.velocity = ZeroLinear(hidden, pixels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=0.02)
+        elif isinstance(module, DitForFlowMatching):
+            init.normal_(module.positions, std=0.02)
+
+    def forward(self, pixel_values: Tensor, time: Tensor, classes: Tensor, **_: Any) -> FlowOutput:
+        """Velocities (rows, channels, side, side) at images of that shape, times (rows,) and class numbers (rows,)."""
+        patch, side = self.config.patch_size, self.config.image_size // self.config.patch_size
+        patches = F.unfold(pixel_values, patch, stride=patch).transpose(1, 2)  # (rows, patches, pixels)
+        x = self.patch_embedding(patches) + self.positions
+        condition = F.silu(self.time_embedding(_sinusoids(time)) + self.class_embedding(classes))
+        for block in self.blocks:
+            x = block(x, condition)
+        shift, scale = self.modulation(condition).unsqueeze(1).chunk(2, dim=-1)
+        pixels = self.velocity(self.norm(x) * (1 + scale) + shift)
+        return FlowOutput(velocity=F.fold(pixels.transpose(1, 2), (side * patch, side * patch), patch, stride=patch))
+
+
+class DitBlock(nn.Module):
+    """Attention and MLP, each between a modulation (shift, scale) and a gate that the condition gives; zero at first.
+
+    Args:
+        hidden: width, a multiple of 32, the width of a head.
+    """
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False)
+        self.query_key_value = nn.Linear(hidden, 3 * hidden)
+        self.projection = nn.Linear(hidden, hidden)
+        self.mlp = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU(approximate="tanh"), nn.Linear(4 * hidden, hidden))
+        self.modulation = ZeroLinear(hidden, 6 * hidden)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(rows, patches, hidden), (rows, hidden) → (rows, patches, hidden)."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
+        x = x + gate * self._attention(self.norm(x) * (1 + scale) + shift)
+        return x + mlp_gate * self.mlp(self.norm(x) * (1 + mlp_scale) + mlp_shift)  # type: ignore[no-any-return]
+
+    def _attention(self, x: Tensor) -> Tensor:
+        heads = self.query_key_value(x).unflatten(-1, (3, -1, 32)).permute(2, 0, 3, 1, 4)
+        return self.projection(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+
+_FREQUENCIES = 128
+
+
+def _sinusoids(time: Tensor) -> Tensor:
+    """(rows,) in [0, 1] → (rows, _FREQUENCIES): cosines and sines of 1000·t at periods from 2π to 20000π."""
+    rates = torch.exp(torch.arange(_FREQUENCIES // 2, device=time.device) * (-math.log(10_000) / (_FREQUENCIES // 2)))
+    angles = 1000 * time[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+AutoConfig.register(DitConfig.model_type, DitConfig, exist_ok=True)
+AutoModel.register(DitConfig, DitForFlowMatching, exist_ok=True)
 for _model in (MlpForImageClassification, CnnForImageClassification):
     AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
     AutoModelForImageClassification.register(_model.config_class, _model, exist_ok=True)

@@ -1,0 +1,165 @@
+"""Images from noise: flow matching (Lipman et al. 2023; Liu et al. 2022) with a class-conditional diffusion transformer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from emomerge import recipe
+from emomerge.checkpoints import working_dtype
+from emomerge.errors import BadInput
+from emomerge.tasks.base import Batch, Images, RowFigures, Split, Task, TaskData
+from emomerge.tasks.image_classification import ImageClassificationTask
+from emomerge.tasks.pretrained import load_complete, reload_complete
+
+_CLASSES, _DRAWS = 10, 8
+"""Classes and images of each that the report shows."""
+
+
+class Point(NamedTuple):
+    """A place on the way from image to noise, for each row."""
+
+    time: Tensor
+    """(rows,) in [0, 1]; 0 is the image."""
+    noise: Tensor
+    """(rows, channels, side, side)."""
+    classes: Tensor
+    """(rows,); the number after the last class withholds it."""
+
+
+class FlowMatchingTask(Task):
+    """Mean squared error of the velocity ε − x₀ at x_t = (1 − t)·x₀ + t·ε.
+
+    In training, t and ε are drawn from the default generator; in evaluation they are functions of the row's number and the
+    task's seed, so that validation and probe see one and the same function of the weights.
+
+    Args:
+        section: the recipe's `task`.
+    """
+
+    kind = "flow-matching"
+    unit = "mean squared error"
+
+    def __init__(self, section: recipe.FlowMatching) -> None:
+        self.section = section
+        self._images = ImageClassificationTask(section)
+        self._classes: tuple[str, ...] = ()
+
+    def load_data(self, base: recipe.Base) -> TaskData:
+        """The images as for classification, and the number of each row; see `Task.load_data`."""
+        data = self._images.load_data(base)
+        self._classes = data.classes
+        parts = (data.train, data.validation, data.test)
+        train, validation, test = (Split(p.batch(range(len(p))) | {"row": torch.arange(len(p))}) for p in parts)
+        return TaskData(train, validation, test, data.classes, data.summary)
+
+    def new_model(self, base: recipe.Base, data: TaskData) -> nn.Module:
+        """A saved DiT, or a new small one; see `Task.new_model`."""
+        from transformers import AutoModel
+
+        from emomerge.tasks import models
+
+        _, channels, size, _ = data.train.batch([0])["pixel_values"].shape
+        if base.prepare is not None:
+            return models.build_dit(base.prepare, channels=channels, image_size=size, classes=data.classes)
+        model = load_complete(AutoModel, base)
+        if not isinstance(model, models.DitForFlowMatching):
+            raise BadInput("the base is no flow of ours", where=base.model, expected="emomerge_dit", found=type(model).__name__)
+        if model.config.num_labels != len(data.classes):
+            raise BadInput(
+                "the base knows other classes", where=base.model, expected=model.config.num_labels, found=len(data.classes)
+            )
+        return model
+
+    def save_processor(self, folder: str | Path) -> None:
+        """Write `preprocessor_config.json`."""
+        self._images.save_processor(folder)
+
+    def reload_model(self, folder: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
+        """A saved DiT; see `Task.reload_model`."""
+        from transformers import AutoModel
+
+        return reload_complete(AutoModel, folder, trust_remote_code)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean squared error over rows and pixels: a scalar, fp32 also under autocast."""
+        return self.row_figures(model, batch).loss.mean()
+
+    def row_figures(self, model: nn.Module, batch: Batch) -> RowFigures:
+        """Mean squared error over the pixels of each row."""
+        at, images = self._drawn(batch) if model.training else self._fixed(batch), batch["pixel_values"]
+        t = at.time.view(-1, 1, 1, 1)
+        velocity = model(pixel_values=(1 - t) * images + t * at.noise, time=at.time, classes=at.classes).velocity
+        error = (velocity.to(working_dtype(velocity.dtype)) - (at.noise - images)).square().mean(dim=(1, 2, 3))
+        return RowFigures(error, torch.ones_like(error))
+
+    def _drawn(self, batch: Batch) -> Point:
+        images, labels = batch["pixel_values"], batch["labels"]
+        normal = torch.randn(len(images), device=images.device)
+        withheld = torch.rand(len(images), device=images.device) < self.section.label_dropout
+        classes = labels.masked_fill(withheld, len(self._classes))
+        return Point(self._time(normal), torch.randn_like(images), classes)
+
+    def _fixed(self, batch: Batch) -> Point:
+        images = batch["pixel_values"]
+        drawn = []
+        for row in batch["row"].tolist():
+            key = hashlib.blake2b(f"flow/{self.section.seed}/{row}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+            drawn.append(torch.randn(1 + images[0].numel(), generator=generator))
+        normal = torch.stack(drawn).to(images.device)
+        return Point(self._time(normal[:, 0]), normal[:, 1:].view_as(images), batch["labels"])
+
+    def _time(self, normal: Tensor) -> Tensor:
+        """Standard normals → t: their logistic function (Esser et al. 2024), or their distribution function: uniform."""
+        return torch.special.ndtr(normal) if self.section.time == "uniform" else normal.sigmoid()
+
+    @torch.inference_mode()
+    def sample(self, model: nn.Module, classes: Tensor, noise: Tensor) -> Tensor:
+        """Images of these classes: dx/dt = v(x, t, class) from t = 1, where x is the noise, to t = 0.
+
+        Args:
+            model: in eval mode.
+            classes: (rows,).
+            noise: (rows, channels, side, side).
+
+        Returns:
+            normalised images (rows, channels, side, side).
+        """
+        x, steps = noise, self.section.sampling_steps
+        for step in range(steps, 0, -1):
+            here, there = step / steps, (step - 1) / steps
+            slope = self._velocity(model, x, here, classes)
+            ahead = x + (there - here) * slope
+            if self.section.sampler == "heun" and there > 0:
+                slope = (slope + self._velocity(model, ahead, there, classes)) / 2
+            x = x + (there - here) * slope
+        return x
+
+    def _velocity(self, model: nn.Module, x: Tensor, time: float, classes: Tensor) -> Tensor:
+        times = torch.full((len(x),), time, device=x.device)
+        with_class: Tensor = model(pixel_values=x, time=times, classes=classes).velocity
+        if self.section.guidance == 1:
+            return with_class
+        nobody = torch.full_like(classes, len(self._classes))
+        without: Tensor = model(pixel_values=x, time=times, classes=nobody).velocity
+        return torch.lerp(without, with_class, self.section.guidance)
+
+    def samples(self, model: nn.Module) -> Images:
+        """A grid with one row a class, from noise that is the same for all models."""
+        shown = range(min(len(self._classes), _CLASSES))
+        weights: Tensor = next(model.parameters())
+        config: Any = model.config
+        shape = (len(shown) * _DRAWS, config.num_channels, config.image_size, config.image_size)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(self.section.seed)).to(weights.device)
+        classes = torch.arange(len(shown), device=weights.device).repeat_interleave(_DRAWS)
+        pixels = self._images.pixels(self.sample(model.eval(), classes, noise))
+        grid = pixels.unflatten(0, (len(shown), _DRAWS)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        section = self.section
+        about = f"One row a class ({', '.join(self._classes[c] for c in shown)}), {_DRAWS} draws from the same noise; "
+        guided = f", guidance {section.guidance:g}" if section.guidance != 1 else ""
+        return Images(grid.contiguous(), f"{about}{section.sampler}, {section.sampling_steps} steps{guided}.")
