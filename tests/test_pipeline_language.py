@@ -1,6 +1,7 @@
-"""A small language model from text to merge and report."""
+"""The recipe causal-lm in small: from text to merge and report."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 import emomerge
 from emomerge.checkpoints import load_into
 from emomerge.pipeline import Pipeline, load_results
-from emomerge.recipe import parse_recipe
+from emomerge.recipe import load_recipe
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 NOUNS, VERBS = ["cat", "dog", "bird", "fish"], ["sees", "likes", "hears"]
 
 
@@ -21,22 +23,15 @@ def finished(tmp_path_factory):
     story = [f"the {a} {v} the {b}." for a in NOUNS for v in VERBS for b in NOUNS]
     (folder / "base.txt").write_text("\n\n".join(story))
     (folder / "runs.txt").write_text("\n\n".join(" ".join(reversed(s.split())) for s in story))
-    sizes = {"model": "llama", "hidden": 32, "layers": 1, "vocabulary": 290, "learning_rate": 0.01}
-    recipe = parse_recipe(
-        {
-            "name": "language",
-            "base": {"prepare": {**sizes, "train": str(folder / "base.txt"), "steps": 40, "batch_size": 8}},
-            "task": {
-                "kind": "causal-lm", "train": str(folder / "runs.txt"), "packing": "separate", "max_length": 32,
-                "eval_fraction": 0.3,
-            },
-            "adapter": {"kind": "lora", "rank": 4, "alpha": 8},
-            "runs": {"steps": 40, "batch_size": 8, "lr": 30.0, "optimizers": ["sens", "cats"]},
-            "merge": [{"method": "tall-mask"}, {"method": "mean", "dtype": "bfloat16"}],
-            "controls": ["distance-matched"],
-            "probe": {"batches": 1, "batch_size": 8, "directions": 2},
-        }
-    )  # fmt: skip
+    changes = [
+        f"base.prepare.train={folder / 'base.txt'}", f"task.train={folder / 'runs.txt'}", "task.limit=null",
+        "task.max_length=32",
+        "base.prepare.hidden=32", "base.prepare.layers=1", "base.prepare.vocabulary=290", "base.prepare.steps=40",
+        "base.prepare.batch_size=8", "base.prepare.learning_rate=0.01", "adapter.rank=4", "runs.steps=40", "runs.batch_size=8",
+        "runs.lr=30", "runs.optimizers=[sens, cats]", "merge=[{method: tall-mask}, {method: mean, dtype: bfloat16}]",
+        "controls=[distance-matched]", "probe.batch_size=8", "probe.directions=2",
+    ]  # fmt: skip
+    recipe = load_recipe(RECIPES / "causal-lm.yaml", changes)
     made = Pipeline(recipe, folder / "out")
     assert made.run()
     return made

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from emomerge import recipe
@@ -18,6 +19,8 @@ from emomerge.tasks.pretrained import load_complete, reload_complete
 
 _CLASSES, _DRAWS = 10, 8
 """Classes and images of each that the report shows."""
+_GREY = 128
+"""Between images."""
 
 
 class Point(NamedTuple):
@@ -157,7 +160,7 @@ class FlowMatchingTask(Task):
         shape = (len(shown) * _DRAWS, config.num_channels, config.image_size, config.image_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(self.section.seed)).to(weights.device)
         classes = torch.arange(len(shown), device=weights.device).repeat_interleave(_DRAWS)
-        pixels = self._images.pixels(self.sample(model.eval(), classes, noise))
+        pixels = F.pad(self._images.pixels(self.sample(model.eval(), classes, noise)), (1, 1, 1, 1), value=_GREY)
         grid = pixels.unflatten(0, (len(shown), _DRAWS)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
         section = self.section
         about = f"One row a class ({', '.join(self._classes[c] for c in shown)}), {_DRAWS} draws from the same noise; "

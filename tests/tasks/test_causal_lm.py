@@ -3,10 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -395,31 +392,6 @@ def test_a_prompt_is_what_samples_continue(tmp_path, base):
     data = task.load_data(base)
     samples = task.samples(task.new_model(base, data))
     assert all(len(prompt.split()) == 3 and prompt.startswith("the cat") for prompt in samples.prompts)
-
-
-def test_threads_and_hash_seeds_change_nothing():
-    code = """
-import hashlib, sys, torch
-torch.set_num_threads(int(sys.argv[1]))
-from emomerge import recipe
-from emomerge.tasks import make_task
-section = recipe.CausalLanguageModel(kind="causal-lm", train="python-docs", limit=12, max_length=64, packing="separate")
-prepare = recipe.Prepare(model="llama", hidden=32, layers=1, vocabulary=600)
-task = make_task(section)
-base = recipe.Base(prepare=prepare)
-data = task.load_data(base)
-weights = task.new_model(base, data).state_dict()["model.layers.0.mlp.up_proj.weight"]
-print(data.train.digest, data.test.digest, hashlib.sha256(weights.numpy().tobytes()).hexdigest())
-"""
-    outs = {
-        subprocess.run(
-            [sys.executable, "-c", code, threads],
-            env={**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads},
-            capture_output=True, text=True, check=True,
-        ).stdout
-        for threads, seed in (("1", "1"), ("2", "2"))
-    }  # fmt: skip
-    assert len(outs) == 1
 
 
 def test_what_comes_with_python(tmp_path):
