@@ -28,7 +28,7 @@ from emomerge.progress import Display
 from emomerge.recipe import Merge, Recipe, digest
 from emomerge.reporting import model_card, png, write_report
 from emomerge.tasks import Images, Task, TaskData, Texts, make_task
-from emomerge.training import RunDir, RunSpec, fit, planned_runs, run_inputs, train_locally
+from emomerge.training import RunDir, RunSpec, fit, initial_weights, planned_runs, run_inputs, train_locally, train_runs
 from emomerge.training.controls import adamw_members, long_adamw_runs, long_run
 from emomerge.workspace import Workspace, files_below, stopwatch
 
@@ -75,7 +75,16 @@ class Pipeline:
         return todo
 
     def train_all(self, only: Sequence[str] = ()) -> bool:
-        """The base and the runs (those of the optimizers in `only`, if given). Returns False where nothing was to be done."""
+        """The base and the runs (those of the optimizers in `only`, if given). Returns False where nothing was to be done.
+
+        Raises:
+            BadInput: `only` leaves out a run that the others' rounds need.
+        """
+        if only and self.recipe.runs.rounds > 1 and set(only) < set(self.recipe.runs.optimizers):
+            raise BadInput(
+                "rounds need all runs", where="runs.rounds", found=f"only {', '.join(only)}",
+                fix="leave out --only, or set runs.optimizers",
+            )  # fmt: skip
         chosen = [spec for spec in self.specs if not only or spec.optimizer in only]
         with self.space.locked():
             todo = not (self.base_is_done() and all(self.run_is_done(spec) for spec in chosen))
@@ -159,17 +168,22 @@ class Pipeline:
         for spec in specs:
             if self.run_is_done(spec):
                 lines[spec.name].at(spec.steps, _closing_note(self.run_dir(spec)))
-        todo = [spec for spec in specs if not self.run_is_done(spec)]
-        if not todo:
+        if all(self.run_is_done(spec) for spec in specs):
             return
 
         def on_step(spec: RunSpec, row: dict[str, Any]) -> None:
             lines[spec.name].at(row["step"], f"loss {row['loss']:.4f}  emoPulse {row['rate']:.2e}")
 
-        train_locally(
-            self.recipe, todo, self.space.runs, self.base_hash,
-            task=self.task, data=self.data, base_folder=self.space.base, device=self.device, on_step=on_step,
-        )  # fmt: skip
+        def execute(pieces: Sequence[RunSpec]) -> None:
+            train_locally(
+                self.recipe, pieces, self.space.runs, self.base_hash,
+                task=self.task, data=self.data, base_folder=self.space.base, device=self.device, on_step=on_step,
+            )  # fmt: skip
+
+        def initial(spec: RunSpec) -> dict[str, torch.Tensor]:
+            return initial_weights(self.recipe, spec, self.task, self.space.base)
+
+        train_runs(self.recipe, specs, self.space.runs, self.base_hash, execute=execute, initial=initial)
 
     def train_controls(self) -> None:
         """The rivals that a merge must beat, those of them that the recipe wants: runs of equal total compute, and others."""

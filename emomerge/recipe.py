@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from emomerge.errors import BadInput
 
@@ -209,6 +209,39 @@ class Full(Section):
 Adapter = Annotated[Lora | Full, Field(discriminator="kind")]
 
 
+class Ema(Section):
+    """Exponential moving average of a run's weights, without bias towards where it begins."""
+
+    kind: Literal["ema"]
+    decay: float = Field(0.99, gt=0, lt=1)
+    use: Literal["average", "last"] = "average"
+    """Which weights are merged, probed and loaded; both are kept."""
+
+
+class Lawa(Section):
+    """Plain mean of a run's last weights, one term a step."""
+
+    kind: Literal["lawa"]
+    last: float = Field(0.5, gt=0, le=1)
+    """The share of the steps, at their end, that is averaged."""
+    use: Literal["average", "last"] = "average"
+
+
+def _by_kind(value: Any) -> Any:
+    """`ema` for `{kind: ema}`, and `none`."""
+    return None if value == "none" else {"kind": value} if isinstance(value, str) else value
+
+
+class Outer(Section):
+    """Nesterov's momentum on the step from one round's start to the mean of its runs (DiLoCo, Douillard et al. 2023)."""
+
+    momentum: float = Field(0.9, ge=0, lt=1)
+    lr: float = Field(1.0, gt=0)
+
+
+Rate = Annotated[float, Field(gt=0)]
+
+
 class Runs(Section):
     """The shallow runs: what is equal in all of them."""
 
@@ -220,8 +253,11 @@ class Runs(Section):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     data_order: Literal["same", "different"] = "same"
     preset: PresetName = "guarded"
-    lr: float = Field(1.0, gt=0)
-    """emoScope, a multiplier of emoPulse; 1.0 needs no tuning."""
+    lr: Annotated[
+        Annotated[Rate, Tag("number")] | Annotated[dict[OptimizerName, Rate], Tag("by-optimizer")],
+        Discriminator(lambda value: "by-optimizer" if isinstance(value, Mapping) else "number"),
+    ] = 1.0
+    """emoScope, a multiplier of emoPulse; 1.0 needs no tuning. One number, or optimizer → number (1.0 for those not named)."""
     weight_decay: float = Field(0.01, ge=0)
     geometry: Literal["exact", "l1"] = "exact"
     use_shadow: bool = False
@@ -230,13 +266,30 @@ class Runs(Section):
     """bfloat16 runs the forward pass under autocast; weights, pulse and merge stay in float32."""
     checkpoint_every: int = Field(100, ge=1)
     """Steps between the points a killed run resumes from."""
+    average: Annotated[Annotated[Ema | Lawa, Field(discriminator="kind")] | None, BeforeValidator(_by_kind)] = None
+    """`none`, `ema` or `lawa`: an average of the weights inside each run, in the last round."""
+    early_stop: bool = False
+    """A run ends, or waits for the next round, once its optimizer's `should_stop` is true."""
+    cooldown: float = Field(0.0, ge=0, le=1)
+    """emoPulse falls linearly to 0 over this last share of the steps."""
+    rounds: int = Field(1, ge=1)
+    """The steps are split into so many rounds; each starts all runs from the mean of the round before."""
+    outer: Outer | None = None
 
     @model_validator(mode="after")
-    def _distinct(self) -> Runs:
+    def _coherent(self) -> Runs:
         for field, values in (("optimizers", self.optimizers), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
                 raise ValueError(f"`{field}` names something twice")
+        if self.rounds > self.steps:
+            raise ValueError(f"`rounds` is {self.rounds} for {self.steps} steps; a round needs a step")
+        if self.outer is not None and self.rounds == 1:
+            raise ValueError("`outer` acts between rounds; give `rounds`")
         return self
+
+    def lr_of(self, optimizer: str) -> float:
+        """emoScope of one optimizer."""
+        return self.lr.get(optimizer, 1.0) if isinstance(self.lr, dict) else self.lr  # type: ignore[call-overload]
 
 
 class Merge(BaseModel):
@@ -443,7 +496,10 @@ def _explain(error: ValidationError, source: str) -> BadInput:
     return BadInput("recipe value not usable", where=where, expected=message[:1].lower() + message[1:], found=found)
 
 
-_TAGS = {"text-classification", "image-classification", "causal-lm", "flow-matching", "lora", "full"}
+_TAGS = {
+    "text-classification", "image-classification", "causal-lm", "flow-matching", "lora", "full", "ema", "lawa", "number",
+    "by-optimizer",
+}  # fmt: skip
 
 
 def _fields_at(path: list[str], raw: tuple[int | str, ...]) -> set[str]:

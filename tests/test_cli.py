@@ -294,7 +294,7 @@ def test_no_space_left(models, monkeypatch, recipe_file, tmp_path):
         fails(merge(models), "the disk is full")
     assert listing(models) == before
     with monkeypatch.context() as patch:
-        patch.setattr("emomerge.training.live.save_file", _full_disk)
+        patch.setattr("emomerge.training.state.save_file", _full_disk)
         fails(call("run", recipe_file, "-o", tmp_path / "out"), "the disk is full")
     assert call("run", recipe_file, "-o", tmp_path / "out", "--quiet").exit_code == 0
 

@@ -59,6 +59,9 @@ class EmoOptimizer(Optimizer):
     one_pass = False
     """Whether `update` reads each tensor once, so that cutting them into blocks that fit the cache gains nothing."""
 
+    damping: float = 1.0
+    """Multiplies the rate of the coming step, after its limits: for a loop that ends with a cooldown. Not part of the state."""
+
     def __init__(
         self,
         params: ParamsT,
@@ -279,7 +282,7 @@ class EmoOptimizer(Optimizer):
         params = [p for p in group["params"] if p.grad is not None and p.numel()]
         states = [self._state_of(p, group) for p in params]
         for batch in batches(params, [p.grad for p in params], states):
-            rate = pulse.rate_at(group["lr"])
+            rate = pulse.rate_at(group["lr"]) * self.damping
             if isinstance(pulse, DevicePulse):
                 live = pulse.live.to(batch.w[0].device)
                 batch.g = [torch.where(live, g, 0) for g in batch.g]

@@ -27,7 +27,7 @@ def train_locally(
     device: torch.device,
     on_step: StepHook = lambda spec, row: None,
 ) -> None:
-    """Train the given runs into `folder/<name>`, leaving alone those that are done.
+    """Train the given runs into `folder/<name>`, each to the end of its round, leaving alone those that are there.
 
     Raises:
         RunFailed: after all others were trained, if any run met a non-finite loss.
@@ -35,7 +35,7 @@ def train_locally(
     failures = []
     for spec in specs:
         run, inputs = RunDir(folder / spec.name), run_inputs(recipe, spec, base_hash)
-        if run.is_done(inputs):
+        if run.has_reached(inputs, spec):
             continue
         try:
             train_run(

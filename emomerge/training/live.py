@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emomerge.checkpoints import MemoryCheckpoint, atomic, disk_names, model_checkpoint, write_checkpoint
@@ -19,8 +16,11 @@ from emomerge.optim import OPTIMIZERS, EmoSens
 from emomerge.optim.base import EmoOptimizer
 from emomerge.recipe import Recipe
 from emomerge.training.adapt import save_adapted
+from emomerge.training.average import WeightAverage
 from emomerge.training.rival import AdamWCosine
+from emomerge.training.rounds import load_meeting
 from emomerge.training.runs import RunDir, RunSpec, file_sizes
+from emomerge.training.state import load_state, of_kind, save_state
 
 StepHook = Callable[[RunSpec, dict[str, Any]], None]
 """Called after every step with the run and its row of metrics."""
@@ -66,8 +66,11 @@ class TrainingRun:
         """What the run changes, by name."""
         self.optimizer = build_optimizer(list(trained.values()), recipe, spec)
         self.step = 0
-        """Steps taken."""
+        """How much of the budget is used."""
         self._trained = list(trained.values())
+        self._buffers = list(buffers)
+        how = recipe.runs.average if spec.end == spec.steps and spec.rate is None else None
+        self._average = WeightAverage(how, self.learnt, spec.start, spec.end) if how else None
         self._losses: list[Tensor] = []
         self._on_step = on_step
         run.path.mkdir(parents=True, exist_ok=True)
@@ -75,13 +78,13 @@ class TrainingRun:
         run.restart_metrics(self.step)
         run.write_state(
             name=spec.name, role=spec.role, optimizer=spec.optimizer, seed=spec.seed, steps=spec.steps, inputs=inputs,
-            artefact=self._artefact, state="running", step=self.step, error=None,
+            artefact=self._used, state="running", step=self.step, error=None,
         )  # fmt: skip
 
     @property
     def unfinished(self) -> bool:
-        """Whether a step is still to be taken."""
-        return self.step < self.spec.steps
+        """Whether a step is still to be taken, in this round."""
+        return self.step < self.spec.end
 
     def observe(self, loss: Tensor) -> None:
         """Note the loss of a micro-batch of the coming step, a scalar."""
@@ -102,20 +105,31 @@ class TrainingRun:
         runs = self.recipe.runs
         if runs.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self._trained, runs.max_grad_norm)
+        if isinstance(self.optimizer, EmoOptimizer):
+            self.optimizer.damping = damping(runs.cooldown, self.step, self.spec.steps)
         try:
             self.optimizer.step()
         except NonFiniteLossError as error:
             self._fail(error, rows)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        loss = float(torch.stack(self._losses).mean())
-        self._losses.clear()
-        seconds += time.perf_counter() - started
-        row = {**self.optimizer.pulse.figures(), "step": self.step, "loss": loss, "seconds": round(seconds, 6)}
+        if self._average is not None:
+            self._average.update(self.step)
+        row = self._row(seconds + time.perf_counter() - started)
         self.run.append_metrics(row)
         self._on_step(self.spec, row)
+        if runs.early_stop and row.get("should_stop"):
+            self.step = self.spec.end
         if self.step % runs.checkpoint_every == 0 or not self.unfinished:
             self._save_checkpoint()
+
+    def _row(self, seconds: float) -> dict[str, Any]:
+        figures = self.optimizer.pulse.figures()
+        if isinstance(self.optimizer, EmoOptimizer):
+            figures["rate"] *= self.optimizer.damping
+        loss = float(torch.stack(self._losses).mean())
+        self._losses.clear()
+        return {**figures, "step": self.step, "loss": loss, "seconds": round(seconds, 6)}
 
     def keep_snapshot(self, model: nn.Module, base_folder: Path) -> None:
         """Keep the weights on the way, if the run is asked for them after this step; arguments as for `finish`."""
@@ -126,24 +140,32 @@ class TrainingRun:
         model.to(device)
 
     def finish(self, model: nn.Module, base_folder: Path) -> None:
-        """Write the artefact and mark the run as done.
+        """Write the artefact and mark the run as done; at the end of a round before the last, nothing is written yet.
 
         Args:
             model: the adapted model on the CPU, with this run's weights in it under the names of `trained`.
             base_folder: where the base is, which the artefact names or takes its configuration from.
         """
-        folder = self.run.path / self._artefact
+        if self.spec.end < self.spec.steps:
+            self.run.write_state(state="waiting")
+            return
         self.run.squared_gradients.unlink(missing_ok=True)  # of a run of other inputs
         if isinstance(self.optimizer, EmoSens) and self._artefact == "model":
-            write_checkpoint(squared_gradients(model, self.optimizer, self.step), self.run.squared_gradients, force=True)
-        save_adapted(model, folder, base_folder=base_folder)
+            write_checkpoint(squared_gradients(model, self.optimizer), self.run.squared_gradients, force=True)
+        folders = [self.run.path / self._artefact]
+        save_adapted(model, folders[0], base_folder=base_folder)
+        if self._average is not None:
+            folders.append(self.run.path / f"{self._artefact}-average")
+            put(model, self._average.tensors)
+            save_adapted(model, folders[1], base_folder=base_folder)
+        weights = {file.name: atomic.sha256(file) for file in sorted((self.run.path / self._used).rglob("*.safetensors"))}
         rows = list(self.run.metrics())
-        weights = {file.name: atomic.sha256(file) for file in sorted(folder.rglob("*.safetensors"))}
-        kept = [folder, *(self.run.snapshot(step) for step in self.spec.snapshots)]
+        folders += [self.run.snapshot(step) for step in self.spec.snapshots]
         self.run.write_state(
             state="done",
             sha256=weights,
-            sizes={f"{k.relative_to(self.run.path)}/{name}": size for k in kept for name, size in file_sizes(k).items()},
+            sizes={f"{f.relative_to(self.run.path)}/{name}": size for f in folders for name, size in file_sizes(f).items()},
+            steps_taken=len(rows),
             seconds=sum(row["seconds"] for row in rows),
             last_loss=sum(row["loss"] for row in rows[-20:]) / max(1, len(rows[-20:])),
         )
@@ -153,56 +175,74 @@ class TrainingRun:
     def _artefact(self) -> str:
         return "model" if self.recipe.adapter.kind == "full" else "adapter"
 
+    @property
+    def _used(self) -> str:
+        """The folder that is merged and probed."""
+        how = self.recipe.runs.average
+        return f"{self._artefact}-average" if self.spec.rate is None and how and how.use == "average" else self._artefact
+
     def _fail(self, error: NonFiniteLossError, rows: Tensor) -> NoReturn:
         shown = ", ".join(map(str, rows.tolist()[:8]))
         text = f"{error} at step {self.step + 1}, rows {shown}… of the training data"
         self.run.write_state(state="failed", error=text)
         raise RunFailed(f"run {self.spec.name} failed: {text}; its last good checkpoint is kept in {self.run.path}") from None
 
-    # The checkpoint: one safetensors file (weights, optimizer tensors; scalars as JSON in its metadata), replaced whole.
+    # Checkpoints: weights, average and optimizer tensors; its scalars are in the header.
 
     def _save_checkpoint(self) -> None:
         state = self.optimizer.state_dict()
-        tensors = {f"model.{name}": tensor.detach().contiguous() for name, tensor in self.learnt.items()}
+        tensors = {f"model.{name}": tensor for name, tensor in self.learnt.items()}
+        if self._average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in self._average.tensors.items()}
         scalars: dict[str, dict[str, Any]] = {}
         for index, values in state["state"].items():
             for key, value in values.items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer.{index}.{key}"] = value.contiguous()
+                    tensors[f"optimizer.{index}.{key}"] = value
                 else:
                     scalars.setdefault(str(index), {})[key] = value
-        header = {"inputs": self.inputs, "step": self.step, "groups": state["param_groups"], "scalars": scalars}
-        file = self.run.checkpoint
-        with atomic.translate_os_error(file), atomic.new_path(file, force=True) as temporary:
-            save_file(tensors, temporary, metadata={"state": json.dumps(header)})
+        header = {
+            "inputs": self.inputs, "step": self.step, "buffers": self._buffers,
+            "groups": state["param_groups"], "scalars": scalars,
+        }  # fmt: skip
+        save_state(self.run.checkpoint, tensors, header)
         self.run.write_state(step=self.step)
 
     def _resume(self) -> None:
-        """Continue from the run's checkpoint, if there is one of these inputs."""
-        file = self.run.checkpoint
-        if not file.exists():
+        """Continue from the checkpoint, with the weights of the meeting at the beginning of a round."""
+        found = load_state(self.run.checkpoint, self.inputs)
+        if found is None or not self.spec.start <= found[0]["step"] <= self.spec.end:
+            if self.spec.start:
+                where = self.run.checkpoint
+                raise BadInput("the checkpoint of the round before is missing", where=where, fix="run the same command again")
             return
-        try:
-            with safe_open(file, framework="pt") as opened:
-                header = json.loads(opened.metadata()["state"])
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-        except Exception as error:  # safetensors raises its own type, which says nothing of the file
-            raise BadInput(
-                "the run's checkpoint cannot be read", where=file, found=error, fix="delete it to train this run anew"
-            ) from None
-        if header["inputs"] != self.inputs:
-            return
+        header, tensors = found
+        met = header["step"] == self.spec.start > 0
+        weights = load_meeting(self.run, self.spec) if met else of_kind(tensors, "model")
         state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header["scalars"].items()}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "optimizer":
-                index, _, key = rest.partition(".")
-                state.setdefault(int(index), {})[key] = tensor
+        for name, tensor in of_kind(tensors, "optimizer").items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
         with torch.no_grad():
             for name, tensor in self.learnt.items():
-                tensor.copy_(tensors[f"model.{name}"])
+                tensor.copy_(weights[name])
         self.optimizer.load_state_dict({"state": state, "param_groups": header["groups"]})
+        if self._average is not None:
+            self._average.load(of_kind(tensors, "average"))
         self.step = int(header["step"])
+
+
+def damping(cooldown: float, step: int, steps: int) -> float:
+    """The factor of the rate after `step` of `steps` steps: 1, then linearly to 0 over the last share `cooldown` of them."""
+    return min(1.0, (steps - step) / (cooldown * steps)) if cooldown else 1.0
+
+
+def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the parameters and buffers of their names."""
+    places: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            places[name].copy_(tensor)
 
 
 def build_optimizer(parameters: list[nn.Parameter], recipe: Recipe, spec: RunSpec) -> EmoOptimizer | AdamWCosine:
@@ -213,7 +253,7 @@ def build_optimizer(parameters: list[nn.Parameter], recipe: Recipe, spec: RunSpe
     options: dict[str, Any] = {"geometry": runs.geometry} if name in ("tion", "void") else {}
     return OPTIMIZERS[name](
         parameters,
-        lr=runs.lr,
+        lr=runs.lr_of(name),
         weight_decay=runs.weight_decay,
         preset=runs.preset,
         use_shadow=runs.use_shadow,
@@ -221,7 +261,7 @@ def build_optimizer(parameters: list[nn.Parameter], recipe: Recipe, spec: RunSpe
     )
 
 
-def squared_gradients(model: nn.Module, optimizer: EmoSens, steps: int) -> MemoryCheckpoint:
+def squared_gradients(model: nn.Module, optimizer: EmoSens) -> MemoryCheckpoint:
     """v/(1 − β₂ˢ) of every floating tensor under its name on disk, zero where nothing was learnt: F of the method `fisher`.
 
     An adapter's v is that of its factors, which says nothing of the weights.
@@ -229,7 +269,7 @@ def squared_gradients(model: nn.Module, optimizer: EmoSens, steps: int) -> Memor
     parameters = dict(model.named_parameters(remove_duplicate=False))
     learnt: dict[Tensor, Tensor] = {}
     for group in optimizer.param_groups:
-        unbiased = 1 - group["betas"][1] ** steps
+        unbiased = 1 - group["betas"][1] ** optimizer.pulse.steps
         learnt |= {p: optimizer.state[p]["v"] / unbiased for p in group["params"] if p in optimizer.state}
     found = {
         on_disk: learnt[p]

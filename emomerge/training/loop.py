@@ -30,13 +30,12 @@ def train_run(
     device: torch.device,
     on_step: StepHook = lambda spec, row: None,
 ) -> None:
-    """Train one run to its end, from its last checkpoint if it has one of the same inputs, with bit-identical continuation.
+    """Train one run to the end of its round, from its last checkpoint if it has one of the same inputs, to the same bits.
 
     Raises:
         RunFailed: the loss became NaN or infinite; names step and rows. The last good checkpoint stays.
     """
-    model = task.reload_model(base_folder, trust_remote_code=recipe.base.trust_remote_code)
-    model = adapt(model, recipe.adapter, task_type=task.peft_task_type, head=fresh_head(recipe, model), seed=spec.seed)
+    model = adapted_model(recipe, spec, task, base_folder)
     model.to(device).train()
     live = TrainingRun(recipe, spec, run, inputs, trained=trained(model), buffers=buffers(model), on_step=on_step)
     order = batch_order(recipe.runs, spec, len(data.train))
@@ -55,6 +54,17 @@ def train_run(
             live.take_step(rows, time.perf_counter() - started)
             live.keep_snapshot(model, base_folder)
     live.finish(model.cpu(), base_folder)
+
+
+def adapted_model(recipe: Recipe, spec: RunSpec, task: Task, base_folder: Path) -> nn.Module:
+    """The base with what the run trains marked in it, on the CPU, as every run of the training seed starts."""
+    model = task.reload_model(base_folder, trust_remote_code=recipe.base.trust_remote_code)
+    return adapt(model, recipe.adapter, task_type=task.peft_task_type, head=fresh_head(recipe, model), seed=spec.seed)
+
+
+def initial_weights(recipe: Recipe, spec: RunSpec, task: Task, base_folder: Path) -> dict[str, Tensor]:
+    """What a run trains before its first step, by name."""
+    return {name: p.detach() for name, p in trained(adapted_model(recipe, spec, task, base_folder)).items()}
 
 
 def fresh_head(recipe: Recipe, model: nn.Module) -> str | None:

@@ -4,9 +4,10 @@ runs/sens-0/
   run.json                 state, figures, hashes; `artefact` names the folder below
   metrics.jsonl            one row a step: loss, emoPulse and what it was made of
   adapter/ or model/       the result, PEFT or dense, once the run is done
+  adapter-average/ …       the same of the weights averaged inside the run, if the recipe has `runs.average`
   fisher.safetensors       mean squared gradients, if EmoSens trained all weights; method `fisher` finds them here
   snapshots/step-00120/    of a control: adapter or dense weights on the way
-  checkpoint.safetensors   where a killed run resumes; gone once the run is done
+  checkpoint.safetensors   where a killed run resumes, or the next round begins; gone once the run is done
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emomerge.checkpoints import atomic
-from emomerge.recipe import Recipe, digest
+from emomerge.recipe import Recipe, Runs, digest
 
 Role = Literal["run", "control"]
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What distinguishes one run from the others under the same recipe."""
+    """What distinguishes one run from the others under the same recipe, and which piece of it is to be trained."""
 
     name: str
     optimizer: str
     seed: int
     steps: int
+    """The whole budget."""
     control: str | None = None
     """Which of the recipe's `controls` it serves, if it is none of the runs that are merged."""
     rate: float | None = None
@@ -39,6 +41,14 @@ class RunSpec:
     """Its number among runs that differ in the order of their batches alone."""
     snapshots: tuple[int, ...] = ()
     """Steps after which the weights are kept."""
+
+    start: int = 0
+    """The steps of the rounds before."""
+    end: int = 0
+    """The steps at the end of the round; by default the whole budget."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "end", self.end or self.steps)
 
     @property
     def role(self) -> Role:
@@ -52,11 +62,28 @@ def planned_runs(recipe: Recipe) -> list[RunSpec]:
     return [RunSpec(f"{optimizer}-{seed}", optimizer, seed, runs.steps) for seed in runs.seeds for optimizer in runs.optimizers]
 
 
+def round_ends(runs: Runs) -> list[int]:
+    """The steps at the end of each round."""
+    return [runs.steps * number // runs.rounds for number in range(1, runs.rounds + 1)]
+
+
+OFF_BY_DEFAULT = ("average", "early_stop", "cooldown", "rounds", "outer")
+"""Options that are left out of the hash where they are off, so that runs from before they existed stay good."""
+
+
 def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
     """Hash of everything that decides a run's result: a run whose stamp agrees is not trained again."""
-    shared = recipe.runs.model_dump(exclude={"optimizers", "seeds", "steps", "checkpoint_every"})
+    runs, rival = recipe.runs, spec.rate is not None
+    shared = runs.model_dump(mode="json", exclude={"optimizers", "seeds", "steps", "checkpoint_every"})
+    shared["lr"] = runs.lr_of(spec.optimizer)
+    alone = runs.rounds == 1 or spec.role == "control"
+    for name in OFF_BY_DEFAULT:
+        idle = rival or (alone and name in ("rounds", "outer"))
+        if idle or getattr(runs, name) == Runs.model_fields[name].default:
+            del shared[name]
+    others = [] if alone else [runs.optimizers, [runs.lr_of(name) for name in runs.optimizers]]
     of_a_control = [spec.rate, recipe.rival.weight_decay, spec.member, spec.snapshots] if spec.role == "control" else []
-    return digest([base_hash, recipe.adapter, shared, spec.optimizer, spec.seed, spec.steps, *of_a_control])
+    return digest([base_hash, recipe.adapter, shared, spec.optimizer, spec.seed, spec.steps, *others, *of_a_control])
 
 
 class RunDir:
@@ -88,6 +115,14 @@ class RunDir:
         if state.get("state") != "done" or state.get("inputs") != inputs:
             return False
         return sizes_agree(self.path, state.get("sizes", {}))
+
+    def has_reached(self, inputs: str, spec: RunSpec) -> bool:
+        """Whether the piece of work is done: the whole run, or a round that is not the last one."""
+        if spec.end == spec.steps:
+            return self.is_done(inputs)
+        state = self.state
+        at_end = state.get("inputs") == inputs and state.get("step") == spec.end and state.get("state") != "failed"
+        return at_end and self.checkpoint.exists()
 
     @property
     def artefact(self) -> Path:

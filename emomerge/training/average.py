@@ -1,0 +1,49 @@
+"""An average of the weights inside one run: EMA, or LAWA (Kaddour 2022; Izmailov et al. 2018 without its schedule)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from emomerge.checkpoints import working_dtype
+from emomerge.recipe import Ema, Lawa
+
+
+class WeightAverage:
+    """θ̄ ← θ̄ + w·(θ − θ̄) after every step: w = 1/n (LAWA), or (1 − d)/(1 − dⁿ) (EMA without bias) at the n-th term.
+
+    Averaged is whatever floats, running means of layers included. Of a LoRA adapter it is the factors: mean(B)·mean(A) keeps
+    rank and PEFT's form and is what is done in practice, while the mean of B·A would need the rank of all terms together. The
+    two differ by the covariance of B and A along the averaged steps, which is small where both move little.
+
+    Args:
+        how: the recipe's choice.
+        learnt: the tensors to follow, by name.
+        start, end: the steps before and at the end of the round in which it is taken.
+    """
+
+    def __init__(self, how: Ema | Lawa, learnt: Mapping[str, Tensor], start: int, end: int) -> None:
+        self._how = how
+        self._learnt = {name: tensor for name, tensor in learnt.items() if tensor.is_floating_point()}
+        self._before = start if how.kind == "ema" else end - max(1, round((end - start) * how.last))
+        self.tensors: dict[str, Tensor] = {}
+        """θ̄ by name, in float32 or wider; empty before the first term."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from the θ̄ of a checkpoint."""
+        self.tensors = {name: tensor.to(self._learnt[name].device) for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after a step, counted from 1 over the whole run."""
+        terms = step - self._before
+        if terms < 1:
+            return
+        weights = [tensor.to(working_dtype(tensor.dtype)) for tensor in self._learnt.values()]
+        if terms == 1:
+            self.tensors = {name: tensor.clone() for name, tensor in zip(self._learnt, weights, strict=True)}
+            return
+        weight = (1 - self._how.decay) / (1 - self._how.decay**terms) if self._how.kind == "ema" else 1 / terms
+        torch._foreach_lerp_(list(self.tensors.values()), weights, weight)
