@@ -101,6 +101,8 @@ def assess(
     ]
     contests = _everywhere(contests)
     found = _judge(recipe, measurer, label, contests, sharpness, mean_needed=mean != label)
+    if (rounds := recipe.runs.rounds) > 1:
+        found["caveats"].append(f"{rounds} rounds: a single run holds the means of all and had a share in their steps")
     return {
         "artefacts": rows,
         "probe": {

@@ -19,6 +19,7 @@ from emomerge.checkpoints.atomic import size
 from emomerge.errors import BadInput
 from emomerge.pipeline import Pipeline
 from emomerge.recipe import load_recipe
+from emomerge.training.runs import round_ends
 
 PIECE = 2**20
 """Elements compared at a time."""
@@ -219,16 +220,20 @@ def status_of(folder: Path) -> dict[str, Any]:
         raise BadInput("not an output folder of emomerge", where=folder, expected="a folder with recipe.yaml")
     pipeline = Pipeline(load_recipe(folder / "recipe.yaml"), folder)
     busy = pipeline.space.is_busy()
-    runs = []
+    runs, ends = [], round_ends(pipeline.recipe.runs)
     for spec in [*pipeline.specs, *(spec for spec in pipeline.possible_rivals() if pipeline.run_dir(spec).state)]:
         run = pipeline.run_dir(spec)
         last = max(run.metrics(), key=lambda row: int(row["step"]), default={})
         state = "done" if pipeline.run_is_done(spec) else run.state.get("state", "waiting")
         if state == "running" and not busy:
             state = "stopped"
+        rounds = (
+            {"round": 1 + sum(last.get("step", 0) > end for end in ends), "rounds": len(ends)} if spec.role == "run" else {}
+        )
         runs.append(
             {"name": spec.name, "state": state, "steps": spec.steps, "error": run.state.get("error")}
             | {"step": last.get("step", 0), "loss": last.get("loss"), "rate": last.get("rate")}
+            | rounds
         )
     return {"folder": str(folder), "busy": busy, "runs": runs, "stages": pipeline.stages()}
 
@@ -243,5 +248,6 @@ def show_status(found: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right" if heading in ("step", "loss", "emoPulse") else "left")
     for run in found["runs"]:
         loss, rate = (f"{run[key]:{form}}" if run[key] is not None else "–" for key, form in (("loss", ".4f"), ("rate", ".2e")))
-        table.add_row(run["name"], run["state"], f"{run['step']}/{run['steps']}", loss, rate, run["error"] or "")
+        where = f", round {run['round']} of {run['rounds']}" if run.get("rounds", 1) > 1 and run["state"] != "done" else ""
+        table.add_row(run["name"], run["state"] + where, f"{run['step']}/{run['steps']}", loss, rate, run["error"] or "")
     return table

@@ -12,6 +12,7 @@ import torch
 from emomerge.adapters import open_run
 from emomerge.checkpoints import load_into, open_checkpoint
 from emomerge.errors import BadInput, RunFailed
+from emomerge.inspection import status_of
 from emomerge.measure import Measurer
 from emomerge.merging import merge
 from emomerge.pipeline import Pipeline, load_results
@@ -220,6 +221,30 @@ def test_train_all_only(tiny_recipe, tmp_path):
     assert [d.name for d in (tmp_path / "out/runs").iterdir()] == ["cats-0"]
     assert RunDir(tmp_path / "out/runs/cats-0").state["state"] == "done"
     assert not made.train_all(["cats"])
+
+
+def test_a_recipe_with_rounds_comes_to_its_end(tiny_recipe, tmp_path):
+    options = {"rounds": 3, "outer": {"momentum": 0.5}, "average": "lawa", "cooldown": 0.5, "optimizers": ["sens", "cats"]}
+    recipe = {
+        **tiny_recipe,
+        "merge": [{"method": "mean"}],
+        "runs": {**tiny_recipe["runs"], **options},
+        "controls": ["long-run"],
+    }
+    out = tmp_path / "out"
+    with pytest.raises(BadInput, match="rounds need all runs"):
+        Pipeline(parse_recipe(recipe), out).train_all(["cats"])
+    assert Pipeline(parse_recipe(recipe), out).run()
+    assert not Pipeline(parse_recipe(recipe), out).run()
+    results = load_results(out)
+    assert any("3 rounds" in caveat for caveat in results["verdict"]["caveats"])
+    assert [row["step"] for row in RunDir(out / "runs/cats-0").metrics()] == [1, 2, 3, 4, 5, 6]
+    artefacts = {a["name"]: a for a in results["artefacts"]}
+    assert artefacts["sens-0"]["path"].endswith("adapter-average")
+    assert "in 3 rounds" in (out / "runs/sens-0/adapter-average/README.md").read_text()
+    (long,) = (a for a in results["artefacts"] if a["control"] == "long-run")
+    assert len(list(RunDir(out / "runs" / long["name"]).metrics())) == 12
+    assert {run["rounds"] for run in status_of(out)["runs"] if run["name"] in ("sens-0", "cats-0")} == {3}
 
 
 def test_wrong_merge_parameters_are_found_before_anything_is_trained(tiny_recipe, tmp_path):

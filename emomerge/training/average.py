@@ -33,7 +33,7 @@ class WeightAverage:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from the θ̄ of a checkpoint."""
-        self.tensors = {name: tensor.to(self._learnt[name].device) for name, tensor in tensors.items()}
+        self.tensors = {name: tensors[name].to(tensor.device) for name, tensor in self._learnt.items() if name in tensors}
 
     @torch.no_grad()
     def update(self, step: int) -> None:

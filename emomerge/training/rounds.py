@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from emomerge.checkpoints import working_dtype
@@ -156,8 +157,9 @@ def nesterov(start: Tensor, mean: Tensor, momentum: Tensor | None, outer: Outer)
     """
     dtype = working_dtype(mean.dtype)
     step = start.to(dtype) - mean.to(dtype)
-    momentum = step if momentum is None else outer.momentum * momentum + step
-    return (start.to(dtype) - outer.lr * (step + outer.momentum * momentum)).to(mean.dtype), momentum
+    momentum = step if momentum is None else torch.add(step, momentum, alpha=outer.momentum)
+    ahead = torch.add(step, momentum, alpha=outer.momentum)
+    return torch.add(start.to(dtype), ahead, alpha=-outer.lr).to(mean.dtype), momentum
 
 
 def meeting_of(run: RunDir, spec: RunSpec) -> Path:

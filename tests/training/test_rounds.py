@@ -1,0 +1,273 @@
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emomerge.checkpoints import model_checkpoint, open_checkpoint
+from emomerge.errors import BadInput, RunFailed
+from emomerge.optim import OPTIMIZERS
+from emomerge.recipe import Full, Outer, Runs
+from emomerge.training import (
+    RunDir,
+    RunSpec,
+    initial_weights,
+    live,
+    planned_runs,
+    rounds,
+    run_inputs,
+    train_locally,
+    train_runs,
+)
+from emomerge.training.loop import adapted_model, batch_order, micro_batches
+from emomerge.training.order import seed_of
+from emomerge.training.rounds import nesterov
+from emomerge.training.runs import round_ends
+
+CPU = torch.device("cpu")
+
+
+class Stop(Exception):
+    """Stands for a kill: nothing of the runs survives it but their files."""
+
+
+@pytest.fixture
+def train(digits, base_folder, tmp_path):
+    recipe, task, data = digits
+
+    def train(folder="runs", on_step=lambda spec, row: None, task=task, adapter=recipe.adapter, **options):
+        runs = Runs(**{"steps": 12, "batch_size": 8, "optimizers": ("sens", "cats", "void"), "lr": 20.0, **options})
+        changed = recipe.model_copy(update={"runs": runs, "adapter": adapter})
+        specs = planned_runs(changed)
+
+        def execute(pieces):
+            train_locally(
+                changed, pieces, tmp_path / folder, "b",
+                task=task, data=data, base_folder=base_folder, device=CPU, on_step=on_step,
+            )  # fmt: skip
+
+        initial = partial(initial_weights, changed, task=task, base_folder=base_folder)
+        train_runs(changed, specs, tmp_path / folder, "b", execute=execute, initial=initial)
+        return [RunDir(tmp_path / folder / spec.name) for spec in specs]
+
+    return train
+
+
+def hashes(runs):
+    return [run.state["sha256"] for run in runs]
+
+
+@given(steps=st.integers(1, 1000), rounds=st.integers(1, 60))
+def test_rounds_share_the_steps_evenly(steps, rounds):
+    rounds = min(rounds, steps)
+    ends = round_ends(Runs(steps=steps, rounds=rounds))
+    lengths = [end - start for start, end in zip((0, *ends), ends, strict=False)]
+    assert len(lengths) == rounds
+    assert ends[-1] == steps
+    assert max(lengths) - min(lengths) <= 1
+    assert min(lengths) >= 1
+
+
+@pytest.mark.parametrize("outer", [None, Outer(momentum=0.5, lr=0.8)])
+def test_rounds_are_what_they_say(train, digits, base_folder, outer):
+    """Against the plainest loop: all models in memory, torch's SGD between the rounds."""
+    runs = train(adapter=Full(kind="full"), rounds=3, outer=outer)
+    recipe, task, data = digits
+    recipe = recipe.model_copy(update={"adapter": Full(kind="full"), "runs": Runs(batch_size=8)})
+    specs = [RunSpec(name, name, 0, 12) for name in ("sens", "cats", "void")]
+    models = [adapted_model(recipe, spec, task, base_folder).train() for spec in specs]
+    meeting = [p.detach().clone().requires_grad_(True) for p in models[0].parameters()]
+    sgd = torch.optim.SGD(meeting, lr=outer.lr, momentum=outer.momentum, nesterov=True) if outer else None
+    optimizers = [
+        OPTIMIZERS[s.optimizer](m.parameters(), lr=20.0, preset="guarded") for s, m in zip(specs, models, strict=True)
+    ]
+    for begin in (0, 4, 8):
+        for spec, model, optimizer in zip(specs, models, optimizers, strict=True):
+            with torch.no_grad():
+                torch._foreach_copy_(list(model.parameters()), meeting)
+            for step in range(begin, begin + 4):
+                (micro,) = micro_batches(recipe.runs, step)
+                torch.manual_seed(seed_of("dropout", 0, micro))
+                rows = batch_order(recipe.runs, spec, len(data.train)).batch(micro)
+                loss = task.loss(model, data.train.batch(rows))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.observe(loss)
+                optimizer.step()
+        means = [(a + b + c) / 3 for a, b, c in zip(*(m.parameters() for m in models), strict=True)]
+        if sgd is not None:
+            for start, mean in zip(meeting, means, strict=True):
+                start.grad = (start - mean).detach()
+            sgd.step()
+        else:
+            meeting = [mean.detach() for mean in means]
+    for run, model in zip(runs, models, strict=True):
+        written = open_checkpoint(run.artefact)
+        for name, tensor in model_checkpoint(model, source="plain").items():
+            assert torch.equal(written[name], tensor.detach())
+        assert [row["step"] for row in run.metrics()] == list(range(1, 13))
+
+
+def test_one_round_is_none(train):
+    options = {"optimizers": ("sens", "cats"), "steps": 4}
+    assert hashes(train("a", **options)) == hashes(train("b", rounds=1, **options)) != hashes(train("c", rounds=2, **options))
+
+
+def test_killed_again_and_again_in_every_round_they_end_with_the_same_bits(train, monkeypatch):
+    """Killed after steps, before and after files are written, between the runs of a round and before a meeting."""
+    options = {"rounds": 6, "outer": Outer(), "average": "lawa", "checkpoint_every": 2, "optimizers": ("sens", "cats")}
+    whole = train("whole", **options)
+    left, at, killed = 0, 0, set()
+
+    def event(spec=None, row=None):
+        nonlocal left, at
+        left, at = left - 1, row["step"] if row else at
+        if left == 0:
+            raise Stop
+
+    def with_events(function):
+        def watched(*args, **kwargs):
+            event()
+            result = function(*args, **kwargs)
+            event()
+            return result
+
+        return watched
+
+    for module in (live, rounds):
+        monkeypatch.setattr(module, "save_state", with_events(module.save_state))
+    monkeypatch.setattr(live.TrainingRun, "finish", with_events(live.TrainingRun.finish))
+    for attempt in range(100):
+        left = 6 + attempt % 5
+        try:
+            runs = train("cut", on_step=event, **options)
+            break
+        except Stop:
+            killed.add((at - 1) // 2)
+    assert hashes(runs) == hashes(whole)
+    assert killed == set(range(6))
+    for run, undisturbed in zip(runs, whole, strict=True):
+        assert [row["loss"] for row in run.metrics()] == [row["loss"] for row in undisturbed.metrics()]
+    left_over = [*runs[0].path.parent.rglob("*checkpoint*"), *runs[0].path.parent.glob("meeting*")]
+    assert not left_over
+
+
+def test_what_no_longer_fits_together_is_trained_again(train):
+    options = {"rounds": 3, "checkpoint_every": 2, "optimizers": ("sens", "cats"), "steps": 6}
+    whole = train("whole", **options)
+
+    def stop(spec, row):
+        if spec.name == "cats-0" and row["step"] == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train("cut", on_step=stop, **options)
+    cut = whole[0].path.parent.parent / "cut"
+    for lost in ("meeting-0.safetensors", "cats-0/checkpoint.safetensors", "sens-0"):
+        copy = cut.parent / "copy"
+        shutil.copytree(cut, copy)
+        shutil.rmtree(copy / lost) if (copy / lost).is_dir() else (copy / lost).unlink()
+        assert hashes(train("copy", **options)) == hashes(whole)
+        shutil.rmtree(copy)
+
+    steps = []
+    train("whole", on_step=lambda spec, row: steps.append(spec.name), **options)
+    assert not steps
+    before = hashes(whole)
+    shutil.rmtree(whole[1].artefact)
+    assert hashes(train("whole", on_step=lambda spec, row: steps.append(spec.name), **options)) == before
+    assert len(steps) == 12  # the others' optimizers of the round before are gone
+
+
+def test_a_damaged_meeting_is_named(train, tmp_path):
+    def stop(spec, row):
+        if row["step"] == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(on_step=stop, rounds=3)
+    (tmp_path / "runs/meeting-0.safetensors").write_bytes(b"damaged")
+    with pytest.raises(BadInput, match=r"checkpoint cannot be read: .*meeting-0\.safetensors.*delete it"):
+        train(rounds=3)
+
+
+class Poisoned:
+    """A task whose loss is NaN once, after so many good ones."""
+
+    def __init__(self, task, good):
+        self._task, self._good = task, good
+
+    def __getattr__(self, name):
+        return getattr(self._task, name)
+
+    def loss(self, model, batch):
+        self._good -= 1
+        return self._task.loss(model, batch) * (float("nan") if self._good == -1 else 1.0)
+
+
+def test_a_run_that_fails_ends_the_rounds_of_its_seed_only(train, digits):
+    options = {"rounds": 3, "seeds": (0, 1), "optimizers": ("sens", "cats"), "steps": 6}
+    with pytest.raises(RunFailed, match="run cats-0 failed.* at step 4"):
+        train(task=Poisoned(digits[1], 4 * 2 + 2 + 1), **options)
+    runs = {run.path.name: run for run in train("whole", **options)}
+    states = {name: RunDir(run.path.parent.parent / "runs" / name).state for name, run in runs.items()}
+    assert {name: state["state"] for name, state in states.items()} == {
+        "sens-0": "waiting", "cats-0": "failed", "sens-1": "done", "cats-1": "done",
+    }  # fmt: skip
+    healthy = {run.path.name: run for run in train(**options)}
+    assert {name: run.state["sha256"] for name, run in healthy.items()} == {n: run.state["sha256"] for n, run in runs.items()}
+
+
+def test_lora_factors_are_averaged_each_for_itself(train, tmp_path):
+    """The first step of the second round is taken from the means of A and of B."""
+    options = {"optimizers": ("sens", "cats"), "rounds": 2, "steps": 2, "checkpoint_every": 1}
+    found = {}
+
+    def look(spec, row):
+        if row["step"] == 2 and not found:
+            from emomerge.training.state import load_state, of_kind
+
+            ends = [load_state(tmp_path / "runs" / name / "checkpoint.safetensors")[1] for name in ("sens-0", "cats-0")]
+            found["ends"] = [of_kind(end, "model") for end in ends]
+            found["start"] = of_kind(load_state(tmp_path / "runs/meeting-0.safetensors")[1], "model")
+
+    train(on_step=look, **options)
+    sens, cats = found["ends"]
+    assert set(found["start"]) == set(sens)
+    assert any("lora_A" in name for name in sens)
+    for name, start in found["start"].items():
+        assert torch.equal(start, (sens[name] + cats[name]) / 2)
+        assert not torch.equal(sens[name], cats[name])
+
+
+@given(momentum=st.floats(0, 0.99), lr=st.floats(0.1, 2), seed=st.integers(0, 9))
+def test_outer_steps_are_those_of_sgd_with_nesterov(momentum, lr, seed):
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randn(3, 2, generator=generator, dtype=torch.float64) for _ in range(5)]
+    parameter = draws[0].clone().requires_grad_(True)
+    sgd = torch.optim.SGD([parameter], lr=lr, momentum=momentum, nesterov=momentum > 0)
+    theta, velocity = draws[0], None
+    for step in draws[1:]:
+        mean = theta + step
+        parameter.grad = (parameter - mean).detach()
+        sgd.step()
+        theta, velocity = nesterov(theta, mean, velocity, Outer(momentum=momentum, lr=lr))
+        torch.testing.assert_close(theta, parameter.detach())
+
+
+def test_the_hash_of_a_run_holds_what_decides_it(digits):
+    recipe = digits[0]
+
+    def of(name, control=None, **runs):
+        spec = RunSpec(name, name, 0, 300, control=control)
+        return run_inputs(recipe.model_copy(update={"runs": Runs(**runs)}), spec, "b")
+
+    plain = of("sens")
+    assert plain == of("sens", average="none", rounds=1, lr={"sens": 1.0, "cats": 7.0})
+    changes = [{"lr": {"sens": 2.0}}, {"average": "ema"}, {"average": "lawa"}, {"cooldown": 0.5}, {"early_stop": True}]
+    changes += [{"rounds": 2}, {"rounds": 3}, {"rounds": 3, "outer": {}}, {"rounds": 3, "lr": {"cats": 7.0}}]
+    changes += [{"rounds": 3, "optimizers": ("sens", "cats")}]
+    assert len({plain, *(of("sens", **change) for change in changes)}) == 1 + len(changes)
+    assert of("sens", "long-run", rounds=3, outer={}) == of("sens", "long-run")  # a control has no rounds
