@@ -65,7 +65,7 @@ def train_runs(
             failures.append(str(error))
         for group in here:
             if group.has_reached(start, end):
-                group.meet(start, end, recipe.runs.outer, initial)
+                group.meet(end, recipe.runs.outer, initial)
     if failures:
         raise RunFailed("; ".join(failures))
 
@@ -91,13 +91,14 @@ class _Group:
         pieces = zip(self._runs, self._inputs, self.at(start, end), strict=True)
         return all(run.has_reached(inputs, spec) for run, inputs, spec in pieces)
 
-    def meet(self, start: int, end: int, outer: Outer | None, initial: Callable[[RunSpec], Mapping[str, Tensor]]) -> None:
+    def meet(self, end: int, outer: Outer | None, initial: Callable[[RunSpec], Mapping[str, Tensor]]) -> None:
         """Write down where the next round starts; after the last one there is none."""
         self.step = end
         if end == self._specs[0].steps:
             self._meeting.unlink(missing_ok=True)
             return
-        mean, buffers = self._mean(end)
+        files = [run.checkpoint for run in self._runs]
+        mean, buffers = mean_weights(list(zip(files, self._inputs, strict=True)), end)
         momentum: Tensors = {}
         if outer is not None:
             before = load_state(self._meeting, self._all_inputs)
@@ -109,23 +110,6 @@ class _Group:
                 mean[name], momentum[name] = nesterov(came_from[name], mean[name], momentum.get(name), outer)
         tensors = {f"model.{name}": t for name, t in mean.items()} | {f"momentum.{name}": t for name, t in momentum.items()}
         save_state(self._meeting, tensors, {"inputs": self._all_inputs, "step": end})
-
-    def _mean(self, end: int) -> tuple[Tensors, list[str]]:
-        """The plain mean over the runs, summed in their order; what does not float is the first run's. And names of buffers."""
-        total: Tensors = {}
-        buffers: list[str] = []
-        for run, inputs in zip(self._runs, self._inputs, strict=True):
-            found = load_state(run.checkpoint, inputs, kinds=("model",))
-            if found is None or found[0]["step"] != end:
-                raise BadInput("a run has left its round", where=run.checkpoint, expected=f"a checkpoint of step {end}")
-            buffers, weights = found[0]["buffers"], of_kind(found[1], "model")
-            for name, tensor in weights.items():
-                if name not in total:
-                    total[name] = tensor.to(working_dtype(tensor.dtype), copy=True) if tensor.is_floating_point() else tensor
-                elif tensor.is_floating_point():
-                    total[name] += tensor
-        count = len(self._runs)
-        return {n: (t / count).to(weights[n].dtype) if t.is_floating_point() else t for n, t in total.items()}, buffers
 
     def _begin(self, ends: Sequence[int]) -> int:
         """Up to where the runs have met; 0, and everything forgotten, where what is left of them does not fit together."""
@@ -148,6 +132,30 @@ class _Group:
             run.checkpoint.unlink(missing_ok=True)
             if run.state:
                 run.write_state(state="waiting", inputs=None, step=0)
+
+
+def mean_weights(checkpoints: Sequence[tuple[Path, str]], step: int) -> tuple[Tensors, list[str]]:
+    """The plain mean over runs, summed in their order; of what does not float, the first run's. And which names are buffers.
+
+    Args:
+        checkpoints: of each run the file and its inputs.
+        step: where all of them have to be. Raises BadInput where one is not.
+    """
+    total: Tensors = {}
+    weights: Tensors = {}
+    buffers: list[str] = []
+    for file, inputs in checkpoints:
+        found = load_state(file, inputs, kinds=("model",))
+        if found is None or found[0]["step"] != step:
+            raise BadInput("a run has left its round", where=file, expected=f"a checkpoint of step {step}")
+        buffers, weights = found[0]["buffers"], of_kind(found[1], "model")
+        for name, tensor in weights.items():
+            if name not in total:
+                total[name] = tensor.to(working_dtype(tensor.dtype)) if tensor.is_floating_point() else tensor
+            elif tensor.is_floating_point():
+                total[name] = total[name] + tensor
+    count = len(checkpoints)
+    return {n: (t / count).to(weights[n].dtype) if t.is_floating_point() else t for n, t in total.items()}, buffers
 
 
 def nesterov(start: Tensor, mean: Tensor, momentum: Tensor | None, outer: Outer) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,249 @@
+"""Do rounds help, and what is the distance to the rivals? Five runs that meet at their mean, on FashionMNIST.
+
+    apt-get install dataset-fashion-mnist                     # or --data FOLDER with the four IDX files
+    python benchmarks/rounds.py --cache out/rounds            # about 15 minutes on one core; continues where it was stopped
+    python benchmarks/rounds.py --cache out/rounds --adaptations mild --seeds 1 --rounds 1 6
+    python benchmarks/rounds.py --cache out/rounds --lora     # LoRA: what the mean of the factors loses, on the digits
+
+Two adaptations of an MLP 784-128-10: mild (the same pictures, from a base of 300 steps) and strong (inverted ones, from a base
+of 1,500). Five runs of 300 steps of 64 rows, one an optimizer, in orders of their own, preset `guarded`.
+
+The first tables of an adaptation give the test loss (nats, mean ± standard deviation over the training seeds) of the plain mean
+of the five after the last round: of their last weights, and of their averages over the last half of the last round (LAWA). The
+next starts at the setting with the lowest validation loss and tries changes one after the other; what lowers it is kept. The
+last has the rivals, AdamW with cosine decay at the best of four peak rates, by validation loss: with the 300 steps of one run;
+with as many as the five runs cost in CPU time (measured here, all taking turns); with 300 steps of five times the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from emomerge.checkpoints import Checkpoint, load_into, open_checkpoint
+from emomerge.merging import merge
+from emomerge.pipeline import Pipeline
+from emomerge.recipe import FAMILY, Recipe, Runs, load_recipe
+from emomerge.training import RunDir, RunSpec, initial_weights, planned_runs, train_locally, train_runs
+from emomerge.training.live import build_optimizer
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+ADAPTATIONS = {"mild": ["task.transform={}", "base.prepare.steps=300"], "strong": []}
+STEPS, BATCH = 300, 64
+PEAKS = (3e-4, 1e-3, 3e-3, 1e-2)
+CHANGES: list[Setting] = [
+    {"outer": {"momentum": 0.9}}, {"data_order": "same"}, {"cooldown": 0.5}, {"cooldown": 0.25}, {"lr": 6.0},
+    {"preset": "v3.8"}, {"preset": "v3.9"}, {"max_grad_norm": 1.0},
+]  # fmt: skip
+CPU = torch.device("cpu")
+Setting = dict[str, Any]
+"""Fields of `runs`."""
+
+
+class Loss(NamedTuple):
+    """Nats."""
+
+    validation: float
+    test: float
+
+
+class Study:
+    """One adaptation: its base, and what was trained from it."""
+
+    def __init__(self, name: str, recipe: Recipe, cache: Path, seeds: int) -> None:
+        self.name, self.seeds, self.folder = name, tuple(range(seeds)), cache / name
+        self.pipeline = Pipeline(recipe, self.folder / "base")
+        self.pipeline.begin()
+        self.pipeline.make_base()
+        self._log = self.folder / "losses.jsonl"
+        lines = self._log.read_text().splitlines() if self._log.exists() else []
+        self._known: dict[str, Any] = {key: value for line in lines for key, value in json.loads(line).items()}
+
+    def losses(self, setting: Setting) -> dict[str, list[Loss]]:
+        """Of the mean of the runs' last weights and of the mean of their averages, for each training seed."""
+        return self._remembered({"setting": setting}, lambda: self._train(setting))
+
+    def rival(self, rate: float, steps: int, batch: int) -> list[Loss]:
+        """AdamW with cosine decay, for each training seed."""
+        return self._remembered({"adamw": [rate, steps, batch]}, lambda: {"adamw": self._train_rival(rate, steps, batch)})[
+            "adamw"
+        ]
+
+    def _remembered(self, what: dict[str, Any], train: Any) -> dict[str, list[Loss]]:
+        key = json.dumps([what, self.seeds])
+        if key not in self._known:
+            found = train()
+            with self._log.open("a") as log:
+                log.write(json.dumps({key: found}) + "\n")
+            self._known[key] = found
+        return {name: [Loss(*pair) for pair in pairs] for name, pairs in self._known[key].items()}
+
+    def _recipe(self, **runs: Any) -> Recipe:
+        fields = {
+            "steps": STEPS,
+            "batch_size": BATCH,
+            "seeds": self.seeds,
+            "data_order": "different",
+            "average": "lawa",
+            **runs,
+        }
+        return self.pipeline.recipe.model_copy(update={"runs": Runs(**fields)})
+
+    def _train(self, setting: Setting) -> dict[str, list[Loss]]:
+        recipe = self._recipe(**setting)
+        specs, folder = planned_runs(recipe), self.folder / json.dumps(setting)
+        self._execute(recipe, specs, folder)
+        found: dict[str, list[Loss]] = {"last": [], "average": []}
+        for kind, name in (("last", "model"), ("average", "model-average")):
+            for seed in self.seeds:
+                runs = [open_checkpoint(RunDir(folder / spec.name).path / name) for spec in specs if spec.seed == seed]
+                found[kind].append(self.loss(merge(self.pipeline.base, runs, method="mean")))
+        return found
+
+    def _train_rival(self, rate: float, steps: int, batch: int) -> list[Loss]:
+        specs = [RunSpec(f"adamw-{s}", "adamw", s, steps, control="adamw-long-run", rate=rate) for s in self.seeds]
+        folder = self.folder / f"adamw-{rate:g}-{steps}-{batch}"
+        self._execute(self._recipe(batch_size=batch), specs, folder)
+        return [self.loss(open_checkpoint(RunDir(folder / spec.name).artefact)) for spec in specs]
+
+    def _execute(self, recipe: Recipe, specs: Sequence[RunSpec], folder: Path) -> None:
+        made = self.pipeline
+        execute = partial(
+            train_locally, recipe, folder=folder, base_hash=made.base_hash,
+            task=made.task, data=made.data, base_folder=made.space.base, device=CPU,
+        )  # fmt: skip
+        initial = partial(initial_weights, recipe, task=made.task, base_folder=made.space.base)
+        train_runs(recipe, specs, folder, made.base_hash, execute=execute, initial=initial)
+
+    @torch.inference_mode()
+    def loss(self, checkpoint: Checkpoint) -> Loss:
+        """On both splits that nothing is trained on."""
+        load_into(self.pipeline.measurer.model, checkpoint)
+        return Loss(*(float(F.cross_entropy(self._logits(pixels), labels)) for pixels, labels in self._splits))
+
+    def _logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.pipeline.measurer.model(pixel_values=pixels).logits
+
+    @cached_property
+    def _splits(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        batches = [split.batch(range(len(split))) for split in (self.pipeline.data.validation, self.pipeline.data.test)]
+        return [(batch["pixel_values"], batch["labels"]) for batch in batches]
+
+    def steps_of_equal_cost(self) -> int:
+        """So many steps of AdamW take the CPU time of the five runs: the median of five turns of 100 steps each."""
+        made, recipe = self.pipeline, self._recipe()
+        specs = planned_runs(recipe)[: len(FAMILY)]
+        rival = RunSpec("adamw", "adamw", 0, STEPS, control="adamw-long-run", rate=1e-3)
+        model = made.task.reload_model(made.space.base).train()
+        batch = made.data.train.batch(range(BATCH))
+
+        def seconds(spec: RunSpec) -> float:
+            optimizer = build_optimizer(list(model.parameters()), recipe, spec)
+            started = time.process_time()
+            for _ in range(100):
+                loss = made.task.loss(model, batch)
+                loss.backward()
+                optimizer.observe(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            return time.process_time() - started
+
+        ratios = [sum(map(seconds, specs)) / seconds(rival) for _ in range(5)]
+        return round(STEPS * statistics.median(ratios))
+
+
+def spread(losses: Sequence[Loss]) -> str:
+    """Mean and standard deviation of the test losses."""
+    values = [loss.test for loss in losses]
+    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def validation(losses: Sequence[Loss]) -> float:
+    """What choices are made by."""
+    return statistics.fmean(loss.validation for loss in losses)
+
+
+def name_of(setting: Setting) -> str:
+    """For people."""
+    return ", ".join(f"{key} {value['momentum'] if key == 'outer' else value}" for key, value in setting.items())
+
+
+def report(study: Study, rounds: Sequence[int], console: Console) -> None:
+    """The three tables of an adaptation."""
+    columns = {"lr 1": {"lr": 1.0}, "lr 3": {"lr": 3.0}, "lr 1, outer .5": {"lr": 1.0, "outer": {"momentum": 0.5}}}
+    columns["lr 3, outer .5"] = {"lr": 3.0, "outer": {"momentum": 0.5}}
+    found: dict[str, tuple[Setting, str, list[Loss]]] = {}
+    for kind in ("last", "average"):
+        table = Table("rounds", *columns, title=f"{study.name}: test loss of the mean of the runs' {kind} weights")
+        for number in rounds:
+            cells = []
+            for options in columns.values():
+                setting = {"rounds": number, **options}
+                if number == 1 and "outer" in options:
+                    cells.append("–")
+                    continue
+                losses = study.losses(setting)[kind]
+                found[f"{name_of(setting)}, {kind}"] = (setting, kind, losses)
+                cells.append(spread(losses))
+            table.add_row(str(number), *cells)
+        console.print(table)
+
+    name = min(found, key=lambda name: validation(found[name][2]))
+    setting, kind, losses = found[name]
+    table = Table("setting", "validation", "test", title=f"{study.name}: from the best of these")
+    table.add_row(name, f"{validation(losses):.3f}", spread(losses))
+    for change in CHANGES:
+        if "outer" in change and setting["rounds"] == 1:
+            continue
+        other = study.losses({**setting, **change})[kind]
+        better = validation(other) < validation(losses)
+        table.add_row(f"with {name_of(change)}{', kept' if better else ''}", f"{validation(other):.3f}", spread(other))
+        if better:
+            setting, losses = {**setting, **change}, other
+    console.print(table)
+
+    test = statistics.fmean(loss.test for loss in losses)
+    rivals = {
+        f"{STEPS} steps": (STEPS, BATCH),
+        "equal CPU time": (study.steps_of_equal_cost(), BATCH),
+        f"{STEPS} steps of {5 * BATCH} rows": (STEPS, 5 * BATCH),
+    }
+    table = Table("AdamW, cosine", "steps", "peak rate", "test", "best − it", title=f"{study.name}: {name_of(setting)}, {kind}")
+    for title, (steps, batch) in rivals.items():
+        runs = {rate: study.rival(rate, steps, batch) for rate in PEAKS}
+        rate = min(runs, key=lambda rate: validation(runs[rate]))
+        difference = test - statistics.fmean(loss.test for loss in runs[rate])
+        table.add_row(title, str(steps), f"{rate:g}", spread(runs[rate]), f"{difference:+.3f}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="folder of the IDX files")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for runs and losses")
+    parser.add_argument("--adaptations", nargs="+", choices=ADAPTATIONS, default=list(ADAPTATIONS))
+    parser.add_argument("--rounds", nargs="+", type=int, default=[1, 3, 6, 15, 30])
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)  # the products are too small to share
+    console = Console(width=120)
+    for name in args.adaptations:
+        overrides = [*ADAPTATIONS[name], f"task.train={args.data}"]
+        study = Study(name, load_recipe(RECIPES / "fashion-mnist.yaml", overrides), args.cache, args.seeds)
+        report(study, args.rounds, console)
+
+
+if __name__ == "__main__":
+    main()
