@@ -269,7 +269,7 @@ class Runs(Section):
     average: Annotated[Annotated[Ema | Lawa, Field(discriminator="kind")] | None, BeforeValidator(_by_kind)] = None
     """`none`, `ema` or `lawa`: an average of the weights inside each run, in the last round."""
     early_stop: bool = False
-    """A run ends, or waits for the next round, once its optimizer's `should_stop` is true."""
+    """A run ends, or waits for the next round, once its optimizer's `should_stop` is true. Controls use their whole budget."""
     cooldown: float = Field(0.0, ge=0, le=1)
     """emoPulse falls linearly to 0 over this last share of the steps."""
     rounds: int = Field(1, ge=1)

@@ -118,7 +118,7 @@ class TrainingRun:
         row = self._row(seconds + time.perf_counter() - started)
         self.run.append_metrics(row)
         self._on_step(self.spec, row)
-        if runs.early_stop and row.get("should_stop"):
+        if runs.early_stop and self.spec.role == "run" and row["should_stop"]:
             self.step = self.spec.end
         if self.step % runs.checkpoint_every == 0 or not self.unfinished:
             self._save_checkpoint()

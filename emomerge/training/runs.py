@@ -73,16 +73,16 @@ OFF_BY_DEFAULT = ("average", "early_stop", "cooldown", "rounds", "outer")
 
 def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
     """Hash of everything that decides a run's result: a run whose stamp agrees is not trained again."""
-    runs, rival = recipe.runs, spec.rate is not None
+    runs, control = recipe.runs, spec.role == "control"
     shared = runs.model_dump(mode="json", exclude={"optimizers", "seeds", "steps", "checkpoint_every"})
     shared["lr"] = runs.lr_of(spec.optimizer)
-    alone = runs.rounds == 1 or spec.role == "control"
+    idle = {"rounds", "outer", "early_stop"} if control else set()  # a control uses its whole budget, in one go
+    idle |= {"average", "cooldown"} if spec.rate is not None else set()
     for name in OFF_BY_DEFAULT:
-        idle = rival or (alone and name in ("rounds", "outer"))
-        if idle or getattr(runs, name) == Runs.model_fields[name].default:
+        if name in idle or getattr(runs, name) == Runs.model_fields[name].default:
             del shared[name]
-    others = [] if alone else [runs.optimizers, [runs.lr_of(name) for name in runs.optimizers]]
-    of_a_control = [spec.rate, recipe.rival.weight_decay, spec.member, spec.snapshots] if spec.role == "control" else []
+    others = [runs.optimizers, [runs.lr_of(name) for name in runs.optimizers]] if "rounds" in shared else []
+    of_a_control = [spec.rate, recipe.rival.weight_decay, spec.member, spec.snapshots] if control else []
     return digest([base_hash, recipe.adapter, shared, spec.optimizer, spec.seed, spec.steps, *others, *of_a_control])
 
 

@@ -270,4 +270,5 @@ def test_the_hash_of_a_run_holds_what_decides_it(digits):
     changes += [{"rounds": 2}, {"rounds": 3}, {"rounds": 3, "outer": {}}, {"rounds": 3, "lr": {"cats": 7.0}}]
     changes += [{"rounds": 3, "optimizers": ("sens", "cats")}]
     assert len({plain, *(of("sens", **change) for change in changes)}) == 1 + len(changes)
-    assert of("sens", "long-run", rounds=3, outer={}) == of("sens", "long-run")  # a control has no rounds
+    assert of("sens", "long-run", rounds=3, outer={}, early_stop=True) == of("sens", "long-run")  # controls have none of these
+    assert of("sens", "long-run", cooldown=0.5) != of("sens", "long-run")
