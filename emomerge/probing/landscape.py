@@ -102,7 +102,7 @@ def plane(
     a = math.sqrt(length)
     b = along / a if a else 0.0
     c = math.sqrt(max(square - b * b, 0.0))
-    if not a or c < 1e-6 * math.sqrt(square):
+    if not a or c <= 1e-6 * math.sqrt(square):
         raise BadInput("three models on a line span no plane", where=f"base, model and {label}")
     x, y = (_axis(corners, size, margin) for corners in ((0.0, a, b), (0.0, 0.0, c)))
     metric = f"plane {_hash(probe, base)} {_hash(probe, third)}"
@@ -144,8 +144,8 @@ def _filter_normalised(probe: Perturbable, number: int) -> Lazy:
 
     def compute(name: str) -> Tensor:
         center, noise = probe.center[name], drawn[name]
-        norms = [x.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny) for x in (center, noise)]
-        return noise.mul((norms[0] / norms[1]).view(-1, *[1] * (noise.ndim - 1)))
+        sizes, drawn_sizes = (x.flatten(1).norm(dim=1) for x in (center, noise))
+        return noise.mul((sizes / drawn_sizes).view(-1, *[1] * (noise.ndim - 1)))
 
     return Lazy([name for name in drawn if probe.center[name].ndim > 1], compute)
 

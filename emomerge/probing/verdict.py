@@ -2,10 +2,12 @@
 
 Differences are paired over what the models share (directions and groups of rows) and resampled by a hierarchical bootstrap:
 training seed, then direction, then rows (specification of the probe, "Verdict"). An interval that holds 0 decides nothing.
+A bootstrap of a few seeds is too sure of itself, so that its intervals are widened as Student's are (Hesterberg 2015).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +17,11 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 DRAWS = 2000
+HESSIAN = ("λmax", "trace")
+"""`what` of the evidence that looks at curvature itself."""
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""97.5 % quantiles of Student's t for 1 … 10 degrees of freedom."""
+NORMAL = 1.960
 
 
 @dataclass(frozen=True)
@@ -50,55 +57,71 @@ def sharpness_ratio(merge: Sequence[Array], rival: Sequence[Array], weight: Arra
         against: the rival's name.
         what: the figure's name.
     """
-    pairs = list(zip(merge, rival, strict=True))
 
-    def log_ratio(rng: np.random.Generator | None) -> float:
-        ours, theirs = 0.0, 0.0
-        for a, b in _resample(pairs, rng):
-            d, k = _indices(a.shape[0], rng), _indices(a.shape[1], rng)
-            ours += float(np.average(a[np.ix_(d, k)].mean(0), weights=weight[k]))
-            theirs += float(np.average(b[np.ix_(d, k)].mean(0), weights=weight[k]))
-        if ours > 0 and theirs > 0:
-            return float(np.log(ours / theirs))
+    def log_ratio(ours: Array, theirs: Array) -> Array:
         # A mean that is not positive has no logarithm, but it has its place: below or above every ratio.
-        return -np.inf if ours <= 0 < theirs else np.inf if theirs <= 0 < ours else np.nan
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.log(np.maximum(ours, 0) / np.maximum(theirs, 0))
+        return np.where((ours > 0) | (theirs > 0), ratio, np.nan)
 
-    return Evidence(against, what, "log-ratio", *_interval(log_ratio))
+    return Evidence(against, what, "log-ratio", *_interval(log_ratio, merge, rival, weight))
 
 
 def loss_difference(merge: Sequence[Array], rival: Sequence[Array], weight: Array, *, against: str, what: str) -> Evidence:
     """Mean loss of the merge minus the rival's, in nats; one (batches,) array for each training seed."""
-    pairs = list(zip(merge, rival, strict=True))
-
-    def difference(rng: np.random.Generator | None) -> float:
-        found = []
-        for a, b in _resample(pairs, rng):
-            k = _indices(len(a), rng)
-            found.append(float(np.average(a[k] - b[k], weights=weight[k])))
-        return float(np.mean(found))
-
-    return Evidence(against, what, "difference", *_interval(difference))
-
-
-def _resample(pairs: list[tuple[Array, Array]], rng: np.random.Generator | None) -> list[tuple[Array, Array]]:
-    return [pairs[i] for i in _indices(len(pairs), rng)]
-
-
-def _indices(count: int, rng: np.random.Generator | None) -> NDArray[np.int64]:
-    return np.arange(count) if rng is None else rng.integers(0, count, count)
+    ours, theirs = ([loss[None] for loss in losses] for losses in (merge, rival))
+    return Evidence(against, what, "difference", *_interval(np.subtract, ours, theirs, weight))
 
 
 def _interval(
-    statistic: Callable[[np.random.Generator | None], float],
+    statistic: Callable[[Array, Array], Array], merge: Sequence[Array], rival: Sequence[Array], weight: Array
 ) -> tuple[float | None, float | None, float | None]:
-    """Estimate and 95 % percentile interval; a draw without a value (NaN) counts against both ends."""
-    rng = np.random.default_rng(20240229)
-    estimate = statistic(None)
-    draws = np.array([statistic(rng) for _ in range(DRAWS)])
+    """Estimate and 95 % interval of a statistic of two means; a draw without a value (NaN) counts against both ends.
+
+    Args:
+        statistic: (means of the merge, means of the rival), elementwise.
+        merge, rival: one (directions, units) array for each training seed.
+        weight: (units,).
+    """
+    whole = [np.array([np.average(a.mean(0), weights=weight) for a in model]).mean() for model in (merge, rival)]
+    estimate = float(statistic(*np.array(whole)[:, None])[0])
+    draws = statistic(*_resampled(list(zip(merge, rival, strict=True)), weight))
     low = np.quantile(np.where(np.isnan(draws), -np.inf, draws), 0.025, method="inverted_cdf")
     high = np.quantile(np.where(np.isnan(draws), np.inf, draws), 0.975, method="inverted_cdf")
+    if np.isfinite(estimate):
+        wide = _widening([len(merge), *merge[0].shape])
+        low, high = estimate + wide * (low - estimate), estimate + wide * (high - estimate)
     found = [float(value) if np.isfinite(value) else None for value in (estimate, low, high)]
     return found[0], found[1], found[2]
+
+
+def _resampled(pairs: Sequence[tuple[Array, Array]], weight: Array) -> Array:
+    """Weighted means of both models over DRAWS hierarchical resamples: seeds, then directions, then units. (2, draws)."""
+    rng = np.random.default_rng(20240229)
+    seeds, means = rng.integers(0, len(pairs), (DRAWS, len(pairs))), np.zeros((2, DRAWS))
+    for slot in seeds.T:
+        for seed, pair in enumerate(pairs):
+            drawn = slot == seed
+            directions, units = pair[0].shape
+            times = rng.multinomial(directions, np.full(directions, 1 / directions), drawn.sum()) / directions
+            weights = rng.multinomial(units, np.full(units, 1 / units), drawn.sum()) * weight
+            weights /= weights.sum(axis=1, keepdims=True)
+            for model, values in enumerate(pair):
+                means[model, drawn] += (times @ values * weights).sum(axis=1) / len(pairs)
+    return means
+
+
+def _widening(counts: Sequence[int]) -> float:
+    """By how much the percentile interval of a mean of n is too narrow: √(n/(n−1)) · t/z.
+
+    n is the number of seeds, the level that varies most, or with one seed that of directions or units, whichever is less.
+    """
+    n = min([count for count in counts[:1] if count > 1] or [count for count in counts if count > 1], default=1)
+    if n == 1:
+        return 1.0
+    z, v = NORMAL, n - 1
+    t = STUDENT[v - 1] if v <= len(STUDENT) else z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+    return math.sqrt(n / v) * t / z
 
 
 def judge_better(evidence: Sequence[Evidence], missing: Sequence[str]) -> dict[str, Any]:
@@ -113,20 +136,25 @@ def judge_better(evidence: Sequence[Evidence], missing: Sequence[str]) -> dict[s
 
 
 def judge_flatter(evidence: Sequence[Evidence], radii: int, missing: Sequence[str]) -> dict[str, Any]:
-    """`flatter` needs, against every rival, a lower sharpness at a majority of radii, and nothing required left unmeasured.
+    """`flatter` needs, against every rival, a lower sharpness at a majority of radii *and* a lower λmax or trace.
 
-    `refuted` where against some rival a majority of radii is higher beyond doubt.
+    `refuted` where against some rival sharpness is higher beyond doubt at a majority of radii, or both λmax and trace are.
 
     Args:
-        evidence: comparisons, one for each rival and radius.
+        evidence: comparisons, one for each rival and radius, and those of HESSIAN.
         radii: how many radii were probed; 2 of 3 (in general a majority) decide.
-        missing: what the verdict needs and this probe does not measure.
+        missing: what else the verdict needs and this probe does not measure, rivals above all.
     """
-    needed = radii // 2 + 1
     signs = []
     for rival in dict.fromkeys(e.against for e in evidence):
-        of_rival = [e.sign for e in evidence if e.against == rival]
-        signs.append(-1 if of_rival.count(-1) >= needed else 1 if of_rival.count(1) >= needed else 0)
+        of_rival = [e for e in evidence if e.against == rival]
+        gaussian = [e.sign for e in of_rival if e.what not in HESSIAN]
+        hessian = [e.sign for e in of_rival if e.what in HESSIAN]
+        if not hessian:
+            missing = list(dict.fromkeys([*missing, "λmax and trace of the Hessian"]))
+        lower = gaussian.count(-1) > radii // 2 and (not hessian or -1 in hessian)
+        higher = gaussian.count(1) > radii // 2 or hessian.count(1) == len(HESSIAN)
+        signs.append(1 if higher else -1 if lower else 0)
     status = _status(signs, missing, "flatter")
     return {"status": status, "evidence": [_plain(e) for e in evidence], "note": _note(missing, "measured:")}
 

@@ -25,7 +25,7 @@ RADII: Mapping[Norm, tuple[float, ...]] = {"l2": (0.5, 1.0, 2.0), "linf": (0.000
 MOMENTUM = 0.75
 ENOUGH = 0.75
 """The step is halved where fewer than this share of the steps since the last checkpoint went up."""
-START_NOISE = 0.01
+START_NOISE = 0.1
 """Of the first step: at a minimum, and where the slope is orthogonal to the top curvature, the gradient alone leads nowhere."""
 
 
