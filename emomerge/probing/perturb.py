@@ -157,7 +157,8 @@ class Perturbable:
         weights = self.along(direction, factor)
         square, wanted, both = 0.0, 0.0, 0.0
         for name in direction:
-            step, got = direction[name], (weights[name].double() - self.center[name].detach().double())
+            step = direction[name]
+            got = weights[name].to(step.dtype) - self.center[name].detach().to(step.dtype)
             square, wanted, both = square + inner(got, got), wanted + inner(step, step), both + inner(got, step)
         norm, intended = math.sqrt(square), math.sqrt(wanted)
         return norm / (abs(factor) * intended), both / (norm * intended) * math.copysign(1, factor) if norm else 0.0
