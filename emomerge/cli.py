@@ -264,11 +264,15 @@ def merge(
     Methods: mean, task-arithmetic, greedy-soup, positioning, fisher; ties, dare-linear, dare-ties, della, della-linear,
     breadcrumbs, breadcrumbs-ties, sce; tall-mask; model-stock, slerp, nuslerp, karcher, multislerp; tsv, iso-c.
     """
+    from emomerge.digests import Digests, weight_files
+
+    given = [*([base] if base else []), *runs]
+    digest = Digests(file for source in given for file in weight_files(source))  # while torch is being imported
     if again is not None or extend is not None:
-        record = _recorded(again, extend, [*([base] if base else []), *runs], weights)
+        record = _recorded(again, extend, given, weights)
     else:
         record = _asked_for(base, runs, weights, **options)
-    _merge(record, out, force=force, quiet=quiet, as_json=as_json)
+    _merge(record, out, digest, force=force, quiet=quiet, as_json=as_json)
 
 
 @_verb(
@@ -592,7 +596,7 @@ def _rank(text: str | None) -> int | str | None:
     return int(text)
 
 
-def _merge(record: MergeRecord, out: Path, *, force: bool, quiet: bool, as_json: bool) -> None:
+def _merge(record: MergeRecord, out: Path, digest: Callable[[Path], str], *, force: bool, quiet: bool, as_json: bool) -> None:
     """Do what a record says, and write it with the record completed."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -614,7 +618,7 @@ def _merge(record: MergeRecord, out: Path, *, force: bool, quiet: bool, as_json:
     merged = merging.merge(base, sources, method=record.method, held_out_loss=evaluator, **record.params)
     record = record.named(merged.runs)
     with ThreadPoolExecutor(1) as beside:
-        hashed = beside.submit(record.with_hashes, read)
+        hashed = beside.submit(record.with_hashes, read, digest)
         found: dict[str, Any] = {}
 
         def papers(facts: dict[str, Any]) -> dict[str, str]:

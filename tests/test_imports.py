@@ -11,7 +11,7 @@ import emomerge
 import emomerge.integrations
 
 PACKAGE = Path(emomerge.__file__).parent
-FLOOR = {"errors", "checkpoints", "native"}
+FLOOR = {"errors", "checkpoints", "digests", "native"}
 ALLOWED = {
     "checkpoints": FLOOR,
     "optim": FLOOR,
@@ -43,6 +43,7 @@ def test_a_room_imports_only_from_rooms_to_its_left(room):
     [
         ("import emomerge", "torch"),
         ("import emomerge.cli", "torch"),
+        ("import emomerge.digests", "torch"),
         ("import emomerge.integrations", "torch"),
         ("import emomerge.optim", "transformers"),
         ("import emomerge.optim", "torch.distributed.tensor"),

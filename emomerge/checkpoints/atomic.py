@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -17,6 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from emomerge.digests import sha256 as sha256
 from emomerge.errors import BadInput
 
 _SERIAL = itertools.count()
@@ -102,12 +102,6 @@ def replace(src: Path, dst: Path) -> None:
     else:
         src.replace(dst)
         _sync(dst.parent)
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

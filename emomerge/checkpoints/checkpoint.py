@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from emomerge.checkpoints.rounding import RoundingLoss
 
 
 class TensorInfo(NamedTuple):
@@ -81,6 +84,13 @@ class Checkpoint(Mapping[str, Tensor]):
     def with_base(self, name: str, base: Checkpoint) -> tuple[Tensor, Tensor, Tensor | None]:
         """θ, θ₀ and τ of one tensor; a checkpoint that computes θ from τ overrides this, so that it does so once."""
         return self[name], base[name], self.delta(name, base)
+
+    def rounded(self, name: str, dtype: torch.dtype, loss: RoundingLoss | None) -> Tensor | None:
+        """One tensor in another dtype, rounded once and finite, with what that takes added to `loss`.
+
+        None where it has to be made from `with_base`; a checkpoint that can do all of it in one reading overrides this.
+        """
+        return None
 
 
 class MemoryCheckpoint(Checkpoint):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo
@@ -58,7 +61,8 @@ class Header(NamedTuple):
 class SafetensorsCheckpoint(Checkpoint):
     """Tensors of one or several safetensors files, read when they are asked for.
 
-    Read, not mapped: the pages of a mapped file stay in the process for as long as any tensor of it is in use.
+    Each tensor is a mapping of its own, which ends with it: its pages are those of the system's cache, not copied, and do not
+    stay in the process for as long as any other tensor of the file is in use.
 
     Args:
         files: the file that holds each tensor.
@@ -89,10 +93,23 @@ class SafetensorsCheckpoint(Checkpoint):
         path, info = self._files[name], self.info(name)
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
-        data = np.fromfile(path, np.uint8, info.nbytes, offset=self._headers[path].places[name])
-        if data.nbytes != info.nbytes:
-            raise _truncated(path, self._headers[path].places[name] + info.nbytes, path.stat().st_size)
+        place = self._headers[path].places[name]
+        data = _mapped(path, place, info.nbytes)
+        if place % info.dtype.itemsize:  # the format does not promise alignment
+            data = data.copy()
         return torch.from_numpy(data).view(info.dtype).view(info.shape)
+
+
+def _mapped(path: Path, start: int, size: int) -> NDArray[np.uint8]:
+    """Bytes of a file; private pages, so that no change of them would reach it."""
+    before = start % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        if (total := os.fstat(file.fileno()).st_size) < start + size:
+            raise _truncated(path, start + size, total)
+        pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
+    if hasattr(mmap, "MADV_WILLNEED"):
+        pages.madvise(mmap.MADV_WILLNEED)  # the disk fetches all of it at once
+    return np.frombuffer(pages, np.uint8, size, before)
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:

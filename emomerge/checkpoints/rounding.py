@@ -94,6 +94,13 @@ class RoundingLoss:
             self._squared_errors += _squared_lengths(change.sub_(step))
             self._squared_lengths += _squared_lengths(step)
 
+    def add_sums(self, moved: int, unchanged: int, squared_errors: list[float], squared_lengths: list[float]) -> None:
+        """The same of a tensor for which it is summed up already, part by part."""
+        self._moved += moved
+        self._unchanged += unchanged
+        self._squared_errors += squared_errors
+        self._squared_lengths += squared_lengths
+
     def figures(self) -> dict[str, float | None]:
         """Ready for JSON; None where nothing moved.
 

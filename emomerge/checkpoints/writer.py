@@ -170,6 +170,8 @@ def _header(plan: Plan, order: list[str], metadata: Mapping[str, str]) -> bytes:
 
 def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo, manner: _Manner) -> Tensor:
     loss, old, delta = manner.loss, None, None
+    if manner.rounding == "nearest" and (ready := checkpoint.rounded(name, info.dtype, loss)) is not None:
+        return ready
     if loss is None:
         tensor = checkpoint[name].detach()
     else:

@@ -7,6 +7,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emomerge.adapters import open_run
-from emomerge.checkpoints import Checkpoint, open_checkpoint
+from emomerge.checkpoints import Checkpoint, RoundingLoss, open_checkpoint
 from emomerge.errors import BadInput, EmomergeError
 from emomerge.merging import vectors
 from emomerge.merging.diagnostics import Figures, describe
+from emomerge.merging.native import KINDS, Written
 from emomerge.merging.registry import MergeMethod, check_params, find_method, select
 from emomerge.merging.settings import Setting, constant, resolve
 from emomerge.merging.vectors import Candidate, Displaced, Loss, TaskVectors, blocks, finite_or_inf, merges
@@ -109,9 +111,9 @@ class MergedCheckpoint(Displaced):
         if not merges(self.info(name)):
             self._task.check_equal(name)
             return None
+        if (compiled := self._by_kernel(name)) is not None:
+            return compiled
         figures = Figures(len(self._task))
-        if (merged := self._tau_native(name, figures)) is not None:
-            return merged
         parts: list[Tensor] = []
         rows = self._task.rows(name)
         if rows is not None:
@@ -131,12 +133,25 @@ class MergedCheckpoint(Displaced):
         self._figures.setdefault(name, figures)
         return torch.cat(parts).view(self.info(name).shape) if parts else None
 
-    def _tau_native(self, name: str, figures: Figures) -> Tensor | None:
-        """The same by compiled kernels, where there are some for the method and the tensor."""
-        native, source = self._method.native, self._task.source(name) if self._method.native else None
-        if native is None or source is None:
+    def rounded(self, name: str, dtype: torch.dtype, loss: RoundingLoss | None) -> Tensor | None:
+        """θ₀ + scale·τ_m rounded once, in one reading, where there are kernels for it."""
+        if not merges(self.info(name)) or dtype not in KINDS or (loss is not None and loss.base is not self.base):
             return None
-        inputs = self._parameters(name) | {"source": source, "figures": figures}
+        written = Written(dtype, self.scale_of(name))
+        tensor = self._by_kernel(name, written)
+        if tensor is None or not written.finite:
+            return None
+        if loss is not None:
+            loss.add_sums(written.stepped, written.unchanged, written.squared_errors, written.squared_lengths)
+        return tensor
+
+    def _by_kernel(self, name: str, written: Written | None = None) -> Tensor | None:
+        """τ_m, or what is written, by compiled kernels, where there are some for the method and the tensor."""
+        native, source = self._method.native, self._task.source(name) if self._method.native else None
+        if native is None or source is None or not source.moves or not source.numel:
+            return None
+        figures = Figures(len(self._task))
+        inputs = self._parameters(name) | {"source": replace(source, written=written), "figures": figures}
         inputs["weights"] = self._task.weights_for(name, torch.empty(0))
         result = native(**select(native, inputs))
         if result is None:

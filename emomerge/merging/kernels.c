@@ -1,8 +1,8 @@
 /* Merge methods that treat every element alike, on float32 task vectors: each weight of the base and the runs is read once, and
- * what the diagnostics want to know is summed up on the way. The formulas are those of methods/, in the same order of operations,
- * so that every bit agrees; sums are double. One call works on elements start ... stop - 1 of one tensor; a call for all elements
- * and several calls for parts of them that begin at multiples of PIECE give the same. What is returned is 0, 1 where memory ran
- * out, or 2 + t where a value of run t is not finite. */
+ * what the diagnostics and the rounding loss want to know is summed up on the way. The formulas are those of methods/, in the same
+ * order of operations, so that every bit agrees; sums are double, of PIECE elements at a time. Blocks are padded with zeros, which
+ * change no sum and no count. What is returned is 0, 1 where memory ran out, 2 where what would be written is not finite, or 3 + t
+ * where a value of run t is not. */
 
 #include <math.h>
 #include <stdint.h>
@@ -11,66 +11,121 @@
 
 #define PIECE 131072 /* elements whose sums go on in one double */
 #define BLOCK 512    /* elements worked on at a time: all of it stays in the first cache */
+#define MOST_RUNS 64
+#define LARGEST 3.4028234663852886e38f
 
-enum kind { F32, BF16, DELTA, STILL }; /* weights; task vectors in float32; a run that does not move */
-enum method { LINEAR, TALL_MASK, TIES };
+enum kind { F32, BF16, F16, DELTA, STILL }; /* weights; task vectors in float32; a run that does not move */
+enum method { LINEAR, TALL_MASK, TIES, BALANCE };
 
+/* One tensor and what is to be done with it.
+ *
+ * weights, numbers: one for each run: lambda of TALL_MASK, thresholds of TIES. last: of the elements that equal a threshold the
+ * last place that counts. options: LINEAR {divide}; TALL_MASK {votes, divide}; TIES {elect, aggregate, majority}; BALANCE {elect}.
+ * merged: where the whole tensor's tau_m goes; out: where theta_0 + scale tau_m goes, rounded to out_kind. Either may be NULL. */
+struct job {
+    int method, runs, base_kind, out_kind;
+    const void *base;
+    const void *const *theta;
+    const int *kinds;
+    const float *weights, *numbers;
+    const int64_t *last;
+    float *merged;
+    void *out;
+    float scale;
+    int options[3];
+};
 
-static void decode(const void *data, int kind, long start, long n, float *restrict out)
+static float as_float(uint32_t bits)
 {
-    if (kind == BF16) {
-        const uint16_t *restrict x = (const uint16_t *)data + start;
-#pragma omp simd
-        for (long i = 0; i < n; i++) {
-            uint32_t bits = (uint32_t)x[i] << 16;
-            memcpy(out + i, &bits, 4);
-        }
-    } else
-        memcpy(out, (const float *)data + start, n * sizeof(float));
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
 }
 
-/* tau = theta - theta_0; returns whether it is finite */
-static int task_vector(const void *data, int kind, const float *restrict base, long start, long n, float *restrict tau)
+static uint32_t as_bits(float x)
 {
-    if (kind == STILL) {
-        memset(tau, 0, n * sizeof(float));
-        return 1;
-    }
-    decode(data, kind, start, n, tau);
-    int bad = 0;
-    if (kind == DELTA) {
-#pragma omp simd reduction(| : bad)
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+static float from_half(uint16_t h)
+{
+    uint32_t bits = (uint32_t)(h & 0x7fff) << 13, exponent = h & 0x7c00;
+    float x = exponent == 0x7c00 ? as_float(bits | 0x7f800000) : as_float(bits) * 0x1p112f;
+    return as_float(as_bits(x) | (uint32_t)(h & 0x8000) << 16);
+}
+
+/* To nearest, of two the even one; infinity stays, and NaN is not asked for. */
+static uint16_t to_half(float x)
+{
+    uint32_t sign = as_bits(x) >> 16 & 0x8000, bits = as_bits(x) & 0x7fffffff;
+    uint32_t normal = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+    uint32_t small = as_bits(as_float(bits) + 0.5f) - 0x3f000000;
+    return (uint16_t)(sign | (bits >= 0x477ff000 ? 0x7c00 : bits < 0x38800000 ? small : normal));
+}
+
+static uint16_t to_bfloat(float x) { return (uint16_t)((as_bits(x) + 0x7fff + (as_bits(x) >> 16 & 1)) >> 16); }
+
+/* n elements from `start` on, and zeros up to a whole block */
+static void decode(const void *data, int kind, long start, long n, float *restrict out)
+{
+    const uint16_t *restrict x = (const uint16_t *)data + start;
+    if (kind == BF16)
+#pragma omp simd
         for (long i = 0; i < n; i++)
-            bad |= !(fabsf(tau[i]) <= 3.4028234663852886e38f);
-    } else {
+            out[i] = as_float((uint32_t)x[i] << 16);
+    else if (kind == F16)
+#pragma omp simd
+        for (long i = 0; i < n; i++)
+            out[i] = from_half(x[i]);
+    else
+        memcpy(out, (const float *)data + start, n * sizeof(float));
+    memset(out + n, 0, (BLOCK - n) * sizeof(float));
+}
+
+static int all_finite(const float *x)
+{
+    int bad = 0;
 #pragma omp simd reduction(| : bad)
-        for (long i = 0; i < n; i++) {
-            tau[i] -= base[i];
-            bad |= !(fabsf(tau[i]) <= 3.4028234663852886e38f);
-        }
-    }
+    for (long i = 0; i < BLOCK; i++)
+        bad |= !(fabsf(x[i]) <= LARGEST);
     return !bad;
 }
 
-/* sum_t w_t tau_t, one run after the other */
-static void weighted_sum(int runs, long n, const float (*tau)[BLOCK], const float *weights, float *restrict sum)
+/* tau = theta - theta_0 */
+static void task_vector(const void *data, int kind, const float *restrict base, long start, long n, float *restrict tau)
 {
-    for (long i = 0; i < n; i++)
+    if (kind == STILL) {
+        memset(tau, 0, BLOCK * sizeof(float));
+        return;
+    }
+    decode(data, kind == DELTA ? F32 : kind, start, n, tau);
+    if (kind != DELTA)
+#pragma omp simd
+        for (long i = 0; i < BLOCK; i++)
+            tau[i] -= base[i];
+}
+
+/* sum_t w_t tau_t, one run after the other */
+static void weighted_sum(int runs, const float (*tau)[BLOCK], const float *weights, float *restrict sum)
+{
+    for (long i = 0; i < BLOCK; i++)
         sum[i] = weights[0] * tau[0][i];
     for (int t = 1; t < runs; t++)
 #pragma omp simd
-        for (long i = 0; i < n; i++)
+        for (long i = 0; i < BLOCK; i++)
             sum[i] += weights[t] * tau[t][i];
 }
 
 /* keep * R where at least k masks |tau_t| > lambda_t |R - tau_t| agree */
-static void tall_mask(int runs, long n, const float (*tau)[BLOCK], const float *lambda, int k, float *restrict r, int64_t *masked)
+static void tall_mask(int runs, const float (*tau)[BLOCK], const float *lambda, int k, float *restrict r, int64_t *masked)
 {
     int votes[BLOCK] = {0};
     for (int t = 0; t < runs; t++) {
         int count = 0;
 #pragma omp simd reduction(+ : count)
-        for (long i = 0; i < n; i++) {
+        for (long i = 0; i < BLOCK; i++) {
             int in = fabsf(tau[t][i]) > lambda[t] * fabsf(r[i] - tau[t][i]);
             votes[i] += in;
             count += in;
@@ -78,7 +133,7 @@ static void tall_mask(int runs, long n, const float (*tau)[BLOCK], const float *
         masked[t] += count;
     }
 #pragma omp simd
-    for (long i = 0; i < n; i++)
+    for (long i = 0; i < BLOCK; i++)
         r[i] = votes[i] >= k ? r[i] : 0;
 }
 
@@ -87,11 +142,11 @@ static void trim(int runs, long start, long n, float (*tau)[BLOCK], const float 
 {
     for (int t = 0; t < runs; t++) {
         int count = 0;
-        int64_t equal = last[t] < start ? 0 : last[t] - start < n ? last[t] - start + 1 : n;
+        int equal = last[t] < start ? 0 : (int)(last[t] - start < n ? last[t] - start + 1 : n);
 #pragma omp simd reduction(+ : count)
-        for (long i = 0; i < n; i++) {
+        for (long i = 0; i < BLOCK; i++) {
             float size = fabsf(tau[t][i]);
-            int in = size > threshold[t] || (size == threshold[t] && i < equal);
+            int in = size > threshold[t] || (size == threshold[t] && (int)i < equal);
             tau[t][i] = in ? tau[t][i] : 0;
             count += tau[t][i] != 0;
         }
@@ -102,180 +157,348 @@ static void trim(int runs, long start, long n, float (*tau)[BLOCK], const float 
 enum elect { SUM, WEIGHTED, COUNT };
 enum aggregate { MEAN, NUMBER, ADD, MAX };
 
-static float sign(float x) { return (float)((x > 0) - (x < 0)); }
-
-static float ballot(int elect, float weight, float tau) { return elect == SUM ? tau : elect == WEIGHTED ? weight * tau : sign(tau); }
-
-static void balance_of(int runs, long n, const float (*tau)[BLOCK], const float *weights, int elect, float *restrict balance)
+/* What one run puts into the election of the sign */
+static void cast(int elect, float weight, const float *restrict tau, float *restrict vote)
 {
-    memset(balance, 0, n * sizeof(float));
-    for (int t = 0; t < runs; t++)
+    if (elect == SUM)
+        memcpy(vote, tau, BLOCK * sizeof(float));
+    else if (elect == WEIGHTED)
 #pragma omp simd
-        for (long i = 0; i < n; i++)
-            balance[i] = t ? balance[i] + ballot(elect, weights[t], tau[t][i]) : ballot(elect, weights[t], tau[t][i]);
+        for (long i = 0; i < BLOCK; i++)
+            vote[i] = weight * tau[i];
+    else
+#pragma omp simd
+        for (long i = 0; i < BLOCK; i++)
+            vote[i] = (float)((tau[i] > 0) - (tau[i] < 0));
+}
+
+static void balance_of(int runs, const float (*tau)[BLOCK], const float *weights, int elect, float *restrict balance)
+{
+    float vote[BLOCK];
+    cast(elect, weights[0], tau[0], balance);
+    for (int t = 1; t < runs; t++) {
+        cast(elect, weights[t], tau[t], vote);
+#pragma omp simd
+        for (long i = 0; i < BLOCK; i++)
+            balance[i] += vote[i];
+    }
 }
 
 /* Join the elements whose sign is the elected one, `majority` where the election is a draw. */
-static void consensus(int runs, long n, const float (*tau)[BLOCK], const float *weights, int elect, int aggregate, int majority,
+static void consensus(int runs, const float (*tau)[BLOCK], const float *weights, int elect, int aggregate, int majority,
                       float *restrict merged)
 {
-    float balance[BLOCK], share[BLOCK];
-    balance_of(runs, n, tau, weights, elect, balance);
-    memset(merged, 0, n * sizeof(float));
-    memset(share, 0, n * sizeof(float));
-    for (int t = 0; t < runs; t++)
+    float balance[BLOCK], vote[BLOCK], term[BLOCK], share[BLOCK] = {0};
+    balance_of(runs, tau, weights, elect, balance);
+    memset(merged, 0, BLOCK * sizeof(float));
+    for (int t = 0; t < runs; t++) {
+        float weight = weights[t], unit = aggregate == MEAN ? weight : 1;
+        cast(elect, weight, tau[t], vote);
 #pragma omp simd
-        for (long i = 0; i < n; i++) {
-            float vote = ballot(elect, weights[t], tau[t][i]);
-            int positive = majority > 0 ? balance[i] >= 0 : balance[i] > 0;
-            int agrees = positive ? vote > 0 : vote < 0;
-            float term = agrees ? weights[t] * tau[t][i] : 0;
-            if (aggregate == MAX)
-                merged[i] = fabsf(term) > fabsf(merged[i]) ? term : merged[i];
-            else
-                merged[i] += term;
-            share[i] += agrees ? (aggregate == MEAN ? weights[t] : 1) : 0;
+        for (long i = 0; i < BLOCK; i++) {
+            int positive = (balance[i] > 0) | ((majority > 0) & (balance[i] == 0));
+            int agrees = (positive & (vote[i] > 0)) | (!positive & (vote[i] < 0));
+            float step = weight * tau[t][i], more = share[i] + unit; /* not inside ?:, which would be a branch */
+            term[i] = agrees ? step : 0;
+            share[i] = agrees ? more : share[i];
         }
+        if (aggregate == MAX)
+#pragma omp simd
+            for (long i = 0; i < BLOCK; i++)
+                merged[i] = fabsf(term[i]) > fabsf(merged[i]) ? term[i] : merged[i];
+        else
+#pragma omp simd
+            for (long i = 0; i < BLOCK; i++)
+                merged[i] += term[i];
+    }
     if (aggregate == MEAN || aggregate == NUMBER)
 #pragma omp simd
-        for (long i = 0; i < n; i++)
+        for (long i = 0; i < BLOCK; i++)
             merged[i] /= share[i] == 0 ? 1 : share[i];
 }
 
-/* What diagnostics.py sums up: products of the pairs (t, u), t <= u, of the runs, and of merged and mean. */
-static void figures(int runs, long n, const float (*tau)[BLOCK], const float *merged, double *products, int64_t *signs,
-                    int64_t *shared, int64_t *moved, int64_t *kept)
+/* Sums of products in double: eight at a time, in four chains, none of which waits for another. */
+typedef double lanes __attribute__((vector_size(64)));
+#define LANES 8
+#define WIDE (BLOCK / LANES)
+enum more { MERGED, MERGED_MEAN, MEAN_MEAN, KEPT, ERROR, STEP, MORE }; /* sums after those of the pairs of runs */
+
+static void widen(const float *restrict x, lanes *restrict wide)
 {
-    double wide[64][BLOCK];
-    float direction[64][BLOCK], any[BLOCK] = {0}, mean[BLOCK];
-    for (int t = 0; t < runs; t++)
+    double out[BLOCK];
 #pragma omp simd
-        for (long i = 0; i < n; i++) {
-            wide[t][i] = tau[t][i];
-            direction[t][i] = sign(tau[t][i]);
-            any[i] += direction[t][i] * direction[t][i];
-            mean[i] = t ? mean[i] + tau[t][i] : tau[0][i];
+    for (long i = 0; i < BLOCK; i++)
+        out[i] = x[i];
+    memcpy(wide, out, sizeof out);
+}
+
+static void add_product(const lanes *x, const lanes *y, lanes *sum)
+{
+    lanes chain[4] = {{0}};
+    for (long i = 0; i < WIDE; i += 4)
+        for (int c = 0; c < 4; c++)
+            chain[c] += x[i + c] * y[i + c];
+    *sum += (chain[0] + chain[1]) + (chain[2] + chain[3]);
+}
+
+/* Of the pairs (t, u) of runs, t <= u */
+static void add_pairs(int runs, const float (*tau)[BLOCK], lanes (*wide)[WIDE], lanes *sums)
+{
+    for (int t = 0; t < runs; t++)
+        widen(tau[t], wide[t]);
+    for (int t = 0; t < runs; t++)
+        for (int u = t; u < runs; u++)
+            add_product(wide[t], wide[u], sums++);
+}
+
+/* One bit an element: bit k of word l is element 16 k + l. */
+struct bits {
+    uint32_t plus[16], minus[16];
+};
+
+static void signs_of(const float *x, struct bits *found)
+{
+    uint32_t plus[16] = {0}, minus[16] = {0};
+    for (int k = 0; k < BLOCK / 16; k++)
+#pragma omp simd
+        for (int l = 0; l < 16; l++) {
+            plus[l] |= (uint32_t)(x[16 * k + l] > 0) << k;
+            minus[l] |= (uint32_t)(x[16 * k + l] < 0) << k;
         }
+    memcpy(found->plus, plus, sizeof plus);
+    memcpy(found->minus, minus, sizeof minus);
+}
+
+/* Elements that two runs move, and of these those that they move alike less those that they move apart. */
+static void count_signs(int runs, const float (*tau)[BLOCK], int64_t *signs, int64_t *shared, int64_t *moved)
+{
+    struct bits of[MOST_RUNS];
+    uint32_t any[16] = {0};
+    for (int t = 0; t < runs; t++) {
+        signs_of(tau[t], &of[t]);
+        for (int l = 0; l < 16; l++)
+            any[l] |= of[t].plus[l] | of[t].minus[l];
+    }
+    for (int l = 0; l < 16; l++)
+        *moved += __builtin_popcount(any[l]);
     for (int t = 0; t < runs; t++)
         for (int u = t; u < runs; u++) {
-            double product = 0;
-            float alike = 0, both = 0;
-#pragma omp simd reduction(+ : product, alike, both)
-            for (long i = 0; i < n; i++) {
-                float pair = direction[t][i] * direction[u][i];
-                product += wide[t][i] * wide[u][i];
-                alike += pair;
-                both += pair * pair;
+            const struct bits *a = &of[t], *b = &of[u];
+            int alike = 0, apart = 0;
+            for (int l = 0; l < 16; l++) {
+                alike += __builtin_popcount((a->plus[l] & b->plus[l]) | (a->minus[l] & b->minus[l]));
+                apart += __builtin_popcount((a->plus[l] & b->minus[l]) | (a->minus[l] & b->plus[l]));
             }
-            *products++ += product;
-            signs[t * runs + u] += (int64_t)alike;
-            shared[t * runs + u] += (int64_t)both;
+            signs[t * runs + u] += alike - apart;
+            shared[t * runs + u] += alike + apart;
             signs[u * runs + t] = signs[t * runs + u];
             shared[u * runs + t] = shared[t * runs + u];
         }
-    double mm = 0, mt = 0, tt = 0, kk = 0;
-    long count = 0, moves = 0;
-#pragma omp simd reduction(+ : mm, mt, tt, kk, count, moves)
-    for (long i = 0; i < n; i++) {
-        double m = merged[i], a = mean[i] / runs;
-        mm += m * m;
-        mt += m * (double)(float)a;
-        tt += (double)(float)a * (double)(float)a;
-        kk += merged[i] != 0 ? (double)(float)a * (double)(float)a : 0;
-        count += merged[i] != 0;
-        moves += any[i] > 0;
-    }
-    products[0] += mm, products[1] += mt, products[2] += tt, products[3] += kk;
-    *moved += moves;
-    *kept += count;
 }
 
-/* Merge a part of a tensor.
- *
- * weights, numbers: one for each run: lambda of TALL_MASK, thresholds of TIES. last: places, of TIES.
- * options: LINEAR {divide}; TALL_MASK {votes, divide}; TIES {elect, aggregate, majority}.
- * merged: where the whole tensor's tau_m goes; NULL: only the balance of the elected signs (TIES) goes to counts[0].
- * products: (pieces, runs (runs + 1) / 2 + 4). counts: masked (runs), signs, shared (runs, runs), moved, kept. */
-int merge(int method, long start, long stop, int runs, const void *base, int base_kind, const void *const *theta, const int *kinds,
-          const float *weights, const float *numbers, const int64_t *last, const int *options, float *merged, double *products,
-          int64_t *counts)
+static void mean_of(int runs, const float (*tau)[BLOCK], float *restrict mean)
 {
-    float(*tau)[BLOCK] = malloc(runs * sizeof *tau), (*whole)[BLOCK] = malloc(runs * sizeof *whole);
-    float origin[BLOCK], nothing[BLOCK];
-    int64_t *signs = counts + runs, *shared = signs + runs * runs, *moved = shared + runs * runs, *kept = moved + 1;
-    int status = tau && whole && runs <= 64 ? 0 : 1;
-    for (long at = start; at < stop && !status; at += BLOCK) {
-        long n = stop - at < BLOCK ? stop - at : BLOCK;
-        float *out = merged ? merged + at : nothing;
-        decode(base, base_kind, at, n, origin);
-        for (int t = 0; t < runs && !status; t++)
-            if (!task_vector(theta[t], kinds[t], origin, at, n, tau[t]))
-                status = 2 + t;
-        if (status)
-            break;
-        if (method == TIES) {
-            memcpy(whole, tau, runs * sizeof *tau);
-            trim(runs, at, n, tau, numbers, last, counts);
-            if (!merged) {
-                balance_of(runs, n, tau, weights, options[0], nothing);
-                for (long i = 0; i < n; i++)
-                    moved[0] += (nothing[i] > 0) - (nothing[i] < 0);
-                continue;
-            }
-            consensus(runs, n, tau, weights, options[0], options[1], options[2], out);
-        } else {
-            weighted_sum(runs, n, tau, weights, out);
-            if (options[method == TALL_MASK])
+    memcpy(mean, tau[0], BLOCK * sizeof(float));
+    for (int t = 1; t < runs; t++)
 #pragma omp simd
-                for (long i = 0; i < n; i++)
-                    out[i] /= runs;
-            if (method == TALL_MASK)
-                tall_mask(runs, n, tau, numbers, options[0], out, counts);
+        for (long i = 0; i < BLOCK; i++)
+            mean[i] += tau[t][i];
+#pragma omp simd
+    for (long i = 0; i < BLOCK; i++)
+        mean[i] /= runs;
+}
+
+/* Of merged and mean, and of the mean where merged is not zero */
+static void add_merged(const float *merged, const float *mean, lanes *sums, int64_t *kept)
+{
+    float kept_mean[BLOCK];
+    int count = 0;
+#pragma omp simd reduction(+ : count)
+    for (long i = 0; i < BLOCK; i++) {
+        kept_mean[i] = merged[i] != 0 ? mean[i] : 0;
+        count += merged[i] != 0;
+    }
+    *kept += count;
+    lanes m[WIDE], a[WIDE], k[WIDE];
+    widen(merged, m);
+    widen(mean, a);
+    widen(kept_mean, k);
+    add_product(m, m, sums + MERGED);
+    add_product(m, a, sums + MERGED_MEAN);
+    add_product(a, a, sums + MEAN_MEAN);
+    add_product(k, k, sums + KEPT);
+}
+
+/* Round to what is written; `near` is that in float. */
+static void round_block(int kind, const float *restrict x, float *restrict near, void *restrict out)
+{
+    uint16_t *restrict half = out;
+    if (kind == BF16)
+#pragma omp simd
+        for (long i = 0; i < BLOCK; i++) {
+            half[i] = to_bfloat(x[i]);
+            near[i] = as_float((uint32_t)half[i] << 16);
         }
-        double *sums = products + (at - start) / PIECE * (runs * (runs + 1) / 2 + 4);
-        figures(runs, n, method == TIES ? whole : tau, out, sums, signs, shared, moved, kept);
+    else if (kind == F16)
+#pragma omp simd
+        for (long i = 0; i < BLOCK; i++) {
+            half[i] = to_half(x[i]);
+            near[i] = from_half(half[i]);
+        }
+    else {
+        memcpy(out, x, BLOCK * sizeof(float));
+        memcpy(near, x, BLOCK * sizeof(float));
+    }
+}
+
+/* out = theta_0 + scale tau, rounded once, and what that takes from scale tau; returns whether it is finite. */
+static int finish(const struct job *job, long at, long n, const float *origin, const float *tau, lanes *sums, int64_t *counts)
+{
+    float step[BLOCK], theta[BLOCK], near[BLOCK], still[BLOCK], error[BLOCK];
+    char written[BLOCK * sizeof(float)];
+    int stepped = 0, unchanged = 0;
+    long size = job->out_kind == F32 ? 4 : 2;
+#pragma omp simd
+    for (long i = 0; i < BLOCK; i++) {
+        step[i] = job->scale * tau[i];
+        theta[i] = origin[i] + step[i];
+    }
+    if (job->out_kind == job->base_kind)
+        memcpy(still, origin, sizeof still);
+    else
+        round_block(job->out_kind, origin, still, written);
+    round_block(job->out_kind, theta, near, written);
+#pragma omp simd reduction(+ : stepped, unchanged)
+    for (long i = 0; i < BLOCK; i++) {
+        stepped += step[i] != 0;
+        unchanged += step[i] != 0 && near[i] == still[i];
+        error[i] = near[i] - origin[i] - step[i];
+    }
+    lanes e[WIDE], s[WIDE];
+    widen(error, e);
+    widen(step, s);
+    add_product(e, e, sums + ERROR);
+    add_product(s, s, sums + STEP);
+    counts[0] += stepped;
+    counts[1] += unchanged;
+    memcpy((char *)job->out + at * size, written, n * size);
+    return all_finite(theta) && all_finite(near);
+}
+
+static int merge_block(const struct job *job, long at, long n, float (*tau)[BLOCK], lanes (*wide)[WIDE], lanes *sums,
+                       int64_t *counts)
+{
+    int runs = job->runs, pairs = runs * (runs + 1) / 2;
+    int64_t *signs = counts + runs, *shared = signs + runs * runs, *moved = shared + runs * runs, *kept = moved + 1;
+    float origin[BLOCK], mean[BLOCK], merged[BLOCK];
+    decode(job->base, job->base_kind, at, n, origin);
+    for (int t = 0; t < runs; t++) {
+        task_vector(job->theta[t], job->kinds[t], origin, at, n, tau[t]);
+        if (!all_finite(tau[t]))
+            return 3 + t;
+    }
+    if (job->method == BALANCE) {
+        trim(runs, at, n, tau, job->numbers, job->last, counts);
+        balance_of(runs, tau, job->weights, job->options[0], merged);
+        for (long i = 0; i < BLOCK; i++)
+            *moved += (merged[i] > 0) - (merged[i] < 0);
+        return 0;
+    }
+    add_pairs(runs, tau, wide, sums);
+    count_signs(runs, tau, signs, shared, moved);
+    mean_of(runs, tau, mean);
+    if (job->method == TIES) {
+        trim(runs, at, n, tau, job->numbers, job->last, counts);
+        consensus(runs, tau, job->weights, job->options[0], job->options[1], job->options[2], merged);
+    } else {
+        weighted_sum(runs, tau, job->weights, merged);
+        if (job->options[job->method == TALL_MASK])
+#pragma omp simd
+            for (long i = 0; i < BLOCK; i++)
+                merged[i] /= runs;
+        if (job->method == TALL_MASK)
+            tall_mask(runs, tau, job->numbers, job->options[0], merged, counts);
+    }
+    add_merged(merged, mean, sums + pairs, kept);
+    if (job->merged)
+        memcpy(job->merged + at, merged, n * sizeof(float));
+    return !job->out || finish(job, at, n, origin, merged, sums + pairs, kept + 1) ? 0 : 2;
+}
+
+/* Merge elements start ... stop - 1; a call for all elements and several for parts that begin at multiples of PIECE give the same.
+ *
+ * sums: (pieces, runs (runs + 1) / 2 + MORE). counts: masked (runs), signs, shared (runs, runs), moved, kept, and of what is
+ * written the elements that the merge steps, and those of them that rounding leaves at the base's value. */
+int merge(const struct job *job, long start, long stop, double *sums, int64_t *counts)
+{
+    int number = job->runs * (job->runs + 1) / 2 + MORE, status = 0;
+    float(*tau)[BLOCK] = aligned_alloc(64, job->runs * sizeof *tau);
+    lanes(*wide)[WIDE] = aligned_alloc(64, job->runs * sizeof *wide), *partial = aligned_alloc(64, number * sizeof *partial);
+    if (!tau || !wide || !partial)
+        status = 1;
+    for (long piece = start; piece < stop && !status; piece += PIECE, sums += number) {
+        long end = stop - piece < PIECE ? stop : piece + PIECE;
+        memset(partial, 0, number * sizeof *partial);
+        for (long at = piece; at < end && !status; at += BLOCK)
+            status = merge_block(job, at, end - at < BLOCK ? end - at : BLOCK, tau, wide, partial, counts);
+        for (int i = 0; i < number; i++)
+            for (int l = 0; l < LANES; l++)
+                sums[i] += partial[i][l];
     }
     free(tau);
-    free(whole);
+    free(wide);
+    free(partial);
     return status;
 }
 
-/* Count the 16 bits above `shift` of the magnitudes of one run, of those whose higher bits are `prefix` (if it is not negative). */
-int count_digits(long start, long stop, const void *base, int base_kind, const void *theta, int kind, int shift, int64_t prefix,
-                 int64_t *counts)
+/* Magnitudes of one run against a bracket, as bit patterns, which sort as the magnitudes do: how many lie below `low`, equal it,
+ * equal `high`, and lie between; the patterns of these go to `inside`, up to `room` of them. */
+int collect(const struct job *job, int run, long size, int32_t low, int32_t high, int64_t room, int64_t *counts, int32_t *inside)
 {
+    int64_t held = 0;
     float origin[BLOCK], tau[BLOCK];
-    uint32_t *local = calloc(4 * 65536, sizeof *local); /* four tables: equal neighbours do not wait for each other */
-    int status = local ? 0 : 1;
-    for (long at = start; at < stop && !status; at += BLOCK) {
-        long n = stop - at < BLOCK ? stop - at : BLOCK;
-        uint32_t bits[BLOCK];
-        decode(base, base_kind, at, n, origin);
-        if (!task_vector(theta, kind, origin, at, n, tau))
-            status = 2;
-        memcpy(bits, tau, n * sizeof *bits);
-        if (prefix < 0)
-            for (long i = 0; i < n; i++)
-                local[(i & 3) << 16 | ((bits[i] & 0x7fffffff) >> shift & 0xffff)]++;
-        else
-            for (long i = 0; i < n; i++)
-                if ((int64_t)((bits[i] & 0x7fffffff) >> 16) == prefix)
-                    local[bits[i] & 0xffff]++;
+    int32_t bits[BLOCK];
+    uint8_t in[BLOCK];
+    for (long at = 0; at < size; at += BLOCK) {
+        long n = size - at < BLOCK ? size - at : BLOCK;
+        int below = 0, lowest = 0, highest = 0;
+        decode(job->base, job->base_kind, at, n, origin);
+        task_vector(job->theta[run], job->kinds[run], origin, at, n, tau);
+        if (!all_finite(tau))
+            return 3 + run;
+#pragma omp simd reduction(+ : below, lowest, highest)
+        for (long i = 0; i < n; i++) {
+            bits[i] = (int32_t)(as_bits(tau[i]) & 0x7fffffff);
+            in[i] = bits[i] > low && bits[i] < high;
+            below += bits[i] < low;
+            lowest += bits[i] == low;
+            highest += bits[i] == high;
+        }
+        memset(in + n, 0, BLOCK - n);
+        for (long i = 0; i < n; i += 8) { /* most of them are not inside */
+            uint64_t some;
+            memcpy(&some, in + i, 8);
+            for (long j = i; some && j < i + 8; j++)
+                if (in[j]) {
+                    if (held < room)
+                        inside[held] = bits[j];
+                    held++;
+                }
+        }
+        counts[0] += below, counts[1] += lowest, counts[2] += highest;
     }
-    for (long i = 0; i < 65536 && local; i++)
-        counts[i] += (int64_t)local[i] + local[65536 + i] + local[131072 + i] + local[196608 + i];
-    free(local);
-    return status;
+    counts[3] = held;
+    return 0;
 }
 
 /* The place of the n-th element (from 1) of one run whose magnitude is exactly `value`; -1 if there are fewer. */
-int64_t place_of_equal(long size, const void *base, int base_kind, const void *theta, int kind, float value, int64_t nth)
+int64_t place_of_equal(const struct job *job, int run, long size, float value, int64_t nth)
 {
     float origin[BLOCK], tau[BLOCK];
     for (long at = 0; at < size; at += BLOCK) {
         long n = size - at < BLOCK ? size - at : BLOCK;
-        decode(base, base_kind, at, n, origin);
-        task_vector(theta, kind, origin, at, n, tau);
+        decode(job->base, job->base_kind, at, n, origin);
+        task_vector(job->theta[run], job->kinds[run], origin, at, n, tau);
         for (long i = 0; i < n; i++)
             if (fabsf(tau[i]) == value && --nth == 0)
                 return at + i;

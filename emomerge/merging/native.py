@@ -1,21 +1,22 @@
-"""The fast path on the CPU: methods that treat every element alike, from kernels.c, with what the diagnostics sum up."""
+"""The fast path on the CPU: methods that treat every element alike, from kernels.c, with what is summed up on the way."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from emomerge import native
 from emomerge.checkpoints import Checkpoint
 from emomerge.errors import BadInput
-from emomerge.merging.thresholds import Cut, rank_of
+from emomerge.merging.thresholds import Bracket, Cut, sample_step
 
 if TYPE_CHECKING:
     from emomerge.merging.diagnostics import Figures
@@ -23,12 +24,11 @@ if TYPE_CHECKING:
 KERNELS = Path(__file__).with_name("kernels.c")
 PIECE = 2**17
 """Elements whose sums go on in one double, and the least that is worth a thread (kernels.c)."""
-DIGIT = 2**16
 MOST_RUNS = 64
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
-DELTA, STILL = 2, 3
-METHODS = {"linear": 0, "tall-mask": 1, "ties": 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DELTA, STILL = 3, 4
+METHODS = {"linear": 0, "tall-mask": 1, "ties": 2, "balance": 3}
 ELECT = {"sum": 0, "weighted": 1, "count": 2}
 AGGREGATE = {"mean": 0, "count": 1, "sum": 2, "max": 3}
 
@@ -40,20 +40,66 @@ class Part(NamedTuple):
     stop: int
 
 
+@dataclass
+class Written:
+    """θ₀ + scale·τ_m in the dtype of a file, and what rounding to it takes."""
+
+    dtype: torch.dtype
+    scale: float
+    finite: bool = True
+    stepped: int = 0
+    """Elements that the merge moves."""
+    unchanged: int = 0
+    """Those of them that are written as the base's would be."""
+    squared_errors: list[float] = field(default_factory=list)
+    squared_lengths: list[float] = field(default_factory=list)
+    """Of parts of the tensor: the squared length of what rounding takes from scale·τ_m, and of that itself."""
+
+
+class _Job(ctypes.Structure):
+    """`struct job` of kernels.c."""
+
+    _fields_ = [
+        ("method", ctypes.c_int),
+        ("runs", ctypes.c_int),
+        ("base_kind", ctypes.c_int),
+        ("out_kind", ctypes.c_int),
+        ("base", ctypes.c_void_p),
+        ("theta", ctypes.c_void_p),
+        ("kinds", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("numbers", ctypes.c_void_p),
+        ("last", ctypes.c_void_p),
+        ("merged", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("options", ctypes.c_int * 3),
+    ]
+
+
 @dataclass(frozen=True)
 class Source:
-    """One tensor of the base and of the runs as it is stored, float32 or bfloat16; or a task vector that is known exactly."""
+    """One tensor of the base and of the runs as it is stored, in 32 or 16 bits; or a task vector that is known exactly.
+
+    Where `written` is given, `merge` makes what is written instead of τ_m.
+    """
 
     base: Tensor
     runs: tuple[Tensor | None, ...]
     kinds: tuple[int, ...]
     labels: tuple[str, ...]
     name: str
+    written: Written | None = None
 
     @property
     def numel(self) -> int:
         """Elements of the tensor."""
         return self.base.numel()
+
+    @property
+    def moves(self) -> bool:
+        """Whether any run may move it."""
+        return any(run is not None for run in self.runs)
 
     def merge(
         self,
@@ -65,7 +111,7 @@ class Source:
         options: Sequence[int] = (),
         figures: Figures,
     ) -> Tensor:
-        """τ_m, float32, of the tensor's shape; the figures are added up.
+        """τ_m in float32, or what is written, of the tensor's shape; the figures are added up.
 
         Args:
             method: a key of `METHODS`.
@@ -75,69 +121,94 @@ class Source:
             options: see kernels.c.
             figures: where the sums go.
         """
-        merged = torch.empty(self.base.shape, dtype=torch.float32)
-        found = self._run(method, weights, numbers, last, options, merged)
-        for products, counts in found:
-            figures.add_sums(products, counts)
+        merged = torch.empty(self.base.shape, dtype=self.written.dtype if self.written else torch.float32)
+        for sums, counts in self._run(method, weights, numbers, last, options, merged):
+            figures.add_sums(sums[:, :-2], counts[:-2])
+            if self.written:
+                self.written.squared_errors += sums[:, -2].tolist()
+                self.written.squared_lengths += sums[:, -1].tolist()
+                self.written.stepped += int(counts[-2])
+                self.written.unchanged += int(counts[-1])
         return merged
 
     def balance(self, weights: Tensor, *, numbers: Tensor, last: Tensor | None, elect: int) -> int:
         """Coordinates that elect plus, less those that elect minus (ties)."""
-        runs = len(self.runs)
-        found = self._run("ties", weights, numbers, last, (elect, 0, 0), None)
-        return sum(int(counts[runs + 2 * runs * runs]) for _, counts in found)
+        return sum(int(counts[-4]) for _, counts in self._run("balance", weights, numbers, last, (elect,), None))
 
-    def largest(self, counts: Sequence[int]) -> Cut:
-        """Exactly so many elements of each run; of equal ones the first."""
-        thresholds, places = torch.zeros(len(self.runs)), torch.full((len(self.runs),), self.numel)
+    def largest(self, counts: Sequence[int]) -> Cut | None:
+        """Exactly so many elements of each run, of equal ones the first; None where a sample misled the search."""
+        found: list[tuple[float, int] | None] = [None] * len(self.runs)
 
         def work(run: int) -> None:
-            thresholds[run], places[run] = self._largest(run, counts[run])
+            found[run] = self._largest(run, counts[run])
 
         native.in_parallel(work, range(len(self.runs)))
-        return Cut(thresholds.unsqueeze(1), None if (places == self.numel).all() else places.unsqueeze(1))
+        some = [each for each in found if each is not None]
+        if len(some) < len(found):
+            return None
+        thresholds, places = torch.tensor(some, dtype=torch.float64).T
+        return Cut(thresholds.float().unsqueeze(1), None if (places == self.numel).all() else places.long().unsqueeze(1))
 
-    def _largest(self, run: int, count: int) -> tuple[float, int]:
+    def _largest(self, run: int, count: int) -> tuple[float, int] | None:
         n = self.numel
         if count >= n or count <= 0:
             return 0.0 if count > 0 else torch.inf, n
-        high = self.count_digits(run, 16, -1)
-        digit, rank = rank_of(high, n - count + 1)
-        low = self.count_digits(run, 0, digit)
-        rest, within = rank_of(low, rank)
-        value = float(torch.tensor((digit << 16) | rest, dtype=torch.int32).view(torch.float32))
-        equal = int(low[rest])
-        wanted = equal - within + 1  # of those that equal the threshold
-        return value, n if wanted == equal else self._place(run, value, wanted)
+        bracket = Bracket.of(self.sample(run, sample_step(n)), n - count + 1, n)
+        self.collect(run, bracket)
+        rank = bracket.find(n - count + 1)
+        if rank is None:
+            return None
+        wanted = rank.equal - rank.within + 1  # of those that equal the threshold
+        return rank.value, n if wanted == rank.equal else self._place(run, rank.value, wanted)
 
-    def count_all(self, shift: int, prefixes: Sequence[int]) -> Tensor:
-        """`count_digits` of every run, (runs, 65536)."""
-        counts = torch.zeros(len(self.runs), DIGIT, dtype=torch.int64)
+    def sample(self, run: int, step: int) -> Tensor:
+        """The magnitudes of every step-th element of a run."""
+        theta, base = self.runs[run], self.base.flatten()[::step].float()
+        if theta is None:
+            return torch.zeros_like(base)
+        some = theta.flatten()[::step].float()
+        return (some if self.kinds[run] == DELTA else some - base).abs()
 
-        def work(run: int) -> None:
-            counts[run] = self.count_digits(run, shift, prefixes[run])
-
-        native.in_parallel(work, range(len(self.runs)))
-        return counts
-
-    def count_digits(self, run: int, shift: int, prefix: int) -> Tensor:
-        """How often each value of 16 bits of the magnitudes' patterns occurs, (65536,), int64."""
-        counts = torch.zeros(DIGIT, dtype=torch.int64)
-        arguments = [*self._data(run), ctypes.c_int(shift), ctypes.c_int64(prefix), ctypes.c_void_p(counts.data_ptr())]
-        self._check(_kernels().count_digits(ctypes.c_long(0), ctypes.c_long(self.numel), *arguments), run)
-        return counts
+    def collect(self, run: int, bracket: Bracket) -> None:
+        """Add the magnitudes of one run to a bracket."""
+        if self.runs[run] is None:
+            bracket.add([self.numel * (bracket.low > 0), self.numel * (bracket.low == 0), 0, 0], np.empty(0, np.int32))
+            return
+        counts, inside = np.zeros(4, np.int64), np.empty(min(bracket.room, self.numel), np.int32)
+        job, _keep = self._job("linear", (), None)
+        arguments = ctypes.c_int32(bracket.low), ctypes.c_int32(bracket.high), ctypes.c_int64(len(inside))
+        outputs = (ctypes.c_void_p(array.ctypes.data) for array in (counts, inside))
+        size = ctypes.c_long(self.numel)
+        self._check(_kernels().collect(ctypes.byref(job), ctypes.c_int(run), size, *arguments, *outputs))
+        bracket.add(counts.tolist(), inside)
 
     def _place(self, run: int, value: float, nth: int) -> int:
         function = _kernels().place_of_equal
         function.restype = ctypes.c_int64
-        arguments = [*self._data(run), ctypes.c_float(value), ctypes.c_int64(nth)]
-        return int(function(ctypes.c_long(self.numel), *arguments))
+        job, _keep = self._job("linear", (), None)
+        arguments = [ctypes.c_int(run), ctypes.c_long(self.numel), ctypes.c_float(value), ctypes.c_int64(nth)]
+        return int(function(ctypes.byref(job), *arguments))
 
-    def _data(self, run: int) -> list[Any]:
-        tensor = self.runs[run]
-        address = None if tensor is None else tensor.data_ptr()
-        base = [ctypes.c_void_p(self.base.data_ptr()), ctypes.c_int(KINDS[self.base.dtype])]
-        return [*base, ctypes.c_void_p(address), ctypes.c_int(self.kinds[run])]
+    def _job(self, method: str, options: Sequence[int], merged: Tensor | None, *numbers: Tensor) -> tuple[_Job, list[object]]:
+        """The arguments for a kernel, and what they point to."""
+        thetas = (ctypes.c_void_p * len(self.runs))(*(None if t is None else t.data_ptr() for t in self.runs))
+        kinds = (ctypes.c_int * len(self.runs))(*self.kinds)
+        job = _Job(
+            method=METHODS[method],
+            runs=len(self.runs),
+            base_kind=KINDS[self.base.dtype],
+            base=self.base.data_ptr(),
+            theta=ctypes.addressof(thetas),
+            kinds=ctypes.addressof(kinds),
+            options=(ctypes.c_int * 3)(*options),
+        )
+        if numbers:
+            job.weights, job.numbers, job.last = (t.data_ptr() for t in numbers)
+        if merged is not None and self.written:
+            job.out, job.out_kind, job.scale = merged.data_ptr(), KINDS[self.written.dtype], self.written.scale
+        elif merged is not None:
+            job.merged = merged.data_ptr()
+        return job, [thetas, kinds, numbers]
 
     def _run(
         self,
@@ -148,46 +219,40 @@ class Source:
         options: Sequence[int],
         merged: Tensor | None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Products (pieces, pairs) and counts of every part."""
+        """Sums (pieces, pairs and more) and counts of every part."""
         runs = len(self.runs)
         numbers = (torch.zeros(runs) if numbers is None else numbers).float().contiguous()
         last = (torch.full((runs,), self.numel) if last is None else last).contiguous()
-        weights = weights.float().contiguous()
-        thetas = (ctypes.c_void_p * runs)(*(None if t is None else t.data_ptr() for t in self.runs))
-        kinds, choices = (ctypes.c_int * runs)(*self.kinds), (ctypes.c_int * 3)(*options)
-        parts = _parts(self.numel, native.threads() if merged is not None else 1)
+        job, _keep = self._job(method, options, merged, weights.float().contiguous(), numbers, last)
+        parts = _parts(self.numel, native.threads())
         results = [
             (
-                torch.zeros(-(-(part.stop - part.start) // PIECE), runs * (runs + 1) // 2 + 4, dtype=torch.float64),
-                torch.zeros(runs + 2 * runs * runs + 2, dtype=torch.int64),
+                torch.zeros(-(-(part.stop - part.start) // PIECE), runs * (runs + 1) // 2 + 6, dtype=torch.float64),
+                torch.zeros(runs + 2 * runs * runs + 4, dtype=torch.int64),
             )
             for part in parts
         ]
 
         def work(index: int) -> None:
-            products, counts = results[index]
-            pointers = [None if t is None else t.data_ptr() for t in (weights, numbers, last)]
-            outputs = [None if t is None else t.data_ptr() for t in (merged, products, counts)]
-            status = _kernels().merge(
-                ctypes.c_int(METHODS[method]), ctypes.c_long(parts[index].start), ctypes.c_long(parts[index].stop),
-                ctypes.c_int(runs), ctypes.c_void_p(self.base.data_ptr()), ctypes.c_int(KINDS[self.base.dtype]), thetas, kinds,
-                *map(ctypes.c_void_p, pointers), choices, *map(ctypes.c_void_p, outputs),
-            )  # fmt: skip
-            self._check(status, status - 2)
+            start, stop = parts[index]
+            outputs = [ctypes.c_void_p(t.data_ptr()) for t in results[index]]
+            self._check(_kernels().merge(ctypes.byref(job), ctypes.c_long(start), ctypes.c_long(stop), *outputs))
 
         native.in_parallel(work, range(len(parts)))
         return results
 
-    def _check(self, status: int, run: int) -> None:
+    def _check(self, status: int) -> None:
         if status == 1:
             raise MemoryError(f"no memory to merge {self.name}")
-        if status:
-            where = f"{self.name} of run {self.labels[run]}"
+        if status == 2 and self.written:
+            self.written.finite = False
+        if status > 2:
+            where = f"{self.name} of run {self.labels[status - 3]}"
             raise BadInput("non-finite task vector", where=where, fix="leave this run out")
 
 
 def open_source(name: str, base: Checkpoint, runs: Sequence[Checkpoint], labels: Sequence[str]) -> Source | None:
-    """One tensor as it is stored; None where the kernels cannot work on it, or no run moves it."""
+    """One tensor as it is stored; None where the kernels cannot work on it."""
     if len(runs) > MOST_RUNS or base.info(name).dtype not in KINDS or native.library(KERNELS) is None:
         return None
     plain = [type(run).delta is Checkpoint.delta for run in runs]
@@ -195,8 +260,6 @@ def open_source(name: str, base: Checkpoint, runs: Sequence[Checkpoint], labels:
         return None
     origin = base[name]
     tensors = [run[name] if dense else run.delta(name, base) for run, dense in zip(runs, plain, strict=True)]
-    if not origin.numel() or all(t is None for t in tensors):
-        return None
     if not origin.is_cpu or any(t is not None and (not t.is_cpu or t.dtype not in KINDS) for t in tensors):
         return None
     kinds = [STILL if t is None else KINDS[t.dtype] if dense else DELTA for t, dense in zip(tensors, plain, strict=True)]
@@ -209,7 +272,7 @@ def open_source(name: str, base: Checkpoint, runs: Sequence[Checkpoint], labels:
 def _parts(numel: int, threads: int) -> list[Part]:
     """About equal ranges that begin at whole pieces."""
     pieces = -(-numel // PIECE)
-    threads = min(threads, pieces)
+    threads = max(min(threads, pieces), 1)
     cuts = [min(pieces * index // threads * PIECE, numel) for index in range(threads + 1)]
     return [Part(*ends) for ends in pairwise(cuts)]
 

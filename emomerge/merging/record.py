@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,11 +68,12 @@ class MergeRecord(_Part):
     """Of whatever else was read, by path: the recipe, its data, squared gradients."""
     output: Output = Output()
 
-    def with_hashes(self, further: Sequence[Path] = ()) -> MergeRecord:
+    def with_hashes(self, further: Sequence[Path] = (), digest: Callable[[Path], str] = sha256) -> MergeRecord:
         """The same with the hashes of all inputs; reads those files to their ends that have none yet.
 
         Args:
             further: files besides the base's and the runs'.
+            digest: gives the SHA-256 of a file.
         """
         information = [file for source in self.params.get("information") or () for file in input_files(source)]
         if self.method == "fisher" and not information:
@@ -80,9 +81,11 @@ class MergeRecord(_Part):
         known = self.further_sha256
         return self.model_copy(
             update={
-                "base_sha256": self.base_sha256 or hashes_of(self.base),
-                "runs": tuple(run.model_copy(update={"sha256": run.sha256 or hashes_of(run.source)}) for run in self.runs),
-                "further_sha256": known or {str(file): sha256(file) for file in [*information, *further]},
+                "base_sha256": self.base_sha256 or hashes_of(self.base, digest),
+                "runs": tuple(
+                    run.model_copy(update={"sha256": run.sha256 or hashes_of(run.source, digest)}) for run in self.runs
+                ),
+                "further_sha256": known or {str(file): digest(file) for file in [*information, *further]},
             }
         )
 
@@ -161,9 +164,9 @@ def input_files(source: str) -> list[Path]:
     return list(checkpoint.paths) if isinstance(checkpoint, SafetensorsCheckpoint) else []
 
 
-def hashes_of(source: str) -> Hashes:
+def hashes_of(source: str, digest: Callable[[Path], str] = sha256) -> Hashes:
     """File name → SHA-256 of what a base or a run is read from."""
-    return {file.name: sha256(file) for file in input_files(source)}
+    return {file.name: digest(file) for file in input_files(source)}
 
 
 def _compare(source: str, hashes: Hashes) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 DIGIT = 16
@@ -51,11 +54,74 @@ def kth_magnitude(stream: Callable[[], Iterable[Tensor]], ranks: Sequence[int], 
     return prefix.to(_INTEGERS[dtype]).view(dtype)
 
 
-def rank_of(counts: Tensor, rank: int) -> tuple[int, int]:
-    """The value at which the counts of values 0, 1, 2 … reach a rank (from 1), and the rank among its equals."""
-    up_to = counts.cumsum(0)
-    value = int(torch.searchsorted(up_to, rank))
-    return value, rank - int(up_to[value] - counts[value])
+class Ranked(NamedTuple):
+    """The magnitude of some rank."""
+
+    value: float
+    equal: int
+    """Elements that have it."""
+    within: int
+    """The rank (from 1) among these."""
+
+
+class Bracket:
+    """A rank of many float32 magnitudes in one reading: those outside two values are counted, the few inside are held.
+
+    A sample gives the two values (Floyd and Rivest 1975). Magnitudes are compared by their bit patterns, which sort alike.
+
+    Args:
+        low, high: the patterns; −1 and 2³¹ − 1 leave a side open.
+        room: patterns that one call of `add` may hold.
+    """
+
+    def __init__(self, low: int, high: int, room: int) -> None:
+        self.low, self.high, self.room = low, high, room
+        self._below = self._lowest = self._highest = 0
+        self._inside: list[NDArray[np.int32]] | None = []
+
+    @classmethod
+    def of(cls, sample: Tensor, rank: int, numel: int) -> Bracket:
+        """What probably holds a rank (from 1) among so many elements, of which some magnitudes, float32, are given."""
+        patterns, size = sample.numpy().view(np.int32), len(sample)
+        place, margin = rank * size // numel, 2 * math.isqrt(size) + 1  # 4 standard deviations or more
+        left, right = max(place - margin, -1), min(place + margin, size)
+        ends = [end for end in (left, right) if 0 <= end < size]
+        sorted_there = np.partition(patterns, ends) if ends else patterns
+        low = -1 if left < 0 else int(sorted_there[left])
+        high = 2**31 - 1 if right == size else int(sorted_there[right])
+        return cls(low, high, 2 * numel * (right - left) // size + 4096)
+
+    def add(self, counts: Sequence[int], inside: NDArray[np.int32]) -> None:
+        """Elements below `low`, equal to it, equal to `high`, inside; and the patterns of the last, as many as had room."""
+        below, lowest, highest, held = counts
+        self._below, self._lowest, self._highest = self._below + below, self._lowest + lowest, self._highest + highest
+        if self._inside is not None:
+            self._inside.append(inside[:held].copy())
+        if held > len(inside):
+            self._inside = None
+
+    def find(self, rank: int) -> Ranked | None:
+        """The magnitude of a rank among all that were added; None where the sample misled, and it is not inside."""
+        inside = None if self._inside is None else np.concatenate([np.empty(0, np.int32), *self._inside])
+        if inside is None or (rank := rank - self._below) < 1:
+            return None
+        if rank <= self._lowest:
+            return Ranked(_magnitude(self.low), self._lowest, rank)
+        if (rank := rank - self._lowest) <= len(inside):
+            pattern = np.partition(inside, rank - 1)[rank - 1]
+            return Ranked(_magnitude(pattern), int((inside == pattern).sum()), rank - int((inside < pattern).sum()))
+        if (rank := rank - len(inside)) <= self._highest and self.low < self.high:
+            return Ranked(_magnitude(self.high), self._highest, rank)
+        return None
+
+
+def sample_step(numel: int) -> int:
+    """How far apart the elements of a sample lie, so that it has about 2·n^⅔ of n; odd, so that no column is left out."""
+    return int(numel ** (1 / 3) / 2) | 1
+
+
+def _magnitude(pattern: int | np.int32) -> float:
+    return float(np.int32(pattern).view(np.float32))
 
 
 SAMPLE = 2**14

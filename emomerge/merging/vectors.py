@@ -12,7 +12,8 @@ from torch import Tensor
 from emomerge.checkpoints import Checkpoint, TensorInfo, working_dtype
 from emomerge.errors import BadInput
 from emomerge.merging.native import Source, open_source
-from emomerge.merging.thresholds import rank_of
+from emomerge.merging.thresholds import Bracket, sample_step
+from emomerge.native import in_parallel
 
 CHUNK = 2**17
 """Elements of a piece: five runs' worth of them and a few temporaries stay in the cache."""
@@ -149,26 +150,29 @@ class TaskVectors:
                 yield name, piece
 
     def source(self, name: str) -> Source | None:
-        """A tensor as it is stored, for compiled kernels; None where these cannot work on it, or no run moves it."""
+        """A tensor as it is stored, for compiled kernels; None where these cannot work on it."""
         return open_source(name, self.base, self.runs, self.labels)
 
     def kth_magnitude_native(self, ranks: Sequence[int]) -> Tensor | None:
-        """As `thresholds.kth_magnitude` over all tensors, float32, compiled; None where a tensor is of another kind."""
-        if self.dtype != torch.float32:
+        """As `thresholds.kth_magnitude` over all tensors, float32, compiled.
+
+        None where a tensor is of another kind, or a sample misled the search.
+        """
+        runs, step = range(len(self.runs)), sample_step(self.numel)
+        samples: list[list[Tensor]] = [[] for _ in runs]
+        if self.dtype != torch.float32 or not self.numel:
             return None
-        found = torch.zeros(len(self.runs), dtype=torch.int64)
-        remaining = list(ranks)
-        for shift in (16, 0):
-            counts = torch.zeros(len(self.runs), 2**16, dtype=torch.int64)
-            prefixes = [-1] * len(self.runs) if shift else [int(pattern) >> 16 for pattern in found]
-            for name in self.names:
-                if (source := self.source(name)) is None:
-                    return None
-                counts += source.count_all(shift, prefixes)
-            for run, rank in enumerate(remaining):
-                digit, remaining[run] = rank_of(counts[run], rank)
-                found[run] |= digit << shift
-        return found.to(torch.int32).view(torch.float32)
+        for name in self.names:
+            if (source := self.source(name)) is None:
+                return None
+            for run in runs:
+                samples[run].append(source.sample(run, step))
+        brackets = [Bracket.of(torch.cat(some), rank, self.numel) for some, rank in zip(samples, ranks, strict=True)]
+        for name in self.names:
+            if (source := self.source(name)) is not None:
+                in_parallel(lambda run: source.collect(run, brackets[run]), runs)
+        found = [bracket.find(rank) for bracket, rank in zip(brackets, ranks, strict=True)]
+        return None if None in found else torch.tensor([ranked.value for ranked in found if ranked])
 
     def weights_for(self, name: str, deltas: Tensor) -> Tensor:
         """The weights of the runs (runs,) in a tensor, rounded to the deltas' dtype."""

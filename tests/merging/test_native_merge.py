@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import emomerge.merging.vectors as vectors
-from emomerge.checkpoints import MemoryCheckpoint
+from emomerge.checkpoints import MemoryCheckpoint, RoundingLoss, write_checkpoint
 from emomerge.errors import BadInput
 from emomerge.merging import merge
 from emomerge.merging.native import PIECE, open_source
@@ -35,7 +36,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 def models(kind: str, rounded: bool) -> tuple[MemoryCheckpoint, list[MemoryCheckpoint]]:
     """A base and three runs; rounded deltas have many equal magnitudes and zeros."""
     generator = torch.Generator().manual_seed(0)
-    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(kind, torch.float32)
 
     def draw(scale: float) -> dict[str, Tensor]:
         return {name: scale * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
@@ -73,7 +74,7 @@ def close(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("rounded", [False, True])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "mixed"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "mixed"])
 @pytest.mark.parametrize(("method", "params"), METHODS)
 def test_same_bits(method: str, params: dict[str, Any], kind: str, rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     base, runs = models(kind, rounded)
@@ -121,3 +122,52 @@ def test_a_value_that_is_not_finite_names_tensor_and_run(bad: float, params: dic
     with pytest.raises(BadInput, match="non-finite task vector: f of run second"):
         merged = merge(base, runs, method="ties" if params else "mean", names=["first", "second", "third"], **params)
         merged["f"]
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("method", "params"), [METHODS[2], METHODS[3], METHODS[6]])
+def test_what_is_written_in_one_reading(
+    method: str, params: dict[str, Any], kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, runs = models(kind, rounded=kind == "bfloat16")
+    merged = merge(base, runs, method=method, **params)
+    ours, theirs = RoundingLoss(base), RoundingLoss(base)
+    for name in base:
+        written, (theta, theta0, tau) = merged.rounded(name, dtype, ours), merged.with_base(name, base)
+        if tau is None:
+            assert written is None
+            continue
+        assert written is not None and written.dtype == dtype
+        assert torch.equal(written, theta.to(dtype)), name
+        theirs.add(theta0, tau, written)
+    assert close(ours.figures(), theirs.figures())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_sixteen_bit_value_is_read_and_written(dtype: torch.dtype) -> None:
+    """θ₀ + τ is each value, the spaces between two of them, and the halfway points."""
+    values = torch.arange(2**16).to(torch.int16).view(dtype)
+    values = values[values.isfinite()]
+    exact = MemoryCheckpoint({"w": values})
+    zeros = MemoryCheckpoint({"w": torch.zeros(len(values))})
+    assert torch.equal(merge(exact, [exact, exact], method="mean")["w"], values.float())
+    near, far = values.double(), values.sort().values.double()
+    between = torch.cat([near, (far[1:] + far[:-1]) / 2, (far[1:] + far[:-1]) / 2 * (1 + 2**-20)]).float()
+    base = MemoryCheckpoint({"w": torch.zeros(len(between))})
+    written = merge(base, [MemoryCheckpoint({"w": between})], method="mean").rounded("w", dtype, None)
+    assert written is not None and torch.equal(written, between.to(dtype))
+    assert torch.equal(merge(zeros, [exact], method="mean")["w"], values.float())
+
+
+@pytest.mark.parametrize(("start", "step"), [(6e4, 1e4), (3e38, 3e38)])
+def test_a_value_too_large_is_left_to_the_writer(start: float, step: float, tmp_path: Path) -> None:
+    base = MemoryCheckpoint({"w": torch.full((600,), start)})
+    run = MemoryCheckpoint({"w": torch.full((600,), start).index_fill(0, torch.tensor([513]), start + min(step, 3e37))})
+    merged = merge(base, [run], method="mean", scale=step / min(step, 3e37))
+    assert merged.rounded("w", torch.float16, None) is None
+    with pytest.raises(BadInput, match="values too large for torch.float16|NaN or infinity"):
+        write_checkpoint(merged, tmp_path / "out", dtype="float16")

@@ -1,10 +1,12 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emomerge.merging import thresholds
-from emomerge.merging.thresholds import kth_magnitude, kth_smallest, largest
+from emomerge.checkpoints import MemoryCheckpoint
+from emomerge.merging import merge, thresholds
+from emomerge.merging.thresholds import Bracket, kth_magnitude, kth_smallest, largest, sample_step
 
 floats32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 floats64 = st.floats(allow_nan=False, allow_infinity=False)
@@ -64,3 +66,43 @@ def test_exactly_so_many_of_the_largest_and_of_equal_ones_the_first(values, data
     mask = torch.cat([cut.mask(rows[:, :split]), cut.mask(rows[:, split:], offset=split)], dim=1)
     assert {i for i, kept in enumerate(mask[0]) if kept} == expected
     assert {i for i, kept in enumerate(mask[1]) if kept} == {order[0]}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    kind=st.sampled_from(["normal", "equal", "zeros", "heavy", "two"]),
+    n=st.integers(1, 3000),
+    misled=st.booleans(),
+    data=st.data(),
+)
+def test_a_bracket_finds_a_rank_or_says_that_it_does_not(seed, kind, n, misled, data):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    x = {"normal": x, "equal": (4 * x).round(), "zeros": x * (x > 1), "heavy": x.pow(9), "two": x.sign()}[kind].abs()
+    rank = data.draw(st.integers(1, n))
+    bracket = Bracket.of(x[:20] if misled else x[:: sample_step(n)], rank, n)
+    for piece in x.numpy().view(np.int32)[: n // 2], x.numpy().view(np.int32)[n // 2 :]:
+        inside = piece[(piece > bracket.low) & (piece < bracket.high)]
+        counts = [(piece < bracket.low).sum(), (piece == bracket.low).sum(), (piece == bracket.high).sum(), len(inside)]
+        bracket.add(counts, inside[: bracket.room])
+    found = bracket.find(rank)
+    ordered = x.sort().values
+    value = ordered[rank - 1]
+    if found is None:
+        assert misled or n > 40
+    else:
+        below = int((x < value).sum())
+        assert found == (value, int((x == value).sum()), rank - below)
+
+
+def test_a_misled_search_takes_the_longer_way(monkeypatch):
+    """Two of a thousand elements far from the rest, and a sample that holds only these."""
+    monkeypatch.setattr("emomerge.merging.vectors.sample_step", lambda _: 500)
+    monkeypatch.setattr("emomerge.merging.native.sample_step", lambda _: 500)
+    base = MemoryCheckpoint({"w": torch.zeros(1000)})
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    values[::500] = 100 + values[::500]
+    runs = [MemoryCheckpoint({"w": values}), MemoryCheckpoint({"w": -values})]
+    for preset in ("paper", "mergekit"):
+        kept = merge(base, runs, method="ties", preset=preset, density=0.3).diagnostics()["mask_density"]
+        assert all(share == pytest.approx(0.3, abs=0.0011) for share in kept.values())

@@ -166,10 +166,11 @@ def ties_native(
     elect: Elect,
     aggregate: Aggregate,
     majority: int,
-) -> tuple[Tensor, bool]:
+) -> tuple[Tensor, bool] | None:
     """Compiled."""
+    cut = cut or source.largest([max(int(share * source.numel), at_least) for share in each(density, weights)])
     if cut is None:
-        cut = source.largest([max(int(share * source.numel), at_least) for share in each(density, weights)])
+        return None
     last = None if cut.last is None else cut.last.flatten()
     options = (ELECT[elect], AGGREGATE[aggregate], majority)
     numbers = cut.threshold.flatten()

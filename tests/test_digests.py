@@ -1,0 +1,39 @@
+"""Hashes begun early are those of the files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from emomerge import digests
+from emomerge.digests import Digests, sha256, weight_files
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 4097, 12_288])
+def test_the_hash_of_a_file_of_any_number_of_windows(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digests, "WINDOW", 4096)
+    file = tmp_path / "x"
+    file.write_bytes(bytes(i % 251 for i in range(size)))
+    expected = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert sha256(file) == Digests([file])(file) == Digests()(file) == expected
+
+
+def test_a_file_that_cannot_be_read_fails_when_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("x")
+    digest = Digests([tmp_path / "missing", tmp_path / "there"])
+    assert digest(tmp_path / "there") == hashlib.sha256(b"x").hexdigest()
+    with pytest.raises(FileNotFoundError):
+        digest(tmp_path / "missing")
+
+
+def test_which_files_a_folder_most_likely_means(tmp_path: Path) -> None:
+    assert weight_files(str(tmp_path / "nothing")) == []
+    shards = [tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for file in (*shards, tmp_path / "other.safetensors"):
+        file.write_text("")
+    assert weight_files(str(tmp_path)) == shards
+    (tmp_path / "model.safetensors").write_text("")
+    assert weight_files(str(tmp_path)) == [tmp_path / "model.safetensors"]
+    assert weight_files(str(shards[0])) == [shards[0]]
