@@ -218,18 +218,17 @@ static void consensus(int runs, const float (*tau)[BLOCK], const float *weights,
 }
 
 /* Sums of products in double: eight at a time, in four chains, none of which waits for another. */
-typedef double lanes __attribute__((vector_size(64)));
+typedef double lanes __attribute__((vector_size(64), may_alias));
 #define LANES 8
 #define WIDE (BLOCK / LANES)
 enum more { MERGED, MERGED_MEAN, MEAN_MEAN, KEPT, ERROR, STEP, MORE }; /* sums after those of the pairs of runs */
 
 static void widen(const float *restrict x, lanes *restrict wide)
 {
-    double out[BLOCK];
+    double *restrict out = (double *)wide;
 #pragma omp simd
     for (long i = 0; i < BLOCK; i++)
         out[i] = x[i];
-    memcpy(wide, out, sizeof out);
 }
 
 static void add_product(const lanes *x, const lanes *y, lanes *sum)
@@ -499,6 +498,14 @@ int64_t place_of_equal(const struct job *job, int run, long size, float value, i
         long n = size - at < BLOCK ? size - at : BLOCK;
         decode(job->base, job->base_kind, at, n, origin);
         task_vector(job->theta[run], job->kinds[run], origin, at, n, tau);
+        int equal = 0;
+#pragma omp simd reduction(+ : equal)
+        for (long i = 0; i < n; i++)
+            equal += fabsf(tau[i]) == value;
+        if (equal < nth) {
+            nth -= equal;
+            continue;
+        }
         for (long i = 0; i < n; i++)
             if (fabsf(tau[i]) == value && --nth == 0)
                 return at + i;

@@ -116,8 +116,8 @@ class Bracket:
 
 
 def sample_step(numel: int) -> int:
-    """How far apart the elements of a sample lie, so that it has about 2·n^⅔ of n; odd, so that no column is left out."""
-    return int(numel ** (1 / 3) / 2) | 1
+    """How far apart the elements of a sample lie, so that it has about n^⅔ of n; odd, so that no column is left out."""
+    return int(numel ** (1 / 3)) | 1
 
 
 def _magnitude(pattern: int | np.int32) -> float:
