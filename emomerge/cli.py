@@ -506,17 +506,15 @@ def _evaluator(recipe: str, overrides: Sequence[str], base: Any) -> tuple[Any, l
     """Validation loss of any weights, by a recipe's task; and the local files that decide it."""
     from emomerge.measure import Measurer, choose_device
     from emomerge.tasks import make_task
-    from emomerge.workspace import external_sources, files_below
+    from emomerge.workspace import external_sources, local_files
 
     parsed = _load(recipe, overrides)
     if base.folder is None:
         raise BadInput("--recipe needs a BASE folder with its config", found=base.source)
     task = make_task(parsed.task)
     data = task.load_data(parsed.base)
-    places = [place for source in [recipe, *external_sources(parsed)] if (place := Path(source).expanduser()).exists()]
-    files = [file for place in places for file in (files_below(place) if place.is_dir() else [place])]
     measurer = Measurer(parsed, task, data, base, base.folder, "base", choose_device(parsed.device), None)
-    return measurer.held_out_loss, files
+    return measurer.held_out_loss, local_files([recipe, *external_sources(parsed)])
 
 
 def _asked_for(

@@ -19,10 +19,11 @@ import yaml
 
 from emomerge.adapters import open_run
 from emomerge.assessment import assess
-from emomerge.checkpoints import Checkpoint, atomic, model_checkpoint, open_checkpoint, write_checkpoint
+from emomerge.checkpoints import Checkpoint, RoundingLoss, atomic, model_checkpoint, open_checkpoint, write_checkpoint
 from emomerge.errors import BadInput, RunFailed
 from emomerge.measure import Artefact, Measurer, choose_device
-from emomerge.merging import MergedCheckpoint, check_params, merge
+from emomerge.merging import check_params, merge
+from emomerge.merging.record import MergeRecord, Output, Run, as_json
 from emomerge.optim import OPTIMIZERS
 from emomerge.progress import Display
 from emomerge.recipe import Merge, Recipe, digest
@@ -30,7 +31,7 @@ from emomerge.reporting import model_card, png, write_report
 from emomerge.tasks import Images, Task, TaskData, Texts, make_task
 from emomerge.training import RunDir, RunSpec, fit, initial_weights, planned_runs, run_inputs, train_locally, train_runs
 from emomerge.training.controls import adamw_members, long_adamw_runs, long_run
-from emomerge.workspace import Workspace, files_below, stopwatch
+from emomerge.workspace import Workspace, external_sources, files_below, local_files, stopwatch
 
 Results = dict[str, Any]
 
@@ -283,27 +284,32 @@ class Pipeline:
             **spec.params,
         )  # fmt: skip
 
+        loss = RoundingLoss(self.base)
+
         def papers() -> dict[str, str]:
-            record = self._merge_record(spec, name, artefacts, merged, inputs)
+            decided_by = local_files([str(self.space.recipe), *external_sources(self.recipe)])
+            asked = self._merge_record(spec, artefacts).with_hashes(decided_by)
+            record = as_json(asked, rounding_loss=loss.figures(), diagnostics=merged.diagnostics())
+            record |= {"name": name, "dtype": spec.dtype, "inputs": inputs, "emomerge": version("emomerge")}
             return {"merge.json": json.dumps(record, indent=2) + "\n", "README.md": self._card(name, record, [])}
 
         write_checkpoint(
             merged,
             self.space.merges / name,
             dtype=spec.dtype,
+            loss=loss,
             files_from=self.space.base,
             extra_files=papers,
             force=True,
         )
 
-    def _merge_record(
-        self, spec: Merge, name: str, artefacts: Sequence[Artefact], merged: MergedCheckpoint, inputs: str
-    ) -> dict[str, Any]:
-        runs = [{"name": a.name, "source": str(a.path), "sha256": a.facts["sha256"]} for a in artefacts]
-        return {
-            "name": name, "method": spec.method, "params": spec.params, "dtype": spec.dtype, "base": str(self.space.base),
-            "runs": runs, "inputs": inputs, "diagnostics": merged.diagnostics(), "emomerge": version("emomerge"),
-        }  # fmt: skip
+    def _merge_record(self, spec: Merge, artefacts: Sequence[Artefact]) -> MergeRecord:
+        """What `emomerge merge --again` repeats."""
+        runs = tuple(Run(name=a.name, source=str(a.path)) for a in artefacts)
+        return MergeRecord(
+            method=spec.method, params=spec.params, base=str(self.space.base), runs=runs, recipe=str(self.space.recipe),
+            output=Output(dtype=spec.dtype),
+        )  # fmt: skip
 
     def _merge_note(self, name: str) -> str:
         diagnostics = self.merge_record(name)["diagnostics"]

@@ -10,7 +10,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -154,6 +154,12 @@ def external_sources(recipe: Recipe) -> list[str]:
     own = recipe.base.prepare.train if recipe.base.prepare else recipe.base.model
     named = [s for s in (own, recipe.task.train, recipe.task.validation, recipe.task.test) if s is not None]
     return named + [s.replace("images-idx3", "labels-idx1") for s in named if "images-idx3" in s]
+
+
+def local_files(sources: Iterable[str]) -> list[Path]:
+    """The files of those sources that are paths here."""
+    places = [place for source in sources if (place := Path(source).expanduser()).exists()]
+    return [file for place in places for file in (files_below(place) if place.is_dir() else [place])]
 
 
 def files_below(folder: Path) -> list[Path]:

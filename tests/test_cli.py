@@ -175,7 +175,13 @@ def test_merge_with_a_recipe_chooses_by_its_validation_data(finished, tmp_path):
     (finished / "tiny.yaml").write_text(recipe + "\n")
     fails(call("merge", "--again", tmp_path / "soup", "-o", tmp_path / "third"), "tiny.yaml", "not what it was")
     (finished / "tiny.yaml").write_text(recipe)
-    fails(call("merge", "--again", out / "merges/mean", "-o", tmp_path / "third"), "no hashes", "`emomerge run`")
+
+    assert call("merge", "--again", out / "merges/mean", "-o", tmp_path / "mean", "--quiet").exit_code == 0
+    assert (tmp_path / "mean/model.safetensors").read_bytes() == (out / "merges/mean/model.safetensors").read_bytes()
+    record = json.loads((out / "merges/mean/merge.json").read_text())
+    assert record["rounding_loss"]["unchanged"] == 0
+    (tmp_path / "bare.json").write_text(json.dumps({**record, "base_sha256": {}}))
+    fails(call("merge", "--again", tmp_path / "bare.json", "-o", tmp_path / "third"), "no hashes")
 
 
 def test_lora_runs_become_one_adapter(finished, tmp_path):

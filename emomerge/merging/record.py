@@ -150,7 +150,7 @@ def read_record(path: str | Path) -> MergeRecord:
         raise BadInput(
             "the record holds no hashes of its inputs",
             where=file,
-            fix="a merge that `emomerge run` made is repeated by `emomerge run`",
+            fix="merge anew",
         )
     return record
 
