@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Container, Iterable
 from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +70,19 @@ class BaseNames:
         except ValueError:
             return {}
         return config if isinstance(config, dict) else {}
+
+    @cached_property
+    def without_conv1d(self) -> bool:
+        """Whether no layer of the base is a Conv1D, which keeps (in, out), as transformers' source of the model says.
+
+        Read, not imported, which would take seconds; False where it builds on other models.
+        """
+        kind = str(self.config.get("model_type"))
+        package = find_spec("transformers")
+        if package is None or not package.submodule_search_locations or not kind.isidentifier() or "auto_map" in self.config:
+            return False
+        source = Path(package.submodule_search_locations[0]) / "models" / kind / f"modeling_{kind}.py"
+        return source.is_file() and not re.search(r"Conv1D|AutoModel|from \.\.\w", source.read_text(encoding="utf-8"))
 
     @cached_property
     def model(self) -> nn.Module | None:

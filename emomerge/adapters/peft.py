@@ -159,7 +159,7 @@ class _Reader:
             if depth >= len(parameters):
                 raise BadInput("a parameter that target_parameters does not name", where=f"{self.file}, {key}")
             return _Place(plain, f"{plain}.{parameters[-1 - depth]}", key, parameter=True)
-        if self.names.find(f"{plain}.in_proj_weight") is not None:
+        if f"{plain}.weight" not in self.base and self.names.find(f"{plain}.in_proj_weight") is not None:
             # PEFT 0.21 adds the output projection's Δ twice, so what such an adapter means depends on its version
             raise BadInput("LoRA of nn.MultiheadAttention cannot be baked", where=f"{self.file}, {key}")
         return _Place(plain, f"{plain}.weight", key, embedding=embedding)
@@ -251,6 +251,8 @@ class _Reader:
         """Whether the base keeps (in, out), as GPT-2's Conv1D does. The file's flag is that of its last module only."""
         if out_in[0] != out_in[1]:
             return shape == out_in[::-1]
+        if self.names.without_conv1d:
+            return False
         live = self.names.module(place.module)
         return type(live).__name__ == "Conv1D" if live is not None else bool(self.config.get("fan_in_fan_out"))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -294,3 +297,36 @@ def test_a_run_that_names_what_it_has_not_is_refused(name, tmp_path):
     write_json(tmp_path / "run" / "run.json", {"artefact": name})
     with pytest.raises(BadInput):
         open_run(MemoryCheckpoint({}), tmp_path / "run")
+
+
+SQUARE = """
+import json, sys
+from emomerge.adapters import bake
+from emomerge.checkpoints import open_checkpoint
+base = open_checkpoint(sys.argv[1])
+delta = bake(base, sys.argv[2]).delta(sys.argv[3], base).tolist()
+print(json.dumps(["transformers" in sys.modules, delta]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "imported"), [("llama", "a.q_proj", False), ("gpt2", "h.0.attn.c_proj", True), ("unknown", "a.b", True)]
+)
+def test_a_square_matrix_is_transposed_where_it_is_a_conv1d(kind: str, module: str, imported: bool, tmp_path: Path) -> None:
+    """transformers is imported to find out, unless its source says that the model has none."""
+    base, adapter, tensor = tmp_path / "base", tmp_path / "adapter", f"{module}.weight"
+    if kind == "gpt2":
+        gpt2().save_pretrained(base)
+        module, tensor = f"transformer.{module}", f"transformer.{tensor}"
+    else:
+        write_checkpoint(MemoryCheckpoint({tensor: torch.zeros(16, 16)}), base)
+        write_json(base / "config.json", {"model_type": kind})
+    a, b = torch.randn(2, 16), torch.randn(16, 2)
+    factors = {f"base_model.model.{module}.lora_{k}.weight": t for k, t in {"A": a, "B": b}.items()}
+    write_checkpoint(MemoryCheckpoint(factors), adapter / "adapter_model.safetensors")
+    write_json(adapter / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 2})
+    command = [sys.executable, "-c", SQUARE, str(base), str(adapter), tensor]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    was_imported, delta = json.loads(done.stdout)
+    assert was_imported == imported
+    torch.testing.assert_close(torch.tensor(delta), (b @ a).T if kind == "gpt2" else b @ a)

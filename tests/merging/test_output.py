@@ -174,7 +174,7 @@ def test_a_record_that_cannot_be_repeated(models):
     (models / "bad.json").write_text('{"method": "mean", "params": {}, "runs": []}')
     fails(call("merge", "--again", "bad.json", "-o", "x"), "not the record of a merge", "base")
     (models / "old.json").write_text('{"method": "mean", "params": {}, "base": "base", "runs": []}')
-    fails(call("merge", "--again", "old.json", "-o", "x"), "no hashes", "emomerge run")
+    fails(call("merge", "--again", "old.json", "-o", "x"), "no hashes", "merge anew")
 
 
 # Adapters from the command line.
