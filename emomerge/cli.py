@@ -22,6 +22,7 @@ from emomerge.errors import BadInput, EmomergeError
 
 if TYPE_CHECKING:
     from emomerge.merging.record import MergeRecord, Output
+    from emomerge.training.engines import Engine, EngineName
 
 out_path = click.Path(path_type=Path)
 DTYPES = click.Choice(["base", "float32", "bfloat16", "float16"])
@@ -83,6 +84,23 @@ rounding_option = click.option(
     show_default=True,
     help="To bfloat16 and float16: to the nearest value, or up or down at random, exact in the mean (see --seed).",
 )
+executor_option = click.option(
+    "--executor",
+    type=click.Choice(["local", "ray", "slurm"]),
+    default="local",
+    show_default=True,
+    help="Where runs are trained.",
+)
+parallel_option = click.option(
+    "--max-parallel", type=click.IntRange(min=1), help="Runs trained at a time (default: local one, elsewhere all)."
+)
+setting_option = click.option(
+    "--executor-set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="What the executor shall know: num_gpus=1 for Ray's tasks; slurm_partition=gpu, timeout_min=60 for submitit.",
+)
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
 
@@ -102,20 +120,24 @@ def main() -> None:
     """
     emomerge run digits
     emomerge run recipes/movie-reviews.yaml -o out/reviews --set runs.steps=200
+    emomerge run recipes/movie-reviews.yaml --executor slurm --executor-set slurm_partition=gpu
     """,
 )  # fmt: skip
 @click.argument("recipe")
 @click.option("-o", "--out", type=out_path, help="Output folder (default: out/<name of the recipe>).")
 @set_option
 @click.option("--restart", "again", is_flag=True, help="Forget what the folder holds and begin anew.")
+@executor_option
+@parallel_option
+@setting_option
 @quiet_option
 @json_option
-def run(recipe: str, out: Path | None, overrides: Sequence[str], again: bool, quiet: bool, as_json: bool) -> None:
+def run(recipe: str, out: Path | None, overrides: Sequence[str], again: bool, quiet: bool, as_json: bool, **where: Any) -> None:
     """Do every stage of RECIPE: base, train-all, merge, probe, report. Resumes where it was stopped.
 
     RECIPE is a YAML file or the name of one that comes with emomerge (see `emomerge init`).
     """
-    pipeline = _pipeline(recipe, out, overrides, quiet, again=again)
+    pipeline = _pipeline(recipe, out, overrides, quiet, again=again, where=where)
     todo = pipeline.run()
     results = pipeline.results()
     if as_json:
@@ -126,7 +148,14 @@ def run(recipe: str, out: Path | None, overrides: Sequence[str], again: bool, qu
     _print_results(results, pipeline.space.report)
 
 
-@_verb(main, "train-all", "emomerge train-all recipes/movie-reviews.yaml --only sens,cats")
+@_verb(
+    main, "train-all",
+    """
+    emomerge train-all recipes/movie-reviews.yaml --only sens,cats
+    emomerge train-all recipes/movie-reviews.yaml --max-parallel 5
+    emomerge train-all recipes/movie-reviews.yaml --executor ray --executor-set num_gpus=1
+    """,
+)  # fmt: skip
 @click.argument("recipe")
 @click.option("-o", "--out", type=out_path, help="Output folder (default: out/<name of the recipe>).")
 @click.option(
@@ -136,11 +165,16 @@ def run(recipe: str, out: Path | None, overrides: Sequence[str], again: bool, qu
     help="Only these optimizers, separated by commas: sens, airy, cats, tion, void.",
 )
 @set_option
+@executor_option
+@parallel_option
+@setting_option
 @quiet_option
 @json_option
-def train_all(recipe: str, out: Path | None, only: str, overrides: Sequence[str], quiet: bool, as_json: bool) -> None:
+def train_all(
+    recipe: str, out: Path | None, only: str, overrides: Sequence[str], quiet: bool, as_json: bool, **where: Any
+) -> None:
     """Train the shallow runs of RECIPE, one for each optimizer, under identical conditions."""
-    pipeline = _pipeline(recipe, out, overrides, quiet)
+    pipeline = _pipeline(recipe, out, overrides, quiet, where=where)
     chosen = [name.strip() for name in only.split(",") if name.strip()]
     for name in chosen:
         if name not in pipeline.recipe.runs.optimizers:
@@ -390,13 +424,19 @@ def inspect(path: str, other: str | None, base: str | None, top: int, quiet: boo
         click.echo(json.dumps(compared, indent=2)) if as_json else _console().print(show_comparison(compared, top=top))
 
 
-@_verb(main, "status", "emomerge status out/digits")
+@_verb(main, "status", "emomerge status out/digits --watch")
 @click.argument("folder", type=out_path)
+@click.option("--watch", is_flag=True, help="Show it live, as long as anybody works in FOLDER.")
 @quiet_option
 @json_option
-def status(folder: Path, quiet: bool, as_json: bool) -> None:
-    """A table of the runs and stages in FOLDER."""
-    _print_status(folder, as_json)
+def status(folder: Path, watch: bool, quiet: bool, as_json: bool) -> None:
+    """A table of the runs and stages in FOLDER: how far they are, and which machine and process trains each run."""
+    if watch and not as_json:
+        from emomerge.inspection import watch_status
+
+        watch_status(folder, _console())
+    else:
+        _print_status(folder, as_json)
 
 
 @_verb(main, "init", "emomerge init movie-reviews -o my-recipe.yaml")
@@ -445,7 +485,9 @@ def _default_out(name: str) -> Path:
     return Path("out") / name
 
 
-def _pipeline(recipe: str, out: Path | None, overrides: Sequence[str], quiet: bool, *, again: bool = False) -> Any:
+def _pipeline(
+    recipe: str, out: Path | None, overrides: Sequence[str], quiet: bool, *, where: Mapping[str, Any], again: bool = False
+) -> Any:
     parsed = _load(recipe, overrides)
     from emomerge.pipeline import Pipeline
     from emomerge.progress import Display
@@ -453,10 +495,26 @@ def _pipeline(recipe: str, out: Path | None, overrides: Sequence[str], quiet: bo
     folder = out or _default_out(parsed.name)
     if folder.exists() and not folder.is_dir():
         raise BadInput("the output folder is a file", where=folder, fix="choose another -o")
-    pipeline = Pipeline(parsed, folder, display=Display(quiet=quiet), command=shlex.join(["emomerge", *sys.argv[1:]]))
+    command = shlex.join(["emomerge", *sys.argv[1:]])
+    pipeline = Pipeline(parsed, folder, display=Display(quiet=quiet), command=command, engine=_engine(folder, **where))
     if again and folder.exists():
         pipeline.restart()
     return pipeline
+
+
+def _engine(folder: Path, executor: EngineName, max_parallel: int | None, settings: Sequence[str]) -> Engine | None:
+    import yaml
+
+    from emomerge.training import open_engine
+    from emomerge.workspace import Workspace
+
+    given = {}
+    for setting in settings:
+        key, sign, text = setting.partition("=")
+        if not sign:
+            raise BadInput("--executor-set wants KEY=VALUE", found=repr(setting))
+        given[key] = yaml.safe_load(text)
+    return open_engine(executor, max_parallel=max_parallel, settings=given, folder=Workspace(folder).slurm)
 
 
 def _number(option: str, text: str | None) -> float | str | None:
@@ -504,8 +562,9 @@ def _split_overrides(method: str, overrides: Sequence[str], recipe: str | None) 
 
 def _evaluator(recipe: str, overrides: Sequence[str], base: Any) -> tuple[Any, list[Path]]:
     """Validation loss of any weights, by a recipe's task; and the local files that decide it."""
-    from emomerge.measure import Measurer, choose_device
+    from emomerge.measure import Measurer
     from emomerge.tasks import make_task
+    from emomerge.training import choose_device
     from emomerge.workspace import external_sources, local_files
 
     parsed = _load(recipe, overrides)

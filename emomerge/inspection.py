@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from torch import Tensor
 
@@ -19,6 +22,7 @@ from emomerge.checkpoints.atomic import size
 from emomerge.errors import BadInput
 from emomerge.pipeline import Pipeline
 from emomerge.recipe import load_recipe
+from emomerge.training import holder_of
 from emomerge.training.runs import round_ends
 
 PIECE = 2**20
@@ -219,13 +223,15 @@ def status_of(folder: Path) -> dict[str, Any]:
     if not (folder / "recipe.yaml").is_file():
         raise BadInput("not an output folder of emomerge", where=folder, expected="a folder with recipe.yaml")
     pipeline = Pipeline(load_recipe(folder / "recipe.yaml"), folder)
-    busy = pipeline.space.is_busy()
     runs, ends = [], round_ends(pipeline.recipe.runs)
     for spec in [*pipeline.specs, *(spec for spec in pipeline.possible_rivals() if pipeline.run_dir(spec).state)]:
         run = pipeline.run_dir(spec)
         last = max(run.metrics(), key=lambda row: int(row["step"]), default={})
         state = "done" if pipeline.run_is_done(spec) else run.state.get("state", "waiting")
-        if state == "running" and not busy:
+        holder = None if state == "done" else holder_of(run.path)
+        if holder is not None:
+            state = "running"
+        elif state == "running":
             state = "stopped"
         rounds = (
             {"round": 1 + sum(last.get("step", 0) > end for end in ends), "rounds": len(ends)} if spec.role == "run" else {}
@@ -234,7 +240,9 @@ def status_of(folder: Path) -> dict[str, Any]:
             {"name": spec.name, "state": state, "steps": spec.steps, "error": run.state.get("error")}
             | {"step": last.get("step", 0), "loss": last.get("loss"), "rate": last.get("rate")}
             | rounds
+            | {"worker": None if holder is None else asdict(holder)}
         )
+    busy = pipeline.space.is_busy() or any(run["worker"] for run in runs)
     return {"folder": str(folder), "busy": busy, "runs": runs, "stages": pipeline.stages()}
 
 
@@ -244,10 +252,22 @@ def show_status(found: dict[str, Any]) -> Table:
         title=found["folder"],
         caption="stages: " + ", ".join(f"{stage} {'done' if done else 'to do'}" for stage, done in found["stages"].items()),
     )
-    for heading in ("run", "state", "step", "loss", "emoPulse", ""):
+    for heading in ("run", "state", "step", "loss", "emoPulse", "worker", ""):
         table.add_column(heading, justify="right" if heading in ("step", "loss", "emoPulse") else "left")
     for run in found["runs"]:
         loss, rate = (f"{run[key]:{form}}" if run[key] is not None else "–" for key, form in (("loss", ".4f"), ("rate", ".2e")))
         where = f", round {run['round']} of {run['rounds']}" if run.get("rounds", 1) > 1 and run["state"] != "done" else ""
-        table.add_row(run["name"], run["state"] + where, f"{run['step']}/{run['steps']}", loss, rate, run["error"] or "")
+        worker = "{host} {pid}, {heartbeat:.0f} s ago".format(**run["worker"]) if run["worker"] else ""
+        steps = f"{run['step']}/{run['steps']}"
+        table.add_row(run["name"], run["state"] + where, steps, loss, rate, worker, run["error"] or "")
     return table
+
+
+def watch_status(folder: Path, console: Console, every: float = 1.0) -> None:
+    """Show `status_of` until nobody works in the folder, looking again every so many seconds."""
+    found = status_of(folder)
+    with Live(show_status(found), console=console, auto_refresh=False) as live:
+        while found["busy"]:
+            time.sleep(every)
+            found = status_of(folder)
+            live.update(show_status(found), refresh=True)

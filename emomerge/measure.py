@@ -28,6 +28,7 @@ from emomerge.probing.perturb import Perturbable, rms
 from emomerge.progress import Display, Line
 from emomerge.recipe import Recipe, digest
 from emomerge.tasks import Batch, Split, Task, TaskData, make_task
+from emomerge.training import choose_device
 
 Array = NDArray[np.float64]
 METRICS = ("gaussian", "curve")
@@ -314,16 +315,3 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         total.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
         total.update(tensor.flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def choose_device(name: str) -> torch.device:
-    """The torch device of a recipe's `device`; `auto` takes an accelerator if there is one. Raises BadInput for others."""
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return torch.device("cpu") if accelerator is None else accelerator
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput("no such device", where=f"device = {name!r}", found=error, fix="use auto or cpu") from None
-    return device

@@ -21,7 +21,7 @@ from emomerge.adapters import open_run
 from emomerge.assessment import assess
 from emomerge.checkpoints import Checkpoint, RoundingLoss, atomic, model_checkpoint, open_checkpoint, write_checkpoint
 from emomerge.errors import BadInput, RunFailed
-from emomerge.measure import Artefact, Measurer, choose_device
+from emomerge.measure import Artefact, Measurer
 from emomerge.merging import check_params, merge
 from emomerge.merging.record import MergeRecord, Output, Run, as_json
 from emomerge.optim import OPTIMIZERS
@@ -29,7 +29,19 @@ from emomerge.progress import Display
 from emomerge.recipe import Merge, Recipe, digest
 from emomerge.reporting import model_card, png, write_report
 from emomerge.tasks import Images, Task, TaskData, Texts, make_task
-from emomerge.training import RunDir, RunSpec, fit, initial_weights, planned_runs, run_inputs, train_locally, train_runs
+from emomerge.training import (
+    Engine,
+    RunDir,
+    RunSpec,
+    choose_device,
+    fit,
+    initial_weights,
+    planned_runs,
+    run_inputs,
+    train_in_workers,
+    train_locally,
+    train_runs,
+)
 from emomerge.training.controls import adamw_members, long_adamw_runs, long_run
 from emomerge.workspace import Workspace, external_sources, files_below, local_files, stopwatch
 
@@ -44,15 +56,18 @@ class Pipeline:
         out: where; created if need be.
         display: where progress is shown.
         command: the command line, for the report.
+        engine: what starts workers for the runs; None trains them here, one after the other.
 
     Raises:
         BadInput: a merge of the recipe has parameters that its method does not know.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, *, display: Display | None = None, command: str = "") -> None:
+    def __init__(
+        self, recipe: Recipe, out: Path, *, display: Display | None = None, command: str = "", engine: Engine | None = None
+    ) -> None:
         for spec in recipe.merge:
             check_params(spec.method, spec.params)
-        self.recipe, self.command = recipe, command
+        self.recipe, self.command, self.engine = recipe, command, engine
         self.space = Workspace(out)
         self.display = display or Display(quiet=True)
         self.base_inputs = digest(["base", recipe.base, recipe.task, self.space.input_hash(recipe)])
@@ -176,6 +191,12 @@ class Pipeline:
             lines[spec.name].at(row["step"], f"loss {row['loss']:.4f}  emoPulse {row['rate']:.2e}")
 
         def execute(pieces: Sequence[RunSpec]) -> None:
+            if self.engine is not None:
+                train_in_workers(
+                    self.engine, self.recipe, pieces, self.space.runs, self.base_hash,
+                    base_folder=self.space.base, on_step=on_step,
+                )  # fmt: skip
+                return
             train_locally(
                 self.recipe, pieces, self.space.runs, self.base_hash,
                 task=self.task, data=self.data, base_folder=self.space.base, device=self.device, on_step=on_step,

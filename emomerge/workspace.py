@@ -37,6 +37,7 @@ class Workspace:
         self.report = out / "report.html"
         self.recipe = out / "recipe.yaml"
         self.figures = out / "figures"
+        self.slurm = out / "slurm"
         self._stamps = out / "stamps"
 
     def stamp(self, stage: str) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class Workspace:
             raise BadInput(
                 "not an output folder of emomerge", where=self.out, expected="recipe.yaml in it", fix="choose another -o"
             )
-        for folder in (self.base, self.runs, self.merges, self._stamps, self.figures):
+        for folder in (self.base, self.runs, self.merges, self._stamps, self.figures, self.slurm):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.ledger, self.results, self.report, self.recipe):
             file.unlink(missing_ok=True)

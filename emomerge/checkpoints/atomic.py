@@ -167,7 +167,7 @@ def _clean_up_after_the_killed(out: Path) -> None:
     pattern = re.compile(re.escape(f".{out.name}.{socket.gethostname()}-") + r"(\d+)-\d+\.(tmp|old)")
     for leftover in sorted(out.parent.iterdir()):
         match = pattern.fullmatch(leftover.name)
-        if match is None or _alive(int(match[1])):
+        if match is None or is_alive(int(match[1])):
             continue
         if match[2] == "old" and not os.path.lexists(out):
             leftover.rename(out)
@@ -175,7 +175,8 @@ def _clean_up_after_the_killed(out: Path) -> None:
             _remove(leftover)
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine is there."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,6 +1,9 @@
 """Shallow training: run directories, the loop, and where runs are executed."""
 
-from emomerge.training.executors import train_locally
+from emomerge.training.device import choose_device
+from emomerge.training.engines import Engine, open_engine
+from emomerge.training.executors import train_in_workers, train_locally
+from emomerge.training.lease import Holder, holder_of
 from emomerge.training.live import TrainingRun
 from emomerge.training.loop import initial_weights, train_run
 from emomerge.training.prepare import fit
@@ -8,6 +11,6 @@ from emomerge.training.rounds import train_runs
 from emomerge.training.runs import RunDir, RunSpec, planned_runs, run_inputs
 
 __all__ = [
-    "RunDir", "RunSpec", "TrainingRun", "fit", "initial_weights", "planned_runs", "run_inputs", "train_locally", "train_run",
-    "train_runs",
+    "Engine", "Holder", "RunDir", "RunSpec", "TrainingRun", "choose_device", "fit", "holder_of", "initial_weights", "open_engine",
+    "planned_runs", "run_inputs", "train_in_workers", "train_locally", "train_run", "train_runs",
 ]  # fmt: skip

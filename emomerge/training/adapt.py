@@ -58,6 +58,8 @@ def save_adapted(model: nn.Module, folder: Path, *, base_folder: Path) -> None:
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
+        if not base_folder.is_dir():
+            raise BadInput("the base is gone", where=base_folder, fix="put it back; the same command resumes")
         write_checkpoint(model_checkpoint(model, source=str(folder)), folder, files_from=base_folder, force=True)
         return
     for config in model.peft_config.values():

@@ -1,18 +1,36 @@
-"""Where runs are trained. Here: one after the other in this process."""
+"""Where runs are trained: one after the other in this process, or each in a worker of its own, here or on a cluster.
+
+Whoever trains a run holds the lease of its directory, and finds there what an earlier attempt left. So it does not matter
+who begins a run, how often, and where: it is trained once, and ends with the same bits.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import time
+import traceback
+from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from emomerge.errors import RunFailed
+from emomerge.errors import BadInput, EmomergeError, RunFailed
 from emomerge.recipe import Recipe
-from emomerge.tasks import Task, TaskData
+from emomerge.tasks import Task, TaskData, make_task
+from emomerge.training.device import choose_device
+from emomerge.training.engines import Engine, Submitted
+from emomerge.training.lease import LeaseLost, leased
 from emomerge.training.live import StepHook
 from emomerge.training.loop import train_run
 from emomerge.training.runs import RunDir, RunSpec, run_inputs
+
+ATTEMPTS = 3
+"""How often a run is begun whose worker is lost."""
+POLL = 0.2
+"""Seconds between two looks at the workers."""
 
 
 def train_locally(
@@ -27,22 +45,147 @@ def train_locally(
     device: torch.device,
     on_step: StepHook = lambda spec, row: None,
 ) -> None:
-    """Train the given runs into `folder/<name>`, each to the end of its round, leaving alone those that are there.
+    """Train the given runs into `folder/<name>` in this process, each to the end of its round, leaving alone those there.
 
     Raises:
-        RunFailed: after all others were trained, if any run met a non-finite loss.
+        EmomergeError: after all others were trained, if any run could not be.
     """
     failures = []
     for spec in specs:
         run, inputs = RunDir(folder / spec.name), run_inputs(recipe, spec, base_hash)
-        if run.has_reached(inputs, spec):
-            continue
         try:
-            train_run(
+            _train_leased(
                 recipe, spec, run, inputs,
                 task=task, data=data, base_folder=base_folder, device=device, on_step=on_step,
             )  # fmt: skip
-        except RunFailed as error:
-            failures.append(str(error))
-    if failures:
-        raise RunFailed("; ".join(failures))
+        except EmomergeError as error:
+            if isinstance(error, BadInput):
+                with contextlib.suppress(BadInput):  # the disk may be full
+                    run.write_state(state="failed", error=str(error))
+            failures.append(error)
+    _raise_all(failures)
+
+
+def _train_leased(
+    recipe: Recipe,
+    spec: RunSpec,
+    run: RunDir,
+    inputs: str,
+    *,
+    task: Task,
+    data: TaskData,
+    base_folder: Path,
+    device: torch.device,
+    on_step: StepHook,
+) -> None:
+    """Train one run while its directory is ours; if another process takes it over, wait for that one and look again."""
+    while not run.has_reached(inputs, spec):
+        with contextlib.suppress(LeaseLost), leased(run.path) as check:
+            if run.has_reached(inputs, spec):  # meanwhile, by whoever had it
+                return
+
+            def checked(spec: RunSpec, row: dict[str, Any]) -> None:
+                check()
+                on_step(spec, row)
+
+            train_run(
+                recipe, spec, run, inputs,
+                task=task, data=data, base_folder=base_folder, device=device, on_step=checked,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as plain data, which any worker that sees the same file system can be sent."""
+
+    recipe: Recipe
+    spec: RunSpec
+    folder: Path
+    base_hash: str
+    base_folder: Path
+    working_directory: Path
+    """What paths in the recipe are relative to."""
+
+
+def work(job: Job) -> EmomergeError | None:
+    """What a worker does with a job. Returns why the run could not be trained, or None."""
+    try:
+        with contextlib.chdir(job.working_directory):
+            task = make_task(job.recipe.task)
+            train_locally(
+                job.recipe, [job.spec], job.folder, job.base_hash,
+                task=task, data=task.load_data(job.recipe.base), base_folder=job.base_folder,
+                device=choose_device(job.recipe.device),
+            )  # fmt: skip
+    except EmomergeError as error:
+        return error
+    except Exception as error:  # a mistake of ours: no reason to try again, as for a worker that is lost
+        traceback.print_exc()
+        return RunFailed(f"run {job.spec.name} failed: {type(error).__name__}: {error}")
+    return None
+
+
+def train_in_workers(
+    engine: Engine,
+    recipe: Recipe,
+    specs: Sequence[RunSpec],
+    folder: Path,
+    base_hash: str,
+    *,
+    base_folder: Path,
+    on_step: StepHook = lambda spec, row: None,
+) -> None:
+    """Train the given runs into `folder/<name>`, each in a worker of its own; a run whose worker is lost is begun again.
+
+    Args:
+        engine: what starts workers; at most `engine.max_parallel` at a time.
+        recipe, specs, folder, base_hash, base_folder: as for `train_locally`; folders are shared with the workers.
+        on_step: called for the latest step of each run, as often as there is news.
+
+    Raises:
+        EmomergeError: after all others were trained, if any run could not be.
+    """
+    reached = [RunDir(folder / spec.name).has_reached(run_inputs(recipe, spec, base_hash), spec) for spec in specs]
+    waiting = deque(spec for spec, there in zip(specs, reached, strict=True) if not there)
+    begun, failures = Counter[RunSpec](), list[EmomergeError]()
+    active: dict[RunSpec, Submitted] = {}
+    shown: dict[RunSpec, int] = {}
+    try:
+        while waiting or active:
+            while waiting and (engine.max_parallel is None or len(active) < engine.max_parallel):
+                spec = waiting.popleft()
+                begun[spec] += 1
+                active[spec] = engine.submit(work, Job(recipe, spec, folder, base_hash, base_folder, Path.cwd()))
+            time.sleep(POLL)
+            for spec, submitted in list(active.items()):
+                over = submitted.done()
+                row = RunDir(folder / spec.name).last_metrics()
+                if row is not None and row["step"] != shown.get(spec):
+                    shown[spec] = row["step"]
+                    on_step(spec, row)
+                if not over:
+                    continue
+                del active[spec]
+                try:
+                    failure = submitted.result()
+                except Exception as lost:  # each engine has its own types for it
+                    if begun[spec] < ATTEMPTS:
+                        waiting.append(spec)
+                        continue
+                    failure = RunFailed(f"run {spec.name} failed: its worker was lost {ATTEMPTS} times, at last by {lost}")
+                if failure is not None:
+                    failures.append(failure)
+    finally:
+        for submitted in active.values():
+            submitted.cancel()
+    _raise_all(failures)
+
+
+def _raise_all(failures: Sequence[EmomergeError]) -> None:
+    """Raise what went wrong, as one line; what is bad input stays so."""
+    if len(failures) < 2:
+        for failure in failures:
+            raise failure
+        return
+    kind = BadInput if any(isinstance(failure, BadInput) for failure in failures) else RunFailed
+    raise kind("; ".join(dict.fromkeys(map(str, failures))))

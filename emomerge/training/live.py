@@ -74,6 +74,8 @@ class TrainingRun:
         self._losses: list[Tensor] = []
         self._on_step = on_step
         run.path.mkdir(parents=True, exist_ok=True)
+        for leftover in run.path.glob(".tmp*"):  # safetensors' own, of a process that was killed while it wrote
+            leftover.unlink()
         self._resume()
         run.restart_metrics(self.step)
         run.write_state(

@@ -13,6 +13,7 @@ runs/sens-0/
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,17 @@ class RunDir:
             except json.JSONDecodeError:
                 return
 
+    def last_metrics(self) -> dict[str, Any] | None:
+        """The last complete row of metrics.jsonl, at the cost of reading its end; None before the first."""
+        try:
+            with self._metrics_file.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+                lines = file.read().split(b"\n")
+        except FileNotFoundError:
+            return None
+        row: dict[str, Any] | None = json.loads(lines[-2]) if len(lines) > 1 else None
+        return row
+
     def restart_metrics(self, after_step: int) -> None:
         """Keep the rows up to a step (0 drops all): what a resumed run writes again must not stand twice."""
         kept = [row for row in self.metrics() if row["step"] <= after_step]
@@ -152,7 +164,7 @@ class RunDir:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one row at the end, for everyone who watches."""
-        with self._metrics_file.open("a", encoding="utf-8") as file:
+        with atomic.translate_os_error(self._metrics_file), self._metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 

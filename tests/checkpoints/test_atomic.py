@@ -161,7 +161,7 @@ def test_a_killed_process_leaves_no_output_and_its_leftovers_go_at_the_next_writ
 
 def test_an_output_set_aside_by_a_killed_process_is_put_back(tmp_path, monkeypatch):
     write_checkpoint(SOME, tmp_path / "out")
-    monkeypatch.setattr(atomic_module, "_alive", lambda pid: pid != 123456)
+    monkeypatch.setattr(atomic_module, "is_alive", lambda pid: pid != 123456)
     (tmp_path / "out").rename(tmp_path / f".out.{atomic_module.socket.gethostname()}-123456-0.old")
     with pytest.raises(BadInput, match="exists already"):
         write_checkpoint(SOME, tmp_path / "out")

@@ -1,0 +1,20 @@
+"""Which device a recipe means, on the machine that asks."""
+
+from __future__ import annotations
+
+import torch
+
+from emomerge.errors import BadInput
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of a recipe's `device`; `auto` takes an accelerator if there is one. Raises BadInput for others."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput("no such device", where=f"device = {name!r}", found=error, fix="use auto or cpu") from None
+    return device

@@ -1,0 +1,217 @@
+"""What starts workers for runs: processes of this machine, Ray tasks, Slurm jobs. All retrying is left to who submits."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from emomerge.errors import BadInput
+
+EngineName = Literal["local", "ray", "slurm"]
+
+
+class Submitted(Protocol):
+    """A call that some worker makes."""
+
+    def done(self) -> bool:
+        """Whether it is over, well or not."""
+        ...
+
+    def result(self) -> Any:
+        """What the call returned. Raises whatever the engine raises where the worker was lost."""
+        ...
+
+    def cancel(self) -> None:
+        """End the worker."""
+        ...
+
+
+class Engine(Protocol):
+    """What starts workers."""
+
+    max_parallel: int | None
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Submitted:
+        """Let a worker call a function of a module with arguments that can be pickled."""
+        ...
+
+
+def open_engine(name: EngineName, *, max_parallel: int | None, settings: Mapping[str, Any], folder: Path) -> Engine | None:
+    """What starts workers; None for one run after the other in this process.
+
+    Args:
+        name: local, ray or slurm.
+        max_parallel: workers at a time (default: local one, else as many as there are runs).
+        settings: for ray the options of a task (`num_cpus`, `num_gpus`, …), for slurm submitit's parameters
+            (`slurm_partition`, `timeout_min`, …).
+        folder: where Slurm's scripts and logs go.
+
+    Raises:
+        BadInput: the engine is not installed, or does not know a setting.
+    """
+    if name == "ray":
+        return Ray(max_parallel, settings)
+    if name == "slurm":
+        return Slurm(max_parallel, settings, folder)
+    if settings:
+        raise BadInput("local workers have no settings", found=", ".join(settings))
+    return None if max_parallel in (None, 1) else Local(max_parallel)
+
+
+class Local:
+    """Processes of this machine, which share its cores.
+
+    Args:
+        max_parallel: processes at a time.
+    """
+
+    def __init__(self, max_parallel: int) -> None:
+        self.max_parallel: int | None = max_parallel
+        self._threads = max(1, torch.get_num_threads() // max_parallel)
+        # Forked from a server that has only imported things, so that a worker is there at once.
+        linux = sys.platform == "linux"
+        self._context = multiprocessing.get_context("forkserver") if linux else multiprocessing.get_context("spawn")
+        self._context.set_forkserver_preload(["emomerge.training", "transformers", "peft"])
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Submitted:
+        """Start a process."""
+        receiver, sender = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_in_process, args=(sender, self._threads, function, args), daemon=True)
+        process.start()
+        sender.close()
+        return _Process(process, receiver)
+
+
+class _Process:
+    def __init__(self, process: BaseProcess, receiver: Connection) -> None:
+        self._process, self._receiver = process, receiver
+
+    def done(self) -> bool:
+        return not self._process.is_alive()
+
+    def result(self) -> Any:
+        self._process.join()
+        try:
+            return self._receiver.recv()
+        except EOFError:
+            raise RuntimeError(f"exit status {self._process.exitcode}") from None
+
+    def cancel(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+
+def _in_process(sender: Connection, threads: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started us is interrupted as well, and ends us
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    sender.send(function(*args))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class Ray:
+    """Tasks on a Ray cluster: the one that RAY_ADDRESS names or that runs here, else one started on this machine.
+
+    Args:
+        max_parallel: tasks at a time; None lets Ray decide by its resources.
+        settings: options of a task.
+    """
+
+    def __init__(self, max_parallel: int | None, settings: Mapping[str, Any]) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError:
+            raise BadInput("--executor ray needs Ray", fix="pip install 'emomerge[ray]'") from None
+        self.max_parallel = max_parallel
+        self._ray = ray
+        try:
+            self._options = ray.remote(_call).options(**{"num_cpus": 1, "max_retries": 0, **settings})
+        except (TypeError, ValueError) as error:
+            raise BadInput("Ray does not take these settings", found=error) from None
+        if not ray.is_initialized():
+            ray.init(logging_level="ERROR", log_to_driver=False)
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Submitted:
+        """Submit a task."""
+        return _RayTask(self._ray, self._options.remote(function, *args))
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+class _RayTask:
+    def __init__(self, ray: Any, reference: Any) -> None:
+        self._ray, self._reference = ray, reference
+
+    def done(self) -> bool:
+        return bool(self._ray.wait([self._reference], timeout=0)[0])
+
+    def result(self) -> Any:
+        return self._ray.get(self._reference)
+
+    def cancel(self) -> None:
+        self._ray.cancel(self._reference, force=True)
+
+
+class Slurm:
+    """Jobs submitted to Slurm by submitit; one that meets its time limit is requeued, as its run resumes by itself.
+
+    Args:
+        max_parallel: jobs at a time; None submits all at once.
+        settings: submitit's parameters; `cluster: local` or `debug` needs no Slurm.
+        folder: for scripts and logs, on a file system that all nodes share.
+    """
+
+    def __init__(self, max_parallel: int | None, settings: Mapping[str, Any], folder: Path) -> None:
+        try:
+            import submitit
+        except ImportError:
+            raise BadInput("--executor slurm needs submitit", fix="pip install 'emomerge[slurm]'") from None
+
+        class Requeued(submitit.helpers.Checkpointable):  # type: ignore[misc]
+            def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+                return function(*args)
+
+        self.max_parallel = max_parallel
+        self._submitit, self._call, self._folder = submitit, Requeued(), folder.absolute()
+        self._parameters = {"name": "emomerge", "timeout_min": 24 * 60, **settings}
+        with tempfile.TemporaryDirectory() as scratch:  # what is wrong is said before anything is written
+            self._open(Path(scratch))
+
+    def _open(self, folder: Path) -> Any:
+        parameters = dict(self._parameters)
+        try:
+            executor = self._submitit.AutoExecutor(folder, cluster=parameters.pop("cluster", "slurm"))
+            executor.update_parameters(**parameters)
+        except (RuntimeError, NameError, TypeError, ValueError) as error:
+            raise BadInput("submitit cannot submit jobs", found=error) from None
+        return executor
+
+    @cached_property
+    def _executor(self) -> Any:
+        return self._open(self._folder)
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Submitted:
+        """Submit a job."""
+        job: Submitted = self._executor.submit(self._call, function, *args)
+        return job

@@ -1,0 +1,82 @@
+"""Ray on a cluster of two nodes, and Slurm through submitit's stand-in: the bits of one process, even if a worker dies."""
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from emomerge.errors import BadInput
+from emomerge.training import RunDir, holder_of, open_engine, planned_runs, train_in_workers, train_locally
+
+pytestmark = pytest.mark.cluster
+
+
+@contextlib.contextmanager
+def two_ray_nodes():
+    import ray
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    try:
+        yield {}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@contextlib.contextmanager
+def jobs_without_slurm():
+    import submitit
+
+    submitit.core.core.Job._results_timeout_s = 0  # a file system of our own shows results at once
+    yield {"cluster": "local"}
+
+
+@pytest.mark.parametrize(("name", "cluster"), [("ray", two_ray_nodes), ("slurm", jobs_without_slurm)])
+def test_the_same_adapters_as_in_one_process(digits, base_folder, tmp_path, monkeypatch, name, cluster):
+    pytest.importorskip({"ray": "ray", "slurm": "submitit"}[name])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
+    recipe, task, data = digits
+    runs = recipe.runs.model_copy(update={"optimizers": ("sens", "cats", "void"), "steps": 200, "checkpoint_every": 20})
+    recipe = recipe.model_copy(update={"runs": runs})
+    specs, pids = planned_runs(recipe), {}
+    here = {"task": task, "data": data, "device": torch.device("cpu")}
+    train_locally(recipe, specs, tmp_path / "here", "b", base_folder=base_folder, **here)
+
+    def kill_the_first(spec, row):
+        holder = holder_of(tmp_path / "there" / spec.name)
+        if holder is not None:
+            if row["step"] > 20 and not pids:
+                os.kill(holder.pid, signal.SIGKILL)
+            pids[holder.pid] = spec.name
+
+    with cluster() as settings:
+        engine = open_engine(name, max_parallel=2, settings=settings, folder=tmp_path / "slurm")
+        begun, submit = [], engine.submit
+        monkeypatch.setattr(engine, "submit", lambda *args: begun.append(args) or submit(*args))
+        train_in_workers(engine, recipe, specs, tmp_path / "there", "b", base_folder=base_folder, on_step=kill_the_first)
+    assert len(begun) == len(specs) + 1  # the killed one twice
+    assert os.getpid() not in pids
+    for spec in specs:
+        state = RunDir(tmp_path / "there" / spec.name).state
+        assert state["state"] == "done"
+        assert state["sha256"] == RunDir(tmp_path / "here" / spec.name).state["sha256"]
+
+
+def test_wrong_settings_are_told_at_once(tmp_path):
+    for name, package in (("ray", "ray"), ("slurm", "submitit")):
+        pytest.importorskip(package)
+        with pytest.raises(BadInput, match="nonsense"):
+            open_engine(
+                name, max_parallel=None, settings={"nonsense": 1, **({"cluster": "local"} if name == "slurm" else {})},
+                folder=tmp_path / "slurm",
+            )  # fmt: skip
+    with pytest.raises(BadInput, match="submitit cannot submit jobs"):  # here is no Slurm
+        open_engine("slurm", max_parallel=None, settings={}, folder=tmp_path / "slurm")
+    assert not (tmp_path / "slurm").exists()
