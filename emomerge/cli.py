@@ -113,6 +113,7 @@ def main() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
 
 
 @_verb(
@@ -138,7 +139,7 @@ def run(recipe: str, out: Path | None, overrides: Sequence[str], again: bool, qu
     RECIPE is a YAML file or the name of one that comes with emomerge (see `emomerge init`).
     """
     pipeline = _pipeline(recipe, out, overrides, quiet, again=again, where=where)
-    todo = pipeline.run()
+    todo = _together(pipeline, pipeline.run)
     results = pipeline.results()
     if as_json:
         click.echo(json.dumps(results, indent=2))
@@ -183,7 +184,7 @@ def train_all(
                 found=name,
                 expected=", ".join(pipeline.recipe.runs.optimizers),
             )
-    if not pipeline.train_all(chosen):
+    if not _together(pipeline, functools.partial(pipeline.train_all, chosen)):
         click.echo("Nothing to do: every run is up to date.", err=as_json)
     _print_status(pipeline.space.out, as_json)
 
@@ -491,15 +492,36 @@ def _pipeline(
     parsed = _load(recipe, overrides)
     from emomerge.pipeline import Pipeline
     from emomerge.progress import Display
+    from emomerge.training import join_ranks
 
     folder = out or _default_out(parsed.name)
     if folder.exists() and not folder.is_dir():
         raise BadInput("the output folder is a file", where=folder, fix="choose another -o")
     command = shlex.join(["emomerge", *sys.argv[1:]])
-    pipeline = Pipeline(parsed, folder, display=Display(quiet=quiet), command=command, engine=_engine(folder, **where))
-    if again and folder.exists():
+    engine, ranks = _engine(folder, **where), join_ranks()
+    if ranks is not None:
+        if engine is not None:
+            raise BadInput("torchrun and --executor both spread the work", fix="use one of them")
+        parsed = ranks.recipe(parsed)
+    follows = ranks is not None and not ranks.leads
+    display = Display(quiet=quiet or follows)
+    pipeline = Pipeline(parsed, folder, display=display, command=command, engine=engine, ranks=ranks)
+    if again and folder.exists() and not follows:
         pipeline.restart()
     return pipeline
+
+
+def _together(pipeline: Any, function: Callable[[], bool]) -> bool:
+    """What the first of several ranks does, or the only process; all others take part in it, and end with it."""
+    ranks = pipeline.ranks
+    if ranks is None:
+        return function()
+    if not ranks.leads:
+        pipeline.follow()
+        ranks.leave()
+    done = function()
+    ranks.announce(None)
+    return done
 
 
 def _engine(folder: Path, executor: EngineName, max_parallel: int | None, settings: Sequence[str]) -> Engine | None:

@@ -31,10 +31,12 @@ from emomerge.reporting import model_card, png, write_report
 from emomerge.tasks import Images, Task, TaskData, Texts, make_task
 from emomerge.training import (
     Engine,
+    Ranks,
     RunDir,
     RunSpec,
     choose_device,
     fit,
+    follow,
     initial_weights,
     planned_runs,
     run_inputs,
@@ -57,17 +59,25 @@ class Pipeline:
         display: where progress is shown.
         command: the command line, for the report.
         engine: what starts workers for the runs; None trains them here, one after the other.
+        ranks: this process among several that torchrun started; all but the first one only `follow`.
 
     Raises:
         BadInput: a merge of the recipe has parameters that its method does not know.
     """
 
     def __init__(
-        self, recipe: Recipe, out: Path, *, display: Display | None = None, command: str = "", engine: Engine | None = None
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        display: Display | None = None,
+        command: str = "",
+        engine: Engine | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         for spec in recipe.merge:
             check_params(spec.method, spec.params)
-        self.recipe, self.command, self.engine = recipe, command, engine
+        self.recipe, self.command, self.engine, self.ranks = recipe, command, engine, ranks
         self.space = Workspace(out)
         self.display = display or Display(quiet=True)
         self.base_inputs = digest(["base", recipe.base, recipe.task, self.space.input_hash(recipe)])
@@ -110,6 +120,11 @@ class Pipeline:
                     self.make_base()
                     self.train(chosen)
         return todo
+
+    def follow(self) -> None:
+        """What all ranks but the first do: take the steps of every run with it."""
+        if self.ranks is not None:
+            follow(self.ranks, self.recipe, task=self.task, data=lambda: self.data, device=self.device)
 
     def restart(self) -> None:
         """Forget everything that an earlier run of a recipe left in the folder."""
@@ -199,7 +214,8 @@ class Pipeline:
                 return
             train_locally(
                 self.recipe, pieces, self.space.runs, self.base_hash,
-                task=self.task, data=self.data, base_folder=self.space.base, device=self.device, on_step=on_step,
+                task=self.task, data=self.data, base_folder=self.space.base, device=self.device, ranks=self.ranks,
+                on_step=on_step,
             )  # fmt: skip
 
         def initial(spec: RunSpec) -> dict[str, torch.Tensor]:

@@ -276,6 +276,8 @@ class Runs(Section):
     rounds: int = Field(1, ge=1)
     """The steps are split into so many rounds; each starts all runs from the mean of the round before."""
     outer: Outer | None = None
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: every process has the whole model, or (FSDP2) its part of each layer."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Runs:

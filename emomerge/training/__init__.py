@@ -7,10 +7,12 @@ from emomerge.training.lease import Holder, holder_of
 from emomerge.training.live import TrainingRun
 from emomerge.training.loop import initial_weights, train_run
 from emomerge.training.prepare import fit
+from emomerge.training.ranks import Ranks, follow, join_ranks
 from emomerge.training.rounds import train_runs
 from emomerge.training.runs import RunDir, RunSpec, planned_runs, run_inputs
 
 __all__ = [
-    "Engine", "Holder", "RunDir", "RunSpec", "TrainingRun", "choose_device", "fit", "holder_of", "initial_weights", "open_engine",
-    "planned_runs", "run_inputs", "train_in_workers", "train_locally", "train_run", "train_runs",
+    "Engine", "Holder", "Ranks", "RunDir", "RunSpec", "TrainingRun", "choose_device", "fit", "follow", "holder_of",
+    "initial_weights", "join_ranks", "open_engine", "planned_runs", "run_inputs", "train_in_workers", "train_locally",
+    "train_run", "train_runs",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from emomerge.checkpoints import working_dtype
 from emomerge.recipe import Ema, Lawa
+from emomerge.training.sharded import cut_like
 
 
 class WeightAverage:
@@ -33,7 +34,9 @@ class WeightAverage:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from the θ̄ of a checkpoint."""
-        self.tensors = {name: tensors[name].to(tensor.device) for name, tensor in self._learnt.items() if name in tensors}
+        self.tensors = {
+            name: cut_like(tensors[name].to(tensor.device), tensor) for name, tensor in self._learnt.items() if name in tensors
+        }
 
     @torch.no_grad()
     def update(self, step: int) -> None:

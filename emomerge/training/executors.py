@@ -25,6 +25,7 @@ from emomerge.training.engines import Engine, Submitted
 from emomerge.training.lease import LeaseLost, leased
 from emomerge.training.live import StepHook
 from emomerge.training.loop import train_run
+from emomerge.training.ranks import Announcement, Ranks, take_steps
 from emomerge.training.runs import RunDir, RunSpec, run_inputs
 
 ATTEMPTS = 3
@@ -43,12 +44,17 @@ def train_locally(
     data: TaskData,
     base_folder: Path,
     device: torch.device,
+    ranks: Ranks | None = None,
     on_step: StepHook = lambda spec, row: None,
 ) -> None:
     """Train the given runs into `folder/<name>` in this process, each to the end of its round, leaving alone those there.
 
+    Args:
+        ranks: this process as the first of several that take the steps together.
+
     Raises:
-        EmomergeError: after all others were trained, if any run could not be.
+        EmomergeError: after all others were trained, if any run could not be. Of several ranks, the first one stops at once
+            where the others cannot know that anything is wrong.
     """
     failures = []
     for spec in specs:
@@ -56,9 +62,11 @@ def train_locally(
         try:
             _train_leased(
                 recipe, spec, run, inputs,
-                task=task, data=data, base_folder=base_folder, device=device, on_step=on_step,
+                task=task, data=data, base_folder=base_folder, device=device, ranks=ranks, on_step=on_step,
             )  # fmt: skip
         except EmomergeError as error:
+            if ranks is not None and not isinstance(error, RunFailed):
+                raise
             if isinstance(error, BadInput):
                 with contextlib.suppress(BadInput):  # the disk may be full
                     run.write_state(state="failed", error=str(error))
@@ -76,6 +84,7 @@ def _train_leased(
     data: TaskData,
     base_folder: Path,
     device: torch.device,
+    ranks: Ranks | None,
     on_step: StepHook,
 ) -> None:
     """Train one run while its directory is ours; if another process takes it over, wait for that one and look again."""
@@ -88,6 +97,10 @@ def _train_leased(
                 check()
                 on_step(spec, row)
 
+            if ranks is not None:
+                announcement = Announcement(spec, run.path, inputs, base_folder)
+                ranks.announce(announcement)
+                take_steps(ranks, recipe, announcement, task=task, data=data, device=device, on_step=checked)
             train_run(
                 recipe, spec, run, inputs,
                 task=task, data=data, base_folder=base_folder, device=device, on_step=checked,

@@ -20,7 +20,8 @@ from emomerge.training.average import WeightAverage
 from emomerge.training.rival import AdamWCosine
 from emomerge.training.rounds import load_meeting
 from emomerge.training.runs import RunDir, RunSpec, file_sizes
-from emomerge.training.state import load_state, of_kind, save_state
+from emomerge.training.sharded import cut_like, cut_state
+from emomerge.training.state import load_state, of_kind
 
 StepHook = Callable[[RunSpec, dict[str, Any]], None]
 """Called after every step with the run and its row of metrics."""
@@ -75,7 +76,7 @@ class TrainingRun:
         self._on_step = on_step
         run.path.mkdir(parents=True, exist_ok=True)
         for leftover in run.path.glob(".tmp*"):  # safetensors' own, of a process that was killed while it wrote
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
         self._resume()
         run.restart_metrics(self.step)
         run.write_state(
@@ -207,7 +208,7 @@ class TrainingRun:
             "inputs": self.inputs, "step": self.step, "buffers": self._buffers,
             "groups": state["param_groups"], "scalars": scalars,
         }  # fmt: skip
-        save_state(self.run.checkpoint, tensors, header)
+        self.run.save_checkpoint(tensors, header)
         self.run.write_state(step=self.step)
 
     def _resume(self) -> None:
@@ -227,8 +228,8 @@ class TrainingRun:
             state.setdefault(int(index), {})[key] = tensor
         with torch.no_grad():
             for name, tensor in self.learnt.items():
-                tensor.copy_(weights[name])
-        self.optimizer.load_state_dict({"state": state, "param_groups": header["groups"]})
+                tensor.copy_(cut_like(weights[name], tensor))
+        self.optimizer.load_state_dict({"state": cut_state(self.optimizer, state), "param_groups": header["groups"]})
         if self._average is not None:
             self._average.load(of_kind(tensors, "average"))
         self.step = int(header["step"])

@@ -19,8 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from emomerge.checkpoints import atomic
 from emomerge.recipe import Recipe, Runs, digest
+from emomerge.training.state import save_state
 
 Role = Literal["run", "control"]
 
@@ -75,7 +78,7 @@ OFF_BY_DEFAULT = ("average", "early_stop", "cooldown", "rounds", "outer")
 def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
     """Hash of everything that decides a run's result: a run whose stamp agrees is not trained again."""
     runs, control = recipe.runs, spec.role == "control"
-    shared = runs.model_dump(mode="json", exclude={"optimizers", "seeds", "steps", "checkpoint_every"})
+    shared = runs.model_dump(mode="json", exclude={"optimizers", "seeds", "steps", "checkpoint_every", "sharding"})
     shared["lr"] = runs.lr_of(spec.optimizer)
     idle = {"rounds", "outer", "early_stop"} if control else set()  # a control uses its whole budget, in one go
     idle |= {"average", "cooldown"} if spec.rate is not None else set()
@@ -145,6 +148,10 @@ class RunDir:
                 yield json.loads(line)
             except json.JSONDecodeError:
                 return
+
+    def save_checkpoint(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Replace the checkpoint."""
+        save_state(self.checkpoint, tensors, header)
 
     def last_metrics(self) -> dict[str, Any] | None:
         """The last complete row of metrics.jsonl, at the cost of reading its end; None before the first."""

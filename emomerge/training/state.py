@@ -13,11 +13,12 @@ from torch import Tensor
 
 from emomerge.checkpoints import atomic
 from emomerge.errors import BadInput
+from emomerge.training.sharded import whole
 
 
 def save_state(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write both, replacing `file`."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    """Write both, replacing `file`; a collective where tensors are cut over ranks."""
+    contiguous = {name: whole(tensor.detach()).contiguous() for name, tensor in tensors.items()}
     with atomic.translate_os_error(file), atomic.new_path(file, force=True) as temporary:
         save_file(contiguous, temporary, metadata={"state": json.dumps(header)})
 
