@@ -33,6 +33,18 @@ def recipe(tiny, case, rows):
     return parse_recipe({**tiny, "adapter": adapter, "runs": runs})
 
 
+def made(recipe, out, **options):
+    """In float64 where all weights are trained: gradients that are zero but for rounding, EmoSens makes as large as any."""
+    pipeline = Pipeline(recipe, out, **options)
+    if recipe.adapter.kind == "full":
+        reload, loss = pipeline.task.reload_model, pipeline.task.loss
+        pipeline.task.reload_model = lambda *args, **more: reload(*args, **more).double()
+        pipeline.task.loss = lambda model, batch: loss(
+            model, {**batch, "pixel_values": batch["pixel_values"].to(next(model.parameters()).dtype)}
+        )
+    return pipeline
+
+
 def on_every_rank(folder):
     """What each of the two processes does."""
     torch.set_num_threads(1)
@@ -42,7 +54,7 @@ def on_every_rank(folder):
         atomic.new_path = None  # it writes nothing
 
     def train(case, out):
-        pipeline = Pipeline(ranks.recipe(recipe(tiny, case, 4)), folder / out, ranks=ranks)
+        pipeline = made(ranks.recipe(recipe(tiny, case, 4)), folder / out, ranks=ranks)
         if ranks.rank == 1 and out == "poisoned":
             poison(pipeline)
         if not ranks.leads:
@@ -74,9 +86,9 @@ def folder(tiny_recipe, tmp_path_factory):
     (folder / "tiny.json").write_text(json.dumps(tiny_recipe))
     torch.set_num_threads(1)
     for case in CASES:
-        Pipeline(recipe(tiny_recipe, case, 8), folder / f"{case}, alone").train_all()
+        made(recipe(tiny_recipe, case, 8), folder / f"{case}, alone").train_all()
     for case in RESUMED:  # one process is stopped after the checkpoint of step 2
-        stopped = Pipeline(recipe(tiny_recipe, case, 8), folder / f"{case}, resumed")
+        stopped = made(recipe(tiny_recipe, case, 8), folder / f"{case}, resumed")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RunDir, "append_metrics", stop_at_three(RunDir.append_metrics))
             for name in RUNS:
@@ -105,18 +117,18 @@ def weights(folder, name):
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("out", [*CASES, *(f"{case}, resumed" for case in RESUMED)])
 def test_two_ranks_equal_one_process_with_twice_the_batch(folder, out, name):
-    alone = folder / f"{out.removesuffix(', resumed')}, alone"
+    alone, atol = folder / f"{out.removesuffix(', resumed')}, alone", 1e-10 if "full" in out else 1e-5
     ours, theirs = weights(folder / out, name), weights(alone, name)
     assert ours.keys() == theirs.keys()
     moved = max(float((theirs[key] - base).abs().max()) for key, base in starting_point(folder / out, theirs).items())
     assert moved > 1e-3
     for key, tensor in theirs.items():
-        torch.testing.assert_close(ours[key], tensor, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours[key], tensor, atol=atol, rtol=0)
     rows, expected = (list(RunDir(place / "runs" / name).metrics()) for place in (folder / out, alone))
     assert [row["step"] for row in rows] == list(range(1, 13))
     for row, other in zip(rows, expected, strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
-        assert row["rate"] == pytest.approx(other["rate"], rel=1e-5)
+        assert row["loss"] == pytest.approx(other["loss"], abs=atol)
+        assert row["rate"] == pytest.approx(other["rate"], rel=atol)
 
 
 def starting_point(out, like):
