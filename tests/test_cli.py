@@ -68,11 +68,9 @@ def test_help_has_an_example(command):
     assert f"emomerge {command}" in result.output.split("Example", 1)[1]
 
 
-def test_help_lists_only_what_is_there():
+def test_help_lists_every_command():
     shown = call("--help").output
     assert all(command in shown for command in COMMANDS)
-    for absent in ("executor", "parallel"):
-        assert absent not in shown + "".join(call(command, "--help").output for command in ("merge", "run", "train-all"))
 
 
 def test_run_prints_the_table_the_verdict_and_the_page(finished):
