@@ -11,8 +11,9 @@ of 1,500). Five runs of 300 steps of 64 rows, one an optimizer, in orders of the
 The first tables of an adaptation give the test loss (nats, mean ± standard deviation over the training seeds) of the plain mean
 of the five after the last round: of their last weights, and of their averages over the last half of the last round (LAWA). The
 next starts at the setting with the lowest validation loss and tries changes one after the other; what lowers it is kept. The
-last has the rivals, AdamW with cosine decay at the best of four peak rates, by validation loss: with the 300 steps of one run;
-with as many as the five runs cost in CPU time (measured here, all taking turns); with 300 steps of five times the rows.
+last has the rivals, AdamW with cosine decay at the best of four peak rates, clipped or not, by validation loss: with the 300
+steps of one run; with as many as the five runs cost in CPU time (measured here, all taking turns); with 300 steps of five times
+the rows.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ ADAPTATIONS = {"mild": ["task.transform={}", "base.prepare.steps=300"], "strong"
 STEPS, BATCH = 300, 64
 PEAKS = (3e-4, 1e-3, 3e-3, 1e-2)
 CHANGES: list[Setting] = [
-    {"outer": {"momentum": 0.9}}, {"data_order": "same"}, {"cooldown": 0.5}, {"cooldown": 0.25}, {"lr": 6.0},
-    {"preset": "v3.8"}, {"preset": "v3.9"}, {"max_grad_norm": 1.0},
+    {"outer": {"momentum": 0.9}}, {"data_order": "same"}, {"preset": "v3.8"}, {"max_grad_norm": 1.0}, {"max_grad_norm": 0.3},
+    {"lr": 6.0}, {"cooldown": 0.5}, {"cooldown": 0.25},
 ]  # fmt: skip
 CPU = torch.device("cpu")
 Setting = dict[str, Any]
@@ -111,10 +112,10 @@ class Study:
                 found[kind].append(self.loss(merge(self.pipeline.base, runs, method="mean")))
         return found
 
-    def _train_rival(self, rate: float, steps: int, batch: int) -> list[Loss]:
+    def _train_rival(self, rate: float, clip: float | None, steps: int, batch: int) -> list[Loss]:
         specs = [RunSpec(f"adamw-{s}", "adamw", s, steps, control="adamw-long-run", rate=rate) for s in self.seeds]
-        folder = self.folder / f"adamw-{rate:g}-{steps}-{batch}"
-        self._execute(self._recipe(batch_size=batch), specs, folder)
+        folder = self.folder / f"adamw-{rate:g}-{clip}-{steps}-{batch}"
+        self._execute(self._recipe(batch_size=batch, max_grad_norm=clip), specs, folder)
         return [self.loss(open_checkpoint(RunDir(folder / spec.name).artefact)) for spec in specs]
 
     def _execute(self, recipe: Recipe, specs: Sequence[RunSpec], folder: Path) -> None:
@@ -179,52 +180,76 @@ def name_of(setting: Setting) -> str:
     return ", ".join(f"{key} {value['momentum'] if key == 'outer' else value}" for key, value in setting.items())
 
 
-def report(study: Study, rounds: Sequence[int], console: Console) -> None:
-    """The three tables of an adaptation."""
-    columns = {"lr 1": {"lr": 1.0}, "lr 3": {"lr": 3.0}, "lr 1, outer .5": {"lr": 1.0, "outer": {"momentum": 0.5}}}
-    columns["lr 3, outer .5"] = {"lr": 3.0, "outer": {"momentum": 0.5}}
-    found: dict[str, tuple[Setting, str, list[Loss]]] = {}
+class Found(NamedTuple):
+    """A setting, whether the runs' last weights or their averages count, and its losses."""
+
+    setting: Setting
+    kind: str
+    losses: list[Loss]
+
+    def __str__(self) -> str:
+        return f"{name_of(self.setting)}, {self.kind}"
+
+
+def by_rounds(study: Study, rounds: Sequence[int], console: Console) -> Found:
+    """Tables of every number of rounds; the best cell."""
+    columns: dict[str, Setting] = {
+        "lr 1": {"lr": 1.0},
+        "lr 3": {"lr": 3.0},
+        "lr 1, outer .5": {"lr": 1.0, "outer": {"momentum": 0.5}},
+        "lr 3, outer .5": {"lr": 3.0, "outer": {"momentum": 0.5}},
+    }
+    found = []
     for kind in ("last", "average"):
         table = Table("rounds", *columns, title=f"{study.name}: test loss of the mean of the runs' {kind} weights")
         for number in rounds:
-            cells = []
-            for options in columns.values():
-                setting = {"rounds": number, **options}
-                if number == 1 and "outer" in options:
-                    cells.append("–")
-                    continue
-                losses = study.losses(setting)[kind]
-                found[f"{name_of(setting)}, {kind}"] = (setting, kind, losses)
-                cells.append(spread(losses))
+            cells = ["–"] * len(columns)
+            for place, options in enumerate(columns.values()):
+                if number > 1 or "outer" not in options:
+                    setting = {"rounds": number, **options}
+                    found.append(Found(setting, kind, study.losses(setting)[kind]))
+                    cells[place] = spread(found[-1].losses)
             table.add_row(str(number), *cells)
         console.print(table)
+    return min(found, key=lambda one: validation(one.losses))
 
-    name = min(found, key=lambda name: validation(found[name][2]))
-    setting, kind, losses = found[name]
+
+def improve(study: Study, best: Found, console: Console) -> Found:
+    """Table of changes tried one after the other; what is left of them."""
     table = Table("setting", "validation", "test", title=f"{study.name}: from the best of these")
-    table.add_row(name, f"{validation(losses):.3f}", spread(losses))
-    for change in CHANGES:
-        if "outer" in change and setting["rounds"] == 1:
-            continue
-        other = study.losses({**setting, **change})[kind]
-        better = validation(other) < validation(losses)
-        table.add_row(f"with {name_of(change)}{', kept' if better else ''}", f"{validation(other):.3f}", spread(other))
-        if better:
-            setting, losses = {**setting, **change}, other
-    console.print(table)
 
-    test = statistics.fmean(loss.test for loss in losses)
+    def show(title: str, losses: list[Loss]) -> None:
+        table.add_row(title, f"{validation(losses):.3f}", spread(losses))
+
+    show(str(best), best.losses)
+    for change in CHANGES:
+        if "outer" in change and best.setting["rounds"] == 1:
+            continue
+        other = best._replace(setting={**best.setting, **change}, losses=study.losses({**best.setting, **change})[best.kind])
+        better = validation(other.losses) < validation(best.losses)
+        show(f"with {name_of(change)}{', kept' if better else ''}", other.losses)
+        best = other if better else best
+    alone = {"rounds": 1} | {key: value for key, value in best.setting.items() if key not in ("rounds", "outer")}
+    show("with all that is kept, in one round", study.losses(alone)[best.kind])
+    console.print(table)
+    return best
+
+
+def against_rivals(study: Study, best: Found, console: Console) -> None:
+    """Table of the rivals at their best, and the distance to them."""
     rivals = {
         f"{STEPS} steps": (STEPS, BATCH),
         "equal CPU time": (study.steps_of_equal_cost(), BATCH),
         f"{STEPS} steps of {5 * BATCH} rows": (STEPS, 5 * BATCH),
     }
-    table = Table("AdamW, cosine", "steps", "peak rate", "test", "best − it", title=f"{study.name}: {name_of(setting)}, {kind}")
+    test = statistics.fmean(loss.test for loss in best.losses)
+    table = Table("AdamW, cosine", "steps", "peak", "clipped at", "test", "best − it", title=f"{study.name}: {best}")
     for title, (steps, batch) in rivals.items():
-        runs = {rate: study.rival(rate, steps, batch) for rate in PEAKS}
-        rate = min(runs, key=lambda rate: validation(runs[rate]))
-        difference = test - statistics.fmean(loss.test for loss in runs[rate])
-        table.add_row(title, str(steps), f"{rate:g}", spread(runs[rate]), f"{difference:+.3f}")
+        runs = {(rate, clip): study.rival(rate, clip, steps, batch) for rate in PEAKS for clip in (None, 1.0)}
+        rate, clip = min(runs, key=lambda options: validation(runs[options]))
+        losses = runs[rate, clip]
+        difference = test - statistics.fmean(loss.test for loss in losses)
+        table.add_row(title, str(steps), f"{rate:g}", str(clip or "–"), spread(losses), f"{difference:+.3f}")
     console.print(table)
 
 
@@ -242,7 +267,8 @@ def main() -> None:
     for name in args.adaptations:
         overrides = [*ADAPTATIONS[name], f"task.train={args.data}"]
         study = Study(name, load_recipe(RECIPES / "fashion-mnist.yaml", overrides), args.cache, args.seeds)
-        report(study, args.rounds, console)
+        best = improve(study, by_rounds(study, args.rounds, console), console)
+        against_rivals(study, best, console)
 
 
 if __name__ == "__main__":
