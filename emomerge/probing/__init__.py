@@ -68,6 +68,8 @@ def probe(
         model_hash=model_hash or "", data_hash="" if ledger is None else _hash([batches, sorted(scale.items()), seed]),
     )  # fmt: skip
     probed.model_hash = model_hash or probed.sha256()
+    for label, weights in {**given.get("others", {}), **({"reference": given["base"]} if "base" in given else {})}.items():
+        _require_alike(probed, label, weights)
     return {
         name: METRICS[name].function(probed, **{need: given[need] for need in METRICS[name].needs}, **options).summary
         for name, options in wanted.items()
@@ -92,6 +94,16 @@ def _wanted(
                 "the metric needs an argument", where=name, fix=f"give {' and '.join(wants[m] for m in sorted(missing))}"
             )
     return wanted
+
+
+def _require_alike(probed: Perturbable, label: str, weights: Weights) -> None:
+    """Raises BadInput if another model lacks a parameter of the probed one, or has it in another shape."""
+    for name, parameter in probed.parameters.items():
+        if name not in weights or weights[name].shape != parameter.shape:
+            raise BadInput(
+                "not a model of the same architecture", where=f"{label}, parameter {name}", expected=tuple(parameter.shape),
+                found=tuple(weights[name].shape) if name in weights else "none",
+            )  # fmt: skip
 
 
 def _weights(model: nn.Module | Weights) -> Weights:

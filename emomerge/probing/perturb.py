@@ -41,6 +41,13 @@ KEPT_BYTES = 2**28
 """Directions up to this size are kept while they are in use; of larger ones each tensor is drawn again when it is needed."""
 ROW, PIECE = 4096, 2**22
 """Elements summed in one go, which no thread count splits, and elements that are float64 at a time."""
+INTEGERS = {
+    torch.float64: (torch.int64, 52),
+    torch.float32: (torch.int32, 23),
+    torch.float16: (torch.int16, 10),
+    torch.bfloat16: (torch.int16, 7),
+}
+"""Dtype of weights → integers of its size, and how many bits its fraction has."""
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -96,6 +103,11 @@ class Perturbable:
                 raise BadInput(
                     "sharpness of LoRA factors depends on how they are scaled", where=f"parameter {name}",
                     fix="merge the adapter into its base first (emomerge bake, or merge_and_unload())",
+                )  # fmt: skip
+            if parameter.dtype not in INTEGERS:
+                raise BadInput(
+                    "weights of this dtype cannot be perturbed", where=f"parameter {name}", expected="16 bits or more",
+                    found=parameter.dtype, fix="load the model in float32",
                 )  # fmt: skip
             if parameter.is_meta:
                 raise BadInput(
@@ -153,7 +165,11 @@ class Perturbable:
         return Lazy(direction, compute)
 
     def realised(self, direction: Weights, factor: float) -> tuple[float, float]:
-        """What is left of factor·direction after rounding: its norm as a fraction of the intended one, and their cosine."""
+        """What is left of factor·direction after rounding: its norm as a fraction of the intended one, and their cosine.
+
+        Raises:
+            BadInput: the direction is zero.
+        """
         weights = self.along(direction, factor)
         square, wanted, both = 0.0, 0.0, 0.0
         for name in direction:
@@ -161,6 +177,8 @@ class Perturbable:
             got = weights[name].to(step.dtype) - self.center[name].detach().to(step.dtype)
             square, wanted, both = square + inner(got, got), wanted + inner(step, step), both + inner(got, step)
         norm, intended = math.sqrt(square), math.sqrt(wanted)
+        if not intended:
+            raise BadInput("nothing to perturb", expected="trainable parameters that are not zero, in the reference either")
         return norm / (abs(factor) * intended), both / (norm * intended) * math.copysign(1, factor) if norm else 0.0
 
     # Going there.
@@ -304,10 +322,7 @@ def _drawn_dtype(like: Tensor) -> torch.dtype:
 
 def _flipped(x: Tensor) -> Tensor:
     """x with the third bit of its fraction flipped, which changes a number by at most an eighth; its own inverse, exactly."""
-    integers, fraction = {
-        torch.float64: (torch.int64, 52), torch.float32: (torch.int32, 23),
-        torch.float16: (torch.int16, 10), torch.bfloat16: (torch.int16, 7),
-    }[x.dtype]  # fmt: skip
+    integers, fraction = INTEGERS[x.dtype]
     return x.view(integers).bitwise_xor(1 << (fraction - 3)).view(x.dtype)
 
 

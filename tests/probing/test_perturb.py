@@ -239,6 +239,14 @@ def test_weights_that_are_elsewhere_are_refused_by_name():
         probe_of(nn.Linear(2, 2, device="meta"), reference={"x": 1.0})
 
 
+def test_what_cannot_be_perturbed_is_refused_by_name():
+    small = nn.Linear(2, 2).to(torch.float8_e4m3fn)
+    with pytest.raises(BadInput, match=r"parameter weight; .*; found torch\.float8_e4m3fn; load the model in float32"):
+        probe_of(small, reference={"x": 1.0})
+    with pytest.raises(BadInput, match="nothing to perturb"):
+        sharpness.gaussian(probe_of(nn.Linear(3, 3), reference={"other": 1.0}), directions=1)
+
+
 @pytest.fixture
 def half():
     torch.manual_seed(0)

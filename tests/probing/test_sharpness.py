@@ -239,6 +239,10 @@ def test_the_public_probe_refuses(tmp_path):
         emomerge.probe(model, loss, [torch.tensor(1.0)], "all")
     with pytest.raises(BadInput, match="needs an argument: plane; give reference=, the base as a module and others="):
         emomerge.probe(model, loss, [torch.tensor(1.0)], ["plane"])
+    with pytest.raises(BadInput, match=r"same architecture: wide, parameter w; expected \(1,\); found \(2,\)"):
+        emomerge.probe(model, loss, [torch.tensor(1.0)], ["loss"], others={"wide": Quadratic([1.0, 2.0], 1.0)})
+    with pytest.raises(BadInput, match=r"same architecture: reference, parameter w; expected \(1,\); found none"):
+        emomerge.probe(model, loss, [torch.tensor(1.0)], ["loss"], reference=nn.Linear(1, 1))
     with pytest.raises(BadInput, match="at least one batch"):
         emomerge.probe(model, loss, [])
     with pytest.raises(BadInput, match="with a ledger"):
