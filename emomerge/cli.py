@@ -446,13 +446,18 @@ def status(folder: Path, watch: bool, quiet: bool, as_json: bool) -> None:
 @force_option
 @quiet_option
 def init(template: str, out: Path | None, force: bool, quiet: bool) -> None:
-    """Write a commented recipe to start from: digits, movie-reviews, fashion-mnist or causal-lm."""
+    """Write a commented recipe to start from: digits, movie-reviews, fashion-mnist, causal-lm, flow-fashion or autoencoder."""
     from emomerge.checkpoints import atomic
 
-    text = _template(template).read_text(encoding="utf-8")
+    source = _template(template)
     target = out or Path(f"{template}.yaml")
-    atomic.refuse_existing(target, force=force)
-    atomic.write_text(target, text)
+    files = {source: target}
+    if source.with_suffix(".py").exists():  # of a custom task
+        files[source.with_suffix(".py")] = target.with_name(f"{template}.py")
+    for place in files.values():
+        atomic.refuse_existing(place, force=force)
+    for original, place in files.items():
+        atomic.write_text(place, original.read_text(encoding="utf-8"))
     if not quiet:
         click.echo(f"{target}: run it with `emomerge run {shlex.quote(str(target))}`")
 

@@ -132,7 +132,7 @@ class Measurer:
         """Loss, accuracy, entropy and weight of every batch of a split, each (batches,)."""
         batches = self.batches(split)
         rows = self.probe_rows["train"].tolist() if split == "train" else None
-        data = digest([self.split(split).digest, split, rows, [len(batch["labels"]) for batch in batches]])
+        data = digest([self.split(split).digest, split, rows, [len(next(iter(batch.values()))) for batch in batches]])
         if not self._is_known(artefact, data, split, len(batches)):
             self.load(artefact)
         return controls.scores(

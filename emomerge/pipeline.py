@@ -383,7 +383,8 @@ class Pipeline:
         for name in self.merge_stamps():
             atomic.write_text(self.space.merges / name / "README.md", self._card(name, self.merge_record(name), figures))
         shared = {"figures": figures, "recipe_yaml": self.recipe_yaml, "command": self.command, "version": version("emomerge")}
-        base = self.recipe.base.model or f"a small {self.recipe.base.prepare.model if self.recipe.base.prepare else 'model'}"
+        prepare = self.recipe.base.prepare
+        base = self.recipe.base.model or (f"a small {prepare.model}" if prepare else "the model of the task's function")
         about = f"The base of all runs of the recipe `{self.recipe.name}`: {base}."
         self._write_card(self.space.base, {"name": "base", "about": about, **shared})
         for spec in [*self.specs, *self.rival_runs]:

@@ -149,19 +149,33 @@ class CausalLanguageModel(DataSection):
     others (the base is asked whether it can). `joined`: one stream, an end token between, attention across it."""
 
 
-Task = Annotated[TextClassification | ImageClassification | CausalLanguageModel | FlowMatching, Field(discriminator="kind")]
+class Custom(Section):
+    """Model, data and loss from a function; see `emomerge.tasks.custom`."""
+
+    kind: Literal["custom"]
+    function: str = Field(pattern=r"^.+:[A-Za-z_]\w*$")
+    """`package.module:function`, or `file.py:function` of a file here or beside the recipe. It is run: trust it."""
+    options: dict[str, Any] = {}
+    """What the function is called with."""
+
+
+Task = Annotated[
+    TextClassification | ImageClassification | CausalLanguageModel | FlowMatching | Custom, Field(discriminator="kind")
+]
 
 
 class Prepare(Section):
     """A small base that is trained first, for demonstrations; plain AdamW with cosine decay."""
 
-    model: Literal["mlp", "cnn", "vit", "llama", "dit"]
+    model: Literal["mlp", "cnn", "vit", "llama", "dit", "custom"]
     transform: Transform = Transform()
     """The shift of images under which the base learns; the runs learn under the task's own."""
     train: str | None = None
     """The text that the base learns, and its tokenizer with it (default: the task's own)."""
     vocabulary: int = Field(1024, ge=258)
     """Tokens of that tokenizer, a byte-level BPE."""
+    options: dict[str, Any] = {}
+    """Options of a custom task's function that differ while the base learns."""
     hidden: int = Field(64, ge=4)
     layers: int = Field(3, ge=1)
     patch_size: int = Field(2, ge=1)
@@ -169,6 +183,16 @@ class Prepare(Section):
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _of_use(self) -> Prepare:
+        """What another model would need is a mistake here."""
+        images = ("mlp", "cnn", "vit", "dit")
+        needs = {"transform": images, "train": ("llama",), "vocabulary": ("llama",), "options": ("custom",)}
+        for field, models in needs.items():
+            if self.model not in models and getattr(self, field) != Prepare.model_fields[field].default:
+                raise ValueError(f"`{field}` is of no use to {self.model}")
+        return self
 
 
 class Base(Section):
@@ -184,7 +208,7 @@ class Base(Section):
 
     @model_validator(mode="after")
     def _one_of(self) -> Base:
-        if (self.model is None) == (self.prepare is None):
+        if self.model is not None and self.prepare is not None:
             raise ValueError("give either `model` (a folder or Hub id) or `prepare`, not both")
         return self
 
@@ -336,6 +360,7 @@ PREPARED: Mapping[str, tuple[str, ...]] = {
     "image-classification": ("mlp", "cnn", "vit"),
     "causal-lm": ("llama",),
     "flow-matching": ("dit",),
+    "custom": ("custom",),
 }
 """Kind of task → what `base.prepare` builds for it."""
 
@@ -359,7 +384,8 @@ class Recipe(Section):
     """Everything `emomerge run` does, in one object."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    base: Base
+    base: Base = Base()
+    """May be left out where a custom task's function brings a model that has learnt already."""
     task: Task
     adapter: Adapter = Lora(kind="lora")
     runs: Runs = Runs()
@@ -387,6 +413,8 @@ class Recipe(Section):
         needed = {"loss-matched", "swa"} & set(self.controls)
         if needed and "long-run" not in self.controls:
             raise ValueError(f"the control `{min(needed)}` is made of the long run; add `long-run` to `controls`")
+        if self.base.model is None and self.base.prepare is None and not isinstance(self.task, Custom):
+            raise ValueError("`base` is empty: give either `model` (a folder or Hub id) or `prepare`")
         if self.base.prepare is not None and self.base.prepare.model not in PREPARED.get(self.task.kind, ()):
             kinds = PREPARED.get(self.task.kind)
             fix = f"`base.prepare.model` is one of {', '.join(kinds)} there" if kinds else "give `base.model`"
@@ -398,6 +426,8 @@ class Recipe(Section):
         """What a prepared base learns: the task without its shift."""
         prepare = self.base.prepare
         assert prepare is not None
+        if isinstance(self.task, Custom):
+            return self.task.model_copy(update={"options": self.task.options | prepare.options})
         if isinstance(self.task, LabelledImages):
             return self.task.model_copy(update={"transform": prepare.transform})
         if prepare.train is None:
@@ -424,7 +454,17 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise BadInput("a recipe is a mapping of keys", where=file, found=type(data).__name__)
     for override in overrides:
         _apply(data, override)
+    _find_beside(data, file.parent)
     return parse_recipe(data, source=str(file))
+
+
+def _find_beside(data: dict[str, Any], folder: Path) -> None:
+    """Let a custom task's file be found beside the recipe."""
+    task = data.get("task")
+    if isinstance(task, dict) and isinstance(task.get("function"), str):
+        place, sign, name = task["function"].rpartition(":")
+        if place.endswith(".py") and (folder / place).is_file():
+            task["function"] = f"{folder / place}{sign}{name}"
 
 
 def parse_recipe(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -500,7 +540,7 @@ def _explain(error: ValidationError, source: str) -> BadInput:
 
 
 _TAGS = {
-    "text-classification", "image-classification", "causal-lm", "flow-matching", "lora", "full", "ema", "lawa", "number",
+    "text-classification", "image-classification", "causal-lm", "flow-matching", "custom", "lora", "full", "ema", "lawa", "number",
     "by-optimizer",
 }  # fmt: skip
 

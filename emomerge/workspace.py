@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from emomerge.checkpoints import atomic
 from emomerge.errors import BadInput
-from emomerge.recipe import Recipe, digest
+from emomerge.recipe import Custom, Recipe, digest
 from emomerge.training.runs import sizes_agree
 
 
@@ -152,8 +152,12 @@ class Workspace:
 
 def external_sources(recipe: Recipe) -> list[str]:
     """Everything the recipe names that may be a path, and the label files beside IDX images."""
-    own = recipe.base.prepare.train if recipe.base.prepare else recipe.base.model
-    named = [s for s in (own, recipe.task.train, recipe.task.validation, recipe.task.test) if s is not None]
+    base, task = recipe.base.prepare.train if recipe.base.prepare else recipe.base.model, recipe.task
+    if isinstance(task, Custom):
+        options = [*task.options.values(), *(recipe.base.prepare.options.values() if recipe.base.prepare else ())]
+        files = [value for value in options if isinstance(value, str) and Path(value).expanduser().is_file()]
+        return [s for s in (base, task.function.rpartition(":")[0]) if s is not None] + files
+    named = [s for s in (base, task.train, task.validation, task.test) if s is not None]
     return named + [s.replace("images-idx3", "labels-idx1") for s in named if "images-idx3" in s]
 
 

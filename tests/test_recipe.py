@@ -51,6 +51,11 @@ def test_shipped_recipes_are_valid_and_say_how_to_run_them(file):
         ({"base": {"model": "a", "prepare": {"model": "mlp"}}}, "either `model`"),
         ({"base": {"prepare": {"model": "mlp"}}}, "builds no mlp for the task text-classification; give `base.model`"),
         ({"base": {"prepare": {"model": "mlp"}}, "task": LANGUAGE}, "no mlp for the task causal-lm; .*is one of llama there"),
+        (
+            {"base": {"prepare": {"model": "vit", "train": "a.txt"}}},
+            "`base.prepare` in recipe; expected `train` is of no use to vit",
+        ),
+        ({"base": {"prepare": {"model": "llama", "transform": {"invert": True}}}}, "`transform` is of no use to llama"),
         ({"task": LANGUAGE | {"columns": {"prompt": "q"}}}, "`prompt` and `completion` come together"),
         ({"task": LANGUAGE | {"columns": {"messages": "m", "text": "t"}}}, "give `text`, or `prompt`"),
         ({"task": LANGUAGE | {"packing": "tight"}}, r"`task\.packing`.*'none', 'separate' or 'joined'; found 'tight'"),

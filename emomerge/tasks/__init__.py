@@ -8,6 +8,7 @@ from typing import Any
 from emomerge import recipe
 from emomerge.tasks.base import Batch, Images, RowFigures, Split, Task, TaskData, Texts
 from emomerge.tasks.causal_lm import CausalLanguageModelTask
+from emomerge.tasks.custom import CustomTask
 from emomerge.tasks.flow_matching import FlowMatchingTask
 from emomerge.tasks.image_classification import ImageClassificationTask
 from emomerge.tasks.text_classification import TextClassificationTask
@@ -19,6 +20,7 @@ TASKS: dict[str, Callable[[Any], Task]] = {
     ImageClassificationTask.kind: ImageClassificationTask,
     CausalLanguageModelTask.kind: CausalLanguageModelTask,
     FlowMatchingTask.kind: FlowMatchingTask,
+    CustomTask.kind: CustomTask,
 }
 """The recipe's `task.kind` → what builds the task from its section."""
 

@@ -24,14 +24,14 @@ class Split:
     """An immutable set of examples on the CPU, addressed by row number.
 
     Args:
-        fields: name → tensor (rows, …): what the model's forward takes, and `labels` (rows, …).
+        fields: name → tensor (rows, …): what the model's forward takes and what its output is compared with, mostly `labels`.
     """
 
     def __init__(self, fields: Mapping[str, Tensor]) -> None:
         self._fields = dict(fields)
 
     def __len__(self) -> int:
-        return len(self._fields["labels"])
+        return len(next(iter(self._fields.values())))
 
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
         """The examples of these rows, in this order, as new tensors (len(indices), …)."""
@@ -61,7 +61,7 @@ class TaskData:
         train: what runs learn from.
         validation: what choices are made on.
         test: what reported figures come from.
-        classes: the names of labels 0, 1, …
+        classes: the names of labels 0, 1, …; empty where there are none.
         summary: one line for people, such as "10,043 rows in 2 classes; 561 left out".
     """
 
@@ -114,7 +114,7 @@ class Task(ABC):
     peft_task_type: ClassVar[str | None] = None
     """PEFT's name for such tasks, if it has one."""
 
-    unit: ClassVar[str] = "nats"
+    unit: str = "nats"
     """What losses are counted in, for reports."""
 
     @abstractmethod

@@ -330,6 +330,19 @@ def test_unusable_text_is_named(tmp_path, base, content, options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_datasets_id(monkeypatch, base):
+    import datasets
+
+    rows = [chat(("user", "the cat"), ("assistant", f"{WORDS[n % 5]} on")) | {"text": text} for n, text in enumerate(texts())]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
+    plain, chats = task_of("user/stories"), task_of("user/stories", columns={"messages": "messages"})
+    assert plain.load_data(base).summary.startswith("24 documents")
+    labels = everything(chats.load_data(base).train)["labels"]
+    assert (labels != UNLEARNT).sum(dim=1).tolist() == [3] * 22
+    with pytest.raises(BadInput, match="no column 'body': user/stories; found columns messages, text"):
+        task_of("user/stories", columns={"text": "body"}).load_data(base)
+
+
 def test_nothing_to_learn(tmp_path, base):
     source = jsonl(tmp_path / "qa.jsonl", [{"q": "the cat sat on", "a": "mat"}] * 10)
     with pytest.raises(BadInput, match="nothing to learn: .*; expected documents with something to predict within 4 tokens"):
