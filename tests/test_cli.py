@@ -200,9 +200,13 @@ def test_lora_runs_become_one_adapter(finished, tmp_path):
 def test_init_writes_a_recipe_that_parses(tmp_path):
     from emomerge.recipe import load_recipe
 
-    for name in ("digits", "movie-reviews", "fashion-mnist"):
+    for name in ("digits", "movie-reviews", "fashion-mnist", "causal-lm", "flow-fashion", "autoencoder"):
         assert call("init", name, "-o", tmp_path / f"{name}.yaml").exit_code == 0
         assert load_recipe(tmp_path / f"{name}.yaml").name == name
+        assert name in call("init", "--help").output
+    assert load_recipe(tmp_path / "autoencoder.yaml").task.function == f"{tmp_path / 'autoencoder.py'}:make"
+    fails(call("init", "autoencoder", "-o", tmp_path / "other.yaml"), "autoencoder.py", "exists")
+    assert not (tmp_path / "other.yaml").exists()
     fails(call("init", "digits", "-o", tmp_path / "digits.yaml"), "exists")
     fails(call("init", "nonsense"), "no such recipe comes with emomerge", "digits")
 
