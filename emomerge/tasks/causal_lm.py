@@ -81,8 +81,7 @@ class CausalLanguageModelTask(Task):
         """Documents in pieces that fit a row: plain text goes on in the next piece, other forms are cut off."""
         plain = _form(self.section.columns) == "text"
         if self.section.packing == "joined":
-            stream = Tokens(*(list(itertools.chain.from_iterable(part)) for part in zip(*documents, strict=True)))
-            pieces = _slices(stream, length)
+            pieces = _slices(_joined(documents), length)
         else:
             cut = [piece for document in documents for piece in _slices(document, length)[: None if plain else 1]]
             # Nothing in its row comes before a piece's first token, or only what it must not see.
@@ -102,11 +101,10 @@ class CausalLanguageModelTask(Task):
             return TextSplit({**_padded(pieces, width, pad), "attention_mask": torch.tensor(mask)})
         if self.section.packing == "joined":
             return Split(_padded(pieces, length, pad))
-        bins = [[pieces[number] for number in row] for row in pack([len(piece.ids) for piece in pieces], length)]
-        rows = [Tokens(*(list(itertools.chain.from_iterable(part)) for part in zip(*row, strict=True))) for row in bins]
+        rows = [[pieces[number] for number in row] for row in pack([len(piece.ids) for piece in pieces], length)]
         # The padding counts from 0 too: it is one more document that nobody sees.
-        positions = [[p for n in [*map(len, (t.ids for t in row)), length] for p in range(n)][:length] for row in bins]
-        return Split({**_padded(rows, length, pad), "position_ids": torch.tensor(positions)})
+        positions = [[p for n in [*(len(t.ids) for t in row), length] for p in range(n)][:length] for row in rows]
+        return Split({**_padded([_joined(row) for row in rows], length, pad), "position_ids": torch.tensor(positions)})
 
     def _summary(self, documents: dict[str, list[Tokens]], pieces: dict[str, list[Tokens]], splits: dict[str, Split]) -> str:
         count = sum(map(len, documents.values()))
@@ -197,6 +195,10 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         bins[row].append(number)
         bisect.insort(room, (space - lengths[number], row))
     return bins
+
+
+def _joined(parts: Sequence[Tokens]) -> Tokens:
+    return Tokens(*(list(itertools.chain.from_iterable(field)) for field in zip(*parts, strict=True)))
 
 
 def _slices(tokens: Tokens, length: int) -> list[Tokens]:
