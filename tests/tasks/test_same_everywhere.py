@@ -18,14 +18,14 @@ from emomerge.tasks import make_task
 
 language = {"kind": "causal-lm", "train": "python-docs", "limit": 12, "max_length": 64, "packing": "separate"}
 flow = {"kind": "flow-matching", "train": "digits", "limit": 60}
-sizes = {"hidden": 32, "layers": 1, "vocabulary": 600}
-for model, task in (("llama", language), ("dit", flow)):
-    recipe = parse_recipe({"name": "r", "base": {"prepare": {"model": model, **sizes}}, "task": task})
+sizes = {"hidden": 32, "layers": 1}
+for prepare, task in (({"model": "llama", "vocabulary": 600}, language), ({"model": "dit"}, flow)):
+    recipe = parse_recipe({"name": "r", "base": {"prepare": prepare | sizes}, "task": task})
     task = make_task(recipe.task)
     data = task.load_data(recipe.base)
     new = task.new_model(recipe.base, data)
     print(data.train.digest, data.test.digest, fingerprint(model_checkpoint(new, source="new")))
-    print(float(task.loss(new, data.test.batch([0]))))
+    print(task.loss(new, data.test.batch([0])).item())
 """
 
 
