@@ -540,8 +540,8 @@ def _explain(error: ValidationError, source: str) -> BadInput:
 
 
 _TAGS = {
-    "text-classification", "image-classification", "causal-lm", "flow-matching", "custom", "lora", "full", "ema", "lawa", "number",
-    "by-optimizer",
+    "text-classification", "image-classification", "causal-lm", "flow-matching", "custom", "lora", "full", "ema",
+    "lawa", "number", "by-optimizer",
 }  # fmt: skip
 
 
