@@ -1,0 +1,224 @@
+"""Stochastic Lanczos: the ends of the Hessian's spectrum, its density, and a subspace that sharpens the trace, in one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emomerge.probing.hessian.product import Array, Curvature, Method, curvature
+from emomerge.probing.hessian.vectors import combine, norm, project_out
+from emomerge.probing.perturb import Perturbable
+from emomerge.probing.sharpness import key
+
+Ends = Literal["both", "largest"]
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """One end of the spectrum: the Rayleigh quotient uᵀHu of its Ritz vector, ‖u‖ = 1."""
+
+    value: float
+    residual: float
+    """‖Hu − value·u‖: some eigenvalue lies this near, rounding and differences included; λmax ≥ value ≥ λmin always."""
+    units: tuple[float, ...]
+    """uᵀH_b·u of every batch; their weighted mean is `value`. To first order this is what the eigenvalue does when batches
+    are resampled, so that it pairs models."""
+
+
+@dataclass(frozen=True)
+class Lanczos:
+    """One run from one random vector; `summary` is its JSON."""
+
+    name: str
+    """What the ledger calls it."""
+    alpha: tuple[float, ...]
+    """Diagonal of the tridiagonal T = QᵀHQ."""
+    beta: tuple[float, ...]
+    """What stands beside it; the last is the norm of the residual that the next step would have taken up."""
+    largest: Extreme
+    smallest: Extreme | None
+    weight: tuple[float, ...]
+    """Of every batch, summing to one."""
+    step: float
+    disagreement: float | None
+    """See `Curvature`."""
+    trace_units: tuple[float, ...]
+    """tr(QᵀH_bQ) of every batch."""
+    trace_tensors: Mapping[str, float]
+    """What the span of Q explains of each tensor's part of the trace (Σ over it is tr T)."""
+    basis: Callable[[], list[Tensor]] = field(repr=False, compare=False)
+    """The orthonormal Q, rows (size,); computed again where the run came from a ledger."""
+
+    def quadrature(self) -> tuple[Array, Array]:
+        """Nodes θ and weights (steps,) of Gauss's quadrature: Σ w_i·f(θ_i) ≈ tr f(H)/size (Golub and Welsch 1969)."""
+        nodes, vectors = _ritz(self.alpha, self.beta)
+        return nodes, vectors[0] ** 2
+
+    def summary(self) -> dict[str, Any]:
+        """λmax, λmin, their residuals, and how they were taken."""
+        ends = {"largest": self.largest, "smallest": self.smallest}
+        return {
+            **{name: finite(end.value) for name, end in ends.items() if end},
+            **{f"{name}_residual": finite(end.residual) for name, end in ends.items() if end},
+            "steps": len(self.alpha), "step": self.step, "disagreement": self.disagreement,
+        }  # fmt: skip
+
+
+def lanczos(
+    probe: Perturbable,
+    steps: int = 30,
+    *,
+    number: int = 0,
+    tolerance: float = 0.0,
+    ends: Ends = "both",
+    hvp: Method = "finite-difference",
+    only: Sequence[str] | None = None,
+) -> Lanczos:
+    """λmax, λmin and the spectral density by Lanczos' method with full reorthogonalisation; one row of the ledger.
+
+    Cost: `steps` + 1 to 4 products (see `Curvature.agreed`) + one for each end; a product is 2 gradients of all batches.
+    Memory: `steps` + 1 vectors of the parameters' size beside a gradient's; fewer steps or `only` bound it.
+
+    Args:
+        probe: the model.
+        steps: the most Lanczos steps.
+        number: which random vector to start from; several make the density smoother.
+        tolerance: stop once the Ritz residual at the wanted ends is below this part of max |λ|, a bound on the eigenvalue's
+            relative error. 0 takes all steps.
+        ends: which ends are wanted; `largest` saves λmin's product.
+        hvp: how products are taken.
+        only: names of parameters: the spectrum of their diagonal block.
+
+    Raises:
+        BadInput: no parameters, or `autograd` where the model has no double backward.
+    """
+
+    @cache
+    def run() -> tuple[dict[str, Any], list[Tensor]]:
+        with curvature(probe, hvp, only) as matrix:
+            return _run(matrix, steps, number, tolerance, ends)
+
+    block = "" if only is None else f" of {' '.join(sorted(only))}"
+    metric = f"lanczos {hvp} {steps} {tolerance:g} {ends}{block}"
+    row = probe.ledger.ask(lambda: run()[0], **key(probe, metric, 0.0, number, 0))
+    return Lanczos(
+        name=f"{metric} #{number}", alpha=tuple(row["alpha"]), beta=tuple(row["beta"]),
+        largest=_extreme(row["largest"]), smallest=row["smallest"] and _extreme(row["smallest"]),
+        weight=tuple(row["weight"]), step=row["step"], disagreement=row["disagreement"],
+        trace_units=tuple(row["trace_units"]), trace_tensors=row["trace_tensors"], basis=lambda: run()[1],
+    )  # fmt: skip
+
+
+def by_module(names: Sequence[str]) -> dict[str, list[str]]:
+    """Parameter names by the module that holds them."""
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    return modules
+
+
+def blockwise(
+    probe: Perturbable, steps: int = 30, *, tolerance: float = 0.05, hvp: Method = "finite-difference"
+) -> dict[str, Lanczos]:
+    """λmax of every module's diagonal block of the Hessian, by module name. Cost: a `lanczos` for each, its end only."""
+    return {
+        module: lanczos(probe, steps, tolerance=tolerance, ends="largest", hvp=hvp, only=names)
+        for module, names in by_module([*probe.parameters]).items()
+    }
+
+
+def density(runs: Sequence[Lanczos], points: int = 201, width: float = 0.01) -> dict[str, list[float]]:
+    """The spectral density as a curve, the mean over runs of Gauss's quadrature, each node a normal density.
+
+    Args:
+        runs: from different `number`s.
+        points: of the curve.
+        width: standard deviation of the normals, as a part of the spectrum's breadth.
+
+    Returns:
+        `nodes` and `weights` of all runs, weights summing to one; `eigenvalue` and `density` of the curve, of integral one.
+    """
+    rules = [run.quadrature() for run in runs]
+    nodes, weights = np.concatenate([n for n, _ in rules]), np.concatenate([w for _, w in rules]) / len(rules)
+    sigma = width * (np.ptp(nodes) or abs(nodes[0]) or 1.0)
+    grid = np.linspace(nodes.min() - 4 * sigma, nodes.max() + 4 * sigma, points)
+    curve = np.exp(-(((grid[:, None] - nodes) / sigma) ** 2) / 2) @ weights / (sigma * math.sqrt(2 * math.pi))
+    return {"nodes": nodes.tolist(), "weights": weights.tolist(), "eigenvalue": grid.tolist(), "density": curve.tolist()}
+
+
+def _run(matrix: Curvature, steps: int, number: int, tolerance: float, ends: Ends) -> tuple[dict[str, Any], list[Tensor]]:
+    """The row of the ledger, and Q."""
+    basis: list[Tensor] = []
+    alpha: list[float] = []
+    beta: list[float] = []
+    units, tensors = np.zeros(len(matrix.probe.batches)), torch.zeros(len(matrix.sizes), dtype=torch.float64)
+    residual, last = matrix.draw("lanczos", number), min(steps, matrix.size) - 1
+    length = norm(residual)
+    for j in range(last + 1):
+        basis.append(residual.div_(length))
+        # The second vector is the first that leans towards the outliers, where the third derivative is felt most.
+        residual, part = (matrix.agreed if j == min(1, last) else matrix.product)(basis[j], [basis[j]])
+        alpha.append(float(part[:, 0] @ matrix.weights))
+        units += part[:, 0]
+        tensors += 2 * matrix.sums(basis[j], residual)
+        project_out(residual, basis)
+        length = norm(residual)
+        beta.append(length)
+        negligible = torch.finfo(matrix.dtype).eps * max(map(abs, alpha))
+        if not length > negligible or _converged(alpha, beta, tolerance, ends):
+            break
+    for q, row in zip(basis, _tridiagonal(alpha, beta), strict=True):
+        tensors -= matrix.sums(q, combine(basis, torch.from_numpy(row)))
+    return {
+        "alpha": alpha, "beta": beta, "weight": matrix.weights.tolist(),
+        "largest": _end(matrix, basis, alpha, beta, -1),
+        "smallest": _end(matrix, basis, alpha, beta, 0) if ends == "both" else None,
+        "step": matrix.step, "disagreement": matrix.disagreement,
+        "trace_units": units.tolist(), "trace_tensors": dict(zip(matrix.parameters, tensors.tolist(), strict=True)),
+    }, basis  # fmt: skip
+
+
+def _end(
+    matrix: Curvature, basis: Sequence[Tensor], alpha: Sequence[float], beta: Sequence[float], index: int
+) -> dict[str, Any]:
+    vector = combine(basis, torch.from_numpy(_ritz(alpha, beta)[1][:, index]))
+    vector.div_(norm(vector))
+    product, part = matrix.product(vector, [vector])
+    value = float(part[:, 0] @ matrix.weights)
+    return {"value": value, "residual": norm(product.sub_(vector, alpha=value)), "units": part[:, 0].tolist()}
+
+
+def _extreme(row: Mapping[str, Any]) -> Extreme:
+    return Extreme(row["value"], row["residual"], tuple(row["units"]))
+
+
+def _converged(alpha: Sequence[float], beta: Sequence[float], tolerance: float, ends: Ends) -> bool:
+    nodes, vectors = _ritz(alpha, beta)
+    residuals = beta[-1] * np.abs(vectors[-1, [-1, 0] if ends == "both" else [-1]])
+    return bool((residuals <= tolerance * np.abs(nodes).max()).all())
+
+
+def _ritz(alpha: Sequence[float], beta: Sequence[float]) -> tuple[Array, Array]:
+    """Eigenvalues (steps,), ascending, and eigenvectors (steps, steps) of T; NaN where it is not finite."""
+    matrix = _tridiagonal(alpha, beta)
+    if not np.isfinite(matrix).all():
+        return np.full(len(alpha), np.nan), np.full(matrix.shape, np.nan)
+    values, vectors = np.linalg.eigh(matrix)
+    return values, vectors
+
+
+def _tridiagonal(alpha: Sequence[float], beta: Sequence[float]) -> Array:
+    beside = beta[: len(alpha) - 1]
+    return np.diag(alpha) + np.diag(beside, 1) + np.diag(beside, -1)
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where it diverged."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,51 @@
+"""Arithmetic of flat parameter vectors: sums in float64 over blocks of a fixed length, which no thread count splits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 14
+"""Elements of a block: small enough that torch sums it on one thread."""
+
+
+def dots(rows: Sequence[Tensor], vector: Tensor) -> Tensor:
+    """⟨row, vector⟩ of every row, (rows,) float64."""
+    total = torch.zeros(len(rows), dtype=torch.float64, device=_wide(vector[:0]).device)
+    for block, some in _blocks(rows, len(vector)):
+        total += (some * _wide(vector[block])).sum(dim=1)
+    return total
+
+
+def norm(vector: Tensor) -> float:
+    """‖v‖₂."""
+    return math.sqrt(dots([vector], vector).item())
+
+
+def combine(rows: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    """Σ c_i row_i, in the rows' dtype; coefficients (rows,) float64."""
+    result = torch.empty_like(rows[0])
+    for block, some in _blocks(rows, len(result)):
+        result[block] = (some * coefficients.to(some.device)[:, None]).sum(dim=0)
+    return result
+
+
+def project_out(vector: Tensor, rows: Sequence[Tensor]) -> None:
+    """vector ← (I − QQᵀ)·vector in place, for orthonormal rows Q; twice, which is enough (Kahan and Parlett)."""
+    for _ in range(2 if rows else 0):
+        coefficients = dots(rows, vector)
+        for block, some in _blocks(rows, len(vector)):
+            vector[block] = _wide(vector[block]) - (some * coefficients[:, None]).sum(dim=0)
+
+
+def _blocks(rows: Sequence[Tensor], length: int) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, length, BLOCK):
+        block = slice(start, start + BLOCK)
+        yield block, torch.stack([_wide(row[block]) for row in rows])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # MPS has no float64
