@@ -11,6 +11,7 @@ crosses, as a rough loss surface really has them, and ε and ε/2 then disagree,
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,10 +33,12 @@ Method = Literal["finite-difference", "autograd"]
 
 STEP = {torch.float32: 2e-4, torch.float64: 2e-6}
 """‖εv‖/‖θ‖ to begin with."""
-AGREEMENT = 0.005
-"""Relative difference of the products at ε and ε/2 that counts as agreement."""
+AGREEMENT = 0.002
+"""Relative difference of the products at ε and ε/2 at which ε is small enough."""
+DOUBTFUL = 0.01
+"""Relative difference that is warned of."""
 DISAGREES = (
-    f"Hessian products by finite differences at ε and ε/2 differ by more than {AGREEMENT:.1%}: the loss has kinks, as ReLU "
+    f"Hessian products by finite differences at ε and ε/2 differ by more than {DOUBTFUL:.0%}: the loss has kinks, as ReLU "
     "makes them, or bends too fast for float32; see `disagreement`, or take the products by autograd"
 )
 HALVINGS = 4
@@ -147,7 +150,7 @@ class Curvature:
             if not now > AGREEMENT:
                 break
         self.disagreement = max(self.disagreement or 0.0, differs)
-        if not self.disagreement <= AGREEMENT:
+        if self.disagreement > DOUBTFUL:
             warnings.warn(DISAGREES, stacklevel=2)
         return best
 
@@ -176,6 +179,8 @@ class Curvature:
             try:
                 products = torch.autograd.grad(outputs, parameters, directions, materialize_grads=True)
             except RuntimeError as error:
+                if not re.search("derivative|differentiate", str(error)):
+                    raise
                 raise BadInput(
                     "the model has no double backward", found=error, fix="take Hessian products by finite differences"
                 ) from None
