@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from emomerge.errors import BadInput
 from emomerge.probing import controls, landscape, sharpness, worst_case  # noqa: F401  (they register their metrics)
 from emomerge.probing.batch_norm import reestimate_batch_norm
+from emomerge.probing.hessian import metrics as _hessian  # noqa: F401
 from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Batch, LossFunction, Perturbable, Weights, rms
 from emomerge.probing.registry import METRICS, PRESETS, Preset, preset_metrics

@@ -330,12 +330,13 @@ def inner(a: Tensor, b: Tensor) -> float:
     """Σ a·b in float64, in an order that no thread count changes."""
     sums: list[float] = []
     for x, y in zip(a.detach().flatten().split(PIECE), b.detach().flatten().split(PIECE), strict=True):
-        product = _double(x) * _double(y)
+        product = double(x) * double(y)
         sums += pad(product, (0, -len(product) % ROW)).view(-1, ROW).sum(dim=1).tolist()
     return float(np.sum(sums))
 
 
-def _double(x: Tensor) -> Tensor:
+def double(x: Tensor) -> Tensor:
+    """x in float64, on its device where that has it."""
     return (x.cpu() if x.device.type == "mps" else x).double()  # MPS has no float64
 
 

@@ -44,6 +44,8 @@ FEW = {
     "barriers": {"points": 3},
     "plane": {"size": 2},
     "surface": {"size": 2},
+    "hessian": {"steps": 2, "probes": 1},
+    "span": {},
     "worst-case": {"steps": 3, "radii": {"l2": (0.5,), "linf": (0.001,)}},
 }
 

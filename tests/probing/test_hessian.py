@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from emomerge.errors import BadInput
-from emomerge.probing import Ledger, Perturbable, hessian, rms, verdict
+from emomerge.probing import METRICS, Ledger, Perturbable, hessian, probe, rms, verdict
 from emomerge.probing.hessian.product import AGREEMENT, STEP, curvature
 from emomerge.probing.hessian.vectors import combine, dots, project_out
 
@@ -223,18 +223,8 @@ def test_fused_attention():
 
 
 def test_no_double_backward_is_bad_input():
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.square()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, gradient):
-            return gradient
-
-    model = nn.Linear(2, 1)
-    probe = Perturbable(model, lambda m, b: (Once.apply(m(b)).square().sum(), 1.0), [torch.ones(1, 2)], rms(model))
+    model, target = nn.Linear(2, 1, bias=False), torch.tensor([[0, -1]])
+    probe = Perturbable(model, lambda m, b: (F.multilabel_margin_loss(m.weight, target), 1.0), [None], rms(model))
     before = probe.sha256()
     with pytest.raises(BadInput, match=r"no double backward.*finite differences"):
         hessian.lanczos(probe, 3, hvp="autograd")
@@ -434,15 +424,16 @@ def test_the_step_is_halved_until_the_products_agree(dtype, rate):
     assert run.step == STEP[dtype] / 8 and run.disagreement < AGREEMENT
     assert run.largest.value == pytest.approx(1, rel=2e-3)
     with curvature(probe) as matrix:
-        coarse = matrix.product(torch.tensor([1.0, 0.0], dtype=dtype), [])[0][0]
+        first = torch.tensor([1.0, 0.0], dtype=dtype)
+        coarse = matrix.product(first, [first])[1]
     assert coarse < 0.99
 
 
 def test_kinks_are_reported():
-    x = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    model = nn.Linear(1, 1, bias=False)
+    x = torch.rand(2000, 64, generator=torch.Generator().manual_seed(0))
+    model = nn.Linear(64, 1, bias=False)
     nn.init.constant_(model.weight, 0.5)
-    probe = Perturbable(model, lambda m, b: ((m.weight.squeeze() - x).relu().mean(), 1.0), [None], rms(model))
+    probe = Perturbable(model, lambda m, b: ((m.weight - x).relu().mean(), 1.0), [None], rms(model))
     with pytest.warns(UserWarning, match="kinks"):
         run = hessian.lanczos(probe)
     assert run.disagreement > 0.01
@@ -458,6 +449,7 @@ def test_smooth_losses_do_not_warn():
 def test_a_divergence_is_reported_and_never_imputed():
     model = Quadratic(symmetric(SPECTRUM), where=float("nan"))
     found = metrics(quadratic(None, model=model))
+    assert found["density"] is None
     assert found["lanczos"]["largest"] is None and found["lanczos"]["smallest_residual"] is None
     assert found["trace"]["mean"] is None and found["span"]["eigenvalues"] is None
 
@@ -467,6 +459,13 @@ def test_no_parameters_is_bad_input():
     probe = Perturbable(model, lambda m, b: (m(b).sum(), 1.0), [torch.ones(1, 2)], {})
     with pytest.raises(BadInput, match="no parameters"):
         hessian.trace(probe)
+
+
+def test_half_precision_is_bad_input():
+    model = nn.Linear(2, 2).bfloat16()
+    probe = Perturbable(model, lambda m, b: (m(b).sum(), 1.0), [torch.ones(1, 2).bfloat16()], rms(model))
+    with pytest.raises(BadInput, match=r"do not survive this dtype: parameter weight.*found torch.bfloat16"):
+        hessian.lanczos(probe)
 
 
 def test_models_share_their_probes_so_that_figures_pair():
@@ -510,3 +509,17 @@ def test_sums_do_not_depend_on_threads():
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
     np.testing.assert_allclose(found[0][0][1], rows[1].double() @ rows[0].double(), rtol=1e-12)
+
+
+def test_by_name():
+    model, base, other = (Quadratic(symmetric(SPECTRUM), where=where) for where in (1.0, 0.0, 2.0))
+    options = {"hessian": {"probes": 4}, "layers": {}, "span": {}}
+    found = probe(model, scaled_loss, [(1.0, 1.0), (3.0, 3.0)], options, reference=base, others={"other": other})
+    assert found["hessian"]["largest"] == pytest.approx(2.5 * 34, rel=1e-5)
+    assert found["hessian"]["trace"]["n"] == 4 and set(found["hessian"]["trace"]["modules"]) == {"first", "second"}
+    ones = np.ones(40) / 40**0.5
+    assert found["span"]["along"]["other"] == pytest.approx(2.5 * ones @ symmetric(SPECTRUM) @ ones, rel=1e-5)
+    assert found["layers"]["second"]["largest"] < found["hessian"]["largest"]
+    measured = METRICS["hessian"].function(quadratic(symmetric(SPECTRUM)), probes=4).values
+    assert measured.shape == (1 + 4, 2)
+    np.testing.assert_allclose(measured @ [0.25, 0.75], [found["hessian"]["largest"], *(measured[1:] @ [0.25, 0.75])])

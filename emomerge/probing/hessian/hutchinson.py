@@ -35,11 +35,11 @@ class Trace:
         """Mean, standard error and number of estimates of each module's part of the trace."""
         grouped = by_module([*self.tensors]).items()
         parts = {module: np.stack([self.tensors[name] for name in names], axis=1) for module, names in grouped}
-        return {module: sharpness.summary(part, np.ones(part.shape[1])) for module, part in parts.items()}
+        return {module: sharpness.summary(part, np.ones(part.shape[1]), 0.0) for module, part in parts.items()}
 
     def summary(self) -> dict[str, Any]:
         """Mean, standard error and number of estimates of the trace, and its parts."""
-        whole = sharpness.summary(self.values, self.weight)
+        whole = sharpness.summary(self.values, self.weight, 0.0)
         return {**whole, "disagreement": self.disagreement, "modules": self.modules()}
 
 
@@ -70,12 +70,14 @@ def trace(
         hvp: how products are taken.
         on_probe: called with the number of each z when it is done.
     """
-    sketch = f" beyond {lanczos.name}" if lanczos else ""
+    metric = f"trace {hvp}{f' beyond {lanczos.name}' if lanczos else ''}"
+    places = [sharpness.key(probe, metric, 0.0, number, 0) for number in range(probes)]
+    done = all(probe.ledger.get(**place) for place in places)
+    basis = lanczos.basis() if lanczos and not done else []  # before the weights move: it may have to be computed again
     rows = []
     with curvature(probe, hvp) as matrix:
-        for number in range(probes):
-            place = sharpness.key(probe, f"trace {hvp}{sketch}", 0.0, number, 0)
-            rows.append(probe.ledger.ask(partial(_estimate, matrix, lanczos, number), **place))
+        for number, place in enumerate(places):
+            rows.append(probe.ledger.ask(partial(_estimate, matrix, basis, number), **place))
             on_probe(number)
     known = lanczos.trace_units if lanczos else 0.0
     return Trace(
@@ -89,10 +91,9 @@ def trace(
     )
 
 
-def _estimate(matrix: Curvature, lanczos: Lanczos | None, number: int) -> dict[str, Any]:
+def _estimate(matrix: Curvature, basis: list[Tensor], number: int) -> dict[str, Any]:
     """zᵀ(I−P)H_b(I−P)z for every batch b, its parts by tensor, and for the first z how far ε and ε/2 differ."""
     signs = matrix.draw("trace", number).sign_()
-    basis: list[Tensor] = lanczos.basis() if lanczos else []
     rest = signs.clone()
     project_out(rest, basis)
     product, units = matrix.product(rest, [rest], one_sided=True)

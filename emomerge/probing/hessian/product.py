@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emomerge.errors import BadInput
 from emomerge.probing.hessian.vectors import dots, norm
-from emomerge.probing.perturb import Move, Perturbable, seeded
+from emomerge.probing.perturb import Move, Perturbable, normals
 
 Array: TypeAlias = NDArray[np.float64]
 Method = Literal["finite-difference", "autograd"]
@@ -60,6 +60,12 @@ class Curvature:
         self.parameters = {name: p for name, p in probe.parameters.items() if only is None or name in only}
         if not self.parameters:
             raise BadInput("the Hessian has no parameters", expected="trainable floating parameters", found="none")
+        for name, parameter in self.parameters.items():
+            if parameter.dtype not in STEP:
+                raise BadInput(
+                    "differences of gradients do not survive this dtype", where=f"parameter {name}",
+                    expected="float32 or float64", found=parameter.dtype, fix="load the model in float32",
+                )  # fmt: skip
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = first.device, first.dtype
         self.sizes = [p.numel() for p in self.parameters.values()]
@@ -72,10 +78,7 @@ class Curvature:
 
     def draw(self, what: str, number: int) -> Tensor:
         """A vector (size,) of standard normals, seeded by the probe's seed, `what`, number and parameter name."""
-        drawn = torch.empty(self.size, dtype=self.dtype, device=self.device)
-        for name, view in self.views(drawn).items():
-            view.normal_(generator=seeded(f"{self.probe.seed}/{what}/{number}/{name}", self.device))
-        return drawn
+        return self.flat([normals(self.probe.seed, number, f"{what}/{name}", p) for name, p in self.parameters.items()])
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """The parts of a flat vector by parameter name, in the parameters' shapes."""

@@ -134,7 +134,7 @@ def blockwise(
     }
 
 
-def density(runs: Sequence[Lanczos], points: int = 201, width: float = 0.01) -> dict[str, list[float]]:
+def density(runs: Sequence[Lanczos], points: int = 201, width: float = 0.01) -> dict[str, list[float]] | None:
     """The spectral density as a curve, the mean over runs of Gauss's quadrature, each node a normal density.
 
     Args:
@@ -144,9 +144,12 @@ def density(runs: Sequence[Lanczos], points: int = 201, width: float = 0.01) -> 
 
     Returns:
         `nodes` and `weights` of all runs, weights summing to one; `eigenvalue` and `density` of the curve, of integral one.
+        None if a run diverged.
     """
     rules = [run.quadrature() for run in runs]
     nodes, weights = np.concatenate([n for n, _ in rules]), np.concatenate([w for _, w in rules]) / len(rules)
+    if not np.isfinite(nodes).all():
+        return None
     sigma = width * (np.ptp(nodes) or abs(nodes[0]) or 1.0)
     grid = np.linspace(nodes.min() - 4 * sigma, nodes.max() + 4 * sigma, points)
     curve = np.exp(-(((grid[:, None] - nodes) / sigma) ** 2) / 2) @ weights / (sigma * math.sqrt(2 * math.pi))

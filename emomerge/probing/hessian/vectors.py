@@ -8,21 +8,23 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from emomerge.probing.perturb import double, square_sum
+
 BLOCK = 1 << 14
 """Elements of a block: small enough that torch sums it on one thread."""
 
 
 def dots(rows: Sequence[Tensor], vector: Tensor) -> Tensor:
     """⟨row, vector⟩ of every row, (rows,) float64."""
-    total = torch.zeros(len(rows), dtype=torch.float64, device=_wide(vector[:0]).device)
+    total = torch.zeros(len(rows), dtype=torch.float64, device=double(vector[:0]).device)
     for block, some in _blocks(rows, len(vector)):
-        total += (some * _wide(vector[block])).sum(dim=1)
+        total += (some * double(vector[block])).sum(dim=1)
     return total
 
 
 def norm(vector: Tensor) -> float:
     """‖v‖₂."""
-    return math.sqrt(dots([vector], vector).item())
+    return math.sqrt(square_sum(vector))
 
 
 def combine(rows: Sequence[Tensor], coefficients: Tensor) -> Tensor:
@@ -38,14 +40,10 @@ def project_out(vector: Tensor, rows: Sequence[Tensor]) -> None:
     for _ in range(2 if rows else 0):
         coefficients = dots(rows, vector)
         for block, some in _blocks(rows, len(vector)):
-            vector[block] = _wide(vector[block]) - (some * coefficients[:, None]).sum(dim=0)
+            vector[block] = double(vector[block]) - (some * coefficients[:, None]).sum(dim=0)
 
 
 def _blocks(rows: Sequence[Tensor], length: int) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, length, BLOCK):
         block = slice(start, start + BLOCK)
-        yield block, torch.stack([_wide(row[block]) for row in rows])
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # MPS has no float64
+        yield block, torch.stack([double(row[block]) for row in rows])
