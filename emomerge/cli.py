@@ -101,6 +101,13 @@ setting_option = click.option(
     metavar="KEY=VALUE",
     help="What the executor shall know: num_gpus=1 for Ray's tasks; slurm_partition=gpu, timeout_min=60 for submitit.",
 )
+log_option = click.option(
+    "--log-with",
+    "trackers",
+    multiple=True,
+    type=click.Choice(["tensorboard", "wandb", "trackio"]),
+    help="Log every step there as well; short for --set runs.log_with=[…].",
+)
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
 
@@ -131,6 +138,7 @@ def main() -> None:
 @executor_option
 @parallel_option
 @setting_option
+@log_option
 @quiet_option
 @json_option
 def run(recipe: str, out: Path | None, overrides: Sequence[str], again: bool, quiet: bool, as_json: bool, **where: Any) -> None:
@@ -169,6 +177,7 @@ def run(recipe: str, out: Path | None, overrides: Sequence[str], again: bool, qu
 @executor_option
 @parallel_option
 @setting_option
+@log_option
 @quiet_option
 @json_option
 def train_all(
@@ -492,9 +501,10 @@ def _default_out(name: str) -> Path:
 
 
 def _pipeline(
-    recipe: str, out: Path | None, overrides: Sequence[str], quiet: bool, *, where: Mapping[str, Any], again: bool = False
+    recipe: str, out: Path | None, overrides: Sequence[str], quiet: bool, *, where: dict[str, Any], again: bool = False
 ) -> Any:
-    parsed = _load(recipe, overrides)
+    trackers = where.pop("trackers")
+    parsed = _load(recipe, [*overrides, *([f"runs.log_with=[{', '.join(trackers)}]"] if trackers else [])])
     from emomerge.pipeline import Pipeline
     from emomerge.progress import Display
     from emomerge.training import join_ranks

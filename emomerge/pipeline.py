@@ -34,6 +34,7 @@ from emomerge.training import (
     Ranks,
     RunDir,
     RunSpec,
+    check_trackers,
     choose_device,
     fit,
     follow,
@@ -144,6 +145,7 @@ class Pipeline:
         given = Path(self.recipe.base.model).expanduser() if self.recipe.base.model else None
         if given is not None and given.exists() and given.resolve().is_relative_to(self.space.out.resolve()):
             raise BadInput("the base lies inside the output folder", where=given, fix="choose another -o")
+        check_trackers(self.recipe.runs.log_with)
         _ = self.data
         atomic.write_text(self.space.recipe, self.recipe_yaml)
 

@@ -302,6 +302,8 @@ class Runs(Section):
     outer: Outer | None = None
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: every process has the whole model, or (FSDP2) its part of each layer."""
+    log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where every step is logged besides `metrics.jsonl`."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Runs:

@@ -10,9 +10,10 @@ from emomerge.training.prepare import fit
 from emomerge.training.ranks import Ranks, follow, join_ranks
 from emomerge.training.rounds import train_runs
 from emomerge.training.runs import RunDir, RunSpec, planned_runs, run_inputs
+from emomerge.training.tracking import check_trackers
 
 __all__ = [
-    "Engine", "Holder", "Ranks", "RunDir", "RunSpec", "TrainingRun", "choose_device", "fit", "follow", "holder_of",
-    "initial_weights", "join_ranks", "open_engine", "planned_runs", "run_inputs", "train_in_workers", "train_locally",
-    "train_run", "train_runs",
+    "Engine", "Holder", "Ranks", "RunDir", "RunSpec", "TrainingRun", "check_trackers", "choose_device", "fit", "follow",
+    "holder_of", "initial_weights", "join_ranks", "open_engine", "planned_runs", "run_inputs", "train_in_workers",
+    "train_locally", "train_run", "train_runs",
 ]  # fmt: skip

@@ -27,6 +27,7 @@ from emomerge.training.live import StepHook
 from emomerge.training.loop import train_run
 from emomerge.training.ranks import Announcement, Ranks, take_steps
 from emomerge.training.runs import RunDir, RunSpec, run_inputs
+from emomerge.training.tracking import tracked
 
 ATTEMPTS = 3
 """How often a run is begun whose worker is lost."""
@@ -89,12 +90,13 @@ def _train_leased(
 ) -> None:
     """Train one run while its directory is ours; if another process takes it over, wait for that one and look again."""
     while not run.has_reached(inputs, spec):
-        with contextlib.suppress(LeaseLost), leased(run.path) as check:
+        with contextlib.suppress(LeaseLost), leased(run.path) as check, tracked(recipe, spec, run) as log:
             if run.has_reached(inputs, spec):  # meanwhile, by whoever had it
                 return
 
             def checked(spec: RunSpec, row: dict[str, Any]) -> None:
                 check()
+                log(row)
                 on_step(spec, row)
 
             if ranks is not None:
