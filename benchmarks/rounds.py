@@ -22,7 +22,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,13 +75,12 @@ class Study:
         """Of the mean of the runs' last weights and of the mean of their averages, for each training seed."""
         return self._remembered({"setting": setting}, lambda: self._train(setting))
 
-    def rival(self, rate: float, steps: int, batch: int) -> list[Loss]:
+    def rival(self, rate: float, clip: float | None, steps: int, batch: int) -> list[Loss]:
         """AdamW with cosine decay, for each training seed."""
-        return self._remembered({"adamw": [rate, steps, batch]}, lambda: {"adamw": self._train_rival(rate, steps, batch)})[
-            "adamw"
-        ]
+        what = {"adamw": [rate, clip, steps, batch]}
+        return self._remembered(what, lambda: {"adamw": self._train_rival(rate, clip, steps, batch)})["adamw"]
 
-    def _remembered(self, what: dict[str, Any], train: Any) -> dict[str, list[Loss]]:
+    def _remembered(self, what: dict[str, Any], train: Callable[[], dict[str, list[Loss]]]) -> dict[str, list[Loss]]:
         key = json.dumps([what, self.seeds])
         if key not in self._known:
             found = train()
