@@ -385,7 +385,8 @@ def probe(
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:
-        _console().print(figures_table(results))
+        console = _console()
+        console.print(figures_table(results, console.width))
 
 
 @_verb(main, "report", "emomerge report out/digits -o digits.html")
@@ -805,7 +806,7 @@ def _print_results(results: dict[str, Any], report: Path) -> None:
     from emomerge.reporting import figures_table
 
     console = _console()
-    console.print(figures_table(results))
+    console.print(figures_table(results, console.width))
     for name, warning in ((name, w) for name, facts in results["merges"].items() for w in facts.get("warnings", [])):
         console.print(f"Warning, {name}: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(results["verdict"]["sentence"], style="bold", markup=False, highlight=False, soft_wrap=True)

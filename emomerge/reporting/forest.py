@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from emomerge.reporting.figure import HALF, Axis, Figure, Results, Row, chart_of, painted
+from emomerge.reporting.labels import text_width
 from emomerge.reporting.text import finite, fixed, unit
 
 SHAPES = {"good": "circle", "bad": "square", "unclear": "diamond"}
@@ -17,8 +18,10 @@ def better(results: Results) -> Figure | None:
 
 
 def flatter(results: Results) -> Figure | None:
-    """Ratios of sharpness, against every rival and at every radius."""
-    return _forest(results, "flatter", "Is it flatter?", "sharpness of the merge ÷ that of the rival")
+    """Ratios of sharpness and curvature, against every rival and at every radius."""
+    curved = any("σ" not in row["what"] for row in evidence(results, "flatter"))
+    measure = "sharpness or curvature" if curved else "sharpness"
+    return _forest(results, "flatter", "Is it flatter?", f"{measure} of the merge ÷ that of the rival")
 
 
 def evidence(results: Results, claim: str) -> list[Row]:
@@ -59,7 +62,9 @@ def interval(row: Row, claim: str) -> str:
 
 
 def _forest(results: Results, claim: str, title: str, x_title: str) -> Figure | None:
-    rows = [{**r, "row": i, "label": f"{r['against']} · {r['what']}"} for i, r in enumerate(evidence(results, claim))]
+    found = evidence(results, claim)
+    plain = claim == "better" and len({r["what"] for r in found}) == 1  # the axis says it already
+    rows = [{**r, "row": i, "label": r["against"] if plain else f"{r['against']} · {r['what']}"} for i, r in enumerate(found)]
     known = [v for r in rows for v in (r["estimate"], r["low"], r["high"]) if v is not None]
     if not known:
         return None
@@ -90,6 +95,9 @@ def _draw(rows: list[Row], known: list[float], claim: str, x_title: str) -> Any:
 
     log = claim == "flatter"
     neutral = 1.0 if log else 0.0
+    # A rival's name and the figures share a line where both fit.
+    roomy = all(text_width(r["label"]) + text_width(r["figures"]) < HALF - 30 for r in rows)
+    drop = 8 if roomy else 12
     axis = Axis.around([*known, neutral], log=log)
     ticks = alt.Axis(title=[x_title, "← the merge wins\u2003|\u2003the rival wins →"], grid=True, tickCount=5, format="~g")
 
@@ -102,20 +110,23 @@ def _draw(rows: list[Row], known: list[float], claim: str, x_title: str) -> Any:
     chart, ink, paper = chart_of(rows), chart_of(rows, "ink"), chart_of(rows, "paper")
 
     def text(chart: Any, field: str, colour: str, place: str, **look: Any) -> Any:
+        dy = -8 if roomy else -18 if place == "left" else -4
         where = {"x": alt.value(0)} if place == "left" else {"x": alt.value("width")}
-        mark = chart.mark_text(align=place, baseline="middle", dy=-8, **look)
+        mark = chart.mark_text(align=place, baseline="middle", dy=dy, **look)
         paint = {"stroke": alt.Stroke(**painted(colour).to_dict())} if look else {"color": painted(colour)}
         return mark.encode(y=y, text=f"{field}:N", **where, **paint)
 
     halo = {"strokeWidth": 5, "strokeJoin": "round", "fillOpacity": 0}
     layers = [
         chart_of([{"neutral": neutral}], "muted").mark_rule(strokeWidth=1.3).encode(x=x("neutral"), color=painted()),
-        chart.mark_rule(strokeWidth=3, yOffset=8, y2Offset=8).encode(x=x("low"), x2="high:Q", y=y, color=painted("outcome")),
-        chart.mark_point(filled=True, size=90, opacity=1, yOffset=8).encode(
+        chart.mark_rule(strokeWidth=3, yOffset=drop, y2Offset=drop).encode(
+            x=x("low"), x2="high:Q", y=y, color=painted("outcome")
+        ),
+        chart.mark_point(filled=True, size=90, opacity=1, yOffset=drop).encode(
             x=x("estimate"), y=y, color=painted("outcome"), shape=shape, tooltip=tooltip
         ),
         *(text(paper, field, "colour", place, **halo) for field, place in (("label", "left"), ("figures", "right"))),
         text(ink, "label", "colour", "left"),
         text(chart, "figures", "outcome", "right"),
     ]
-    return alt.layer(*layers).properties(width=HALF, height=alt.Step(40))
+    return alt.layer(*layers).properties(width=HALF, height=alt.Step(40 if roomy else 52))

@@ -1,14 +1,17 @@
-"""How alike the runs' task vectors are: a matrix of cosines."""
+"""What pairs of models have in common: cosines between task vectors, barriers between weights."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from emomerge.reporting.figure import HALF, Figure, Results, Row, chart_of, filled, painted
-from emomerge.reporting.text import finite, fixed, percent
+from emomerge.reporting.text import decimals, finite, fixed, percent, short, unit
 
 ROOMY, READABLE = 8, 14
 """Up to so many runs a cell holds two numbers, or one; with more, colour alone."""
+NO_BARRIER = 0.01
+"""Barriers much below this many nats stay pale, however they compare: trainings with other seeds differ by more."""
 
 
 def cosines(results: Results) -> Figure | None:
@@ -32,16 +35,54 @@ def cosines(results: Results) -> Figure | None:
         caption,
         f"Matrix of cosines between {len(names)} task vectors; the pairs lie between {fixed(min(apart), 2)} and "
         f"{fixed(max(apart), 2)}.",
-        _draw(names, cells, two=bool(signs)),
+        _draw(names, cells, {"cosine:Q": "cosine", "signs:N": "equal signs"}, two=bool(signs)),
+        half=True,
+    )
+
+
+def barriers(results: Results) -> Figure | None:
+    """By how much the loss rises between every pair of models."""
+    held = results.get("barriers") or {}
+    names, matrix = [str(n) for n in held.get("names") or []], held.get("matrix") or []
+    pairs = [(i, j) for i in range(len(names)) for j in range(len(names)) if i < len(matrix) and j < len(matrix[i])]
+    heights = {(i, j): finite(matrix[i][j]) for i, j in pairs}
+    apart = {pair: height for pair, height in heights.items() if pair[0] != pair[1]}
+    if not apart:
+        return None
+    known = [height for height in apart.values() if height is not None]
+    places, top = min(decimals(known, 2), 3), max([*known, NO_BARRIER])
+    cells = [_barrier(names[i], names[j], height, places, top) for (i, j), height in heights.items()]
+    worst = None if len(known) < len(apart) else max(known)
+    caption = (
+        f"Largest rise of the loss ({unit(results)}) above the straight line between the losses of two models, on the way from "
+        "one's weights to the other's: at 0 both lie in one basin. Of the straight way only: a curved one may be lower."
+    )
+    if len(known) < len(apart):
+        caption += " ∞: the loss diverged on the way."
+    return Figure(
+        "What lies between the models",
+        caption,
+        f"Matrix of loss barriers between {len(names)} models; the highest is "
+        + ("infinite." if worst is None else f"{short(worst)} {unit(results)}."),
+        _draw(names, cells, {"printed:N": "barrier"}, two=False),
         half=True,
     )
 
 
 def _cell(row: str, column: str, cosine: float, agreement: float | None) -> Row:
     return {
-        "row": row, "column": column, "cosine": cosine, "printed": fixed(cosine, 2), "strength": 0.85 * abs(cosine),
+        "row": row, "column": column, "cosine": round(cosine, 3), "printed": fixed(cosine, 2), "strength": 0.85 * abs(cosine),
         "signs": "" if agreement is None else percent(agreement, 0), "fill": "cool" if cosine >= 0 else "warm",
-        "text": "paper" if abs(cosine) > 0.7 else "ink", "edge": "paper",
+        "text": "paper" if abs(cosine) > 0.7 else "ink",
+    }  # fmt: skip
+
+
+def _barrier(row: str, column: str, height: float | None, places: int, top: float) -> Row:
+    share = 1.0 if height is None else max(height, 0.0) / top
+    printed = "∞" if height is None else "0" if height == 0 else fixed(height, places)
+    return {
+        "row": row, "column": column, "printed": printed, "strength": 0.85 * share,
+        "fill": "warm", "text": "paper" if share > 0.85 else "ink",
     }  # fmt: skip
 
 
@@ -49,17 +90,15 @@ def _at(matrix: Any, i: int, j: int) -> float | None:
     return finite(matrix[i][j]) if i < len(matrix) and j < len(matrix[i]) else None
 
 
-def _draw(names: list[str], cells: list[Row], *, two: bool) -> Any:
+def _draw(names: list[str], cells: list[Row], told: Mapping[str, str], *, two: bool) -> Any:
+    """A cell for every pair; `told`: field → its name where the mouse rests."""
     import altair as alt
 
     roomy = len(names) <= ROOMY
     angle = 0 if len(names) * max(len(n) for n in names) <= 36 else -50
     x = alt.X("column:N", sort=names, axis=alt.Axis(title=None, orient="top", labelAngle=angle, domain=False, ticks=False))
     y = alt.Y("row:N", sort=names, axis=alt.Axis(title=None, domain=False, ticks=False))
-    tooltip = [
-        alt.Tooltip("row:N", title="task vector"), alt.Tooltip("column:N", title="and"),
-        alt.Tooltip("cosine:Q", format=".3f"), alt.Tooltip("signs:N", title="equal signs"),
-    ]  # fmt: skip
+    tooltip = [alt.Tooltip(field, title=title) for field, title in {"row:N": "between", "column:N": "and", **told}.items()]
     strength = alt.FillOpacity("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0, 1]), legend=None)
     chart = chart_of(cells)
     layers = [chart.mark_rect().encode(x=x, y=y, fill=filled("fill"), fillOpacity=strength, tooltip=tooltip)]

@@ -8,21 +8,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+
+def mix(first: str, second: str, share: float) -> str:
+    """A colour `share` of the way from the first to the second."""
+    pairs = [(int(first[i : i + 2], 16), int(second[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in pairs)
+
+
 LIGHT = {
     "paper": "#ffffff", "ink": "#1c1e21", "muted": "#5f6670", "grid": "#e4e6ea", "panel": "#f5f6f8",
-    "sens": "#0072b2", "airy": "#d98b00", "cats": "#009e73", "tion": "#b8568f", "void": "#d55e00", "other": "#3d8fc4",
+    "sens": "#0072b2", "airy": "#d98b00", "cats": "#009e73", "tion": "#b8568f", "void": "#d55e00",
+    "adamw": "#8a6239", "other": "#3d8fc4",
     "good": "#0b7a4b", "bad": "#b3261e", "unclear": "#6b7280", "warm": "#d55e00", "cool": "#0072b2",
 }  # fmt: skip
 DARK = {
     "paper": "#14161a", "ink": "#eceef1", "muted": "#a2a9b4", "grid": "#31353c", "panel": "#1e2127",
-    "sens": "#56b4e9", "airy": "#f0b13c", "cats": "#2fc79a", "tion": "#e29bc6", "void": "#f4803d", "other": "#9ecbf0",
+    "sens": "#56b4e9", "airy": "#f0b13c", "cats": "#2fc79a", "tion": "#e29bc6", "void": "#f4803d",
+    "adamw": "#c9a27a", "other": "#9ecbf0",
     "good": "#4ccb8f", "bad": "#ff7b72", "unclear": "#a2a9b4", "warm": "#f4803d", "cool": "#4d9fd6",
 }  # fmt: skip
+STEPS = tuple(f"step-{k}" for k in range(9))
+"""From pale to full, for maps of a loss: the lower, the nearer to the paper."""
+for scheme in (LIGHT, DARK):
+    scheme.update({step: mix(scheme["paper"], scheme["cool"], 0.06 + 0.11 * k) for k, step in enumerate(STEPS)})
+
 VARIABLES = {name: f"var(--{name})" for name in LIGHT}
 """The same names as CSS variables: a chart drawn with them follows the page's scheme, also on paper."""
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-OPTIMIZERS = ("sens", "airy", "cats", "tion", "void")
+OPTIMIZERS = ("sens", "airy", "cats", "tion", "void", "adamw")
 
 
 def colour_of(artefact: Mapping[str, Any]) -> str:
@@ -51,6 +65,7 @@ def chart_config(colours: Mapping[str, str]) -> dict[str, Any]:
         },
         "legend": {
             "labelFont": quiet["font"], "labelColor": colours["ink"], "labelFontSize": 12, "symbolSize": 90,
+            "titleFont": FONT, "titleColor": colours["ink"], "titleFontSize": 12, "titleFontWeight": "normal",
             "symbolStrokeColor": colours["ink"], "symbolFillColor": colours["paper"],
         },
         "title": {"font": FONT, "color": colours["ink"], "fontSize": 14, "anchor": "start", "offset": 12},

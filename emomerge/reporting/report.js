@@ -14,7 +14,7 @@ if (window.vegaEmbed) for (const holder of document.querySelectorAll(".chart")) 
     const layout = specs.narrow && holder.clientWidth < 560 ? "narrow" : "wide";
     if (layout === shown) return;  // within a layout the chart follows its container by itself
     shown = layout;
-    vegaEmbed(holder, specs[layout], {mode: "vega-lite", renderer: "svg", actions: false}).catch(() => { holder.innerHTML = still; });
+    vegaEmbed(holder, {...specs[layout], datasets: specs.datasets}, {mode: "vega-lite", renderer: "svg", actions: false}).catch(() => { holder.innerHTML = still; });
   };
   draw();
   addEventListener("resize", draw);

@@ -15,8 +15,10 @@ from markupsafe import Markup
 from emomerge.reporting.figure import Figure, Results
 from emomerge.reporting.figures import figures
 from emomerge.reporting.forest import evidence
+from emomerge.reporting.kinds import explained
+from emomerge.reporting.method import cautions, measures
 from emomerge.reporting.palette import DARK, LIGHT, colour_of
-from emomerge.reporting.table import artefacts, columns
+from emomerge.reporting.table import artefacts, columns, details, worst_case_radii
 from emomerge.reporting.text import duration, finite, fixed, percent, short, unit
 
 
@@ -63,7 +65,9 @@ def write_report(results: Results, out: str | Path, *, png_dir: Path | None = No
             specs={name: _specs(figure) for name, figure in drawn.items()},
             vega=_script_safe(_vega()) if drawn else "",
             rows=[{**artefact, "colour": colour_of(artefact)} for artefact in artefacts(results)],
-            columns=columns(results),
+            tables={"columns": columns(results), "details": details(results)},
+            controls=explained(results),
+            measures=measures(results),
             merges=_merges(results),
             limits=limits(results),
             unit=unit(results),
@@ -98,10 +102,12 @@ def limits(results: Results) -> list[str]:
     if any(a.get("sharpness") for a in artefacts(results)):
         found.append(
             f"Sharpness is the average over random directions on {short(probe.get('rows'))} rows of the "
-            f"{probe.get('data', 'probed')} data; it says nothing of the worst direction."
+            f"{probe.get('data', 'probed')} data"
+            + ("." if worst_case_radii(results) else "; it says nothing of the worst direction.")
         )
     if any(a.get("sharpness") and a.get("entropy") is not None for a in artefacts(results)):
         found.append("The curvature of cross-entropy falls as predictions grow confident: compare the entropy of all figures.")
+    found += cautions(results)
     found.append("One base and one data set: whether the finding carries over to others takes their own experiments.")
     return found
 
@@ -153,7 +159,12 @@ def _still(figure: Figure) -> Markup:
 
 
 def _specs(figure: Figure) -> Mapping[str, Any]:
-    return {"wide": figure.spec()} | ({"narrow": figure.spec(narrow=True)} if figure.narrow is not None else {})
+    """The layouts of a figure, and the data of all of them: they are named by their content and mostly the same."""
+    layouts = {"wide": figure.spec()} | ({"narrow": figure.spec(narrow=True)} if figure.narrow is not None else {})
+    datasets: dict[str, Any] = {}
+    for spec in layouts.values():
+        datasets |= spec.pop("datasets", {})
+    return {**layouts, "datasets": datasets}
 
 
 def _script_safe(text: str) -> Markup:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from emomerge.reporting import labels
 from emomerge.reporting.figure import NARROW, WIDE, Axis, Figure, Results, Row, chart_of, filled, painted
+from emomerge.reporting.kinds import KINDS, kind_of
 from emomerge.reporting.palette import colour_of
 from emomerge.reporting.table import artefacts, middle_radius, sharpness_at
 from emomerge.reporting.text import finite, short, unit
@@ -16,8 +17,6 @@ from emomerge.reporting.text import finite, short, unit
 if TYPE_CHECKING:
     import altair as alt
 
-SHAPES = {"base": "square", "run": "circle", "merge": "diamond", "control": "triangle-up"}
-AREAS = {"base": 80, "run": 80, "merge": 150, "control": 60}
 ARROWS = {
     (-1, 0): "←", (1, 0): "→", (0, 1): "↑", (0, -1): "↓", (-1, 1): "↖", (1, 1): "↗", (-1, -1): "↙", (1, -1): "↘",
 }  # fmt: skip
@@ -61,7 +60,7 @@ def _points(results: Results, loss_key: str, radius: float | None) -> tuple[list
         error = 1.96 * (finite(entry.get("stderr")) or 0.0)
         rows.append(
             {
-                "name": name, "role": role, "of": artefact.get("of"), "colour": colour_of(artefact),
+                "name": name, "role": role, "kind": kind_of(artefact), "of": artefact.get("of"), "colour": colour_of(artefact),
                 "loss": loss, "sharpness": mean, "low": mean - error, "high": mean + error,
                 "distance": finite(artefact.get("distance")),
             }
@@ -75,11 +74,16 @@ def _caption(rows: Sequence[Row], diverged: Sequence[str], x: Axis, y: Axis, spl
         f"Each artefact by its {split} loss and by how much Gaussian noise of σ = {radius:g} times the base's RMS raises its "
         "loss; lower left is better. Bars: 1.96 standard errors over directions."
     ]
-    if any(r["of"] for r in rows):
+    matched = {r["kind"] for r in rows if r["of"]}
+    if "distance-matched" in matched:
         parts.append(
             "A dotted line joins a run to its control, the same task vector rescaled to the merge's length: the merge must lie "
             "left of it to be flat, and not merely near the base."
         )
+    if "loss-matched" in matched:
+        parts.append("Another joins the merge to a snapshot of the long run with about its training loss: likewise.")
+    if matched != {r["kind"] for r in rows if r["role"] == "control"}:
+        parts.append("The controls are explained beneath the table.")
     if "base" in roles:
         parts.append("The base has not learnt the task; that it is flat says little.")
     away = [r["name"] for r in rows if x.outside(r["sharpness"]) or y.outside(r["loss"])]
@@ -128,13 +132,13 @@ def _draw(
     across, up = at(alt.X, "x", x, titles[0]), at(alt.Y, "y", y, titles[1])
     dx, dy = alt.ExprRef("datum.dx"), alt.ExprRef("datum.dy")
 
-    def by_role(channel: type[Any], look: dict[str, Any], **more: Any) -> Any:
-        return channel("role:N", scale=alt.Scale(type="ordinal", domain=list(look), range=list(look.values())), **more)
+    def by_kind(channel: type[Any], look: dict[str, Any], **more: Any) -> Any:
+        return channel("kind:N", scale=alt.Scale(type="ordinal", domain=list(look), range=list(look.values())), **more)
 
-    present = [role for role in SHAPES if any(p["role"] == role for p in points)]
-    legend = alt.Legend(title=None, orient="top", values=present)
+    present = [kind for kind in KINDS if any(p["kind"] == kind for p in points)]
+    legend = alt.Legend(title=None, orient="top", values=present, columns=2 if width < 400 else 5)
     tooltip = [
-        alt.Tooltip("name:N", title="artefact"), alt.Tooltip("role:N"), alt.Tooltip("loss:Q", format=".4f"),
+        alt.Tooltip("name:N", title="artefact"), alt.Tooltip("kind:N"), alt.Tooltip("loss:Q", format=".4f"),
         alt.Tooltip("sharpness:Q", format=".3g"), alt.Tooltip("distance:Q", title="‖θ−θ₀‖", format=".3g"),
     ]  # fmt: skip
     chart = chart_of(points)
@@ -148,7 +152,8 @@ def _draw(
         leads.encode(x=across, x2="x", y=up, y2="y", color=painted()),
         marks.encode(
             x=across, y=up, color=painted(), fill=filled("inside"), tooltip=tooltip,
-            shape=by_role(alt.Shape, SHAPES, legend=legend), size=by_role(alt.Size, AREAS),
+            shape=by_kind(alt.Shape, {name: kind.shape for name, kind in KINDS.items()}, legend=legend),
+            size=by_kind(alt.Size, {name: kind.area for name, kind in KINDS.items()}),
         ),
         names.encode(x=across, y=up, text="label:N", color=painted()),
     ]  # fmt: skip

@@ -42,9 +42,83 @@ def _artefact(name: str, role: str, test: float, sharp: float, distance: float, 
             radius: {"mean": sharp * scale, "stderr": sharp * scale * 0.05, "n": 64}
             for radius, scale in (("0.01", 0.11), ("0.03", 1.0), ("0.1", 10.4))
         },
+        **full_probe(sharp),
         "seconds": 8.4 if role == "run" else None,
         **more,
     }
+
+
+LAYERS = [
+    f"encoder.layer.{i}.{part}"
+    for i in range(6)
+    for part in ("attention.query", "attention.key", "attention.value", "attention.output.dense", "mlp.up", "mlp.down")
+]
+
+
+def full_probe(sharp: float) -> dict[str, Any]:
+    """What the full probe adds to an artefact of that sharpness; invented."""
+    largest, trace = 1500 * sharp, 20_000 * sharp
+    at = [-0.1 * largest + 1.14 * largest * k / 200 for k in range(201)]
+    nodes = [(0.0, 1.0), (0.02, 3e-3), (0.1, 2e-4), (0.35, 4e-5), (0.7, 2e-5), (1.0, 1e-5), (-0.05, 3e-4)]
+    width = 0.012 * largest
+    density = [
+        sum(w / width * math.exp(-(((x - node * largest) / width) ** 2) / 2) for node, w in nodes) / math.sqrt(2 * math.pi)
+        for x in at
+    ]
+    return {
+        "adaptive": {
+            r: {"mean": sharp * s, "stderr": sharp * s * 0.06, "n": 32} for r, s in (("0.05", 2), ("0.1", 8), ("0.2", 33))
+        },
+        "worst_case": {
+            ball: {
+                f"{radius:g}": {"mean": sharp * s * 6, "stderr": sharp * s * 0.3, "n": 4, "gradient": 0.02 * s}
+                for radius, s in zip(radii, (1, 2.5, 7), strict=True)
+            }
+            for ball, radii in (
+                ("ℓ2", (0.5, 1, 2)), ("ℓ∞", (5e-4, 1e-3, 2e-3)),
+                ("ℓ2 adaptive", (0.5, 1, 2)), ("ℓ∞ adaptive", (5e-4, 1e-3, 2e-3)),
+            )
+        },
+        "basin": {"mean": 0.01 / sharp**0.5, "stderr": 0.002, "n": 8},
+        "hessian": {
+            "lambda_max": largest, "lambda_min": -0.05 * largest, "trace": {"mean": trace, "stderr": 0.03 * trace, "n": 32},
+            "density": {"at": at, "density": density},
+            "layers": {
+                name: trace / 30 * (0.2 + 1.6 * abs(math.sin(1 + 3 * i + 40 * sharp))) * (0.4 + i / 30)
+                for i, name in enumerate(LAYERS)
+            },
+            "subspace": {"eigenvalues": [0.3 * largest / (k + 1) for k in range(5)]},
+        },
+    }  # fmt: skip
+
+
+def _landscape(names: list[str]) -> dict[str, Any]:
+    axis = [-1.2 + 0.36 * k for k in range(21)]
+    grid = [-1 + 0.1 * k for k in range(21)]
+
+    def loss(x: float, y: float) -> float:
+        return 0.27 + 0.05 * (x - 2.2) ** 2 + 0.09 * (y - 0.4 - 0.2 * math.sin(x)) ** 2
+
+    return {
+        "barriers": {
+            "names": names,
+            "matrix": [[0.0 if a == b else 0.004 + 0.011 * (len(a + b) % 4) for a in names] for b in names],
+        },
+        "plane": {
+            "x": axis, "y": [-1 + 0.2 * k for k in range(21)],
+            "loss": [[loss(x, -1 + 0.2 * k) for x in axis] for k in range(21)],
+            "points": [
+                {"name": n, "x": x, "y": y} for n, x, y in (("base", 0, 0), ("tall-mask", 1.95, 0), ("airy-0", 2.6, 1.3))
+            ],
+        },
+        "surfaces": {
+            name: {
+                "x": grid, "y": grid,
+                "loss": [[0.28 + s * (x * x + 0.6 * y * y + 0.7 * x * x * y) for x in grid] for y in grid],
+            }
+            for name, s in (("airy-0", 2.2), ("tall-mask", 1.3))
+        },
+    }  # fmt: skip
 
 
 def _trace(optimizer: str, seed: int, steps: int = 300) -> dict[str, Any]:
@@ -64,7 +138,7 @@ def _trace(optimizer: str, seed: int, steps: int = 300) -> dict[str, Any]:
 
 
 def example_results(steps: int = 300) -> dict[str, Any]:
-    """What one `emomerge run` of five optimizers, four merges and their controls writes, with invented numbers."""
+    """What one `emomerge run` with the full probe writes, of five optimizers, four merges and every control; all invented."""
     rng = random.Random(0)
     runs = [_artefact(f"{o}-0", "run", TEST_LOSS[o], SHARPNESS[o], DISTANCE[o], optimizer=o, seed=0) for o in OPTIMIZERS]
     merges = [_artefact(name, "merge", *figures) for name, figures in MERGES.items()]
@@ -81,6 +155,17 @@ def example_results(steps: int = 300) -> dict[str, Any]:
             of=f"{o}-0",
         )
         for i, o in enumerate(OPTIMIZERS)
+    ]
+    rivals = (
+        ("long-airy-0 at step 900", "loss-matched", "airy", "tall-mask", 0.3275, 0.0112),
+        ("long-airy-0", "long-run", "airy", None, 0.3236, 0.0174),
+        ("swa-long-airy-0", "swa", "airy", None, 0.3222, 0.0091),
+        ("long-adamw-0.001-0", "adamw-long-run", "adamw", None, 0.3259, 0.0196),
+        ("adamw-average-0", "adamw-average", "adamw", None, 0.3249, 0.0104),
+    )
+    controls += [
+        _artefact(name, "control", test, sharp, 3.3, optimizer=o, seed=0, control=kind, of=of)
+        for name, kind, o, of, test, sharp in rivals
     ]
     base = _artefact("base", "base", 0.6982, 0.0021, 0.0, train_accuracy=0.512, test_accuracy=0.498, cosine_to_mean=None)
     alphas = [round(0.1 * i, 1) for i in range(16)]
@@ -111,7 +196,7 @@ def example_results(steps: int = 300) -> dict[str, Any]:
         },
         "artefacts": [base, *runs, *merges, *controls],
         "probe": {
-            "preset": "quick",
+            "preset": "full",
             "data": "train",
             "radii": [0.01, 0.03, 0.1],
             "directions": 16,
@@ -121,6 +206,7 @@ def example_results(steps: int = 300) -> dict[str, Any]:
             "noise_floor": 1.2e-7,
         },
         "curves": curves,
+        **_landscape([*names, "tall-mask"]),
         "traces": {f"{o}-0": _trace(o, 0, steps) for o in OPTIMIZERS},
         "cosines": {
             "names": names,
@@ -157,24 +243,41 @@ def example_results(steps: int = 300) -> dict[str, Any]:
             "status": "better and flatter",
             "sentence": "The merge tall-mask is better and flatter than the best single run (airy-0).",
             "merge": "tall-mask",
+            "best_single": ["airy-0"],
             "better": {
                 "status": "better",
                 "evidence": [
-                    {"against": "airy-0", "what": "test loss", "estimate": -0.0153, "low": -0.0240, "high": -0.0068},
-                    {"against": "mean", "what": "test loss", "estimate": -0.0014, "low": -0.0050, "high": 0.0021},
+                    {"against": "best single run", "what": "test loss", "estimate": -0.0153, "low": -0.0240, "high": -0.0068},
+                    {"against": "plain mean", "what": "test loss", "estimate": -0.0014, "low": -0.0050, "high": 0.0021},
+                    *(
+                        {"against": rival, "what": "test loss", "estimate": m, "low": m - 0.006, "high": m + 0.006}
+                        for rival, m in (
+                            ("long run of equal steps", -0.0021),
+                            ("AdamW with cosine, equal steps", -0.0044),
+                            ("average of AdamW runs", 0.0081),
+                            ("SWA of the long run", -0.0007),
+                        )
+                    ),
                 ],
                 "note": "bootstrap over 210 test rows",
             },
             "flatter": {
                 "status": "flatter",
                 "evidence": [
-                    {"against": against, "what": f"gaussian σ={r}", "estimate": m, "low": m - 0.11 * w, "high": m + 0.12 * w}
-                    for against, m0 in (("airy-0", -0.46), ("airy-0 at |tall-mask|", -0.11))
-                    for r, m, w in ((0.01, m0 + 0.02, 1.4), (0.03, m0, 1.0), (0.1, m0 - 0.03, 0.8))
+                    {"against": against, "what": what, "estimate": m, "low": m - 0.11 * w, "high": m + 0.12 * w}
+                    for against, m0 in (("best single run", -0.46), ("distance-matched", -0.11), ("loss-matched", -0.3))
+                    for what, m, w in (
+                        *(
+                            (f"gaussian σ={r}", m0 + d, w)
+                            for r, d, w in ((0.01, 0.02, 1.4), (0.03, 0.0, 1.0), (0.1, -0.03, 0.8))
+                        ),
+                        ("λmax", m0 - 0.05, 1.1),
+                        ("trace", m0 - 0.1, 0.5),
+                    )
                 ],
                 "note": "paired over 16 directions × 4 batches",
             },
-            "caveats": ["The Hessian was not measured; flatness rests on Gaussian sharpness alone."],
+            "caveats": ["“flatter”: not measured: what a second training seed would say"],
         },
         "selected": {
             "name": "tall-mask",

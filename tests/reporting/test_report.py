@@ -65,7 +65,8 @@ def test_the_page_is_whole_and_needs_no_network(results, tmp_path):
         assert figure.title in text
         assert figure.alt in page
     assert "name: movie-reviews" in page
-    assert "hessian was not measured" in text.lower()
+    assert results["verdict"]["caveats"][0] in text
+    assert len(page) < 3_000_000
 
 
 def test_every_figure_is_drawn_and_is_a_real_png(results, tmp_path):
@@ -87,6 +88,12 @@ def test_equal_results_give_equal_pages(results, tmp_path):
 def test_hostile_names_stay_text(results, tmp_path):
     evil = "</script><script>alert(1)</script><!-- <b>"
     results["artefacts"][1]["name"] = evil
+    merge = next(a for a in results["artefacts"] if a["name"] == "tall-mask")
+    merge["name"] = results["verdict"]["merge"] = evil
+    for artefact in results["artefacts"]:
+        artefact["hessian"]["layers"] = {evil: 2.0, "'] + alert(1) + ['": 1.0}
+    results["barriers"]["names"][0] = results["plane"]["points"][1]["name"] = evil
+    results["surfaces"] = {evil: results["surfaces"]["tall-mask"]}
     results["verdict"]["sentence"] = evil
     results["recipe_yaml"] = evil
     results["name"] = evil
@@ -98,8 +105,12 @@ def test_hostile_names_stay_text(results, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "part", ["curves", "traces", "cosines", "merges", "verdict", "selected", "probe", "data", "seconds", "recipe_yaml"]
-)
+    "part",
+    [
+        "curves", "traces", "cosines", "merges", "verdict", "selected", "probe", "data", "seconds", "recipe_yaml",
+        "barriers", "plane", "surfaces",
+    ],
+)  # fmt: skip
 def test_missing_parts_are_left_out(results, tmp_path, part):
     results[part] = None
     parse(render(results, tmp_path))
@@ -209,6 +220,16 @@ def test_the_terminal_table(results):
         assert artefact["name"] in shown
     assert "σ=0.03" in shown
     assert "0.3215" in shown
+
+
+@pytest.mark.parametrize(("width", "last"), [(70, "σ=0.03"), (85, "distance"), (100, "width"), (300, "width")])
+def test_the_terminal_table_keeps_within_the_width(results, width, last):
+    console = Console(width=500, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115 - a sink
+    console.print(figures_table(results, width))
+    shown = console.export_text()
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= min(width, 100)
+    assert "…" not in shown
+    assert re.findall(r"\S+(?= ┃\n)", shown.replace("┃                         ┃", ""))[-1] == last
 
 
 def card(**context):
