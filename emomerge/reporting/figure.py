@@ -74,8 +74,10 @@ def _plain(chart: LayerChart) -> dict[str, Any]:
 def chart_of(rows: Sequence[Row], colour: str | None = None) -> Any:
     """A chart of some rows, all in one colour of the palette if one is named."""
     import altair as alt
+    from altair.utils.schemapi import debug_mode
 
-    chart = alt.Chart(alt.InlineData(values=list(rows)))
+    with debug_mode(False):  # rows are many, and Altair would check every one of them
+        chart = alt.Chart(alt.InlineData(values=list(rows)))
     return chart if colour is None else chart.transform_calculate(colour=json.dumps(colour))
 
 

@@ -71,6 +71,14 @@ class Map:
                 start = end
         return found
 
+    def place(self, row: Row) -> Row:
+        """A row whose shares of the map become its coordinates, to five digits."""
+
+        def on(axis: Array, share: float) -> float:
+            return float(f"{axis[0] + share * np.ptp(axis):.5g}")
+
+        return {k: on(self.x if k[0] == "x" else self.y, v) if k in ("x", "x2", "y", "y2") else v for k, v in row.items()}
+
 
 def plane(results: Results) -> Figure | None:
     """The loss over the plane through base, merge and best single run."""
@@ -78,7 +86,8 @@ def plane(results: Results) -> Figure | None:
     found = Map.of(held)
     if found is None:
         return None
-    points = _points(results, held.get("points") or [], found)
+    points, edges = _points(results, held.get("points") or [], found), levels([found])
+    bands = [found.place(band) for band in found.bands(edges, WIDE)]
     x, y = (float(np.ptp(axis)) for axis in (found.x, found.y))
     at, low = np.unravel_index(int(np.nanargmin(found.loss)), found.loss.shape), float(np.nanmin(found.loss))
     split = str((results.get("probe") or {}).get("data", "train"))
@@ -93,8 +102,8 @@ def plane(results: Results) -> Figure | None:
         "The plane through base, merge and best run",
         caption,
         f"Map of the loss over a plane. The lowest measured loss is {short(low)} {unit(results)}, at {where}.",
-        _draw_plane(found, points, unit(results), WIDE, _between(WIDE * y / x, 260, 460)),
-        _draw_plane(found, points, unit(results), NARROW, _between(NARROW * y / x, 220, 400)),
+        _draw_plane(found, bands, edges, points, unit(results), WIDE, _between(WIDE * y / x, 260, 460)),
+        _draw_plane(found, bands, edges, points, unit(results), NARROW, _between(NARROW * y / x, 220, 400)),
     )
 
 
@@ -104,6 +113,8 @@ def surfaces(results: Results) -> Figure | None:
     maps = {name: found for name, found in pairs if found is not None}
     if not maps:
         return None
+    edges = levels(list(maps.values()))
+    bands = {name: found.bands(edges, HALF) for name, found in maps.items()}
     colours = {str(a.get("name")): colour_of(a) for a in artefacts(results)}
     reach = short(max(float(np.abs(m.x).max()) for m in maps.values()))
     caption = (
@@ -119,8 +130,8 @@ def surfaces(results: Results) -> Figure | None:
         "The surroundings" if len(maps) > 1 else f"The surroundings of {next(iter(maps))}",
         caption,
         f"Maps of the loss around {len(maps)} models, lowest to highest {unit(results)}: {lows}.",
-        _draw_surfaces(maps, colours, unit(results), WIDE, 2),
-        _draw_surfaces(maps, colours, unit(results), NARROW, 1),
+        _draw_surfaces(bands, edges, colours, unit(results), WIDE, 2),
+        _draw_surfaces(bands, edges, colours, unit(results), NARROW, 1),
     )
 
 
@@ -189,24 +200,18 @@ def _bands(rows: Sequence[Row], edges: Sequence[float], in_unit: str, x: Any, y:
     return chart_of(rows).mark_rect().encode(x=x, x2="x2:Q", y=y, y2="y2:Q", fill=fill)
 
 
-def _draw_plane(found: Map, points: Sequence[Row], in_unit: str, width: int, height: int) -> Any:
+def _draw_plane(
+    found: Map, bands: Sequence[Row], edges: Sequence[float], points: Sequence[Row], in_unit: str, width: int, height: int
+) -> Any:
     import altair as alt
 
     narrow = width < 400
-    edges = levels([found])
-
-    def on(axis: Array, share: float) -> float:
-        return float(axis[0] + share * np.ptp(axis))
-
-    def place(row: Row) -> Row:
-        return {k: on(found.x if k[0] == "x" else found.y, v) if k in ("x", "x2", "y", "y2") else v for k, v in row.items()}
-
     ticks = alt.Axis(title="distance along the line from base to merge", grid=False, tickCount=4 if narrow else 8)
     x = alt.X("x:Q", scale=_scale(found.x[0], found.x[-1]), axis=ticks)
     y = alt.Y("y:Q", scale=_scale(found.y[0], found.y[-1]), axis=alt.Axis(title="distance from it", grid=False, tickCount=5))
-    layers = [_bands([place(row) for row in found.bands(edges, WIDE)], edges, in_unit, x, y, narrow=narrow)]
+    layers = [_bands(bands, edges, in_unit, x, y, narrow=narrow)]
     if points:
-        layers += _named([place(p) for p in _labelled(points, width, height)], x, y)
+        layers += _named([found.place(p) for p in _labelled(points, width, height)], x, y)
     return alt.layer(*layers).properties(width=width, height=height)
 
 
@@ -245,11 +250,17 @@ def _named(points: Sequence[Row], x: Any, y: Any) -> list[Any]:
     return [*layers, halo.encode(x=x, y=y, text="name:N", stroke=paint), names.encode(x=x, y=y, text="name:N", color=painted())]
 
 
-def _draw_surfaces(maps: Mapping[str, Map], colours: Mapping[str, str], in_unit: str, width: int, columns: int) -> Any:
+def _draw_surfaces(
+    maps: Mapping[str, Sequence[Row]],
+    edges: Sequence[float],
+    colours: Mapping[str, str],
+    in_unit: str,
+    width: int,
+    columns: int,
+) -> Any:
     """Maps side by side in one plot, because charts of several plots do not follow the page's width."""
     import altair as alt
 
-    edges = levels(list(maps.values()))
     columns = min(columns, len(maps))
     lines = math.ceil(len(maps) / columns)
     title = 0.1  # room above each map for its name, as a part of the map
@@ -257,9 +268,9 @@ def _draw_surfaces(maps: Mapping[str, Map], colours: Mapping[str, str], in_unit:
     x = alt.X("x:Q", scale=_scale(0, right), axis=None)
     y = alt.Y("y:Q", scale=_scale(0, top), axis=None)
     layers, names = [], []
-    for number, (name, found) in enumerate(maps.items()):
+    for number, (name, rows) in enumerate(maps.items()):
         left, below = (number % columns) * (1 + GAP), top - (number // columns + 1) * (1 + title)
-        bands = _bands(found.bands(edges, HALF), edges, in_unit, x, y, narrow=width < 400)
+        bands = _bands(rows, edges, in_unit, x, y, narrow=width < 400)
         moved = {k: f"datum.{k} + {left if k[0] == 'x' else below}" for k in ("x", "x2", "y", "y2")}
         layers.append(bands.transform_calculate(**moved))
         middle = {"x": left + 0.5, "y": below + 0.5}

