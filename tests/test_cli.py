@@ -1,6 +1,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -345,3 +347,11 @@ def test_a_failure_inside_the_work_has_status_one(recipe_file, tmp_path):
         "run", recipe_file, "-o", tmp_path / "out", "--set", "runs.lr=1e30", "--set", "base.prepare.learning_rate=1e30"
     )
     fails(result, "learning_rate", status=1)
+
+
+@pytest.mark.parametrize(("words", "status"), [(("--version",), 0), (("merge",), 2), (("nonsense",), 2)])
+def test_the_process_ends_with_the_status_and_all_that_it_said(words, status):
+    done = subprocess.run([sys.executable, "-m", "emomerge", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert ("version" in done.stdout) == (status == 0)
+    assert bool(done.stderr) == (status > 0)

@@ -67,6 +67,12 @@ static uint16_t to_half(float x)
 
 static uint16_t to_bfloat(float x) { return (uint16_t)((as_bits(x) + 0x7fff + (as_bits(x) >> 16 & 1)) >> 16); }
 
+static float element(const void *data, int kind, long at)
+{
+    const uint16_t *half = data;
+    return kind == BF16 ? as_float((uint32_t)half[at] << 16) : kind == F16 ? from_half(half[at]) : ((const float *)data)[at];
+}
+
 /* n elements from `start` on, and zeros up to a whole block */
 static void decode(const void *data, int kind, long start, long n, float *restrict out)
 {
@@ -214,7 +220,7 @@ static void consensus(int runs, const float (*tau)[BLOCK], const float *weights,
     if (aggregate == MEAN || aggregate == NUMBER)
 #pragma omp simd
         for (long i = 0; i < BLOCK; i++)
-            merged[i] /= share[i] == 0 ? 1 : share[i];
+            merged[i] /= share[i] + (float)(share[i] == 0);
 }
 
 /* Sums of products in double: eight at a time, in four chains, none of which waits for another. */
@@ -450,7 +456,18 @@ int merge(const struct job *job, long start, long stop, double *sums, int64_t *c
     return status;
 }
 
-/* Magnitudes of one run against a bracket, as bit patterns, which sort as the magnitudes do: how many lie below `low`, equal it,
+/* Every step-th magnitude of one run, as a bit pattern, which sorts as the magnitude does */
+void sample(const struct job *job, int run, long size, long step, int32_t *patterns)
+{
+    int kind = job->kinds[run];
+    for (long at = 0; at < size; at += step) {
+        float theta = kind == STILL ? 0 : element(job->theta[run], kind == DELTA ? F32 : kind, at);
+        float tau = kind == STILL || kind == DELTA ? theta : theta - element(job->base, job->base_kind, at);
+        *patterns++ = (int32_t)(as_bits(tau) & 0x7fffffff);
+    }
+}
+
+/* Magnitudes of one run against a bracket, as bit patterns: how many lie below `low`, equal it,
  * equal `high`, and lie between; the patterns of these go to `inside`, up to `room` of them. */
 int collect(const struct job *job, int run, long size, int32_t low, int32_t high, int64_t room, int64_t *counts, int32_t *inside)
 {

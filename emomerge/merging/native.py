@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from emomerge import native
@@ -161,13 +162,13 @@ class Source:
         wanted = rank.equal - rank.within + 1  # of those that equal the threshold
         return rank.value, n if wanted == rank.equal else self._place(run, rank.value, wanted)
 
-    def sample(self, run: int, step: int) -> Tensor:
-        """The magnitudes of every step-th element of a run."""
-        theta, base = self.runs[run], self.base.flatten()[::step].float()
-        if theta is None:
-            return torch.zeros_like(base)
-        some = theta.flatten()[::step].float()
-        return (some if self.kinds[run] == DELTA else some - base).abs()
+    def sample(self, run: int, step: int) -> NDArray[np.int32]:
+        """The magnitudes of every step-th element of a run, as bit patterns."""
+        patterns = np.empty(-(-self.numel // step), np.int32)
+        job, _keep = self._job("linear", (), None)
+        arguments = ctypes.c_int(run), ctypes.c_long(self.numel), ctypes.c_long(step), ctypes.c_void_p(patterns.ctypes.data)
+        _kernels().sample(ctypes.byref(job), *arguments)
+        return patterns
 
     def collect(self, run: int, bracket: Bracket) -> None:
         """Add the magnitudes of one run to a bracket."""

@@ -80,13 +80,13 @@ class Bracket:
         self._inside: list[NDArray[np.int32]] | None = []
 
     @classmethod
-    def of(cls, sample: Tensor, rank: int, numel: int) -> Bracket:
-        """What probably holds a rank (from 1) among so many elements, of which some magnitudes, float32, are given."""
-        patterns, size = sample.numpy().view(np.int32), len(sample)
+    def of(cls, sample: NDArray[np.int32], rank: int, numel: int) -> Bracket:
+        """What probably holds a rank (from 1) among so many elements, of which the magnitudes of some are given."""
+        size = len(sample)
         place, margin = rank * size // numel, 2 * math.isqrt(size) + 1  # 4 standard deviations or more
         left, right = max(place - margin, -1), min(place + margin, size)
         ends = [end for end in (left, right) if 0 <= end < size]
-        sorted_there = np.partition(patterns, ends) if ends else patterns
+        sorted_there = np.partition(sample, ends) if ends else sample
         low = -1 if left < 0 else int(sorted_there[left])
         high = 2**31 - 1 if right == size else int(sorted_there[right])
         return cls(low, high, 2 * numel * (right - left) // size + 4096)

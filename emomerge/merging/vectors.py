@@ -6,7 +6,9 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from emomerge.checkpoints import Checkpoint, TensorInfo, working_dtype
@@ -159,7 +161,7 @@ class TaskVectors:
         None where a tensor is of another kind, or a sample misled the search.
         """
         runs, step = range(len(self.runs)), sample_step(self.numel)
-        samples: list[list[Tensor]] = [[] for _ in runs]
+        samples: list[list[NDArray[np.int32]]] = [[] for _ in runs]
         if self.dtype != torch.float32 or not self.numel:
             return None
         for name in self.names:
@@ -167,7 +169,7 @@ class TaskVectors:
                 return None
             for run in runs:
                 samples[run].append(source.sample(run, step))
-        brackets = [Bracket.of(torch.cat(some), rank, self.numel) for some, rank in zip(samples, ranks, strict=True)]
+        brackets = [Bracket.of(np.concatenate(some), rank, self.numel) for some, rank in zip(samples, ranks, strict=True)]
         for name in self.names:
             if (source := self.source(name)) is not None:
                 in_parallel(lambda run: source.collect(run, brackets[run]), runs)

@@ -80,8 +80,9 @@ def test_a_bracket_finds_a_rank_or_says_that_it_does_not(seed, kind, n, misled, 
     x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
     x = {"normal": x, "equal": (4 * x).round(), "zeros": x * (x > 1), "heavy": x.pow(9), "two": x.sign()}[kind].abs()
     rank = data.draw(st.integers(1, n))
-    bracket = Bracket.of(x[:20] if misled else x[:: sample_step(n)], rank, n)
-    for piece in x.numpy().view(np.int32)[: n // 2], x.numpy().view(np.int32)[n // 2 :]:
+    patterns = x.numpy().view(np.int32)
+    bracket = Bracket.of(patterns[:20] if misled else patterns[:: sample_step(n)], rank, n)
+    for piece in patterns[: n // 2], patterns[n // 2 :]:
         inside = piece[(piece > bracket.low) & (piece < bracket.high)]
         counts = [(piece < bracket.low).sum(), (piece == bracket.low).sum(), (piece == bracket.high).sum(), len(inside)]
         bracket.add(counts, inside[: bracket.room])
