@@ -1,8 +1,9 @@
-"""`python -m emomerge`, which torchrun and accelerate start, and the console script: the command line in a process of its own."""
+"""The command line in a process of its own: the console script, and `python -m emomerge`, which torchrun starts."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import sys
@@ -19,8 +20,9 @@ def entry() -> None:
         if not isinstance(end.code, int):
             raise
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(end.code)  # what Python does else, taking torch's modules apart one by one, takes half a second
 
 
