@@ -77,6 +77,11 @@ def _verb(group: click.Group, name: str, example: str) -> Callable[[Callable[...
 quiet_option = click.option("--quiet", is_flag=True, help="Show nothing but errors and results.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on the standard output.")
 set_option = click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a field of the recipe.")
+stacking_option = click.option(
+    "--parallel",
+    type=click.Choice(["auto", "stacked", "sequential"]),
+    help="All adapters in one pass over the base, or one run after the other (default: the recipe's runs.parallel).",
+)
 rounding_option = click.option(
     "--rounding",
     type=click.Choice(["nearest", "stochastic"]),
@@ -137,6 +142,7 @@ def main() -> None:
 @click.option("--restart", "again", is_flag=True, help="Forget what the folder holds and begin anew.")
 @executor_option
 @parallel_option
+@stacking_option
 @setting_option
 @log_option
 @quiet_option
@@ -176,6 +182,7 @@ def run(recipe: str, out: Path | None, overrides: Sequence[str], again: bool, qu
 @set_option
 @executor_option
 @parallel_option
+@stacking_option
 @setting_option
 @log_option
 @quiet_option
@@ -504,8 +511,11 @@ def _default_out(name: str) -> Path:
 def _pipeline(
     recipe: str, out: Path | None, overrides: Sequence[str], quiet: bool, *, where: dict[str, Any], again: bool = False
 ) -> Any:
-    trackers = where.pop("trackers")
-    parsed = _load(recipe, [*overrides, *([f"runs.log_with=[{', '.join(trackers)}]"] if trackers else [])])
+    if trackers := where.pop("trackers"):
+        overrides = [*overrides, f"runs.log_with=[{', '.join(trackers)}]"]
+    if parallel := where.pop("parallel"):
+        overrides = [*overrides, f"runs.parallel={parallel}"]
+    parsed = _load(recipe, overrides)
     from emomerge.pipeline import Pipeline
     from emomerge.progress import Display
     from emomerge.training import join_ranks

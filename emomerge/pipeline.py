@@ -217,7 +217,7 @@ class Pipeline:
             train_locally(
                 self.recipe, pieces, self.space.runs, self.base_hash,
                 task=self.task, data=self.data, base_folder=self.space.base, device=self.device, ranks=self.ranks,
-                on_step=on_step,
+                on_step=on_step, say=self.display.say,
             )  # fmt: skip
 
         def initial(spec: RunSpec) -> dict[str, torch.Tensor]:

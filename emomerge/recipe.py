@@ -304,6 +304,9 @@ class Runs(Section):
     """Under torchrun: every process has the whole model, or (FSDP2) its part of each layer."""
     log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where every step is logged besides `metrics.jsonl`."""
+    parallel: Literal["auto", "stacked", "sequential"] = "auto"
+    """`stacked` trains all adapters in one pass over the shared base, equal to `sequential` up to rounding; `auto` stacks where
+    it can, fits into memory and saves time."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Runs:

@@ -1,4 +1,4 @@
-"""Where runs are trained: one after the other in this process, or each in a worker of its own, here or on a cluster.
+"""Where runs are trained: in this process, stacked or one by one, or each in a worker of its own, here or on a cluster.
 
 Whoever trains a run holds the lease of its directory, and finds there what an earlier attempt left. So it does not matter
 who begins a run, how often, and where: it is trained once, and ends with the same bits.
@@ -10,7 +10,7 @@ import contextlib
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from emomerge.training.live import StepHook
 from emomerge.training.loop import train_run
 from emomerge.training.ranks import Announcement, Ranks, take_steps
 from emomerge.training.runs import RunDir, RunSpec, run_inputs
+from emomerge.training.stacked import Unstackable, prepare_stack, train_stacked
 from emomerge.training.tracking import tracked
 
 ATTEMPTS = 3
@@ -47,18 +48,25 @@ def train_locally(
     device: torch.device,
     ranks: Ranks | None = None,
     on_step: StepHook = lambda spec, row: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Train the given runs into `folder/<name>` in this process, each to the end of its round, leaving alone those there.
 
     Args:
         ranks: this process as the first of several that take the steps together.
+        say: told in one line how the runs are trained, where the recipe leaves that open.
 
     Raises:
         EmomergeError: after all others were trained, if any run could not be. Of several ranks, the first one stops at once
             where the others cannot know that anything is wrong.
     """
-    failures = []
-    for spec in specs:
+    failures: dict[RunSpec, EmomergeError] = {}
+    if ranks is None and recipe.runs.parallel != "sequential":
+        failures = _train_stacked(
+            recipe, specs, folder, base_hash,
+            task=task, data=data, base_folder=base_folder, device=device, on_step=on_step, say=say,
+        )  # fmt: skip
+    for spec in [spec for spec in specs if spec not in failures]:
         run, inputs = RunDir(folder / spec.name), run_inputs(recipe, spec, base_hash)
         try:
             _train_leased(
@@ -71,8 +79,53 @@ def train_locally(
             if isinstance(error, BadInput):
                 with contextlib.suppress(BadInput):  # the disk may be full
                     run.write_state(state="failed", error=str(error))
-            failures.append(error)
-    _raise_all(failures)
+            failures[spec] = error
+    _raise_all(list(failures.values()))
+
+
+def _train_stacked(
+    recipe: Recipe,
+    specs: Sequence[RunSpec],
+    folder: Path,
+    base_hash: str,
+    *,
+    task: Task,
+    data: TaskData,
+    base_folder: Path,
+    device: torch.device,
+    on_step: StepHook,
+    say: Callable[[str], None],
+) -> dict[RunSpec, EmomergeError]:
+    """Train those runs together that are not done, while their directories are ours; what failed, and why.
+
+    Where they cannot be stacked, nothing happens, or BadInput is raised if the recipe insists. The stack has all runs that are
+    not done, though some may wait at the end of their round already: its shape decides the last bits.
+    """
+    runs = {spec: (RunDir(folder / spec.name), run_inputs(recipe, spec, base_hash)) for spec in specs}
+    while True:
+        stack = [spec for spec, (run, inputs) in runs.items() if not run.is_done(inputs)]
+        if len(stack) < 2 or all(run.has_reached(inputs, spec) for spec, (run, inputs) in runs.items()):
+            return {}
+        try:
+            passes = prepare_stack(recipe, stack, task=task, data=data, base_folder=base_folder, device=device, say=say)
+        except Unstackable as reason:
+            if recipe.runs.parallel == "stacked":
+                raise BadInput("the runs cannot share a pass", found=reason, fix="use runs.parallel: auto") from None
+            say(f"one run after the other: {reason}")
+            return {}
+        with contextlib.suppress(LeaseLost), contextlib.ExitStack() as held:
+            checks = [held.enter_context(leased(runs[spec][0].path)) for spec in stack]
+            logs = {spec: held.enter_context(tracked(recipe, spec, runs[spec][0])) for spec in stack}
+            if any(runs[spec][0].is_done(runs[spec][1]) for spec in stack):  # meanwhile, by whoever had it
+                continue
+
+            def checked(spec: RunSpec, row: dict[str, Any], checks: Any = checks, logs: Any = logs) -> None:
+                for check in checks:
+                    check()
+                logs[spec](row)
+                on_step(spec, row)
+
+            return train_stacked(passes, [runs[spec] for spec in stack], base_folder=base_folder, on_step=checked)
 
 
 def _train_leased(

@@ -14,7 +14,7 @@ from emomerge.recipe import Recipe, Runs
 from emomerge.tasks import Task, TaskData
 from emomerge.training.adapt import adapt
 from emomerge.training.live import StepHook, TrainingRun
-from emomerge.training.order import BatchOrder, seed_of
+from emomerge.training.order import BatchOrder, seed_generators, seed_of
 from emomerge.training.runs import RunDir, RunSpec
 
 
@@ -44,7 +44,7 @@ def train_run(
         while live.unfinished:
             started = time.perf_counter()
             for micro in micro_batches(recipe.runs, live.step):
-                torch.manual_seed(seed_of("dropout", spec.seed, micro))
+                seed_generators(seed_of("dropout", spec.seed, micro), device)
                 rows = order.batch(micro)
                 batch = {key: value.to(device, non_blocking=True) for key, value in data.train.batch(rows).items()}
                 with autocast(device, recipe.runs.precision):
@@ -90,8 +90,13 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def batch_order(runs: Runs, spec: RunSpec, rows: int) -> BatchOrder:
     """Which rows of the training split a run sees."""
+    return BatchOrder(rows, runs.batch_size, *order_key(runs, spec))
+
+
+def order_key(runs: Runs, spec: RunSpec) -> tuple[object, ...]:
+    """What a run's rows depend on: runs of equal keys see the same."""
     key = (spec.seed,) if runs.data_order == "same" else (spec.seed, spec.optimizer)
-    return BatchOrder(rows, runs.batch_size, *key, *([f"member {spec.member}"] if spec.member else []))
+    return (*key, *([f"member {spec.member}"] if spec.member else []))
 
 
 def micro_batches(runs: Runs, step: int) -> range:

@@ -15,6 +15,14 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """`torch.manual_seed`, which on the CPU costs a third of a millisecond for the sake of devices that are not used."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 class BatchOrder:
     """An endless stream of row numbers, reshuffled each epoch; batches may straddle two epochs.
 

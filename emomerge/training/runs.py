@@ -78,7 +78,8 @@ OFF_BY_DEFAULT = ("average", "early_stop", "cooldown", "rounds", "outer")
 def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
     """Hash of everything that decides a run's result: a run whose stamp agrees is not trained again."""
     runs, control = recipe.runs, spec.role == "control"
-    shared = runs.model_dump(mode="json", exclude={"optimizers", "seeds", "steps", "checkpoint_every", "sharding", "log_with"})
+    irrelevant = {"optimizers", "seeds", "steps", "checkpoint_every", "sharding", "log_with", "parallel"}
+    shared = runs.model_dump(mode="json", exclude=irrelevant)
     shared["lr"] = runs.lr_of(spec.optimizer)
     idle = {"rounds", "outer", "early_stop"} if control else set()  # a control uses its whole budget, in one go
     idle |= {"average", "cooldown"} if spec.rate is not None else set()

@@ -1,0 +1,171 @@
+"""What five runs cost when they share their passes: stacked, one after the other, and as five plain PEFT + AdamW loops.
+
+    pip install torch==2.13.0 -e .
+    python benchmarks/stacked_training.py                      # about 15 minutes on 2 cores; run it on a quiet machine
+    python benchmarks/stacked_training.py --hidden 128 --tokens 64
+
+BERT of 6 layers (MiniLM's form) with LoRA of rank 8 on all linear layers, rows of 16 random tokens, float32. Every contender is
+a process of its own. Printed are milliseconds of CPU for one step of all five runs, how many times less that is when stacked,
+and the peak memory of the process beside that of a single run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from emomerge.recipe import Recipe, parse_recipe
+from emomerge.tasks import Split, Task, TaskData
+from emomerge.training import RunSpec, planned_runs, train_locally
+
+CONTENDERS = ("stacked", "sequential", "peft", "one")
+LENGTH, WARM = 16, 5
+LIMITS = {(128, 64): 3.5, (384, 64): 1.7}
+"""How many times less CPU we hold ourselves to, against five PEFT loops; and a peak of at most 1.6 times one run's."""
+
+
+class RandomSentences(Task):
+    """Two classes of random tokens: the cost of training does not depend on what is learnt."""
+
+    kind = "random"
+    peft_task_type = "SEQ_CLS"
+
+    def __init__(self, hidden: int, dropout: float) -> None:
+        self.hidden, self.dropout = hidden, dropout
+
+    def load_data(self, base: Any = None) -> TaskData:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(5, 1000, (512, LENGTH), generator=generator)
+        split = Split({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2})
+        return TaskData(split, split, split, ("even", "odd"), "")
+
+    def new_model(self, base: Any, data: TaskData) -> nn.Module:
+        raise NotImplementedError
+
+    def save_processor(self, folder: str | Path) -> None:
+        raise NotImplementedError
+
+    def reload_model(self, folder: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=1000, hidden_size=self.hidden, num_hidden_layers=6, num_attention_heads=max(1, self.hidden // 32),
+            intermediate_size=4 * self.hidden, hidden_dropout_prob=self.dropout, attention_probs_dropout_prob=self.dropout,
+        )  # fmt: skip
+        return BertForSequenceClassification(config).eval()
+
+
+def our_runs(task: RandomSentences, recipe: Recipe) -> float:
+    """CPU seconds of a step of all runs."""
+    started: dict[str, float] = {}
+    ended: dict[str, float] = {}
+
+    def on_step(spec: RunSpec, row: dict[str, Any]) -> None:
+        clock = started if row["step"] == WARM else ended
+        clock[spec.name] = time.process_time()
+
+    with tempfile.TemporaryDirectory() as folder:
+        train_locally(
+            recipe, planned_runs(recipe), Path(folder), "", task=task, data=task.load_data(), base_folder=Path(folder),
+            device=torch.device("cpu"), on_step=on_step,
+        )  # fmt: skip
+    if recipe.runs.parallel == "stacked":
+        seconds = next(iter(ended.values())) - next(iter(started.values()))
+    else:
+        seconds = sum(ended[name] - started[name] for name in ended)
+    return seconds / (recipe.runs.steps - WARM)
+
+
+def peft_runs(task: RandomSentences, recipe: Recipe) -> float:
+    """The same with PEFT and torch's fused AdamW, written as one would."""
+    from peft import LoraConfig, get_peft_model
+
+    data, total = task.load_data(), 0.0
+    for _ in recipe.runs.optimizers:
+        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
+        model = get_peft_model(task.reload_model(""), config).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+        for step in range(recipe.runs.steps):
+            if step == WARM:
+                started = time.process_time()
+            first = step * recipe.runs.batch_size % 448
+            loss = task.loss(model, data.train.batch(range(first, first + recipe.runs.batch_size)))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        total += time.process_time() - started
+    return total / (recipe.runs.steps - WARM)
+
+
+def contend(name: str, hidden: int, tokens: int, steps: int, dropout: float) -> None:
+    """One contender in this process; prints its figures."""
+    warnings.simplefilter("ignore")
+    task = RandomSentences(hidden, dropout)
+    runs = {"steps": steps, "batch_size": tokens // LENGTH, "checkpoint_every": steps}
+    runs["parallel"] = "stacked" if name == "stacked" else "sequential"
+    if name == "one":
+        runs["optimizers"] = ["sens"]
+    section = {"kind": "text-classification", "train": "none"}
+    recipe = parse_recipe({"name": "b", "base": {"model": "none"}, "task": section, "adapter": {"kind": "lora"}, "runs": runs})
+    seconds = peft_runs(task, recipe) if name == "peft" else our_runs(task, recipe)
+    print(json.dumps({"cpu": seconds, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def measure(hidden: int, tokens: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Contender → CPU seconds of a step and peak memory in MB: the better of the rounds."""
+    found: dict[str, dict[str, float]] = {}
+    for _ in range(options.rounds):
+        for name in CONTENDERS:
+            arguments = [name, hidden, tokens, options.steps, options.dropout]
+            command = [sys.executable, __file__, "--contender", *map(str, arguments)]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            figures = json.loads(output.splitlines()[-1])
+            found[name] = {key: min(value, found.get(name, figures)[key]) for key, value in figures.items()}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[128, 256, 384, 768])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="of one run's batch")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--contender", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        name, hidden, tokens, steps, dropout = options.contender
+        contend(name, int(hidden), int(tokens), int(steps), float(dropout))
+        return
+    heads = ("hidden", "tokens a run", "stacked, ms", "sequential", "PEFT", "times less than PEFT", "peak MB", "of one run")
+    table = Table(*heads, title=f"CPU of a step of five runs, threads: {torch.get_num_threads()}, dropout {options.dropout:g}")
+    for hidden in options.hidden:
+        for tokens in options.tokens:
+            found = measure(hidden, tokens, options)
+            cpu = {name: figures["cpu"] for name, figures in found.items()}
+            ratio, memory = cpu["peft"] / cpu["stacked"], found["stacked"]["rss"] / found["one"]["rss"]
+            limit = LIMITS.get((hidden, tokens))
+            kept = "" if limit is None else f"  {limit} {'kept' if ratio >= limit else 'MISSED'}"
+            table.add_row(
+                str(hidden), str(tokens), *(f"{1000 * cpu[name]:.1f}" for name in ("stacked", "sequential", "peft")),
+                f"{ratio:.2f}{kept}", f"{found['stacked']['rss']:.0f}", f"{memory:.2f}",
+            )  # fmt: skip
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

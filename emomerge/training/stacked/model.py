@@ -1,0 +1,282 @@
+"""One frozen model with the trained weights of several runs: row block i of every batch goes through the weights of run i."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from emomerge.errors import EmomergeError
+
+
+class Unstackable(EmomergeError):
+    """Why runs cannot share their forward and backward passes."""
+
+
+class StackedModel:
+    """An adapted model whose trained layers hold the weights of all runs at once.
+
+    `model` then takes the rows of all runs, one run after the other on dimension 0. Frozen layers see one large batch; a
+    trained layer multiplies each run's rows by that run's weights, batched.
+
+    Args:
+        model: an adapted model, changed in place.
+        starts: the trained weights that each run starts from, by their names in the model.
+
+    Raises:
+        Unstackable: a layer mixes rows, or its trained weights are not a layer of their own.
+    """
+
+    def __init__(self, model: nn.Module, starts: Sequence[Mapping[str, Tensor]]) -> None:
+        check_layers(model)
+        self.model, self.runs = model, len(starts)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.stacks = {name: nn.Parameter(torch.stack([start[name].to(p) for start in starts])) for name, p in trained.items()}
+        """The trained weights (runs, *shape) by their names in the adapted model."""
+        self._parameters = [
+            {name: nn.Parameter(stack.data[run]) for name, stack in self.stacks.items()} for run in range(self.runs)
+        ]
+        self._replaced: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        for path, names in trained_layers(model).items():
+            self._replace(path, {own: self.stacks[name] for name, own in names.items()})
+
+    def parameters_of(self, run: int) -> dict[str, nn.Parameter]:
+        """The weights of one run by name: views of the stacks, for its optimizer."""
+        return self._parameters[run]
+
+    @property
+    def layers(self) -> int:
+        """How many layers are trained."""
+        return len(self._replaced)
+
+    def share_gradients(self) -> None:
+        """Give every run's parameters their part of the gradients, as views, and the stacks none."""
+        for name, stack in self.stacks.items():
+            parts = [None] * self.runs if stack.grad is None else stack.grad.unbind()
+            for parameters, grad in zip(self._parameters, parts, strict=True):
+                parameters[name].grad = grad
+            stack.grad = None
+
+    @contextmanager
+    def as_run(self, run: int) -> Iterator[None]:
+        """Within the block the model has its own layers, with the weights of one run."""
+        for parent, name, layer, _ in self._replaced:
+            parent._modules[name] = layer
+        own = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, p in self.parameters_of(run).items():
+                own[name].copy_(p)
+        try:
+            yield
+        finally:
+            for parent, name, _, stacked in self._replaced:
+                parent._modules[name] = stacked
+
+    @contextmanager
+    def shaken(self) -> Iterator[None]:
+        """Within the block random numbers are added to all trained weights."""
+        kept = [stack.detach().clone() for stack in self.stacks.values()]
+        generator = torch.Generator().manual_seed(0)
+        for stack in self.stacks.values():
+            stack.data += 0.05 * torch.randn(stack.shape, generator=generator).to(stack)
+        try:
+            yield
+        finally:
+            for stack, before in zip(self.stacks.values(), kept, strict=True):
+                stack.data.copy_(before)
+
+    def _replace(self, path: str, stacks: Mapping[str, nn.Parameter]) -> None:
+        layer = self.model.get_submodule(path)
+        stacked: nn.Module
+        if set(stacks) == {A, B} and is_plain(layer):
+            stacked = StackedLora(layer, stacks[A], stacks[B])
+        elif type(layer) is nn.Linear:
+            stacked = StackedLinear(**stacks)
+        else:
+            stacked = StackedLayer(layer, stacks)
+        path, _, name = path.rpartition(".")
+        parent = self.model.get_submodule(path)
+        self._replaced.append((parent, name, layer, stacked))
+        parent._modules[name] = stacked
+
+
+A, B = "lora_A.default.weight", "lora_B.default.weight"
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is x Wᵀ + b plus two factors, W frozen in floats."""
+    from peft.tuners import lora
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(layer, lora.Linear) and type(layer.base_layer) in (nn.Linear, Conv1D)
+
+
+class StackedLora(nn.Module):
+    """A linear layer with LoRA: the frozen product of all rows at once, and each run's own two factors.
+
+    Args:
+        layer: the adapted layer.
+        a: (runs, r, in).
+        b: (runs, out, r).
+    """
+
+    def __init__(self, layer: Any, a: nn.Parameter, b: nn.Parameter) -> None:
+        super().__init__()
+        self.base_layer, self.dropout, self.scale = layer.base_layer, layer.lora_dropout["default"], layer.scaling["default"]
+        self.a, self.b = a, b
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, which some models look at."""
+        weight: Tensor = self.base_layer.weight
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(runs·rows, …, in) → (runs·rows, …, out)."""
+        check_rows(x, len(self.a))
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        if not isinstance(self.base_layer, nn.Linear):  # Conv1D of GPT-2: (in, out)
+            weight = weight.t()
+        dropped = None if isinstance(self.dropout, nn.Identity) else self.dropout(x)
+        tensors: tuple[Tensor | None, ...] = (x, dropped, weight, bias, self.a, self.b)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
+        y: Tensor = LoraProduct.apply(*tensors, self.scale)  # type: ignore[no-untyped-call]
+        return y
+
+
+class LoraProduct(torch.autograd.Function):
+    """y_i = x_i Wᵀ + b + s·x̃_i A_iᵀ B_iᵀ for each run i, where x̃ is x after LoRA's dropout, or None for x itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        """(runs·rows, …, in) → (runs·rows, …, out)."""
+        runs, _, width = a.shape
+        flat = x.reshape(-1, width)
+        rows = (flat if dropped is None else dropped.reshape(-1, width)).view(runs, -1, width)
+        y = F.linear(flat, weight, bias)
+        down = torch.bmm(rows, a.mT).mul_(scale)
+        y.view(runs, -1, y.shape[1]).baddbmm_(down, b.mT)
+        ctx.save_for_backward(rows, down, weight, a, b)
+        ctx.scale, ctx.apart, ctx.shape = scale, dropped is not None, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, x̃, A and B."""
+        rows, down, weight, a, b = ctx.saved_tensors
+        by_run = grads[0].reshape(len(a), -1, len(weight))
+        of_b = torch.bmm(by_run.mT, down)
+        of_down = torch.bmm(by_run, b).mul_(ctx.scale)
+        of_a = torch.bmm(of_down.mT, rows)
+        of_x = of_dropped = None
+        if ctx.needs_input_grad[0]:
+            of_x = by_run.view(-1, len(weight)) @ weight
+            if not ctx.apart:
+                of_x.view_as(rows).baddbmm_(of_down, a)
+            of_x = of_x.view(ctx.shape)
+        if ctx.apart and ctx.needs_input_grad[1]:
+            of_dropped = torch.bmm(of_down, a).view(ctx.shape)
+        return of_x, of_dropped, None, None, of_a, of_b, None
+
+
+class StackedLinear(nn.Module):
+    """x_i W_iᵀ + b_i for each run i.
+
+    Args:
+        weight: (runs, out, in).
+        bias: (runs, out).
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(runs·rows, …, in) → (runs·rows, …, out)."""
+        runs, out, width = self.weight.shape
+        check_rows(x, runs)
+        rows, w = x.reshape(runs, -1, width), self.weight.transpose(1, 2)
+        y = torch.bmm(rows, w) if self.bias is None else torch.baddbmm(self.bias[:, None], rows, w)
+        return y.view(*x.shape[:-1], out)
+
+
+class StackedLayer(nn.Module):
+    """Any other layer, once for each run.
+
+    Args:
+        layer: what is applied to the rows of a run, the dimension 0 of its only argument.
+        stacks: its trained parameters (runs, *shape) by their names in the layer.
+    """
+
+    def __init__(self, layer: nn.Module, stacks: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.names, self.stacks = tuple(stacks), nn.ParameterList(stacks.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer, run by run."""
+        weights = list(zip(*(stack.unbind() for stack in self.stacks), strict=True))
+        check_rows(x, len(weights))
+        parts = zip(x.chunk(len(weights)), weights, strict=True)
+        return torch.cat([functional_call(self.layer, dict(zip(self.names, own, strict=True)), rows) for rows, own in parts])
+
+
+def check_rows(x: Tensor, runs: int) -> None:
+    """Refuse what has no rows of each run."""
+    if x.shape[0] % runs:
+        raise Unstackable(f"a trained layer sees {x.shape[0]} rows, which are not those of {runs} runs")
+
+
+def trained_layers(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Path of each layer with trained parameters → {name of the parameter in the model: name in the layer}.
+
+    Raises:
+        Unstackable: trained parameters lie beside other layers, so that no one layer applies them.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            path, own = _owner(model, name)
+            found.setdefault(path, {})[name] = own
+    trained = {name for names in found.values() for name in names}
+    for path, names in found.items():
+        if not path or any(name.startswith(f"{path}.") for name in trained - set(names)):
+            raise Unstackable(f"{path or 'the model'} has trained weights of its own beside layers")
+    return found
+
+
+def _owner(model: nn.Module, name: str) -> tuple[str, str]:
+    """The layer that a parameter belongs to, and its name in there; both factors of a LoRA belong to the adapted layer."""
+    path = name.removesuffix(f".{A}").removesuffix(f".{B}")
+    if path == name:
+        path = name.rpartition(".")[0]
+        while isinstance(model.get_submodule(path), nn.ParameterDict):
+            path = path.rpartition(".")[0]
+    return path, name.removeprefix(f"{path}.")
+
+
+def check_layers(model: nn.Module) -> None:
+    """Refuse layers that mix rows, and adapters that are more than two factors.
+
+    Raises:
+        Unstackable: names the layer.
+    """
+    from peft.tuners import lora
+
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) or getattr(layer, "track_running_stats", False):
+            raise Unstackable(f"{path} ({type(layer).__name__}) mixes the rows of a batch")
+        if isinstance(layer, lora.LoraLayer):
+            if layer.lora_variant:
+                raise Unstackable(f"{path} is no plain LoRA")
+            if not isinstance(layer, lora.Linear | lora.Embedding):
+                raise Unstackable(f"{path} is an adapted {type(layer.get_base_layer()).__name__}")
