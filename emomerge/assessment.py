@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from emomerge.measure import Artefact, Measurer
+from emomerge.measure import PRESETS, Artefact, Measured, Measurer, steps_of
 from emomerge.probing import verdict
 from emomerge.progress import Display
 from emomerge.recipe import Recipe
@@ -21,8 +21,6 @@ LONG, ADAMW, ADAMW_AVERAGE, SWA = (
     "long run of equal steps", "AdamW with cosine, equal steps", "average of AdamW runs", "SWA of the long run",
 )  # fmt: skip
 """The merge's rivals."""
-UNMEASURED_FLATNESS = ("λmax and trace of the Hessian",)
-"""What the claim `flatter` needs and the preset `quick` does not measure."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +63,48 @@ def assess(
     label = recipe.merge[0].label
     matched = _distance_matched(recipe, measurer, runs, merges[label])
     alike = _loss_matched(recipe, measurer, rivals["snapshots"], merges[label])
+    contests = _contests(recipe, merges, best, rivals, matched, alike)
     trained = [a for kind in ("long-run", "adamw-long-run", "adamw-average", "swa") for a in rivals[kind]]
-    rows, curves, sharpness = [], {}, {}
     everything = [base, *runs, *(merge for group in merges.values() for merge in group), *trained, *matched, *alike]
-    line = display.line("probe", len(everything) * recipe.probe.directions)
-    for artefact in everything:
-        row, values, curve = measurer.probe(artefact, line)
-        rows.append(row)
-        sharpness[artefact.name] = values
-        if curve["alpha"]:
-            curves[artefact.name] = curve
-    mean = next((spec.label for spec in recipe.merge if spec.method == "mean" and not spec.params), None)
+    close = {base.name, *(a.name for c in contests for a in (c.merge, *c.flat.values(), *c.better.values()))}
+    metrics = PRESETS[recipe.probe.preset]
+    of_each = {a.name: metrics if a.name in close else PRESETS["quick"] for a in everything}
+    line = display.line("probe", sum(steps_of(recipe, chosen) for chosen in of_each.values()))
+    measured = {a.name: measurer.probe(a, line, of_each[a.name]) for a in everything}
+    several = {}
+    if recipe.probe.preset != "quick":  # of the first training seed: pictures, not evidence
+        of_seed = [run for run in runs if run.seed == best[0].seed]
+        several = measurer.landscapes(merges[label][0], best[0], of_seed, line, metrics)
+        measured[merges[label][0].name].row["hessian"]["subspace"] = measurer.span(merges[label][0], of_seed)
+    rows = [found.row for found in measured.values()]
+    judged = _judge(recipe, measurer, label, contests, measured)
+    if (rounds := recipe.runs.rounds) > 1:
+        judged["caveats"].append(f"{rounds} rounds: a single run holds the means of all and had a share in their steps")
+    return {
+        "artefacts": rows,
+        "probe": {
+            **recipe.probe.model_dump(mode="json"),
+            "rows": len(measurer.probe_rows[recipe.probe.data]),
+            "noise_floor": measurer.noise_floor(base),
+        },
+        "curves": {name: found.curve for name, found in measured.items() if found.curve},
+        **several,
+        "verdict": {**judged, "merge": merges[label][0].name, "best_single": [run.name for run in best]},
+        "selected": select(rows) if recipe.select == "best" else None,
+    }
+
+
+def _contests(
+    recipe: Recipe,
+    merges: Mapping[str, Sequence[Artefact]],
+    best: Sequence[Artefact],
+    rivals: Mapping[str, Sequence[Artefact]],
+    matched: Sequence[Artefact],
+    alike: Sequence[Artefact],
+) -> list[Contest]:
+    """One contest for each training seed, with the rivals alone that every seed has: one that diverged leaves them unpaired."""
+    label, mean = recipe.merge[0].label, _plain_mean(recipe)
+    kinds = {LONG: "long-run", ADAMW: "adamw-long-run", ADAMW_AVERAGE: "adamw-average", SWA: "swa"}
     contests = [
         Contest(
             merged,
@@ -90,30 +119,20 @@ def assess(
                 {
                     SINGLE: [single],
                     MEAN: [merges[mean][index]] if mean not in (None, label) else [],
-                    LONG: [a for a in rivals["long-run"] if a.seed == single.seed],
-                    ADAMW: [a for a in rivals["adamw-long-run"] if a.seed == single.seed],
-                    ADAMW_AVERAGE: [a for a in rivals["adamw-average"] if a.seed == single.seed],
-                    SWA: [a for a in rivals["swa"] if a.seed == single.seed],
+                    **{rival: [a for a in rivals[kind] if a.seed == single.seed] for rival, kind in kinds.items()},
                 }
             ),
         )
         for index, (merged, single) in enumerate(zip(merges[label], best, strict=True))
     ]
-    contests = _everywhere(contests)
-    found = _judge(recipe, measurer, label, contests, sharpness, mean_needed=mean != label)
-    if (rounds := recipe.runs.rounds) > 1:
-        found["caveats"].append(f"{rounds} rounds: a single run holds the means of all and had a share in their steps")
-    return {
-        "artefacts": rows,
-        "probe": {
-            **recipe.probe.model_dump(mode="json"),
-            "rows": len(measurer.probe_rows[recipe.probe.data]),
-            "noise_floor": measurer.noise_floor(base),
-        },
-        "curves": curves,
-        "verdict": {**found, "merge": merges[label][0].name, "best_single": [run.name for run in best]},
-        "selected": select(rows) if recipe.select == "best" else None,
-    }
+    flat = [name for name in contests[0].flat if all(name in c.flat for c in contests)]
+    better = [name for name in contests[0].better if all(name in c.better for c in contests)]
+    return [Contest(c.merge, {n: c.flat[n] for n in flat}, {n: c.better[n] for n in better}) for c in contests]
+
+
+def _plain_mean(recipe: Recipe) -> str | None:
+    """The label of the recipe's plain mean, if it has one."""
+    return next((spec.label for spec in recipe.merge if spec.method == "mean" and not spec.params), None)
 
 
 def _distance_matched(
@@ -122,13 +141,6 @@ def _distance_matched(
     if "distance-matched" not in recipe.controls:
         return []
     return [measurer.distance_matched(run, merge) for merge in merged for run in runs if run.seed == merge.seed]
-
-
-def _everywhere(contests: Sequence[Contest]) -> list[Contest]:
-    """The contests with the rivals alone that every training seed has: one that diverged leaves the others unpaired."""
-    flat = [name for name in contests[0].flat if all(name in c.flat for c in contests)]
-    better = [name for name in contests[0].better if all(name in c.better for c in contests)]
-    return [Contest(c.merge, {n: c.flat[n] for n in flat}, {n: c.better[n] for n in better}) for c in contests]
 
 
 def _loss_matched(
@@ -145,27 +157,23 @@ def _present(rivals: Mapping[str, Sequence[Artefact]]) -> dict[str, Artefact]:
 
 
 def _judge(
-    recipe: Recipe,
-    measurer: Measurer,
-    label: str,
-    contests: Sequence[Contest],
-    sharpness: Mapping[str, Sequence[Array]],
-    *,
-    mean_needed: bool,
+    recipe: Recipe, measurer: Measurer, label: str, contests: Sequence[Contest], measured: Mapping[str, Measured]
 ) -> dict[str, Any]:
     """The verdict on one merge method over all training seeds."""
-    probe = recipe.probe
-    weight = measurer.unit_weights(contests[0].merge)
+    radii = recipe.probe.radii
+    looks: list[tuple[str, int | None, str]] = [("gaussian", r, f"gaussian σ={radius:g}") for r, radius in enumerate(radii)]
+    if "hessian" in PRESETS[recipe.probe.preset]:
+        looks += [(what, None, what) for what in verdict.HESSIAN]
     flat = [
         verdict.sharpness_ratio(
-            [sharpness[c.merge.name][r] for c in contests],
-            [sharpness[c.flat[rival].name][r] for c in contests],
-            weight,
+            [measured[c.merge.name].figures(metric, at) for c in contests],
+            [measured[c.flat[rival].name].figures(metric, at) for c in contests],
+            measured[contests[0].merge.name].weights[metric],
             against=rival,
-            what=f"gaussian σ={radius:g}",
+            what=what,
         )
         for rival in contests[0].flat
-        for r, radius in enumerate(probe.radii)
+        for metric, at, what in looks
     ]
     losses = {a.name: measurer.scores(a, "test") for c in contests for a in (c.merge, *c.better.values())}
     better = [
@@ -178,16 +186,13 @@ def _judge(
         )
         for rival in contests[0].better
     ]
-    flat_missing = [
-        *UNMEASURED_FLATNESS,
-        *(f"the {rival} control" for rival in (MATCHED, LOSS_MATCHED) if rival not in contests[0].flat),
-    ]
-    needed = {MEAN: mean_needed, LONG: True}
+    flat_missing = [f"the {rival} control" for rival in (MATCHED, LOSS_MATCHED) if rival not in contests[0].flat]
+    needed = {MEAN: label != _plain_mean(recipe), LONG: True}
     better_missing = [f"the {rival}" for rival, is_needed in needed.items() if is_needed and rival not in contests[0].better]
     return verdict.overall(
         label,
         verdict.judge_better(better, better_missing),
-        verdict.judge_flatter(flat, len(probe.radii), flat_missing),
+        verdict.judge_flatter(flat, len(radii), flat_missing),
         seeds=len(contests),
     )
 

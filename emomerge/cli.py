@@ -365,13 +365,14 @@ def reconstruct(
 @click.argument("models", nargs=-1, required=True)
 @click.option("-o", "--out", type=out_path, required=True, help="Folder for the results and the ledger of evaluations.")
 @click.option("--base", help="The base of the models (default: the base that `emomerge run RECIPE` made).")
-@click.option("--preset", type=click.Choice(["quick"]), help="How much to measure.")
+@click.option("--preset", type=click.Choice(["quick", "standard", "full"]), help="How much to measure (default: the recipe's).")
 @click.option(
     "--metric",
     "metrics",
     multiple=True,
-    type=click.Choice(["gaussian", "curve"]),
-    help="Only this beside losses, gradient norm and distance; may be given twice (default: both).",
+    type=click.Choice(["gaussian", "curve", "adaptive", "hessian", "basin", "barriers", "worst-case", "plane", "surface"]),
+    help="Only this beside losses, gradient norm and distance; may be given again (default: what the preset holds). "
+    "barriers join all MODELS; the plane goes through the base and the first two.",
 )
 @set_option
 @quiet_option
@@ -381,14 +382,14 @@ def probe(
     overrides: Sequence[str], quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure MODELS (checkpoints, adapters or run directories) on RECIPE's data: losses and sharpness."""
-    from emomerge.measure import METRICS, probe_models
+    from emomerge.measure import probe_models
     from emomerge.progress import Display
     from emomerge.reporting import figures_table
 
     settings = [*overrides, *([f"probe.preset={preset}"] if preset else [])]
     parsed = _load(recipe, settings)
     base_folder = Path(base) if base else _default_out(parsed.name) / "base"
-    results = probe_models(parsed, list(models), base_folder, out, Display(quiet=quiet), metrics or METRICS)
+    results = probe_models(parsed, list(models), base_folder, out, Display(quiet=quiet), metrics or None)
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from emomerge.adapters import open_run
 from emomerge.checkpoints import Checkpoint, atomic, load_into, open_checkpoint
 from emomerge.errors import BadInput
 from emomerge.merging import merge
-from emomerge.probing import controls, landscape, sharpness
+from emomerge.probing import controls, hessian, landscape, sharpness, worst_case
 from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Perturbable, rms
 from emomerge.progress import Display, Line
@@ -31,7 +32,16 @@ from emomerge.tasks import Batch, Split, Task, TaskData, make_task
 from emomerge.training import choose_device
 
 Array = NDArray[np.float64]
-METRICS = ("gaussian", "curve")
+PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "quick": ("gaussian", "curve"),
+        "standard": ("gaussian", "curve", "adaptive", "hessian", "basin", "barriers"),
+        "full": ("gaussian", "curve", "adaptive", "hessian", "basin", "barriers", "worst-case", "plane", "surface"),
+    }
+)
+"""What is measured; `barriers`, `plane` and `surface` look at several artefacts at once."""
+HESSIAN_PARTS = 16
+"""The rows of the probe are cut into so many batches for the Hessian: what its intervals are resampled over."""
 SplitName = Literal["train", "validation", "test"]
 
 
@@ -50,6 +60,24 @@ class Artefact:
     control: str | None = None
     of: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All figures of one artefact."""
+
+    row: dict[str, Any]
+    """For the report."""
+    values: Mapping[str, Array]
+    """For paired statistics: `gaussian` (radii, directions, units), `λmax` (1, batches), `trace` (probes, batches)."""
+    weights: Mapping[str, Array]
+    """Of the units or batches of each, summing to one."""
+    curve: dict[str, Any]
+    """`alpha` and `loss`; empty where it was not taken."""
+
+    def figures(self, metric: str, radius: int | None = None) -> Array:
+        """Values of a metric, or of one of its radii, each row a direction."""
+        return self.values[metric] if radius is None else self.values[metric][radius]
 
 
 class Measurer:
@@ -152,43 +180,101 @@ class Measurer:
         """Mean loss over a split."""
         return controls.mean_score(self.scores(artefact, split), "loss")
 
-    def probe(
-        self, artefact: Artefact, line: Line, metrics: Sequence[str] = METRICS
-    ) -> tuple[dict[str, Any], list[Array], dict[str, list[float]]]:
-        """All figures of one artefact: losses, gradient norm and distance, and of METRICS those that are asked for.
-
-        Returns:
-            its row of the report; its sharpness, (directions, units) for each radius; its α-curve.
-        """
+    def probe(self, artefact: Artefact, line: Line, metrics: Sequence[str]) -> Measured:
+        """All figures of one artefact: losses, gradient norm and distance, and those of `metrics` that look at one artefact."""
         recipe = self.recipe.probe
         self.load(artefact)
         probe = self._perturbable(artefact)
-        radii = recipe.radii if "gaussian" in metrics else ()
-        found_sharpness = sharpness.gaussian(probe, radii, recipe.directions, lambda number: line.add(1, artefact.name))
+        values: dict[str, Array] = {}
+        weights: dict[str, Array] = {}
         row: dict[str, Any] = {
             "name": artefact.name, "role": artefact.role, "path": None if artefact.path is None else str(artefact.path),
             "optimizer": artefact.optimizer, "seed": artefact.seed, "control": artefact.control, "of": artefact.of,
-            "grad_norm": controls.gradient_norm(probe),
-            "distance": controls.distance(self.model, self.base_parameters),
-            "sharpness": found_sharpness.summary,
-            **artefact.facts,
+            "grad_norm": controls.gradient_norm(probe), "distance": controls.distance(self.model, self.base_parameters),
+            "sharpness": {}, **artefact.facts,
         }  # fmt: skip
+        if "gaussian" in metrics:
+            found = sharpness.gaussian(probe, recipe.radii, recipe.directions, lambda _: line.add(1, artefact.name))
+            row["sharpness"], values["gaussian"], weights["gaussian"] = found.summary, found.values, sharpness.weights(probe)
+        if "adaptive" in metrics:
+            row["adaptive"] = sharpness.adaptive(probe, recipe.adaptive_radii, recipe.directions).summary
+            line.add(1, f"{artefact.name}: adaptive")
+        if "basin" in metrics:
+            row["basin"] = basin_row(sharpness.basin(probe).summary)
+            line.add(1, f"{artefact.name}: basin")
+        if "worst-case" in metrics:
+            row["worst_case"] = worst_case_row(worst_case.worst_case(probe).summary)
+            line.add(1, f"{artefact.name}: worst case")
+        if "hessian" in metrics:
+            row["hessian"], run, trace = self._hessian(artefact)
+            values |= {"λmax": np.array([run.largest.units]), "trace": trace.values}
+            weights |= {"λmax": np.array(run.weight), "trace": trace.weight}
+            line.add(1, f"{artefact.name}: Hessian")
         for split in ("train", "validation", "test"):
-            found = self.scores(artefact, split)
-            row[f"{split}_loss"] = controls.mean_score(found, "loss")
-            if "accuracy" in found:
-                row[f"{split}_accuracy"] = controls.mean_score(found, "accuracy")
-            if split == "train" and "entropy" in found:
-                row["entropy"] = controls.mean_score(found, "entropy")
-        curve: dict[str, list[float]] = {"alpha": [], "loss": []}
+            scores = self.scores(artefact, split)
+            row[f"{split}_loss"] = controls.mean_score(scores, "loss")
+            if "accuracy" in scores:
+                row[f"{split}_accuracy"] = controls.mean_score(scores, "accuracy")
+            if split == "train" and "entropy" in scores:
+                row["entropy"] = controls.mean_score(scores, "entropy")
+        curve: dict[str, Any] = {}
         if "curve" in metrics and artefact.role in ("run", "merge"):
             curve = landscape.alpha_curve(probe, self.base_parameters).summary
-        return row, list(found_sharpness.values), curve
+        return Measured(row, values, weights, curve)
 
-    def unit_weights(self, artefact: Artefact) -> Array:
-        """Weights of the units that sharpness is resampled over, (units,)."""
+    def _hessian(self, artefact: Artefact) -> tuple[dict[str, Any], hessian.Lanczos, hessian.Trace]:
+        """λmax, λmin, the density, the trace and its parts, for the report; and what they were made of."""
+        probe = self._perturbable(artefact, parts=HESSIAN_PARTS)
+        run = hessian.lanczos(probe, self.recipe.probe.lanczos_steps)
+        found = hessian.trace(probe, self.recipe.probe.trace_probes, lanczos=run)
+        ends, curve, trace = run.summary(), hessian.density([run]), found.summary()
+        row = {
+            "lambda_max": ends["largest"], "lambda_min": ends["smallest"],
+            "trace": {key: trace[key] for key in ("mean", "stderr", "n")},
+            "density": curve and {"at": curve["eigenvalue"], "density": curve["density"]},
+            "layers": {module: part["mean"] for module, part in trace["modules"].items()},
+            "step": run.step, "disagreement": run.disagreement,
+        }  # fmt: skip
+        return row, run, found
+
+    def span(self, artefact: Artefact, runs: Sequence[Artefact]) -> dict[str, Any]:
+        """The exact Hessian at an artefact in the span of the runs' task vectors."""
+        base = self.base_parameters
+        vectors = [{name: w - base[name] for name, w in self.weights_of(run).items()} for run in runs]
         self.load(artefact)
-        return sharpness.weights(self._perturbable(artefact))
+        found = hessian.in_span(self._perturbable(artefact), vectors).summary()
+        return found | {"along": dict(zip((run.name for run in runs), found["along"] or [], strict=False))}
+
+    def weights_of(self, artefact: Artefact) -> dict[str, Tensor]:
+        """The parameters of an artefact by their names in the model, in memory."""
+        self.load(artefact)
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def landscapes(
+        self, merged: Artefact, best: Artefact, runs: Sequence[Artefact], line: Line, metrics: Sequence[str]
+    ) -> dict[str, Any]:
+        """What looks at several artefacts at once: barriers between runs and merge, a plane, surfaces."""
+        found: dict[str, Any] = {}
+        if "barriers" in metrics:
+            others = {run.name: self.weights_of(run) for run in runs}
+            self.load(merged)
+            entries = landscape.barriers(self._perturbable(merged), others).summary
+            found["barriers"] = barrier_matrix([merged.name, *others], entries)
+            line.add(1, "barriers")
+        if "plane" in metrics:
+            other = {best.name: self.weights_of(best)}
+            self.load(merged)
+            plane = landscape.plane(self._perturbable(merged), self.base_parameters, other).summary
+            corners = {merged.name if name == landscape.MODEL else name: at for name, at in plane.pop("corners").items()}
+            found["plane"] = plane | {"points": [{"name": name, "x": x, "y": y} for name, (x, y) in corners.items()]}
+            line.add(1, "plane")
+        if "surface" in metrics:
+            found["surfaces"] = {}
+            for artefact in (best, merged):
+                self.load(artefact)
+                found["surfaces"][artefact.name] = landscape.surface(self._perturbable(artefact)).summary
+                line.add(1, f"{artefact.name}: surface")
+        return found
 
     def noise_floor(self, artefact: Artefact) -> float:
         """By how much a repeated evaluation differs."""
@@ -203,11 +289,14 @@ class Measurer:
         sums = torch.stack([group.sum() for group in (rows.loss * rows.weight).split(size)])
         return sums / weights, weights.tolist()
 
-    def _perturbable(self, artefact: Artefact) -> Perturbable:
+    def _perturbable(self, artefact: Artefact, parts: int | None = None) -> Perturbable:
+        """The loaded artefact on the probe's batches, or on its rows cut into about so many."""
         recipe = self.recipe.probe
         split: SplitName = recipe.data
-        batches = self._cut(self.split(split), self.probe_rows[split], recipe.batch_size)
-        data = digest([self.split(split).digest, split, self.probe_rows[split].tolist(), recipe.batch_size, recipe.seed])
+        rows = self.probe_rows[split]
+        size = recipe.batch_size if parts is None else max(1, min(recipe.batch_size, -(-len(rows) // parts)))
+        batches = self._cut(self.split(split), rows, size)
+        data = digest([self.split(split).digest, split, rows.tolist(), size, recipe.seed])
         return Perturbable(
             self.model,
             self.grouped_loss,
@@ -247,6 +336,32 @@ class Measurer:
         )  # fmt: skip
 
 
+def basin_row(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The width and its standard error, to first order from that of its logarithm."""
+    error = summary["log_stderr"]
+    plain = {"mean": summary["width"], "stderr": None if error is None else summary["width"] * error, "n": summary["n"]}
+    return plain | {key: summary[key] for key in ("finding",) if key in summary}
+
+
+def worst_case_row(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Ball → radius → the excess as `mean`, and the slope's part."""
+    balls = {"l2": "ℓ2", "linf": "ℓ∞", "adaptive l2": "ℓ2 adaptive", "adaptive linf": "ℓ∞ adaptive"}
+    return {
+        balls[name]: {radius: {**found, "mean": found["excess"]} for radius, found in of_radius.items()}
+        for name, of_radius in summary.items()
+    }
+
+
+def barrier_matrix(names: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The summary of `landscape.barriers` as a symmetric matrix under the artefacts' own names, the probed model first."""
+    matrix: list[list[float | None]] = [[0.0] * len(names) for _ in names]
+    place = {landscape.MODEL: 0, **{name: i for i, name in enumerate(names)}}
+    for entry in entries:
+        i, j = (place[name] for name in entry["between"])
+        matrix[i][j] = matrix[j][i] = entry["barrier"]
+    return {"names": list(names), "matrix": matrix}
+
+
 def score(task: Task, model: nn.Module, batch: Batch) -> dict[str, float]:
     """Mean loss of a batch, mean accuracy and predictive entropy where the task has them, and the batch's weight."""
     with torch.inference_mode():
@@ -262,7 +377,7 @@ def probe_models(
     base_folder: Path,
     out: Path,
     display: Display,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Measure given models on a recipe's data, resumably: `results.json` and `evaluations.jsonl` in `out`.
 
@@ -272,8 +387,9 @@ def probe_models(
         base_folder: the base they are compared with; its RMS sets the ball.
         out: folder for results and ledger.
         display: shows progress.
-        metrics: of METRICS.
+        metrics: of those in PRESETS; by default what the recipe's preset holds.
     """
+    metrics = PRESETS[recipe.probe.preset] if metrics is None else metrics
     if (out / "recipe.yaml").exists():
         raise BadInput("the output folder of a recipe has results of its own", where=out, fix="choose another -o")
     base = open_checkpoint(base_folder)
@@ -294,17 +410,28 @@ def probe_models(
     for model, checkpoint in zip(models, checkpoints, strict=True):
         name = Path(model).name if short.count(Path(model).name) == 1 and Path(model).name != "base" else model
         artefacts.append(Artefact(name, "merge", checkpoint, fingerprint(checkpoint), path=Path(model)))
-    rows, curves = [], {}
+    rows, curves, several = [], {}, {}
     with display.live():
-        line = display.line("probe", len(artefacts) * recipe.probe.directions)
+        line = display.line("probe", len(artefacts) * steps_of(recipe, metrics))
         for artefact in artefacts:
-            row, _, curve = measurer.probe(artefact, line, metrics)
-            rows.append(row)
-            if curve["alpha"]:
-                curves[artefact.name] = curve
-    results = {"name": recipe.name, "artefacts": rows, "curves": curves, "probe": recipe.probe.model_dump(mode="json")}
+            measured = measurer.probe(artefact, line, metrics)
+            rows.append(measured.row)
+            if measured.curve:
+                curves[artefact.name] = measured.curve
+        if len(artefacts) > 2:
+            several = measurer.landscapes(artefacts[1], artefacts[2], artefacts[2:], line, metrics)
+    results = {
+        "name": recipe.name, "artefacts": rows, "curves": curves, "probe": recipe.probe.model_dump(mode="json"), **several,
+    }  # fmt: skip
     atomic.write_json(out / "results.json", results)
     return results
+
+
+def steps_of(recipe: Recipe, metrics: Sequence[str]) -> int:
+    """Steps of a progress line that one artefact takes."""
+    return recipe.probe.directions * ("gaussian" in metrics) + sum(
+        m in metrics for m in ("adaptive", "basin", "worst-case", "hessian")
+    )
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

@@ -350,7 +350,9 @@ class Merge(BaseModel):
 class Probe(Section):
     """How flatness is measured."""
 
-    preset: Literal["quick"] = "quick"
+    preset: Literal["quick", "standard", "full"] = "standard"
+    """quick: losses, Gaussian sharpness, α-curves. standard: also adaptive sharpness, the Hessian, basins, barriers. full: also
+    worst-case sharpness, a plane, surfaces. What goes beyond `quick` is taken of the merge, its rivals and the base."""
     data: Literal["train", "test"] = "train"
     """Which split's loss surface is probed."""
     batches: int = Field(4, ge=1)
@@ -358,6 +360,11 @@ class Probe(Section):
     directions: int = Field(16, ge=2)
     radii: tuple[float, ...] = Field((0.01, 0.03, 0.1), min_length=1)
     """σ as a fraction of the RMS of the base's tensor."""
+    adaptive_radii: tuple[float, ...] = Field((0.05, 0.1, 0.2), min_length=1)
+    """σ as a fraction of every weight's own size."""
+    lanczos_steps: int = Field(30, ge=2)
+    trace_probes: int = Field(32, ge=2)
+    """Random vectors of the Hessian's trace."""
     seed: int = 0
 
 

@@ -29,7 +29,7 @@ def tiny_recipe():
         "runs": {"steps": 6, "batch_size": 8, "checkpoint_every": 2, "lr": 20.0},
         "merge": [{"method": "tall-mask"}, {"method": "ties"}, {"method": "mean"}, {"method": "greedy-soup"}],
         "rival": {"learning_rates": [0.001], "snapshots": 3},
-        "probe": {"batches": 1, "batch_size": 32, "directions": 2},
+        "probe": {"preset": "quick", "batches": 1, "batch_size": 32, "directions": 2},
     }
 
 

@@ -342,6 +342,58 @@ def test_the_controls_that_a_sceptic_asks_for(tiny_recipe, tmp_path):
     assert members[0].rate == 1e-2, "the rate whose long run did best"
 
 
+@pytest.fixture(scope="module")
+def probed(tiny_recipe, tmp_path_factory):
+    """A run with the probe's standard preset, small."""
+    recipe = {
+        **tiny_recipe,
+        "merge": [{"method": "tall-mask"}, {"method": "mean"}],
+        "runs": {**tiny_recipe["runs"], "optimizers": ["sens", "cats"]},
+        "probe": {"preset": "standard", "batches": 1, "batch_size": 32, "directions": 2, "lanczos_steps": 4, "trace_probes": 3},
+    }
+    out = tmp_path_factory.mktemp("probed") / "out"
+    assert Pipeline(parse_recipe(recipe), out).run()
+    return recipe, out
+
+
+def test_the_standard_probe_measures_the_merge_its_rivals_and_the_base(probed):
+    _, out = probed
+    results = load_results(out)
+    by_name = {a["name"]: a for a in results["artefacts"]}
+    single = results["verdict"]["best_single"][0]
+    rivals = {a["name"] for a in results["artefacts"] if a["control"] in ("long-run", "adamw-long-run", "loss-matched")}
+    matched = {a["name"] for a in results["artefacts"] if a["control"] == "distance-matched" and a["of"] == single}
+    measured = {name for name, a in by_name.items() if "hessian" in a}
+    assert measured == {"base", "tall-mask", "mean", single} | rivals | matched
+    for name in measured:
+        found = by_name[name]
+        assert set(found["adaptive"]) == {"0.05", "0.1", "0.2"}
+        assert found["basin"]["mean"] > 0
+        hessian = found["hessian"]
+        assert hessian["lambda_min"] <= hessian["lambda_max"]
+        assert sum(hessian["layers"].values()) == pytest.approx(hessian["trace"]["mean"], rel=1e-4)
+    assert len(by_name["tall-mask"]["hessian"]["subspace"]["eigenvalues"]) == 2
+    assert results["barriers"]["names"] == ["tall-mask", "sens-0", "cats-0"]
+    flatter = results["verdict"]["flatter"]
+    assert {e["what"] for e in flatter["evidence"]} >= {"λmax", "trace"}
+    assert {e["against"] for e in flatter["evidence"]} == {"best single run", "distance-matched", "loss-matched"}
+    assert flatter["note"] == "", "nothing that the claim needs is left unmeasured"
+
+
+def test_a_probe_whose_ledger_lost_rows_ends_with_the_same_figures(probed, tmp_path):
+    recipe, out = probed
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    ledger = copy / "evaluations.jsonl"
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(line for line in lines if len(line) % 3 and "lanczos" not in line) + lines[0][:20])
+    (copy / "stamps" / "probe.json").unlink()
+    assert Pipeline(parse_recipe(recipe), copy).run()
+    for part in ("artefacts", "verdict", "barriers", "curves"):
+        before, after = (json.dumps(load_results(folder)[part]) for folder in (out, copy))
+        assert before.replace(str(out), "") == after.replace(str(copy), ""), part
+
+
 def test_a_long_run_that_diverges_is_a_finding_and_no_obstacle(tiny_recipe, tmp_path, monkeypatch):
     train = Pipeline.train
 
