@@ -52,10 +52,11 @@ def prepare_stack(
     model, starts = adapted(recipe, specs, task, base_folder)
     stack = StackedModel(model.to(device).train(), starts)
     passes = StackedPasses(recipe, specs, stack, task, data, device)
-    batches, sample = passes.sample()
-    check_rows_apart(stack, sample, SAMPLE)
-    check_loss(task, stack, sample, SAMPLE, batches[0])
-    expected = estimate(stack, sample, SAMPLE, recipe.runs.batch_size)
+    with torch.random.fork_rng():
+        batches, sample = passes.sample()
+        check_rows_apart(stack, sample, SAMPLE)
+        check_loss(task, stack, sample, SAMPLE, batches[0])
+        expected = estimate(stack, sample, SAMPLE, recipe.runs.batch_size)
     if recipe.runs.parallel == "auto":
         expected.check()
     say(str(expected))
