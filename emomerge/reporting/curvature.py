@@ -34,10 +34,9 @@ class Spectrum:
     largest: float | None
     trace: float | None
 
-    @property
-    def key(self) -> str:
+    def key(self, *, brief: bool = False) -> str:
         """Its entry in the key."""
-        figures = [("λmax", self.largest), ("trace", self.trace)]
+        figures = [("λmax", self.largest)] + ([] if brief else [("trace", self.trace)])
         return ", ".join([self.name, *(f"{word} {short(value)}" for word, value in figures if value is not None)])
 
 
@@ -48,7 +47,7 @@ def spectral_density(results: Results) -> Figure | None:
     spectra = [s for s in found if s is not None]
     if not spectra:
         return None
-    named = ", ".join(s.key for s in spectra)
+    named = "; ".join(s.key() for s in spectra)
     reach = "at the triangle is λmax. " if any(s.largest is not None for s in spectra) else ""
     caption = (
         "How many of the Hessian's eigenvalues lie where, on a logarithmic axis. Nearly all are close to 0, the few to the "
@@ -156,7 +155,7 @@ def _draw_spectra(spectra: Sequence[Spectrum], width: int, height: int) -> Any:
         merged = s.colour == "ink"
         look = {"strokeWidth": 2.4 if merged else 1.7, "strokeDash": s.dash or alt.Undefined}
         curve = chart_of(_above(s.points, lowest), s.colour).mark_line(**look)
-        entry, at = chart_of([{"name": s.key}], s.colour), alt.value(18 * number + 9)
+        entry, at = chart_of([{"name": s.key(brief=width < 400)}], s.colour), alt.value(18 * number + 9)
         text = entry.mark_text(align="left", baseline="middle", dx=36)
         layers += [
             curve.encode(x=x, y=y, color=painted()),
@@ -187,7 +186,7 @@ def _draw_layers(rows: Sequence[Row], pair: Sequence[Mapping[str, Any]], width: 
     values = [r[side] for r in rows for side in ("merge", "single")]
     log = min(values) > 0 and max(values) > MORE_THAN * min(values)
     axis = Axis.around(values if log else [*values, 0.0], 0.04, log=log)
-    number = alt.Axis(title=["trace of the layer's part of the Hessian", "← flatter"], tickCount=4 if width < 400 else 8)
+    number = alt.Axis(title=["the layer's part of the trace", "← flatter"], tickCount=4 if width < 400 else 8)
 
     def x(field: str) -> Any:
         return alt.X(f"{field}:Q", scale=axis.scale(), axis=number)

@@ -30,7 +30,7 @@ GAP = 0.06
 
 @dataclass(frozen=True)
 class Map:
-    """A loss over a rectangle: x (columns,) and y (rows,), ascending; loss (rows, columns), NaN where it diverged."""
+    """A loss over a rectangle: x (columns,) and y (rows,), evenly ascending; loss (rows, columns), NaN where it diverged."""
 
     x: Array
     y: Array
@@ -43,7 +43,8 @@ class Map:
         if len(x) < 2 or len(y) < 2 or len(loss) != len(y) or any(len(row) != len(x) for row in loss):
             return None
         values = np.array([[np.nan if finite(v) is None else float(v) for v in row] for row in loss])
-        return cls(np.array(x, float), np.array(y, float), values) if np.isfinite(values).any() else None
+        made = cls(np.array(x, float), np.array(y, float), values)
+        return made if made.x[0] < made.x[-1] and made.y[0] < made.y[-1] and np.isfinite(values).any() else None
 
     def bands(self, levels: Sequence[float], width: int) -> list[Row]:
         """Rectangles of one step each, in shares of the map; each reaches under those after it, so that no seam shows.

@@ -138,6 +138,7 @@ def test_diverged_figures_are_named_and_sort_last(full, tmp_path, nothing):
     lambda r: r["plane"].update(loss=[[None] * 21] * 21),
     lambda r: r["plane"].update(loss=r["plane"]["loss"][:-1]),
     lambda r: r["plane"].update(x=[]),
+    lambda r: r["plane"].update(y=[0.5] * 21),
 ])  # fmt: skip
 def test_a_plane_without_points_is_no_figure(full, change):
     change(full)
