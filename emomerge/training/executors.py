@@ -143,7 +143,8 @@ def _train_leased(
 ) -> None:
     """Train one run while its directory is ours; if another process takes it over, wait for that one and look again."""
     while not run.has_reached(inputs, spec):
-        with contextlib.suppress(LeaseLost), leased(run.path) as check, tracked(recipe, spec, run) as log:
+        lost = contextlib.suppress(LeaseLost) if ranks is None else contextlib.nullcontext()
+        with lost, leased(run.path) as check, tracked(recipe, spec, run) as log:
             if run.has_reached(inputs, spec):  # meanwhile, by whoever had it
                 return
 

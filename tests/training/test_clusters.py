@@ -2,14 +2,14 @@
 
 import contextlib
 import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
+from dying import work_and_die_once
 
 from emomerge.errors import BadInput
-from emomerge.training import RunDir, holder_of, open_engine, planned_runs, train_in_workers, train_locally
+from emomerge.training import RunDir, open_engine, planned_runs, train_in_workers, train_locally
 
 pytestmark = pytest.mark.cluster
 
@@ -41,32 +41,28 @@ def jobs_without_slurm():
 @pytest.mark.parametrize(("name", "cluster"), [("ray", two_ray_nodes), ("slurm", jobs_without_slurm)])
 def test_the_same_adapters_as_in_one_process(digits, base_folder, tmp_path, monkeypatch, name, cluster):
     pytest.importorskip({"ray": "ray", "slurm": "submitit"}[name])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here.parents[1]), str(here), os.environ.get("PYTHONPATH", "")]))
     recipe, task, data = digits
-    runs = recipe.runs.model_copy(update={"optimizers": ("sens", "cats", "void"), "steps": 200, "checkpoint_every": 20})
+    runs = recipe.runs.model_copy(update={"optimizers": ("sens", "cats", "void"), "steps": 40, "checkpoint_every": 10})
     recipe = recipe.model_copy(update={"runs": runs})
-    specs, pids = planned_runs(recipe), {}
-    here = {"task": task, "data": data, "device": torch.device("cpu")}
-    train_locally(recipe, specs, tmp_path / "here", "b", base_folder=base_folder, **here)
-
-    def kill_the_first(spec, row):
-        holder = holder_of(tmp_path / "there" / spec.name)
-        if holder is not None:
-            if row["step"] > 20 and not pids:
-                os.kill(holder.pid, signal.SIGKILL)
-            pids[holder.pid] = spec.name
-
+    specs = planned_runs(recipe)
+    options = {"task": task, "data": data, "device": torch.device("cpu")}
+    train_locally(recipe, specs, tmp_path / "here", "b", base_folder=base_folder, **options)
+    begun = []
     with cluster() as settings:
         engine = open_engine(name, max_parallel=2, settings=settings, folder=tmp_path / "slurm")
-        begun, submit = [], engine.submit
-        monkeypatch.setattr(engine, "submit", lambda *args: begun.append(args) or submit(*args))
-        train_in_workers(engine, recipe, specs, tmp_path / "there", "b", base_folder=base_folder, on_step=kill_the_first)
-    assert len(begun) == len(specs) + 1  # the killed one twice
-    assert os.getpid() not in pids
+        submit = engine.submit
+        monkeypatch.setattr(
+            engine, "submit", lambda work, job: begun.append(job.spec.name) or submit(work_and_die_once, tmp_path / "dead", job)
+        )
+        train_in_workers(engine, recipe, specs, tmp_path / "there", "b", base_folder=base_folder)
+    assert sorted(begun) == ["cats-0", "cats-0", "sens-0", "void-0"]
     for spec in specs:
-        state = RunDir(tmp_path / "there" / spec.name).state
-        assert state["state"] == "done"
-        assert state["sha256"] == RunDir(tmp_path / "here" / spec.name).state["sha256"]
+        run = RunDir(tmp_path / "there" / spec.name)
+        assert run.state["state"] == "done"
+        assert run.state["sha256"] == RunDir(tmp_path / "here" / spec.name).state["sha256"]
+        assert [row["step"] for row in run.metrics()] == list(range(1, 41))
 
 
 def test_wrong_settings_are_told_at_once(tmp_path):

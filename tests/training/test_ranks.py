@@ -24,6 +24,8 @@ CASES = {
     "fsdp, full": {"sharding": "fsdp", "use_shadow": True},
 }
 RESUMED = ("ddp", "fsdp, full")
+IDLE = ("key.bias", "k_proj.bias")
+"""Changes no output of attention: its gradient is rounding alone, whose sign EmoAiry and EmoCats follow."""
 RUNS = ["sens-0", "airy-0", "cats-0"]
 
 
@@ -122,8 +124,8 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(folder, out, name):
     assert ours.keys() == theirs.keys()
     moved = max(float((theirs[key] - base).abs().max()) for key, base in starting_point(folder / out, theirs).items())
     assert moved > 1e-3
-    for key, tensor in theirs.items():
-        torch.testing.assert_close(ours[key], tensor, atol=atol, rtol=0)
+    for key in [key for key in theirs if not key.endswith(IDLE)]:
+        torch.testing.assert_close(ours[key], theirs[key], atol=atol, rtol=0)
     rows, expected = (list(RunDir(place / "runs" / name).metrics()) for place in (folder / out, alone))
     assert [row["step"] for row in rows] == list(range(1, 13))
     for row, other in zip(rows, expected, strict=True):
