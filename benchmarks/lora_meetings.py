@@ -74,10 +74,12 @@ class Study:
         runs = Runs(**fields, seeds=tuple(self.seeds), rounds=number)
         recipe = made.recipe.model_copy(update={"runs": runs})
         specs, folder = planned_runs(recipe), self.cache / f"{meeting}-{number}"
-        common = {"task": made.task, "base_folder": made.space.base}
-        execute = partial(train_locally, recipe, folder=folder, base_hash=made.base_hash, data=made.data, device=CPU, **common)
+        execute = partial(
+            train_locally, recipe, folder=folder, base_hash=made.base_hash,
+            task=made.task, data=made.data, base_folder=made.space.base, device=CPU,
+        )  # fmt: skip
+        initial = partial(initial_weights, recipe, task=made.task, base_folder=made.space.base)
         rounds.mean_weights = MEETINGS[meeting]
-        initial = partial(initial_weights, recipe, **common)
         train_runs(recipe, specs, folder, made.base_hash, execute=execute, initial=initial)
         return [
             self._compare([RunDir(folder / spec.name).artefact for spec in specs if spec.seed == seed]) for seed in self.seeds
