@@ -208,7 +208,7 @@ class Poisoned:
 
 
 def test_a_run_that_fails_ends_the_rounds_of_its_seed_only(train, digits):
-    options = {"rounds": 3, "seeds": (0, 1), "optimizers": ("sens", "cats"), "steps": 6}
+    options = {"rounds": 3, "seeds": (0, 1), "optimizers": ("sens", "cats"), "steps": 6, "parallel": "sequential"}
     with pytest.raises(RunFailed, match="run cats-0 failed.* at step 4"):
         train(task=Poisoned(digits[1], 4 * 2 + 2 + 1), **options)
     runs = {run.path.name: run for run in train("whole", **options)}
