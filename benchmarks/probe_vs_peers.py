@@ -1,0 +1,313 @@
+"""The Hessian's figures against PyHessian, hessian-eigenthings and curvlinops: time at equal accuracy, and memory.
+
+    apt-get install dataset-fashion-mnist              # or --data FOLDER with the four IDX files
+    pip install torch==2.13.0 -e '.[peers]'
+    python benchmarks/probe_vs_peers.py cnn            # 4 minutes on one core; vit takes 8
+    python benchmarks/probe_vs_peers.py cnn --memory
+
+A CNN (GELU, no normalisation: curvlinops' products have none for GroupNorm) or a small ViT, trained for 200 steps on FashionMNIST, on two batches of 256 images. Three jobs:
+
+- `λmax`: within 0.5 %. emomerge stops by its Ritz residual. hessian-eigenthings' Lanczos, which has no rule to stop by, gets
+  the smallest multiple of 5 steps whose residual meets the same bound, found beforehand; curvlinops is given to scipy's eigsh
+  with that tolerance, PyHessian the loosest of its tolerances that comes within 0.5 %.
+- `trace`: with the standard error that 32 probes of Hutchinson's method have here. hessian-eigenthings has Hutch++ too and gets
+  the smaller of both budgets, found beforehand.
+- `all`: λmax and λmin, both to 0.5 % of λmax, the spectral density, and the trace. hessian-eigenthings does this by its three
+  functions, or by hand from one tridiagonal matrix.
+
+Double backward has no fused attention, so that autograd peers run the ViT under the math backend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from emomerge import recipe
+from emomerge.probing import Perturbable, hessian, rms
+from emomerge.tasks.image_classification import ImageClassificationTask
+from emomerge.tasks.models import build
+
+WITHIN = 0.005
+PROBES = 32
+Batch = tuple[Tensor, Tensor]
+Found = tuple[float | None, float | None, float | None]
+"""λmax, trace, and its standard error."""
+Job = Callable[[], Found]
+
+
+class Logits(nn.Module):
+    """A model of transformers that returns its logits only, as the peers want it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:  # noqa: D102
+        logits: Tensor = self.model(pixels).logits
+        return logits
+
+
+def cnn() -> nn.Module:
+    layers: list[nn.Module] = []
+    for channels in (1, 32, 32):
+        layers += [nn.Conv2d(channels, 32, kernel_size=3, stride=2, padding=1), nn.GELU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 4 * 4, 32), nn.GELU(), nn.Linear(32, 10))
+
+
+def prepare(kind: Any, folder: Path) -> tuple[nn.Module, list[Batch]]:
+    section = recipe.ImageClassification(kind="image-classification", train=str(folder))
+    settings = recipe.Prepare(model="vit", hidden=64, layers=4, patch_size=7)
+    data = ImageClassificationTask(section).load_data(recipe.Base(prepare=settings)).train
+    torch.manual_seed(0)
+    classes = [str(number) for number in range(10)]
+    model = cnn() if kind == "cnn" else Logits(build(settings, channels=1, image_size=28, classes=classes))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(200):
+        batch = data.batch(torch.randint(len(data), (64,)))
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch["pixel_values"]), batch["labels"]).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    rows = [data.batch(range(start, start + 256)) for start in (0, 256)]
+    return model.eval(), [(batch["pixel_values"], batch["labels"]) for batch in rows]
+
+
+def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
+    return F.cross_entropy(model(batch[0]), batch[1]), float(len(batch[1]))
+
+
+def ours(model: nn.Module, batches: list[Batch], target: float) -> dict[str, Job]:
+    def new() -> Perturbable:
+        return Perturbable(model, loss, batches, rms(model))
+
+    run = hessian.lanczos(new(), tolerance=WITHIN)
+    pilot = hessian.trace(new(), PROBES, lanczos=run).summary()
+    probes = max(2, math.ceil((pilot["stderr"] / target) ** 2 * PROBES))
+    print(f"emomerge: {len(run.alpha)} Lanczos steps for both ends, then {probes} probes")
+
+    def largest() -> Found:
+        return hessian.lanczos(new(), tolerance=WITHIN, ends="largest").largest.value, None, None
+
+    def trace() -> Found:
+        found = hessian.trace(new(), PROBES).summary()
+        return None, found["mean"], found["stderr"]
+
+    def everything() -> Found:
+        probe = new()
+        run = hessian.lanczos(probe, tolerance=WITHIN)
+        hessian.density([run])
+        found = hessian.trace(probe, probes, lanczos=run).summary()
+        return run.largest.value, found["mean"], found["stderr"]
+
+    return {"λmax": largest, "trace": trace, "all": everything}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What hessian-eigenthings needs to be as accurate."""
+
+    largest: int
+    """Lanczos steps for λmax."""
+    smallest: int
+    """And for λmin."""
+    products: int
+    """Of the trace."""
+    method: Any
+
+
+def budget(model: nn.Module, batches: list[Batch], target: float) -> Budget:
+    """The smallest budget in steps of 5 (Lanczos) or 6 (Hutch++), found with the products by finite differences."""
+    import hessian_eigenthings as peer
+
+    matrix = peer.HessianOperator(model, batches, peer.supervised_loss(F.cross_entropy), method="finite_difference")
+
+    def residual(steps: int, which: Any) -> float:
+        return float(peer.lanczos(matrix, k=1, max_iter=steps, which=which, seed=0).residuals[0])
+
+    scale = WITHIN * float(peer.lanczos(matrix, k=1, max_iter=15, which="LA", seed=0).eigenvalues[0])
+    largest = next(steps for steps in range(5, 100, 5) if residual(steps, "LA") <= scale)
+    smallest = next(steps for steps in range(largest, 100, 5) if residual(steps, "SA") <= scale)
+    for products in range(12, PROBES, 6):
+        if peer.trace(matrix, num_matvecs=products, method="hutch++", seed=0).stderr <= target:
+            return Budget(largest, smallest, products, "hutch++")
+    return Budget(largest, smallest, PROBES, "hutchinson")
+
+
+def eigenthings(model: nn.Module, batches: list[Batch], needs: Budget, method: Any) -> tuple[dict[str, Job], Job]:
+    """The jobs, and `all` by hand."""
+    import hessian_eigenthings as peer
+
+    matrix = peer.HessianOperator(model, batches, peer.supervised_loss(F.cross_entropy), method=method)
+
+    def largest() -> Found:
+        found = peer.lanczos(matrix, k=1, max_iter=needs.largest, which="LA", seed=0)
+        return float(found.eigenvalues[0]), None, None
+
+    def trace() -> Found:
+        found = peer.trace(matrix, num_matvecs=needs.products, method=needs.method, seed=0)
+        return None, found.estimate, found.stderr
+
+    def everything() -> Found:
+        value = largest()[0]
+        peer.lanczos(matrix, k=1, max_iter=needs.smallest, which="SA", seed=0)
+        peer.spectral_density(matrix, num_runs=1, lanczos_steps=needs.smallest, seed=0)
+        return (value, *trace()[1:])
+
+    def by_hand() -> Found:
+        start = torch.randn(matrix.size, generator=torch.Generator().manual_seed(0))
+        found = peer.lanczos_tridiagonal(matrix, start, needs.smallest)
+        whole = torch.diag(found.alphas) + torch.diag(found.betas, 1) + torch.diag(found.betas, -1)
+        return (float(torch.linalg.eigvalsh(whole)[-1]), *trace()[1:])
+
+    return {"λmax": largest, "trace": trace, "all": everything}, by_hand
+
+
+def curvlinops(model: nn.Module, batches: list[Batch]) -> dict[str, Job]:
+    import curvlinops as peer
+    from scipy.sparse.linalg import eigsh
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrix = peer.HessianLinearOperator(model, nn.CrossEntropyLoss(), parameters, batches, check_deterministic=False)
+
+    def largest() -> Found:
+        return float(eigsh(matrix.to_scipy(), k=1, which="LA", tol=WITHIN, return_eigenvectors=False)[0]), None, None
+
+    def trace() -> Found:
+        torch.manual_seed(0)
+        found = torch.stack([peer.hutchinson_trace(matrix, num_matvecs=1) for _ in range(PROBES)])
+        return None, float(found.mean()), float(found.std() / PROBES**0.5)
+
+    return {"λmax": largest, "trace": trace}
+
+
+def pyhessian(model: nn.Module, batches: list[Batch], reference: float) -> dict[str, Job]:
+    from pyhessian import hessian as peer
+
+    whole = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+    def largest(tolerance: float) -> Found:
+        torch.manual_seed(0)
+        found = peer(model, nn.CrossEntropyLoss(), data=whole, cuda=False).eigenvalues(maxIter=200, tol=tolerance)[0][0]
+        return found, None, None
+
+    def trace() -> Found:
+        torch.manual_seed(0)
+        found = torch.tensor(peer(model, nn.CrossEntropyLoss(), data=whole, cuda=False).trace(maxIter=PROBES, tol=0.0))
+        return None, float(found.mean()), float(found.std() / PROBES**0.5)
+
+    near = (t for t in (1e-2, 1e-3, 1e-4, 1e-5) if abs((largest(t)[0] or 0) / reference - 1) <= WITHIN)
+    tolerance = next(near)
+    print(f"PyHessian: tolerance {tolerance:g}")
+    return {"λmax": lambda: largest(tolerance), "trace": trace}  # its density calls torch.eig, which torch no longer has
+
+
+def math_attention() -> Any:
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def compare(kind: str, folder: Path, rounds: int) -> None:
+    model, batches = prepare(kind, folder)
+    probe = Perturbable(model, loss, batches, rms(model))
+    reference = hessian.lanczos(probe, 20, hvp="autograd", ends="largest").largest
+    target = hessian.trace(probe, PROBES).summary()["stderr"]
+    print(f"{kind}: λmax {reference.value:.5g} ± {reference.residual:.1g} by double backward; standard error {target:.3g}")
+    contenders: dict[str, tuple[Any, dict[str, Job]]] = {"emomerge": (nullcontext, ours(model, batches, target))}
+    needs = budget(model, batches, target)
+    print(f"hessian-eigenthings: {needs}")
+    for method, context in (("finite_difference", nullcontext), ("autograd", math_attention)):
+        name = f"hessian-eigenthings, {method.replace('_', ' ')}"
+        jobs, by_hand = eigenthings(model, batches, needs, method)
+        contenders[name] = (context, jobs)
+        contenders[f"{name}, by hand"] = (context, {"all": by_hand})
+    with math_attention():
+        contenders["curvlinops"] = (math_attention, curvlinops(model, batches))
+        contenders["PyHessian"] = (math_attention, pyhessian(model, batches, reference.value))
+    times: dict[tuple[str, str], list[float]] = {}
+    found: dict[tuple[str, str], Found] = {}
+    for _ in range(rounds):
+        for name, (context, jobs) in contenders.items():
+            for job, work in jobs.items():
+                with context():
+                    start = time.perf_counter()
+                    found[name, job] = work()
+                times.setdefault((name, job), []).append(time.perf_counter() - start)
+                model.zero_grad(set_to_none=True)
+    show(kind, contenders, times, found, reference.value)
+
+
+def show(kind: str, contenders: dict[str, Any], times: Any, found: dict[tuple[str, str], Found], reference: float) -> None:
+    table = Table(title=f"{kind}: seconds (times emomerge's)")
+    for column in ("", "λmax", "trace", "all", "error of λmax", "trace ± standard error"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, (_, jobs) in contenders.items():
+        cells = []
+        for job in ("λmax", "trace", "all"):
+            seconds = statistics.median(times[name, job]) if job in jobs else None
+            ratio = seconds / statistics.median(times["emomerge", job]) if seconds else 0
+            cells.append(f"{seconds:.2f} ({ratio:.2f})" if seconds else "—")
+        value = found[name, "λmax" if "λmax" in jobs else "all"][0]
+        _, mean, error = found[name, "all" if "all" in jobs else "trace"]
+        cells += [f"{value / reference - 1:+.2%}" if value else "—", f"{mean:.4g} ± {error:.2g}"]
+        table.add_row(name, *cells)
+    Console(width=150).print(table)
+
+
+def peak(kind: str, folder: Path, what: str) -> None:
+    """Prints how many MiB the process's memory was at its peak, before and during the work."""
+    model, batches = prepare(kind, folder)
+    probe = Perturbable(model, loss, batches, rms(model))
+    status = Path("/proc/self/status")
+    before = int(re.findall(r"VmRSS:\s+(\d+)", status.read_text())[0])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    if what == "training step":
+        optimizer = torch.optim.AdamW(model.train().parameters(), 1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss(model, batches[0])[0].backward()
+            optimizer.step()
+    elif what == "finite-difference" or what == "autograd":
+        hessian.trace(probe, 4, lanczos=hessian.lanczos(probe, 30, hvp=what), hvp=what)  # type: ignore[arg-type]
+    during = int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
+    print(f"{what:18} {before / 1024:6.0f} MiB before, {during / 1024:6.0f} at the peak")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["cnn", "vit"])
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--peak", choices=["training step", "finite-difference", "autograd"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", module="torch")
+    torch.set_num_threads(1)
+    if options.peak:
+        peak(options.kind, options.data, options.peak)
+    elif options.memory:
+        for what in ("training step", "finite-difference", "autograd"):
+            subprocess.run([sys.executable, __file__, options.kind, "--data", str(options.data), "--peak", what], check=True)
+    else:
+        compare(options.kind, options.data, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
