@@ -212,8 +212,11 @@ def train_in_workers(
         on_step: called for the latest step of each run, as often as there is news.
 
     Raises:
+        BadInput: the recipe insists on runs that share a pass.
         EmomergeError: after all others were trained, if any run could not be.
     """
+    if recipe.runs.parallel == "stacked":
+        raise BadInput("runs that share a pass are trained by one process", fix="use runs.parallel: auto, or no executor")
     reached = [RunDir(folder / spec.name).has_reached(run_inputs(recipe, spec, base_hash), spec) for spec in specs]
     waiting = deque(spec for spec, there in zip(specs, reached, strict=True) if not there)
     begun, failures = Counter[RunSpec](), list[EmomergeError]()

@@ -44,7 +44,9 @@ def test_the_same_adapters_as_in_one_process(digits, base_folder, tmp_path, monk
     here = Path(__file__).parent
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here.parents[1]), str(here), os.environ.get("PYTHONPATH", "")]))
     recipe, task, data = digits
-    runs = recipe.runs.model_copy(update={"optimizers": ("sens", "cats", "void"), "steps": 40, "checkpoint_every": 10})
+    runs = recipe.runs.model_copy(
+        update={"optimizers": ("sens", "cats", "void"), "steps": 40, "checkpoint_every": 10, "parallel": "sequential"}
+    )
     recipe = recipe.model_copy(update={"runs": runs})
     specs = planned_runs(recipe)
     options = {"task": task, "data": data, "device": torch.device("cpu")}

@@ -28,7 +28,7 @@ CHILDREN = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else 
 
 @pytest.fixture
 def recipe(digits):
-    runs = digits[0].runs.model_copy(update={"optimizers": ("sens", "cats", "void")})
+    runs = digits[0].runs.model_copy(update={"optimizers": ("sens", "cats", "void"), "parallel": "sequential"})
     return digits[0].model_copy(update={"runs": runs})
 
 
@@ -130,6 +130,11 @@ def test_what_all_workers_lack_is_said_once_and_stays_bad_input(train, tmp_path)
         train(engine, base_folder=tmp_path / "nowhere")
     assert str(error.value).count("nowhere") == 1
     assert len(engine.begun) == 3
+
+
+def test_runs_that_shall_share_a_pass_are_no_work_for_workers(train, recipe):
+    with pytest.raises(BadInput, match="one process"):
+        train(Synchronous(), recipe.model_copy(update={"runs": recipe.runs.model_copy(update={"parallel": "stacked"})}))
 
 
 def test_a_mistake_of_ours_in_a_worker_is_told_and_not_tried_again(train, monkeypatch, capsys):

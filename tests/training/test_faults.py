@@ -76,11 +76,16 @@ def test_killed_at_twenty_random_moments_runs_end_with_the_same_bits(digits, bas
 
 
 @pytest.fixture(scope="module")
-def healthy(tiny_recipe, tmp_path_factory):
+def one_by_one(tiny_recipe):
+    return {**tiny_recipe, "runs": {**tiny_recipe["runs"], "parallel": "sequential"}}
+
+
+@pytest.fixture(scope="module")
+def healthy(one_by_one, tmp_path_factory):
     """The five runs, undisturbed."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("healthy")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(one_by_one))
     train_all(folder / "tiny.yaml", folder / "out")
     return folder
 
@@ -214,9 +219,9 @@ def test_a_loss_of_one_run_that_is_not_finite(healthy, out, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_base_that_vanishes_meanwhile(healthy, tiny_recipe, tmp_path, at, kind):
+def test_a_base_that_vanishes_meanwhile(healthy, one_by_one, tmp_path, at, kind):
     recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(yaml.safe_dump({**tiny_recipe, "adapter": tiny_recipe["adapter"] if kind == "lora" else {"kind": kind}}))
+    recipe.write_text(yaml.safe_dump({**one_by_one, "adapter": one_by_one["adapter"] if kind == "lora" else {"kind": kind}}))
     train_all(recipe, tmp_path / "whole")
     out = tmp_path / "out"
     at("airy-0", 3, lambda run: (out / "base").rename(tmp_path / "elsewhere"))

@@ -31,7 +31,14 @@ RUNS = ["sens-0", "airy-0", "cats-0"]
 
 def recipe(tiny, case, rows):
     adapter = {"kind": "full"} if "full" in case else {**tiny["adapter"], "dropout": 0.0}
-    runs = {**tiny["runs"], **CASES[case], "optimizers": [name[:-2] for name in RUNS], "steps": 12, "batch_size": rows}
+    runs = {
+        **tiny["runs"],
+        **CASES[case],
+        "optimizers": [name[:-2] for name in RUNS],
+        "steps": 12,
+        "batch_size": rows,
+        "parallel": "sequential",
+    }
     return parse_recipe({**tiny, "adapter": adapter, "runs": runs})
 
 

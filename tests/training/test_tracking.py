@@ -16,7 +16,7 @@ def train(digits, base_folder, tmp_path):
     recipe, task, data = digits
 
     def train(*names, on_step=lambda spec, row: None):
-        runs = recipe.runs.model_copy(update={"log_with": names, "optimizers": ("sens", "void")})
+        runs = recipe.runs.model_copy(update={"log_with": names, "optimizers": ("sens", "void"), "parallel": "sequential"})
         changed = recipe.model_copy(update={"runs": runs})
         train_locally(
             changed, planned_runs(changed), tmp_path, "b",
