@@ -859,6 +859,8 @@ def _print_truncation(adapter: dict[str, Any] | None, record: MergeRecord) -> No
     table = Table("tensor", "rank", "energy captured", "share of all energy")
     for name, layer in adapter["layers"].items():
         table.add_row(name, str(layer["rank"]), f"{layer['energy']:.2%}", f"{layer['share']:.2%}")
+    for name, share in adapter["saved"].items():
+        table.add_row(name, "whole", "", f"{share:.2%}")
     for name, share in adapter["left_out"].items():
         table.add_row(name, "–", "left out", f"{share:.2%}")
     table.add_row("all", "", f"{adapter['energy']:.2%}", "")

@@ -69,6 +69,18 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """A tensor of a head, which the adapter holds whole, as PEFT's `modules_to_save`."""
+
+    live: str
+    """Its name in a live model."""
+    tensor: Tensor
+    """θ."""
+    energy: float
+    """‖τ‖²."""
+
+
+@dataclass(frozen=True)
 class Truncation:
     """A merge as low-rank factors, ready to be written; made by `truncate`."""
 
@@ -79,24 +91,31 @@ class Truncation:
     """The base, as it is named in the adapter."""
     modules: frozenset[str]
     """All modules of the base that have a weight."""
+    heads: tuple[str, ...]
+    """Modules that are held whole."""
+    saved: Mapping[str, Saved]
+    """Their tensors, by the base's names."""
 
     @property
     def energy(self) -> float:
         """‖τ‖² of all tensors, those that are left out included."""
-        return math.fsum([*(layer.energy for layer in self.layers), *self.left_out.values()])
+        whole = (saved.energy for saved in self.saved.values())
+        return math.fsum([*(layer.energy for layer in self.layers), *self.left_out.values(), *whole])
 
     def figures(self) -> dict[str, Any]:
         """Ready for JSON: `energy`, the captured share of ‖τ‖² in total; `layers` with rank, own share and share of the
-        total that is their own; `left_out`: each one's share of the total."""
+        total that is their own; `saved` whole and `left_out`: each one's share of the total."""
         total = self.energy
+        saved = {name: each.energy / total for name, each in self.saved.items()}
         return {
-            "energy": math.fsum(layer.captured for layer in self.layers) / total,
+            "energy": math.fsum([*(layer.captured / total for layer in self.layers), *saved.values()]),
             "layers": {
                 layer.name: {
                     "rank": layer.rank, "energy": layer.captured / layer.energy, "share": layer.energy / total,
                 }
                 for layer in self.layers
             },
+            "saved": saved,
             "left_out": {name: energy / total for name, energy in self.left_out.items()},
         }  # fmt: skip
 
@@ -108,7 +127,7 @@ class Truncation:
         return {
             "peft_type": "LORA", "task_type": None, "base_model_name_or_path": self.source, "inference_mode": True,
             "r": most, "lora_alpha": most, "rank_pattern": ranks, "alpha_pattern": ranks, "use_rslora": False,
-            "lora_dropout": 0.0, "bias": "none", "init_lora_weights": True, "modules_to_save": None,
+            "lora_dropout": 0.0, "bias": "none", "init_lora_weights": True, "modules_to_save": list(self.heads) or None,
             "fan_in_fan_out": any(layer.place.kind == "conv1d" for layer in self.layers),
             "target_modules": self._targets(),
         }  # fmt: skip
@@ -123,17 +142,18 @@ class Truncation:
         return list(targets)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The factors under PEFT's names. Raises BadInput where one is too large for the dtype."""
-        tensors = {}
+        """The factors, and the heads, under PEFT's names. Raises BadInput where one is too large for the dtype."""
+        tensors = {f"{_PREFIX}{saved.live}": saved.tensor.to("cpu", dtype).contiguous() for saved in self.saved.values()}
         for layer in self.layers:
             # PEFT applies BA to (out, in), which is how a Linear keeps its weight; the other two keep the transpose.
             a, b = (layer.a, layer.b) if layer.place.kind == "linear" else (layer.b.mT, layer.a.mT)
-            stem = f"base_model.model.{layer.place.module}."
+            stem = f"{_PREFIX}{layer.place.module}."
             names = ("lora_embedding_A", "lora_embedding_B") if layer.place.kind == "embedding" else _FACTORS
             for name, factor in zip(names, (a, b), strict=True):
                 tensors[stem + name] = factor.to("cpu", dtype).contiguous()
-                if not all_finite(tensors[stem + name]):
-                    raise BadInput(f"values too large for {dtype}", where=stem + name, fix="write it as bfloat16 or float32")
+        for name, tensor in tensors.items():
+            if not all_finite(tensor):
+                raise BadInput(f"values too large for {dtype}", where=name, fix="write it as bfloat16 or float32")
         return tensors
 
     def write(
@@ -154,6 +174,7 @@ class Truncation:
                 (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
+_PREFIX = "base_model.model."
 _FACTORS = ("lora_A.weight", "lora_B.weight")
 
 
@@ -170,7 +191,8 @@ def truncate(
     """The adapter nearest to θ − θ₀, matrix by matrix.
 
     Embeddings are matrices too, unless they are tied to a head. Without a `config.json` beside the base every 2-D
-    `….weight` is taken for that of a Linear.
+    `….weight` is taken for that of a Linear; with it, a layer right below the model's root, such as a fresh classifier,
+    whose bias moved is held whole, as PEFT holds it in training.
 
     Args:
         merged: θ.
@@ -190,16 +212,26 @@ def truncate(
         raise BadInput("an energy is a share of ‖τ‖²", expected="above 0, up to 1", found=energy)
     names = BaseNames(base)
     places = {name: place_of(base, names, name) for name in base}
-    left_out = {}
-    for name, place in places.items():
-        if isinstance(place, str) and (delta := merged.delta(name, base)) is not None and delta.any():
-            if not allow_partial:
-                what = "a tensor that moved fits into no adapter"
-                raise BadInput(what, where=name, found=place, fix="--allow-partial leaves such tensors out, and lists them")
-            left_out[name] = _energy(delta)
+    unfit = {
+        name: _energy(delta)
+        for name, place in places.items()
+        if isinstance(place, str) and (delta := merged.delta(name, base)) is not None and delta.any()
+    }
+    modules = frozenset(names.live(name).removesuffix(".weight") for name in base if name.endswith(".weight"))
+    heads = tuple(sorted({module for name in unfit if (module := _head_of(names, name)) is not None}))
+    held = {module for module in modules if heads and module.endswith(heads)}  # which is how PEFT reads modules_to_save
+    saved = {
+        name: Saved(live, merged[name], _energy(delta) if (delta := merged.delta(name, base)) is not None else 0.0)
+        for name in base
+        if (live := names.live(name)).rpartition(".")[0] in held
+    }
+    left_out = {name: energy for name, energy in unfit.items() if name not in saved}
+    if left_out and not allow_partial:
+        what, name = "a tensor that moved fits into no adapter", next(iter(left_out))
+        raise BadInput(what, where=name, found=places[name], fix="--allow-partial leaves such tensors out, and lists them")
     layers = []
     for name, place in places.items():
-        if isinstance(place, Place) and (delta := merged.delta(name, base)) is not None and delta.any():
+        if name not in saved and isinstance(place, Place) and (delta := merged.delta(name, base)) is not None and delta.any():
             limit = max_rank if rank == "auto" else rank
             a, b = low_rank(delta, limit, energy=energy if rank == "auto" else None, name=name)
             layers.append(Layer(name, place, tuple(delta.shape), a, b, _energy(delta), _captured(a)))
@@ -207,8 +239,13 @@ def truncate(
             progress(name, base.info(name).nbytes)
     if not layers:
         raise BadInput("no matrix moved: there is nothing for an adapter to hold", where=merged.source)
-    modules = frozenset(names.live(name).removesuffix(".weight") for name in base if name.endswith(".weight"))
-    return Truncation(tuple(layers), left_out, base.source, modules)
+    return Truncation(tuple(layers), left_out, base.source, modules, heads, saved)
+
+
+def _head_of(names: BaseNames, name: str) -> str | None:
+    """The Linear right below the root of a known model that a tensor is part of, if it is part of one."""
+    module = names.live(name).rpartition(".")[0]
+    return module if module and "." not in module and isinstance(names.module(module), nn.Linear) else None
 
 
 def low_rank(tau: Tensor, rank: int, *, energy: float | None = None, name: str) -> tuple[Tensor, Tensor]:

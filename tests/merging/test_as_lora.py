@@ -151,6 +151,31 @@ def test_what_no_adapter_holds_is_refused_or_listed(exact_run):
         truncate(still, base, rank=2)
 
 
+@pytest.mark.parametrize("make", [bert, vit])
+def test_a_fresh_head_is_held_whole(make, tmp_path, exact_run):
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    model = make()
+    model.save_pretrained(tmp_path / "base")
+    base = open_checkpoint(tmp_path / "base")
+    head = ["classifier.weight", "classifier.bias"]
+    merged = merge(base, [moved(base, [*matrices(base, "query"), *head], exact_run) for _ in range(2)], method="mean")
+    truncated = truncate(merged, base, rank=16)
+    truncated.write(tmp_path / "adapter")
+    assert list(truncated.saved) == sorted(head)
+    assert truncated.config()["modules_to_save"] == ["classifier"]
+    assert truncated.figures()["energy"] == pytest.approx(1)
+    expected = copy.deepcopy(model)
+    load_into(expected, merged)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        live = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    torch.testing.assert_close(output(live), output(expected), rtol=0, atol=1e-5)
+    baked = bake(base, tmp_path / "adapter")
+    assert all(torch.equal(baked[name], merged[name]) for name in head)
+
+
 def test_a_tied_embedding_and_attention_in_one_piece_are_refused(tmp_path, exact_run):
     gpt2(tied=True).save_pretrained(tmp_path)
     base = open_checkpoint(tmp_path)
