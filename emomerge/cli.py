@@ -22,6 +22,7 @@ from emomerge.errors import BadInput, EmomergeError
 
 if TYPE_CHECKING:
     from emomerge.merging.record import MergeRecord, Output
+    from emomerge.merging.spread import Spread
     from emomerge.training.engines import Engine, EngineName
 
 out_path = click.Path(path_type=Path)
@@ -303,12 +304,21 @@ def bake(
     help="A parameter of the method, in YAML: one number, a list spread over the layers, or a list of {filter, value}; "
     "with --recipe also a field of the recipe.",
 )
+@click.option("--device", default="cpu", show_default=True, help="Where tensors are merged: cpu, cuda, auto …")
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray", "slurm"]),
+    default="local",
+    show_default=True,
+    help="Who writes the files, where --max-shard-size makes several: this process, or a worker each.",
+)
+@setting_option
 @force_option
 @quiet_option
 @json_option
 def merge(
     out: Path, base: str | None, runs: Sequence[str], again: Path | None, extend: Path | None, weights: Sequence[float],
-    force: bool, quiet: bool, as_json: bool, **options: Any,
+    device: str, executor: EngineName, settings: Sequence[str], force: bool, quiet: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Merge RUNS (dense checkpoints, adapters or run directories) into BASE.
 
@@ -323,7 +333,8 @@ def merge(
         record = _recorded(again, extend, given, weights)
     else:
         record = _asked_for(base, runs, weights, **options)
-    _merge(record, out, digest, force=force, quiet=quiet, as_json=as_json)
+    engine = _engine(out.parent, executor, None, settings) if settings or executor != "local" else None
+    _merge(record, out, digest, device=device, engine=engine, force=force, quiet=quiet, as_json=as_json)
 
 
 @_verb(
@@ -679,7 +690,8 @@ def _recorded(again: Path | None, extend: Path | None, runs: Sequence[str], weig
 
     context = click.get_current_context()
     option = "--again" if again is not None else "--extend"
-    allowed = {"out", "force", "quiet", "as_json", *(["again"] if again else ["extend", "base", "runs", "weights"])}
+    manner = {"out", "force", "quiet", "as_json", "device", "executor", "settings"}
+    allowed = {*manner, *(["again"] if again else ["extend", "base", "runs", "weights"])}
     for parameter in context.command.params:
         if parameter.name not in allowed and context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE:
             raise BadInput(f"{option} takes all from the record", found=parameter.opts[-1], fix="leave that out")
@@ -702,7 +714,10 @@ def _rank(text: str | None) -> int | str | None:
     return int(text)
 
 
-def _merge(record: MergeRecord, out: Path, digest: Callable[[Path], str], *, force: bool, quiet: bool, as_json: bool) -> None:
+def _merge(
+    record: MergeRecord, out: Path, digest: Callable[[Path], str], *, device: str, engine: Engine | None, force: bool,
+    quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Do what a record says, and write it with the record completed."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -710,6 +725,7 @@ def _merge(record: MergeRecord, out: Path, digest: Callable[[Path], str], *, for
     from emomerge.checkpoints import atomic, open_checkpoint
     from emomerge.merging.masks import mask_files
     from emomerge.merging.record import as_json as completed
+    from emomerge.merging.spread import Spread
 
     output = record.output
     for what, wanted in (("--save-masks", output.save_masks), ("--as-lora", output.as_lora is not None)):
@@ -721,7 +737,11 @@ def _merge(record: MergeRecord, out: Path, digest: Callable[[Path], str], *, for
     base = open_checkpoint(record.base)
     evaluator, read = (None, []) if record.recipe is None else _evaluator(record.recipe, record.overrides, base)
     sources = [run.source for run in record.runs]
-    merged = merging.merge(base, sources, method=record.method, held_out_loss=evaluator, **record.params)
+    if device != "cpu":
+        from emomerge.training import choose_device
+
+        device = str(choose_device(device))
+    merged = merging.merge(base, sources, method=record.method, held_out_loss=evaluator, device=device, **record.params)
     record = record.named(merged.runs)
     with ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(record.with_hashes, read, digest)
@@ -732,11 +752,12 @@ def _merge(record: MergeRecord, out: Path, digest: Callable[[Path], str], *, for
             return {"merge.json": json.dumps(found, indent=2) + "\n", "README.md": _merge_card(found, out)}
 
         if output.as_lora is not None:
-            _write_lora(merged, base, out, output, rank=output.as_lora, force=force, quiet=quiet, papers=papers)
+            _write_lora(merged, merged.base, out, output, rank=output.as_lora, force=force, quiet=quiet, papers=papers)
         else:
             files = mask_files(merged, record.params["reference"]) if output.save_masks else {}
             title = f"merge {record.method}"
-            _write(merged, base, out, title, output, force=force, quiet=quiet, papers=papers, beside=files)
+            by = Spread(merged, engine) if engine is not None else None
+            _write(merged, merged.base, out, title, output, force=force, quiet=quiet, papers=papers, beside=files, shards_by=by)
         if not found:  # one file holds no papers, but one may ask for the figures
             papers({})
     if as_json:
@@ -751,6 +772,7 @@ def _merge(record: MergeRecord, out: Path, digest: Callable[[Path], str], *, for
 def _write(
     checkpoint: Any, base: Any, out: Path, title: str, output: Output, *, force: bool, quiet: bool,
     papers: Callable[[dict[str, Any]], dict[str, str]], beside: Mapping[str, Any] = MappingProxyType({}),
+    shards_by: Spread | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write a model; return what rounding took from it."""
     from emomerge.checkpoints import RoundingLoss, write_checkpoint
@@ -763,7 +785,7 @@ def _write(
             checkpoint, out, dtype=output.dtype, rounding=output.rounding, seed=output.seed, loss=loss,
             max_shard_size=output.max_shard_size, files_from=base.folder,
             beside=beside, extra_files=lambda: papers({"rounding_loss": loss.figures()}),
-            force=force, progress=lambda name, _: line.add(1, name),
+            force=force, progress=lambda name, _: line.add(1, name), shards_by=shards_by,
         )  # fmt: skip
     return loss.figures()
 

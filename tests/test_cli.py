@@ -300,7 +300,7 @@ def test_no_space_left(models, monkeypatch, recipe_file, tmp_path):
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
         fails(merge(models), "the disk is full", "10 bytes free")
     with monkeypatch.context() as patch:
-        patch.setattr("emomerge.checkpoints.writer._write_file", _full_disk)
+        patch.setattr("emomerge.checkpoints.writer.write_file", _full_disk)
         fails(merge(models), "the disk is full")
     assert listing(models) == before
     with monkeypatch.context() as patch:

@@ -1,7 +1,7 @@
 """The floor under all rooms: reading and writing weights, tensor by tensor."""
 
 from emomerge.checkpoints.atomic import new_folder, replace, sha256, write_json, write_text
-from emomerge.checkpoints.checkpoint import Checkpoint, MemoryCheckpoint, TensorInfo, all_finite, working_dtype
+from emomerge.checkpoints.checkpoint import Checkpoint, MemoryCheckpoint, OnDevice, TensorInfo, all_finite, working_dtype
 from emomerge.checkpoints.names import disk_names, load_into, model_checkpoint
 from emomerge.checkpoints.reader import open_checkpoint
 from emomerge.checkpoints.rounding import Rounding, RoundingLoss
@@ -10,6 +10,7 @@ from emomerge.checkpoints.writer import SideFile, write_checkpoint
 __all__ = [
     "Checkpoint",
     "MemoryCheckpoint",
+    "OnDevice",
     "Rounding",
     "RoundingLoss",
     "SideFile",

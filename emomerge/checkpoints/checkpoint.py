@@ -93,6 +93,34 @@ class Checkpoint(Mapping[str, Tensor]):
         return None
 
 
+class OnDevice(Checkpoint):
+    """The tensors of a checkpoint on a device, moved there one by one when they are asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self._checkpoint = checkpoint
+        self.device = device
+        self.source = checkpoint.source
+        self.folder = checkpoint.folder
+
+    def names(self) -> tuple[str, ...]:
+        """All tensor names, sorted."""
+        return self._checkpoint.names()
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of one tensor."""
+        return self._checkpoint.info(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checkpoint[name].to(self.device)
+
+    def delta(self, name: str, base: Checkpoint) -> Tensor | None:
+        """τ on the device; exact where the checkpoint knows it over its base."""
+        if type(self._checkpoint).delta is Checkpoint.delta:
+            return super().delta(name, base)
+        delta = self._checkpoint.delta(name, base._checkpoint if isinstance(base, OnDevice) else base)
+        return None if delta is None else delta.to(self.device)
+
+
 class MemoryCheckpoint(Checkpoint):
     """Tensors that are already in memory, such as a model's state dict."""
 

@@ -101,6 +101,10 @@ class RoundingLoss:
         self._squared_errors += squared_errors
         self._squared_lengths += squared_lengths
 
+    def join(self, other: RoundingLoss) -> None:
+        """Add what another one has summed up."""
+        self.add_sums(other._moved, other._unchanged, other._squared_errors, other._squared_lengths)
+
     def figures(self) -> dict[str, float | None]:
         """Ready for JSON; None where nothing moved.
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -39,13 +39,17 @@ class SideFile(NamedTuple):
     metadata: Mapping[str, str]
 
 
-class _Manner(NamedTuple):
+class Manner(NamedTuple):
     """How tensors are written."""
 
     rounding: Rounding = "nearest"
     seed: int = 0
     loss: RoundingLoss | None = None
     progress: Progress | None = None
+
+
+ShardsBy = Callable[[Sequence[tuple[Plan, Path]], Manner], list[str]]
+"""Writes the tensors of each plan to its path, and returns the files' SHA-256."""
 
 
 def write_checkpoint(
@@ -62,6 +66,7 @@ def write_checkpoint(
     extra_files: ExtraFiles = MappingProxyType({}),
     force: bool = False,
     progress: Progress | None = None,
+    shards_by: ShardsBy | None = None,
 ) -> dict[str, str]:
     """Write weights as safetensors, holding one tensor in memory at a time; equal input gives equal bytes.
 
@@ -79,6 +84,7 @@ def write_checkpoint(
         extra_files: file name → text, or a function that gives it and is called after all weights are written.
         force: replace an `out` that exists; it is left as it is until the new one is complete.
         progress: called with each tensor's name and bytes once it is written.
+        shards_by: writes the files of weights instead, where there are several.
 
     Returns:
         File name → SHA-256 of every weight file.
@@ -90,34 +96,38 @@ def write_checkpoint(
     plan = {name: _stored(checkpoint.info(name), dtype) for name in checkpoint.names()}
     needed = sum(info.nbytes for info in plan.values())
     limit = _bytes(max_shard_size)
-    manner = _Manner(rounding, seed, loss, progress)
+    manner = Manner(rounding, seed, loss, progress)
     for folder in (checkpoint.folder, files_from):
         if folder is not None and out.resolve() in folder.resolve().parents:
             raise BadInput("refusing to replace a folder that is read from", where=out, found=folder)
     with translate_os_error(out, needed=needed), new_path(out, force=force) as temporary:
         require_space(out, needed)
         if out.suffix == ".safetensors":
-            return {out.name: _write_file(checkpoint, plan, temporary, manner)}
+            return {out.name: write_file(checkpoint, plan, temporary, manner)}
         temporary.mkdir()
         if files_from is not None:
             _copy_files(files_from, temporary)
-        hashes = _write_shards(checkpoint, plan, temporary, limit, manner)
+        hashes = _write_shards(checkpoint, plan, temporary, limit, manner, shards_by)
         for name, (tensors, metadata) in beside.items():
             infos = {tensor: tensors.info(tensor) for tensor in tensors}
             (temporary / name).parent.mkdir(exist_ok=True)
-            hashes[name] = _write_file(tensors, infos, temporary / name, _Manner(), metadata)
+            hashes[name] = write_file(tensors, infos, temporary / name, Manner(), metadata)
         for name, text in (extra_files() if callable(extra_files) else extra_files).items():
             (temporary / name).write_text(text, encoding="utf-8", newline="\n")
         return hashes
 
 
-def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path, limit: int, manner: _Manner) -> dict[str, str]:
+def _write_shards(
+    checkpoint: Checkpoint, plan: Plan, folder: Path, limit: int, manner: Manner, shards_by: ShardsBy | None
+) -> dict[str, str]:
     """Write the weight files, and the index if there are several, as transformers names them."""
     shards = _shards(plan, limit)
     if len(shards) == 1:
-        return {"model.safetensors": _write_file(checkpoint, plan, folder / "model.safetensors", manner)}
+        return {"model.safetensors": write_file(checkpoint, plan, folder / "model.safetensors", manner)}
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    hashes = {name: _write_file(checkpoint, shard, folder / name, manner) for name, shard in zip(names, shards, strict=True)}
+    files = [(shard, folder / name) for name, shard in zip(names, shards, strict=True)]
+    found = shards_by(files, manner) if shards_by else [write_file(checkpoint, *file, manner) for file in files]
+    hashes = dict(zip(names, found, strict=True))
     index = {
         "metadata": {
             "total_parameters": sum(info.numel for info in plan.values()),
@@ -129,8 +139,8 @@ def _write_shards(checkpoint: Checkpoint, plan: Plan, folder: Path, limit: int, 
     return hashes
 
 
-def _write_file(
-    checkpoint: Checkpoint, plan: Plan, path: Path, manner: _Manner, metadata: Mapping[str, str] = MappingProxyType({})
+def write_file(
+    checkpoint: Checkpoint, plan: Plan, path: Path, manner: Manner, metadata: Mapping[str, str] = MappingProxyType({})
 ) -> str:
     """Write one safetensors file and return its SHA-256; a tensor is computed while the one before it is written."""
     order = sorted(plan, key=lambda name: (-plan[name].dtype.itemsize, name))  # keeps every tensor aligned
@@ -168,7 +178,7 @@ def _header(plan: Plan, order: list[str], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo, manner: _Manner) -> Tensor:
+def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo, manner: Manner) -> Tensor:
     loss, old, delta = manner.loss, None, None
     if manner.rounding == "nearest" and (ready := checkpoint.rounded(name, info.dtype, loss)) is not None:
         return ready

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emomerge.adapters import open_run
-from emomerge.checkpoints import Checkpoint, RoundingLoss, open_checkpoint
+from emomerge.checkpoints import Checkpoint, OnDevice, RoundingLoss, open_checkpoint
 from emomerge.errors import BadInput, EmomergeError
 from emomerge.merging import vectors
 from emomerge.merging.diagnostics import Figures, describe
@@ -41,6 +42,7 @@ def merge(
     held_out_loss: Loss | None = None,
     run_losses: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
     **params: Any,
 ) -> MergedCheckpoint:
     """Merge runs that started from one base: θ₀ + scale·τ_m, lazily.
@@ -58,6 +60,7 @@ def merge(
             unless they are given.
         run_losses: the held-out loss of each run, if already known.
         names: what to call the runs in messages and diagnostics.
+        device: where tensors are merged, each moved there for as long as it takes. On the CPU some methods are compiled.
         **params: the method's own parameters (see `check_params`).
 
     Returns:
@@ -73,6 +76,8 @@ def merge(
     base = base if isinstance(base, Checkpoint) else open_checkpoint(base)
     _check_lengths(len(runs), weights=options.get("weights"), run_losses=run_losses, names=names)
     opened = [open_run(base, run) for run in runs]
+    if (device := torch.device(device)).type != "cpu":
+        base, opened = OnDevice(base, device), [OnDevice(run, device) for run in opened]
     task = TaskVectors(base, opened, labels=names or _labels(runs), held_out_loss=held_out_loss, run_losses=run_losses)
     weights, scale = options.pop("weights", None), options.pop("scale")
     task.weights = _resolve_weights(task, definition, weights)
@@ -194,6 +199,24 @@ class MergedCheckpoint(Displaced):
         if merges(self.info(name)) and name not in self._figures:
             self.tau(name)
         return name in self._figures and self._figures[name].moved > 0
+
+    def noted(self, names: Iterable[str]) -> tuple[dict[str, Figures], bool]:
+        """What is known of some tensors for the diagnostics, and whether the method masks."""
+        return {name: self._figures[name] for name in names if name in self._figures}, self._masking
+
+    def note(self, figures: Mapping[str, Figures], *, masking: bool) -> None:
+        """Take over what a copy of this merge has `noted`."""
+        self._figures |= figures
+        self._masking |= masking
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker: all that is chosen already, and nothing to choose by."""
+        task = copy.copy(self._task)
+        task.held_out_loss = None
+        return {**self.__dict__, "_task": task, "_method": self._method.name, "_figures": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {**state, "_method": find_method(state["_method"])}
 
     def given(self, name: str) -> dict[str, Any]:
         """What the method is given for a tensor that moves, in one flat piece: `deltas` (runs, n) and the rest."""

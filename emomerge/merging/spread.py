@@ -1,0 +1,79 @@
+"""A merge whose files are written by workers, each of them one shard: the same bytes as written here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from emomerge.checkpoints import RoundingLoss
+from emomerge.checkpoints.writer import Manner, Plan, write_file
+from emomerge.errors import EmomergeError
+from emomerge.merging.diagnostics import Figures
+from emomerge.merging.engine import MergedCheckpoint
+
+
+class Engine(Protocol):
+    """What starts workers: `emomerge.training.open_engine`."""
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Let a worker call a function; the call has `result()` and `cancel()`."""
+        ...
+
+
+class Shard(NamedTuple):
+    """A file that a worker has written, and what it saw on the way."""
+
+    sha256: str
+    figures: dict[str, Figures]
+    masking: bool
+    loss: RoundingLoss
+
+
+class Spread:
+    """Writes the shards of a merge in workers that see the same file system, with `write_checkpoint(…, shards_by=…)`.
+
+    Args:
+        merged: the merge; what a held-out loss chooses is chosen.
+        engine: starts the workers, all at once.
+    """
+
+    def __init__(self, merged: MergedCheckpoint, engine: Engine) -> None:
+        self._merged, self._engine = merged, engine
+
+    def __call__(self, shards: Sequence[tuple[Plan, Path]], manner: Manner) -> list[str]:
+        """Write the tensors of each plan to its path; returns the files' SHA-256. The figures are those of one process."""
+        sent = manner._replace(loss=None, progress=None)
+        calls = [
+            self._engine.submit(write_shard, self._merged, plan, path.absolute(), sent, Path.cwd()) for plan, path in shards
+        ]
+        try:
+            return [self._take(call.result(), plan, manner) for call, (plan, _) in zip(calls, shards, strict=True)]
+        finally:
+            for call in calls:
+                call.cancel()
+
+    def _take(self, found: Shard | EmomergeError, plan: Plan, manner: Manner) -> str:
+        if isinstance(found, EmomergeError):
+            raise found
+        self._merged.note(found.figures, masking=found.masking)
+        if manner.loss is not None:
+            manner.loss.join(found.loss)
+        if manner.progress is not None:
+            for name, info in plan.items():
+                manner.progress(name, info.nbytes)
+        return found.sha256
+
+
+def write_shard(
+    merged: MergedCheckpoint, plan: Plan, path: Path, manner: Manner, working_directory: Path
+) -> Shard | EmomergeError:
+    """What a worker does."""
+    loss = RoundingLoss(merged.base)
+    try:
+        with contextlib.chdir(working_directory):
+            digest = write_file(merged, plan, path, manner._replace(loss=loss))
+    except EmomergeError as error:
+        return error
+    return Shard(digest, *merged.noted(plan), loss)
