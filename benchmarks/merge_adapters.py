@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from emomerge.checkpoints import open_checkpoint
 
 RANK = 16
-EMOMERGE = str(Path(sys.executable).with_name("emomerge"))
+EMOMERGE = [sys.executable, "-m", "emomerge"]
 
 
 def make_adapters(folder: Path, millions: int) -> list[str]:
@@ -60,10 +60,10 @@ def dense(base: str, adapters: list[str], folder: Path, dtype: str, method: str)
     copies = [str(folder / f"{dtype}-{number}") for number in range(len(adapters))]
     out = folder / f"from-{dtype}"
     bakes = [
-        [EMOMERGE, "bake", base, adapter, "-o", copy, "--dtype", dtype, "--quiet"]
+        [*EMOMERGE, "bake", base, adapter, "-o", copy, "--dtype", dtype, "--quiet"]
         for adapter, copy in zip(adapters, copies, strict=True)
     ]
-    for command in [*bakes, [EMOMERGE, "merge", base, *copies, "--method", method, "-o", str(out), "--quiet"]]:
+    for command in [*bakes, [*EMOMERGE, "merge", base, *copies, "--method", method, "-o", str(out), "--quiet"]]:
         took, memory = run(command)
         seconds, peak = seconds + took, max(peak, memory)
     return seconds, peak, out
@@ -90,7 +90,7 @@ def main() -> None:
         (base, *_), numel = make_models(folder, options.millions, runs=0)
         adapters = make_adapters(folder, options.millions)
         out = folder / "straight"
-        took, memory = run([EMOMERGE, "merge", str(base), *adapters, "--method", options.method, "-o", str(out), "--quiet"])
+        took, memory = run([*EMOMERGE, "merge", str(base), *adapters, "--method", options.method, "-o", str(out), "--quiet"])
         table.add_row("straight from the adapters", f"{size_of(out):.2f}", f"{took:.1f}", f"{memory:.2f}", "")
         for dtype in ("float32", "bfloat16"):
             before = size_of(folder)

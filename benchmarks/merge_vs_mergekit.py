@@ -2,12 +2,16 @@
 
     pip install torch==2.13.0 -e '.[peers]'
     python benchmarks/merge_vs_mergekit.py                     # 200 M parameters: 2.6 GB on disk, about 5 minutes
-    python benchmarks/merge_vs_mergekit.py --millions 1000     # 13 GB on disk
+    python benchmarks/merge_vs_mergekit.py --millions 50 100 200 400 1000 --peers-up-to 400 --chart sizes.png
+
+1000 takes 15 GB on disk, and mergekit's TIES five times as long as at 200.
 
 Makes a base and five Llama-shaped runs in bfloat16 in a temporary folder, merges them with each tool in a process of its own
-(start-up included) in turn, and prints the median wall time, the peak resident memory and the ratio. "copy" is the floor: all
-tensors read and one model written, with safetensors alone. TIES has density 0.2; emomerge's preset `mergekit` is mergekit's
-dialect, `paper` trims over the whole task vector. Without mergekit its rows are left out.
+in turn, and prints the median wall time, the peak resident memory and the ratio. "copy" is the floor: all tensors read and one
+model written, with safetensors alone. All times run from the start of a Python process to its end, importing torch included.
+Only emomerge waits until its output is on the disk (fsync), and only it hashes inputs and output (SHA-256, for merge.json).
+TIES has density 0.2; emomerge's preset `mergekit` is mergekit's dialect, `paper` trims over the whole task vector. Without
+mergekit its rows are left out.
 """
 
 from __future__ import annotations
@@ -74,7 +78,9 @@ def make_models(folder: Path, millions: int, runs: int = RUNS) -> tuple[list[Pat
     }  # fmt: skip
     paths = [folder / name for name in ("base", *(f"run-{number}" for number in range(runs)))]
     for number, path in enumerate(paths):
-        path.mkdir()
+        if (path / "model.safetensors").exists():  # made before
+            continue
+        path.mkdir(parents=True)
         (path / "config.json").write_text(json.dumps(config))
         tensors = {}
         for index, (name, shape) in enumerate(shapes.items()):
@@ -99,17 +105,17 @@ def run(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
 
 
-def commands(paths: list[Path], folder: Path) -> dict[str, list[str]]:
+def commands(paths: list[Path], folder: Path, *, peers: bool) -> dict[str, list[str]]:
     base, *runs = map(str, paths)
     out = str(folder / "out")
-    ours = [str(Path(sys.executable).with_name("emomerge")), "merge", base, *runs, "-o", out, "--quiet"]
+    ours = [sys.executable, "-m", "emomerge", "merge", base, *runs, "-o", out, "--quiet"]
     table = {"copy": [sys.executable, "-c", COPY, base, *runs, str(folder / "copy.safetensors")]}
     for method, extra in (
         ("mean", []), ("tall-mask", []), ("ties mergekit", ["--set", "preset=mergekit", "--set", "density=0.2"]),
         ("ties paper", ["--set", "density=0.2"]),
     ):  # fmt: skip
         table[f"emomerge {method}"] = [*ours, "--method", method.split()[0], *extra]
-    if find_spec("mergekit"):
+    if peers and find_spec("mergekit"):
         for method in ("linear", "ties"):
             parameters = {"weight": 1.0, "density": 0.2} if method == "ties" else {"weight": 0.2}
             models = [{"model": path, "parameters": parameters} for path in runs]
@@ -129,27 +135,69 @@ def commands(paths: list[Path], folder: Path) -> dict[str, list[str]]:
     return table
 
 
+Row = dict[str, str | float]
+
+
+def measure(folder: Path, millions: int, rounds: int, *, peers: bool) -> list[Row]:
+    """A row for each command: parameters in millions, wall seconds and peak GB, medians of the rounds."""
+    paths, numel = make_models(folder, millions)
+    table = commands(paths, folder, peers=peers)
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in table}
+    for _ in range(rounds):
+        for name, command in table.items():
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            measured[name].append(run(command))
+    rows: list[Row] = []
+    for name, pairs in measured.items():
+        seconds, memory = (statistics.median(column) for column in zip(*pairs, strict=True))
+        rows.append({"way": name, "millions": numel / 1e6, "seconds": seconds, "peak GB": memory})
+    return rows
+
+
+def show(rows: list[Row]) -> None:
+    """A table for each size."""
+    for size in sorted({row["millions"] for row in rows}):
+        table = Table("", "wall s", "times the copy", "peak RSS GB", title=f"{RUNS} runs of {size:.0f} M parameters, bfloat16")
+        some = [row for row in rows if row["millions"] == size]
+        floor = next(float(row["seconds"]) for row in some if row["way"] == "copy")
+        for row in some:
+            seconds = float(row["seconds"])
+            table.add_row(str(row["way"]), f"{seconds:.2f}", f"{seconds / floor:.2f}", f"{row['peak GB']:.2f}")
+        Console().print(table)
+
+
+def draw(rows: list[Row], file: Path) -> None:
+    """Peak memory and time against the size of the model, as PNG, SVG or HTML."""
+    import altair as alt
+
+    points = alt.Chart(alt.Data(values=rows)).mark_line(point=True).properties(width=320, height=260)
+    size = alt.X("millions:Q", title="parameters, millions", scale=alt.Scale(type="log"))
+    pair = [
+        points.encode(size, alt.Y(f"{field}:Q", title=title, scale=alt.Scale(type="log")), alt.Color("way:N", title=None))
+        for field, title in (("peak GB", "peak resident memory, GB"), ("seconds", "wall time, s"))
+    ]
+    alt.hconcat(*pair).save(str(file))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=int, nargs="+", default=[200], help="sizes: 50, 100, 200, 400, 1000")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers-up-to", type=int, default=1000, metavar="MILLIONS", help="leave mergekit out beyond this size")
+    parser.add_argument("--folder", type=Path, help="where the models are made, and left; else a temporary one")
+    parser.add_argument("--rows", type=Path, help="a JSON file of rows, which those measured now are added to")
+    parser.add_argument("--chart", type=Path, help="draw the rows to this file: .png, .svg or .html")
     options = parser.parse_args()
+    rows: list[Row] = json.loads(options.rows.read_text()) if options.rows and options.rows.exists() else []
     for millions in options.millions:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            paths, numel = make_models(folder, millions)
-            measured: dict[str, list[tuple[float, float]]] = {name: [] for name in commands(paths, folder)}
-            for _ in range(options.rounds):
-                for name, command in commands(paths, folder).items():
-                    shutil.rmtree(folder / "out", ignore_errors=True)
-                    measured[name].append(run(command))
-        title = f"{RUNS} runs of {numel / 1e6:.0f} M parameters, bfloat16"
-        table = Table("", "wall s", "times the copy", "peak RSS GB", title=title)
-        floor = statistics.median(seconds for seconds, _ in measured["copy"])
-        for name, rows in measured.items():
-            seconds, memory = (statistics.median(column) for column in zip(*rows, strict=True))
-            table.add_row(name, f"{seconds:.2f}", f"{seconds / floor:.2f}", f"{memory:.2f}")
-        Console().print(table)
+            folder = options.folder or Path(temporary)
+            rows += measure(folder, millions, options.rounds, peers=millions <= options.peers_up_to)
+        if options.rows:
+            options.rows.write_text(json.dumps(rows, indent=1) + "\n")
+    show(rows)
+    if options.chart:
+        draw(rows, options.chart)
 
 
 if __name__ == "__main__":
