@@ -5,7 +5,8 @@
     python benchmarks/probe_vs_peers.py cnn            # 4 minutes on one core; vit takes 8
     python benchmarks/probe_vs_peers.py cnn --memory
 
-A CNN (GELU, no normalisation: curvlinops' products have none for GroupNorm) or a small ViT, trained for 200 steps on FashionMNIST, on two batches of 256 images. Three jobs:
+A CNN (GELU, no normalisation: curvlinops' products have none for GroupNorm) or a small ViT, trained for 200 steps on
+FashionMNIST, on two batches of 256 images. Three jobs:
 
 - `λmax`: within 0.5 %. emomerge stops by its Ritz residual. hessian-eigenthings' Lanczos, which has no rule to stop by, gets
   the smallest multiple of 5 steps whose residual meets the same bound, found beforehand; curvlinops is given to scipy's eigsh
