@@ -62,7 +62,7 @@ class Logits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixels: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, pixels: Tensor) -> Tensor:
         logits: Tensor = self.model(pixels).logits
         return logits
 
