@@ -115,9 +115,11 @@ def test_one_round_is_none(train):
     assert hashes(train("a", **options)) == hashes(train("b", rounds=1, **options)) != hashes(train("c", rounds=2, **options))
 
 
-def test_killed_again_and_again_in_every_round_they_end_with_the_same_bits(train, monkeypatch):
+@pytest.mark.parametrize("parallel", ["sequential", "stacked"])
+def test_killed_again_and_again_in_every_round_they_end_with_the_same_bits(train, monkeypatch, parallel):
     """Killed after steps, before and after files are written, between the runs of a round and before a meeting."""
     options = {"rounds": 6, "outer": Outer(), "average": "lawa", "checkpoint_every": 2, "optimizers": ("sens", "cats")}
+    options["parallel"] = parallel
     whole = train("whole", **options)
     left, at, killed = 0, 0, set()
 
@@ -136,8 +138,9 @@ def test_killed_again_and_again_in_every_round_they_end_with_the_same_bits(train
 
         return watched
 
-    for module in (live, rounds):
-        monkeypatch.setattr(module, "save_state", with_events(module.save_state))
+    watched = with_events(rounds.save_state)
+    for module in ("runs", "rounds"):
+        monkeypatch.setattr(f"emomerge.training.{module}.save_state", watched)
     monkeypatch.setattr(live.TrainingRun, "finish", with_events(live.TrainingRun.finish))
     for attempt in range(100):
         left = 6 + attempt % 5
