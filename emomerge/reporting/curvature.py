@@ -42,7 +42,7 @@ class Spectrum:
 
 def spectral_density(results: Results) -> Figure | None:
     """How the Hessian's eigenvalues are spread: the merge, the best single run, and the controls matched to either."""
-    compared = [a for a in _compared(results) if hessian(a).get("density")]
+    compared = [a for a in _compared(results) if "density" in hessian(a)]
     found = [_spectrum(a) for a in compared]
     spectra = [s for s in found if s is not None]
     if not spectra:

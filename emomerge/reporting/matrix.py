@@ -100,8 +100,9 @@ def _draw(names: list[str], cells: list[Row], told: Mapping[str, str], *, two: b
     y = alt.Y("row:N", sort=names, axis=alt.Axis(title=None, domain=False, ticks=False))
     tooltip = [alt.Tooltip(field, title=title) for field, title in {"row:N": "between", "column:N": "and", **told}.items()]
     strength = alt.FillOpacity("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0, 1]), legend=None)
-    chart = chart_of(cells)
-    layers = [chart.mark_rect().encode(x=x, y=y, fill=filled("fill"), fillOpacity=strength, tooltip=tooltip)]
+    chart = chart_of(cells, "grid")
+    edge = alt.Stroke(**painted().to_dict())
+    layers = [chart.mark_rect().encode(x=x, y=y, fill=filled("fill"), fillOpacity=strength, stroke=edge, tooltip=tooltip)]
     if len(names) <= READABLE:
         cosine = chart.mark_text(fontSize=13 if roomy else 10, dy=-6 if roomy and two else 0)
         layers.append(cosine.encode(x=x, y=y, text="printed:N", color=painted("text")))

@@ -237,7 +237,10 @@ def _single(rows: Sequence[Mapping[str, Any]], entries: Sequence[Entry], key: st
 def _estimates(
     rows: Sequence[Mapping[str, Any]], entries: Sequence[Entry], key: str, title: str, meaning: str, choose: Any = min
 ) -> Column:
-    """Measurements `{mean, stderr}`, one for each row; without a finite mean they diverged, None was not taken."""
+    """Measurements `{mean, stderr}`, one for each row; without a finite mean they diverged, None was not taken.
+
+    What else a measurement found is told with the column's meaning.
+    """
     means = [finite(e.get("mean")) if e else None for e in entries]
     worst = math.inf if choose is min else -math.inf
     places = decimals(means)
@@ -248,7 +251,13 @@ def _estimates(
         text = fixed(mean, places) if error is None else f"{fixed(mean, places)} ± {fixed(error, places)}"
         cells.append("diverged" if entry is not None and mean is None else text)
     plain = [fixed(mean, places) for mean in means]
-    return Column(key, title, meaning, tuple(values), tuple(cells), _best(rows, means, plain, choose))
+    findings = [
+        f"{row.get('name')}: {entry['finding']}"
+        for row, entry, mean in zip(rows, entries, means, strict=True)
+        if entry and mean is not None and entry.get("finding")
+    ]
+    told = "; ".join([meaning, *findings])
+    return Column(key, title, told, tuple(values), tuple(cells), _best(rows, means, plain, choose))
 
 
 def _plain(rows: Sequence[Mapping[str, Any]], key: str, title: str, meaning: str, places: int | None = None) -> Column:

@@ -105,6 +105,12 @@ def test_wide_basins_and_low_curvature_win(full):
     assert not any(column.best for column in details(full) if column.key.startswith(("slope", "lambda")))
 
 
+def test_what_a_measurement_found_stands_with_its_meaning(full):
+    named(full, "ties")["basin"]["finding"] = "3 of 8 widths lie outside 0.001 … 10"
+    (basin,) = (column for column in columns(full) if column.key == "basin")
+    assert basin.meaning.endswith("; ties: 3 of 8 widths lie outside 0.001 … 10")
+
+
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf])
 def test_diverged_figures_are_named_and_sort_last(full, tmp_path, nothing):
     merge, single = named(full, "tall-mask"), named(full, "airy-0")
@@ -112,7 +118,7 @@ def test_diverged_figures_are_named_and_sort_last(full, tmp_path, nothing):
     merge["basin"]["mean"] = merge["adaptive"]["0.1"]["mean"] = nothing
     merge["worst_case"]["ℓ2"]["1"].update(mean=nothing, gradient=nothing)
     merge["hessian"].update(lambda_max=nothing, trace={"mean": nothing}, subspace={"eigenvalues": [nothing]})
-    merge["hessian"]["density"]["density"] = [nothing] * 201
+    merge["hessian"]["density"] = nothing and {"at": [nothing] * 9, "density": [nothing] * 9}
     single["hessian"]["layers"]["encoder.layer.5.mlp.up"] = nothing
     full["plane"]["loss"][0][0] = full["surfaces"]["airy-0"]["loss"][3][3] = nothing
     full["barriers"]["matrix"][0][1] = full["barriers"]["matrix"][1][0] = nothing
