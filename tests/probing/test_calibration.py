@@ -12,6 +12,8 @@ from emomerge.probing.perturb import normals
 
 RADII = (0.01, 0.03, 0.1)
 WIDTH, UNITS, PROBES = 24, 8, 12
+PLACES = ((0, range(3)), (1, range(3)), (1, range(3, 6)))
+"""Well and training seeds of three groups."""
 
 
 class Wells(nn.Module):
@@ -43,10 +45,16 @@ def curvature(probe, batch, number):
 
 
 def judge(ours, rivals):
+    return judge_seeds([ours], {rival: [theirs] for rival, theirs in rivals.items()})
+
+
+def judge_seeds(ours, rivals):
     evidence = [
-        verdict.sharpness_ratio([ours[what]], [theirs[what]], np.ones(UNITS), against=rival, what=str(what))
+        verdict.sharpness_ratio(
+            [f[what] for f in ours], [f[what] for f in theirs], np.ones(UNITS), against=rival, what=str(what)
+        )
         for rival, theirs in rivals.items()
-        for what in ours
+        for what in ours[0]
     ]
     return verdict.judge_flatter(evidence, len(RADII), [])
 
@@ -64,6 +72,12 @@ def test_a_planted_flat_basin_is_found_and_the_sharp_one_is_refuted():
     assert judge(flat, dict(zip(rivals, sharp, strict=True)))["status"] == "flatter"
     assert judge(sharp[0], dict.fromkeys(rivals, flat))["status"] == "refuted"
     assert judge(sharp[0], dict.fromkeys(rivals, sharp[1]))["status"] == "not shown"
+
+
+def test_a_planted_flat_basin_is_found_over_three_training_seeds_and_none_where_there_is_none():
+    flat, sharp, others = ([figures(near(well, 10 * well + s), {"w": 0.3}) for s in seeds] for well, seeds in PLACES)
+    assert judge_seeds(flat, {"best single run": sharp, "loss-matched": others})["status"] == "flatter"
+    assert judge_seeds(sharp, {"best single run": others})["status"] == "not shown"
 
 
 def test_a_model_against_itself_gives_exactly_zero():
