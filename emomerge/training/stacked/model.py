@@ -97,6 +97,8 @@ class StackedModel:
             stacked = StackedLora(layer, stacks[A], stacks[B])
         elif type(layer) is nn.Linear:
             stacked = StackedLinear(**stacks)
+        elif any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in layer.modules()):
+            raise Unstackable(f"{path} ({type(layer).__name__}) has dropout within a layer that is trained run by run")
         else:
             stacked = StackedLayer(layer, stacks)
         path, _, name = path.rpartition(".")
@@ -113,7 +115,9 @@ def is_plain(layer: nn.Module) -> bool:
     from peft.tuners import lora
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(layer, lora.Linear) and type(layer.base_layer) in (nn.Linear, Conv1D)
+    if not isinstance(layer, lora.Linear):
+        return False
+    return type(layer.base_layer) is Conv1D or type(layer.base_layer).forward is nn.Linear.forward
 
 
 class StackedLora(nn.Module):
