@@ -5,8 +5,8 @@
     python benchmarks/stacked_training.py --hidden 128 --tokens 64
 
 BERT of 6 layers (MiniLM's form) with LoRA of rank 8 on all linear layers, rows of 16 random tokens, float32. Every contender is
-a process of its own. Printed are milliseconds of CPU for one step of all five runs, how many times less that is when stacked,
-and the peak memory of the process beside that of a single run.
+a process of its own. Printed are milliseconds of CPU for one step of all five runs, how many times less CPU and time stacked
+runs take than five loops of PEFT, and the peak memory of the process beside that of a single run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from emomerge.training import RunSpec, planned_runs, train_locally
 
 CONTENDERS = ("stacked", "sequential", "peft", "one")
 LENGTH, WARM = 16, 5
-LIMITS = {(128, 64): 3.5, (384, 64): 1.7}
+LIMITS = {(128, 16): 3.5, (128, 64): 3.5, (384, 64): 1.7}
 """How many times less CPU we hold ourselves to, against five PEFT loops; and a peak of at most 1.6 times one run's."""
 
 
@@ -69,45 +69,46 @@ class RandomSentences(Task):
         return BertForSequenceClassification(config).eval()
 
 
-def our_runs(task: RandomSentences, recipe: Recipe) -> float:
-    """CPU seconds of a step of all runs."""
-    started: dict[str, float] = {}
-    ended: dict[str, float] = {}
+def clocks() -> torch.Tensor:
+    """Seconds of CPU, and of the clock on the wall."""
+    return torch.tensor([time.process_time(), time.perf_counter()], dtype=torch.float64)
+
+
+def our_runs(task: RandomSentences, recipe: Recipe) -> torch.Tensor:
+    """Seconds of a step of all runs."""
+    started: dict[str, torch.Tensor] = {}
+    ended: dict[str, torch.Tensor] = {}
 
     def on_step(spec: RunSpec, row: dict[str, Any]) -> None:
-        clock = started if row["step"] == WARM else ended
-        clock[spec.name] = time.process_time()
+        (started if row["step"] == WARM else ended)[spec.name] = clocks()
 
     with tempfile.TemporaryDirectory() as folder:
         train_locally(
             recipe, planned_runs(recipe), Path(folder), "", task=task, data=task.load_data(), base_folder=Path(folder),
             device=torch.device("cpu"), on_step=on_step,
         )  # fmt: skip
-    if recipe.runs.parallel == "stacked":
-        seconds = next(iter(ended.values())) - next(iter(started.values()))
-    else:
-        seconds = sum(ended[name] - started[name] for name in ended)
-    return seconds / (recipe.runs.steps - WARM)
+    seconds = [ended[name] - started[name] for name in ended]
+    return (seconds[0] if recipe.runs.parallel == "stacked" else sum(seconds, torch.zeros(2))) / (recipe.runs.steps - WARM)
 
 
-def peft_runs(task: RandomSentences, recipe: Recipe) -> float:
+def peft_runs(task: RandomSentences, recipe: Recipe) -> torch.Tensor:
     """The same with PEFT and torch's fused AdamW, written as one would."""
     from peft import LoraConfig, get_peft_model
 
-    data, total = task.load_data(), 0.0
+    data, total = task.load_data(), torch.zeros(2)
     for _ in recipe.runs.optimizers:
         config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
         model = get_peft_model(task.reload_model(""), config).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
         for step in range(recipe.runs.steps):
             if step == WARM:
-                started = time.process_time()
+                started = clocks()
             first = step * recipe.runs.batch_size % 448
             loss = task.loss(model, data.train.batch(range(first, first + recipe.runs.batch_size)))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        total += time.process_time() - started
+        total = total + clocks() - started
     return total / (recipe.runs.steps - WARM)
 
 
@@ -122,11 +123,19 @@ def contend(name: str, hidden: int, tokens: int, steps: int, dropout: float) -> 
     section = {"kind": "text-classification", "train": "none"}
     recipe = parse_recipe({"name": "b", "base": {"model": "none"}, "task": section, "adapter": {"kind": "lora"}, "runs": runs})
     seconds = peft_runs(task, recipe) if name == "peft" else our_runs(task, recipe)
-    print(json.dumps({"cpu": seconds, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    print(
+        json.dumps(
+            {
+                "cpu": float(seconds[0]),
+                "wall": float(seconds[1]),
+                "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            }
+        )
+    )
 
 
 def measure(hidden: int, tokens: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Contender → CPU seconds of a step and peak memory in MB: the better of the rounds."""
+    """Contender → seconds of a step and peak memory in MB: the best of the rounds."""
     found: dict[str, dict[str, float]] = {}
     for _ in range(options.rounds):
         for name in CONTENDERS:
@@ -140,8 +149,8 @@ def measure(hidden: int, tokens: int, options: argparse.Namespace) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, nargs="+", default=[128, 256, 384, 768])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="of one run's batch")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[64, 128, 384, 768])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 256, 1024], help="of one run's batch")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dropout", type=float, default=0.1)
@@ -151,18 +160,20 @@ def main() -> None:
         name, hidden, tokens, steps, dropout = options.contender
         contend(name, int(hidden), int(tokens), int(steps), float(dropout))
         return
-    heads = ("hidden", "tokens a run", "stacked, ms", "sequential", "PEFT", "times less than PEFT", "peak MB", "of one run")
-    table = Table(*heads, title=f"CPU of a step of five runs, threads: {torch.get_num_threads()}, dropout {options.dropout:g}")
+    heads = ("hidden", "tokens a run", "stacked", "sequential", "PEFT", "less CPU", "less time", "peak MB", "of one run")
+    title = f"CPU of a step of five runs in ms, threads: {torch.get_num_threads()}, dropout {options.dropout:g}"
+    table = Table(*heads, title=title)
     for hidden in options.hidden:
         for tokens in options.tokens:
             found = measure(hidden, tokens, options)
             cpu = {name: figures["cpu"] for name, figures in found.items()}
-            ratio, memory = cpu["peft"] / cpu["stacked"], found["stacked"]["rss"] / found["one"]["rss"]
+            ratio = cpu["peft"] / cpu["stacked"]
+            faster, memory = found["peft"]["wall"] / found["stacked"]["wall"], found["stacked"]["rss"] / found["one"]["rss"]
             limit = LIMITS.get((hidden, tokens))
-            kept = "" if limit is None else f"  {limit} {'kept' if ratio >= limit else 'MISSED'}"
+            kept = "" if limit is None else f" ({limit} {'kept' if ratio >= limit else 'MISSED'})"
             table.add_row(
                 str(hidden), str(tokens), *(f"{1000 * cpu[name]:.1f}" for name in ("stacked", "sequential", "peft")),
-                f"{ratio:.2f}{kept}", f"{found['stacked']['rss']:.0f}", f"{memory:.2f}",
+                f"{ratio:.2f}{kept}", f"{faster:.2f}", f"{found['stacked']['rss']:.0f}", f"{memory:.2f}",
             )  # fmt: skip
     Console(width=120).print(table)
 

