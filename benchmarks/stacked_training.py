@@ -162,20 +162,19 @@ def main() -> None:
         return
     heads = ("hidden", "tokens a run", "stacked", "sequential", "PEFT", "less CPU", "less time", "peak MB", "of one run")
     title = f"CPU of a step of five runs in ms, threads: {torch.get_num_threads()}, dropout {options.dropout:g}"
-    table = Table(*heads, title=title)
     for hidden in options.hidden:
+        table = Table(*heads, title=title)
         for tokens in options.tokens:
-            found = measure(hidden, tokens, options)
-            cpu = {name: figures["cpu"] for name, figures in found.items()}
-            ratio = cpu["peft"] / cpu["stacked"]
-            faster, memory = found["peft"]["wall"] / found["stacked"]["wall"], found["stacked"]["rss"] / found["one"]["rss"]
-            limit = LIMITS.get((hidden, tokens))
-            kept = "" if limit is None else f" ({limit} {'kept' if ratio >= limit else 'MISSED'})"
-            table.add_row(
-                str(hidden), str(tokens), *(f"{1000 * cpu[name]:.1f}" for name in ("stacked", "sequential", "peft")),
-                f"{ratio:.2f}{kept}", f"{faster:.2f}", f"{found['stacked']['rss']:.0f}", f"{memory:.2f}",
-            )  # fmt: skip
-    Console(width=120).print(table)
+            table.add_row(str(hidden), str(tokens), *cells(measure(hidden, tokens, options), LIMITS.get((hidden, tokens))))
+        Console(width=120).print(table)
+
+
+def cells(found: dict[str, dict[str, float]], limit: float | None) -> list[str]:
+    stacked, peft = found["stacked"], found["peft"]
+    ratio, faster, memory = peft["cpu"] / stacked["cpu"], peft["wall"] / stacked["wall"], stacked["rss"] / found["one"]["rss"]
+    kept = "" if limit is None else f" ({limit} {'kept' if ratio >= limit else 'MISSED'})"
+    cpu = [f"{1000 * found[name]['cpu']:.1f}" for name in ("stacked", "sequential", "peft")]
+    return [*cpu, f"{ratio:.2f}{kept}", f"{faster:.2f}", f"{stacked['rss']:.0f}", f"{memory:.2f}"]
 
 
 if __name__ == "__main__":
