@@ -20,13 +20,12 @@ from emomerge.training import RunDir, join_ranks
 CASES = {
     "ddp": {"sharding": "ddp"},
     "fsdp": {"sharding": "fsdp", "accumulation": 2, "max_grad_norm": 0.5},
-    "ddp, full": {"sharding": "ddp", "use_shadow": True},
     "fsdp, full": {"sharding": "fsdp", "use_shadow": True},
 }
-RESUMED = ("ddp", "fsdp, full")
+RESUMED = ("fsdp, full",)
 IDLE = ("key.bias", "k_proj.bias")
-"""Changes no output of attention: its gradient is rounding alone, whose sign EmoAiry and EmoCats follow."""
-RUNS = ["sens-0", "airy-0", "cats-0"]
+"""Changes no output of attention: its gradient is rounding alone, whose sign EmoAiry follows."""
+RUNS = ["sens-0", "airy-0"]
 
 
 def recipe(tiny, case, rows):
@@ -84,9 +83,9 @@ def on_every_rank(folder):
 
 
 def poison(pipeline):
-    """NaN on this rank only, at the third step of the second run."""
+    """NaN on this rank only, at the third step of the first run."""
     calls, real = iter(range(1000)), pipeline.task.loss
-    pipeline.task.loss = lambda model, batch: real(model, batch) * (float("nan") if next(calls) == 12 + 2 else 1)
+    pipeline.task.loss = lambda model, batch: real(model, batch) * (float("nan") if next(calls) == 2 else 1)
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +147,11 @@ def starting_point(out, like):
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_that_run_on_both(folder):
     states = {name: RunDir(folder / "poisoned" / "runs" / name).state["state"] for name in RUNS}
-    assert states == {"sens-0": "done", "airy-0": "failed", "cats-0": "done"}
-    assert "run airy-0 failed: " in (folder / "poisoned" / "error").read_text()
+    assert states == {"sens-0": "failed", "airy-0": "done"}
+    assert "run sens-0 failed: " in (folder / "poisoned" / "error").read_text()
     assert " at step 3, rows " in (folder / "poisoned" / "error").read_text()
-    for name in ("sens-0", "cats-0"):
-        assert all(torch.equal(t, weights(folder / "ddp", name)[key]) for key, t in weights(folder / "poisoned", name).items())
+    undisturbed = weights(folder / "ddp", "airy-0")
+    assert all(torch.equal(t, undisturbed[key]) for key, t in weights(folder / "poisoned", "airy-0").items())
 
 
 @pytest.mark.slow
