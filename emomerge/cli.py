@@ -6,12 +6,13 @@ Exit status: 0 done, 1 a failure inside the work, 2 bad input. Heavy libraries a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -49,15 +50,25 @@ def _fail(error: EmomergeError) -> NoReturn:
     sys.exit(error.exit_status)
 
 
+@contextlib.contextmanager
+def _explained(where: Path) -> Iterator[None]:
+    """`translate_os_error`, imported, and torch with it, only where there is an error."""
+    try:
+        yield
+    except Exception:
+        from emomerge.checkpoints.atomic import translate_os_error
+
+        with translate_os_error(where):
+            raise
+
+
 def _guard(function: Callable[..., None]) -> Callable[..., None]:
     """Every expected error becomes one line and its exit status."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        from emomerge.checkpoints.atomic import translate_os_error
-
         try:
-            with translate_os_error(kwargs.get("out") or Path.cwd()):
+            with _explained(kwargs.get("out") or Path.cwd()):
                 function(*args, **kwargs)
         except EmomergeError as error:
             _fail(error)
