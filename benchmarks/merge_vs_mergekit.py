@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -92,17 +91,24 @@ def make_models(folder: Path, millions: int, runs: int = RUNS) -> tuple[list[Pat
     return paths, sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
+LAUNCH = """
+import json, os, resource, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+seconds = time.perf_counter() - start
+print(json.dumps([process.returncode, seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, process.stderr]))
+"""
+
+
 def run(command: list[str]) -> tuple[float, float]:
-    """Wall seconds, and the peak resident memory in GB."""
-    start = time.perf_counter()
+    """Wall seconds, and the peak resident memory in GB; by way of a small process, because a peak is handed on to children."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-    assert process.stderr is not None
-    message = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
+    launch = [sys.executable, "-S", "-c", LAUNCH, *command]
+    printed = subprocess.run(launch, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    status, seconds, peak, message = json.loads(printed)
     if status:
         raise SystemExit(f"{' '.join(command)}\n{message}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
+    return seconds, peak * 1024 / 1e9
 
 
 def commands(paths: list[Path], folder: Path, *, peers: bool) -> dict[str, list[str]]:
@@ -191,7 +197,7 @@ def main() -> None:
     rows: list[Row] = json.loads(options.rows.read_text()) if options.rows and options.rows.exists() else []
     for millions in options.millions:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = options.folder or Path(temporary)
+            folder = (options.folder or Path(temporary)) / f"{millions}M"
             rows += measure(folder, millions, options.rounds, peers=millions <= options.peers_up_to)
         if options.rows:
             options.rows.write_text(json.dumps(rows, indent=1) + "\n")

@@ -8,11 +8,13 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
 
 #define PIECE 131072 /* elements whose sums go on in one double */
 #define BLOCK 512    /* elements worked on at a time: all of it stays in the first cache */
 #define MOST_RUNS 64
-#define LARGEST 3.4028234663852886e38f
 
 enum kind { F32, BF16, F16, DELTA, STILL }; /* weights; task vectors in float32; a run that does not move */
 enum method { LINEAR, TALL_MASK, TIES, BALANCE };
@@ -92,11 +94,13 @@ static void decode(const void *data, int kind, long start, long n, float *restri
 
 static int all_finite(const float *x)
 {
-    int bad = 0;
-#pragma omp simd reduction(| : bad)
-    for (long i = 0; i < BLOCK; i++)
-        bad |= !(fabsf(x[i]) <= LARGEST);
-    return !bad;
+    int32_t most = 0; /* magnitudes sort as their bit patterns do, infinity and NaN last */
+#pragma omp simd reduction(max : most)
+    for (long i = 0; i < BLOCK; i++) {
+        int32_t bits = (int32_t)(as_bits(x[i]) & 0x7fffffff);
+        most = bits > most ? bits : most;
+    }
+    return most < 0x7f800000;
 }
 
 /* tau = theta - theta_0 */
@@ -149,12 +153,22 @@ static void trim(int runs, long start, long n, float (*tau)[BLOCK], const float 
     for (int t = 0; t < runs; t++) {
         int count = 0;
         int equal = last[t] < start ? 0 : (int)(last[t] - start < n ? last[t] - start + 1 : n);
+        if (equal == 0 || equal == n) { /* all that equal the threshold count, or none */
+            int32_t least = (int32_t)as_bits(threshold[t]) + (equal == 0);
 #pragma omp simd reduction(+ : count)
-        for (long i = 0; i < BLOCK; i++) {
-            float size = fabsf(tau[t][i]);
-            int in = size > threshold[t] || (size == threshold[t] && (int)i < equal);
-            tau[t][i] = in ? tau[t][i] : 0;
-            count += tau[t][i] != 0;
+            for (long i = 0; i < BLOCK; i++) {
+                int in = (int32_t)(as_bits(tau[t][i]) & 0x7fffffff) >= least;
+                tau[t][i] = in ? tau[t][i] : 0;
+                count += tau[t][i] != 0;
+            }
+        } else {
+#pragma omp simd reduction(+ : count)
+            for (long i = 0; i < BLOCK; i++) {
+                float size = fabsf(tau[t][i]);
+                int in = size > threshold[t] || (size == threshold[t] && (int)i < equal);
+                tau[t][i] = in ? tau[t][i] : 0;
+                count += tau[t][i] != 0;
+            }
         }
         kept[t] += count;
     }
@@ -246,14 +260,51 @@ static void add_product(const lanes *x, const lanes *y, lanes *sum)
     *sum += (chain[0] + chain[1]) + (chain[2] + chain[3]);
 }
 
-/* Of the pairs (t, u) of runs, t <= u */
-static void add_pairs(int runs, const float (*tau)[BLOCK], lanes (*wide)[WIDE], lanes *sums)
+#ifdef __AVX512F__
+#define TILE 5 /* as many sums of pairs as there are registers */
+#else
+#define TILE 2
+#endif
+#define FUSED __attribute__((optimize("O3,fp-contract=fast"))) /* sums in double have no twin to agree with to the bit */
+
+static int pair(int runs, int t, int u) { return t * runs - t * (t - 1) / 2 + u - t; }
+
+/* The products of runs x with runs y, which all stay in registers while the block is read once */
+static inline FUSED __attribute__((always_inline)) void tile(int rows, int columns, int triangle, const lanes (*x)[WIDE],
+                                                       const lanes (*y)[WIDE], int t, int runs, lanes *sums)
 {
-    for (int t = 0; t < runs; t++)
-        widen(tau[t], wide[t]);
-    for (int t = 0; t < runs; t++)
+    lanes sum[TILE][TILE] = {{{0}}};
+    for (long i = 0; i < WIDE; i++)
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+            for (int c = triangle ? r : 0; c < columns; c++)
+                sum[r][c] += x[r][i] * y[c][i];
+    int u = t + (int)(y - x);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int c = triangle ? r : 0; c < columns; c++)
+            sums[pair(runs, t + r, u + c)] += sum[r][c];
+}
+
+/* Of the pairs (t, u) of runs, t <= u */
+FUSED static void add_pairs(int runs, const float (*tau)[BLOCK], lanes (*wide)[WIDE], lanes *sums)
+{
+    int t = 0;
+    for (int r = 0; r < runs; r++)
+        widen(tau[r], wide[r]);
+    for (; t + TILE <= runs; t += TILE) {
+        int u = t + TILE;
+        tile(TILE, TILE, 1, wide + t, wide + t, t, runs, sums);
+        for (; u + TILE <= runs; u += TILE)
+            tile(TILE, TILE, 0, wide + t, wide + u, t, runs, sums);
+        for (; u < runs; u++)
+            tile(TILE, 1, 0, wide + t, wide + u, t, runs, sums);
+    }
+    for (; t < runs; t++)
         for (int u = t; u < runs; u++)
-            add_product(wide[t], wide[u], sums++);
+            add_product(wide[t], wide[u], sums + pair(runs, t, u));
 }
 
 /* One bit an element: bit k of word l is element 16 k + l. */
@@ -467,6 +518,30 @@ void sample(const struct job *job, int run, long size, long step, int32_t *patte
     }
 }
 
+/* Append the patterns that are `in` to `inside`, as far as there is room; returns how many there are now. */
+static int64_t keep(const int32_t *bits, const uint8_t *in, int32_t *inside, int64_t held, int64_t room)
+{
+    long i = 0;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    for (; i < BLOCK && held + BLOCK <= room; i += 16) {
+        __mmask16 some = _mm_test_epi8_mask(_mm_loadu_si128((const void *)(in + i)), _mm_set1_epi8(1));
+        _mm512_storeu_si512(inside + held, _mm512_maskz_compress_epi32(some, _mm512_loadu_si512(bits + i)));
+        held += __builtin_popcount(some);
+    }
+#endif
+    for (; i < BLOCK; i += 8) { /* most of them are not inside */
+        uint64_t some;
+        memcpy(&some, in + i, 8);
+        for (long j = i; some && j < i + 8; j++)
+            if (in[j]) {
+                if (held < room)
+                    inside[held] = bits[j];
+                held++;
+            }
+    }
+    return held;
+}
+
 /* Magnitudes of one run against a bracket, as bit patterns: how many lie below `low`, equal it,
  * equal `high`, and lie between; the patterns of these go to `inside`, up to `room` of them. */
 int collect(const struct job *job, int run, long size, int32_t low, int32_t high, int64_t room, int64_t *counts, int32_t *inside)
@@ -491,16 +566,7 @@ int collect(const struct job *job, int run, long size, int32_t low, int32_t high
             highest += bits[i] == high;
         }
         memset(in + n, 0, BLOCK - n);
-        for (long i = 0; i < n; i += 8) { /* most of them are not inside */
-            uint64_t some;
-            memcpy(&some, in + i, 8);
-            for (long j = i; some && j < i + 8; j++)
-                if (in[j]) {
-                    if (held < room)
-                        inside[held] = bits[j];
-                    held++;
-                }
-        }
+        held = keep(bits, in, inside, held, room);
         counts[0] += below, counts[1] += lowest, counts[2] += highest;
     }
     counts[3] = held;
