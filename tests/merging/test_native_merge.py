@@ -99,6 +99,17 @@ def test_known_deltas_and_runs_that_stay(exact_run: Any, monkeypatch: pytest.Mon
         assert all(torch.equal(ours[name], theirs[name]) for name in ours) and close(report, other)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 8, 10, 13])
+def test_any_number_of_runs(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(count)
+    tensors = [torch.randn(1000, generator=generator) for _ in range(1 + count)]
+    base, *runs = [MemoryCheckpoint({"a": tensor.bfloat16()}) for tensor in tensors]
+    for params in ({"method": "mean"}, {"method": "ties", "preset": "mergekit", "density": 0.3}):
+        with monkeypatch.context() as patch:
+            (ours, report), (theirs, other) = both(patch, base, runs, **params)
+        assert torch.equal(ours["a"], theirs["a"]) and close(report, other)
+
+
 @pytest.mark.parametrize("method", ["mean", "tall-mask", "ties"])
 def test_any_number_of_threads(method: str) -> None:
     base, runs = models("bfloat16", rounded=True)
