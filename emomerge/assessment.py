@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emomerge.measure import PRESETS, Artefact, Measured, Measurer, steps_of
+from emomerge.adapters import open_run
+from emomerge.checkpoints import atomic, open_checkpoint
+from emomerge.errors import BadInput
+from emomerge.measure import PRESETS, Artefact, Measured, Measurer, fingerprint, steps_of
 from emomerge.probing import verdict
 from emomerge.progress import Display
 from emomerge.recipe import Recipe
+from emomerge.shares import spread
+from emomerge.tasks import make_task
+from emomerge.training import Engine, choose_device
 
 Array = NDArray[np.float64]
 
@@ -44,6 +51,7 @@ def assess(
     best: Sequence[Artefact],
     rivals: Mapping[str, Sequence[Artefact]],
     display: Display,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Measure everything and judge the recipe's first merge: named before any figure was seen, it is no pick of the luckiest.
 
@@ -56,6 +64,7 @@ def assess(
         best: the best single run of each training seed.
         rivals: kind of control → its artefact for each training seed that has one (see `Pipeline.rivals`).
         display: shows progress.
+        engine: what starts workers for the probe; None measures here.
 
     Returns:
         `artefacts`, `probe`, `curves`, `verdict` and `selected` of results.json.
@@ -69,6 +78,8 @@ def assess(
     close = {base.name, *(a.name for c in contests for a in (c.merge, *c.flat.values(), *c.better.values()))}
     metrics = PRESETS[recipe.probe.preset]
     of_each = {a.name: metrics if a.name in close else PRESETS["quick"] for a in everything}
+    if engine is not None:
+        spread(engine, measurer, [(a, of_each[a.name]) for a in everything], display)
     line = display.line("probe", sum(steps_of(recipe, chosen) for chosen in of_each.values()))
     measured = {a.name: measurer.probe(a, line, of_each[a.name]) for a in everything}
     several = {}
@@ -92,6 +103,66 @@ def assess(
         "verdict": {**judged, "merge": merges[label][0].name, "best_single": [run.name for run in best]},
         "selected": select(rows) if recipe.select == "best" else None,
     }
+
+
+def probe_models(
+    recipe: Recipe,
+    models: Sequence[str],
+    base_folder: Path,
+    out: Path,
+    display: Display,
+    metrics: Sequence[str] | None = None,
+    engine: Engine | None = None,
+) -> dict[str, Any]:
+    """Measure given models on a recipe's data, resumably: `results.json` and `evaluations.jsonl` in `out`.
+
+    Args:
+        recipe: gives data and probe.
+        models: checkpoints, adapters or run directories, all of the base's architecture.
+        base_folder: the base they are compared with; its RMS sets the ball.
+        out: folder for results and ledger.
+        display: shows progress.
+        metrics: of those in PRESETS; by default what the recipe's preset holds.
+        engine: what starts workers for the probe; None measures here.
+    """
+    metrics = PRESETS[recipe.probe.preset] if metrics is None else metrics
+    if (out / "recipe.yaml").exists():
+        raise BadInput("the output folder of a recipe has results of its own", where=out, fix="choose another -o")
+    base = open_checkpoint(base_folder)
+    task = make_task(recipe.task)
+    checkpoints = [open_run(base, model) for model in models]
+    measurer = Measurer(
+        recipe,
+        task,
+        task.load_data(recipe.base),
+        base,
+        base_folder,
+        fingerprint(base),
+        choose_device(recipe.device),
+        out / "evaluations.jsonl",
+    )
+    artefacts = [Artefact("base", "base", base, measurer.base_hash, path=base_folder)]
+    short = [Path(model).name for model in models]
+    for model, checkpoint in zip(models, checkpoints, strict=True):
+        name = Path(model).name if short.count(Path(model).name) == 1 and Path(model).name != "base" else model
+        artefacts.append(Artefact(name, "merge", checkpoint, fingerprint(checkpoint), path=Path(model)))
+    rows, curves, several = [], {}, {}
+    with display.live():
+        if engine is not None:
+            spread(engine, measurer, [(artefact, metrics) for artefact in artefacts], display)
+        line = display.line("probe", len(artefacts) * steps_of(recipe, metrics))
+        for artefact in artefacts:
+            measured = measurer.probe(artefact, line, metrics)
+            rows.append(measured.row)
+            if measured.curve:
+                curves[artefact.name] = measured.curve
+        if len(artefacts) > 2:
+            several = measurer.landscapes(artefacts[1], artefacts[2], artefacts[2:], line, metrics)
+    results = {
+        "name": recipe.name, "artefacts": rows, "curves": curves, "probe": recipe.probe.model_dump(mode="json"), **several,
+    }  # fmt: skip
+    atomic.write_json(out / "results.json", results)
+    return results
 
 
 def _contests(

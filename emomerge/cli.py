@@ -106,10 +106,10 @@ executor_option = click.option(
     type=click.Choice(["local", "ray", "slurm"]),
     default="local",
     show_default=True,
-    help="Where runs are trained.",
+    help="Where runs are trained and models are probed.",
 )
 parallel_option = click.option(
-    "--max-parallel", type=click.IntRange(min=1), help="Runs trained at a time (default: local one, elsewhere all)."
+    "--max-parallel", type=click.IntRange(min=1), help="Workers at a time (default: local one, elsewhere all)."
 )
 setting_option = click.option(
     "--executor-set",
@@ -382,7 +382,13 @@ def reconstruct(
     click.echo(str(out))
 
 
-@_verb(main, "probe", "emomerge probe recipes/digits.yaml out/digits/merges/tall-mask out/digits/runs/sens-0 -o probed")
+@_verb(
+    main, "probe",
+    """
+    emomerge probe recipes/digits.yaml out/digits/merges/tall-mask out/digits/runs/sens-0 -o probed
+    emomerge probe recipes/digits.yaml out/digits/merges/tall-mask -o probed --preset full --executor ray
+    """,
+)  # fmt: skip
 @click.argument("recipe")
 @click.argument("models", nargs=-1, required=True)
 @click.option("-o", "--out", type=out_path, required=True, help="Folder for the results and the ledger of evaluations.")
@@ -397,21 +403,31 @@ def reconstruct(
     "barriers join all MODELS; the plane goes through the base and the first two.",
 )
 @set_option
+@click.option(
+    "--executor",
+    type=click.Choice(["local", "ray", "slurm"]),
+    default="local",
+    show_default=True,
+    help="Who evaluates: this process, or workers, each some directions or one metric of a model.",
+)
+@click.option("--max-parallel", type=click.IntRange(min=1), help="Workers at a time (default: local one, elsewhere all).")
+@setting_option
 @quiet_option
 @json_option
 def probe(
     recipe: str, models: Sequence[str], out: Path, base: str | None, preset: str | None, metrics: Sequence[str],
-    overrides: Sequence[str], quiet: bool, as_json: bool,
+    overrides: Sequence[str], executor: EngineName, max_parallel: int | None, settings: Sequence[str], quiet: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Measure MODELS (checkpoints, adapters or run directories) on RECIPE's data: losses and sharpness."""
-    from emomerge.measure import probe_models
+    from emomerge.assessment import probe_models
     from emomerge.progress import Display
     from emomerge.reporting import figures_table
 
-    settings = [*overrides, *([f"probe.preset={preset}"] if preset else [])]
-    parsed = _load(recipe, settings)
+    parsed = _load(recipe, [*overrides, *([f"probe.preset={preset}"] if preset else [])])
     base_folder = Path(base) if base else _default_out(parsed.name) / "base"
-    results = probe_models(parsed, list(models), base_folder, out, Display(quiet=quiet), metrics or None)
+    engine = _engine(out, executor, max_parallel, settings)
+    results = probe_models(parsed, list(models), base_folder, out, Display(quiet=quiet), metrics or None, engine)
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:

@@ -7,7 +7,7 @@ the selected artefact) see the validation split only; the reported held-out figu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,17 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from emomerge.adapters import open_run
-from emomerge.checkpoints import Checkpoint, atomic, load_into, open_checkpoint
-from emomerge.errors import BadInput
+from emomerge.checkpoints import Checkpoint, load_into
 from emomerge.merging import merge
 from emomerge.probing import controls, hessian, landscape, sharpness, worst_case
 from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Perturbable, rms
-from emomerge.progress import Display, Line
+from emomerge.probing.registry import Measurement
+from emomerge.progress import Line
 from emomerge.recipe import Recipe, digest
-from emomerge.tasks import Batch, Split, Task, TaskData, make_task
-from emomerge.training import choose_device
+from emomerge.tasks import Batch, Split, Task, TaskData
 
 Array = NDArray[np.float64]
 PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -40,6 +38,8 @@ PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """What is measured; `barriers`, `plane` and `surface` look at several artefacts at once."""
+BY_DIRECTION = ("gaussian", "adaptive")
+"""Metrics whose directions can be taken apart."""
 HESSIAN_PARTS = 16
 """The rows of the probe are cut into so many batches for the Hessian: what its intervals are resampled over."""
 SplitName = Literal["train", "validation", "test"]
@@ -90,17 +90,18 @@ class Measurer:
         base_hash: the base's hash.
         device: where the model lives.
         ledger: file that remembers evaluations.
+        known: another one, which is only read.
     """
 
     def __init__(
         self, recipe: Recipe, task: Task, data: TaskData, base: Checkpoint, base_folder: Path, base_hash: str,
-        device: torch.device, ledger: Path | None,
+        device: torch.device, ledger: Path | None, *, known: Path | None = None,
     ) -> None:  # fmt: skip
         torch.backends.cudnn.allow_tf32 = False  # convolutions in TF32 would round small perturbations away
         self.recipe, self.task, self.data, self.base = recipe, task, data, base
-        self.base_hash = base_hash
+        self.base_hash, self.base_folder = base_hash, base_folder
         self.device = device
-        self.ledger = Ledger(ledger)
+        self.ledger = Ledger(ledger, known)
         self.model: nn.Module = task.reload_model(base_folder, trust_remote_code=recipe.base.trust_remote_code).to(device)
         load_into(self.model, base)
         self.base_parameters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -182,7 +183,6 @@ class Measurer:
 
     def probe(self, artefact: Artefact, line: Line, metrics: Sequence[str]) -> Measured:
         """All figures of one artefact: losses, gradient norm and distance, and those of `metrics` that look at one artefact."""
-        recipe = self.recipe.probe
         self.load(artefact)
         probe = self._perturbable(artefact)
         values: dict[str, Array] = {}
@@ -194,10 +194,10 @@ class Measurer:
             "sharpness": {}, **artefact.facts,
         }  # fmt: skip
         if "gaussian" in metrics:
-            found = sharpness.gaussian(probe, recipe.radii, recipe.directions, lambda _: line.add(1, artefact.name))
+            found = self.shaken(artefact, "gaussian", on_direction=lambda _: line.add(1, artefact.name))
             row["sharpness"], values["gaussian"], weights["gaussian"] = found.summary, found.values, sharpness.weights(probe)
         if "adaptive" in metrics:
-            row["adaptive"] = sharpness.adaptive(probe, recipe.adaptive_radii, recipe.directions).summary
+            row["adaptive"] = self.shaken(artefact, "adaptive").summary
             line.add(1, f"{artefact.name}: adaptive")
         if "basin" in metrics:
             row["basin"] = basin_row(sharpness.basin(probe).summary)
@@ -221,6 +221,32 @@ class Measurer:
         if "curve" in metrics and artefact.role in ("run", "merge"):
             curve = landscape.alpha_curve(probe, self.base_parameters).summary
         return Measured(row, values, weights, curve)
+
+    def shaken(
+        self,
+        artefact: Artefact,
+        metric: str,
+        numbers: Sequence[int] | None = None,
+        on_direction: Callable[[int], None] = lambda number: None,
+    ) -> Measurement:
+        """`gaussian` or `adaptive` sharpness of the loaded artefact, in all directions or in those of some numbers."""
+        recipe = self.recipe.probe
+        directions = recipe.directions if numbers is None else numbers
+        function = sharpness.gaussian if metric == "gaussian" else sharpness.adaptive
+        radii = recipe.radii if metric == "gaussian" else recipe.adaptive_radii
+        return function(self._perturbable(artefact), radii, directions, on_direction)
+
+    def take(self, artefact: Artefact, metric: str, numbers: Sequence[int]) -> None:
+        """Evaluate what one metric needs of one artefact, for the ledger; of directions those of some numbers."""
+        self.load(artefact)
+        if metric in BY_DIRECTION:
+            self.shaken(artefact, metric, numbers)
+        elif metric == "hessian":
+            self._hessian(artefact)
+        elif metric == "basin":
+            sharpness.basin(self._perturbable(artefact))
+        else:
+            worst_case.worst_case(self._perturbable(artefact))
 
     def _hessian(self, artefact: Artefact) -> tuple[dict[str, Any], hessian.Lanczos, hessian.Trace]:
         """λmax, λmin, the density, the trace and its parts, for the report; and what they were made of."""
@@ -288,6 +314,12 @@ class Measurer:
         weights = torch.stack([group.sum() for group in rows.weight.split(size)])
         sums = torch.stack([group.sum() for group in (rows.loss * rows.weight).split(size)])
         return sums / weights, weights.tolist()
+
+    @cached_property
+    def inputs(self) -> str:
+        """Hash of what is probed on, and of how."""
+        recipe = self.recipe.probe
+        return digest([self.split(recipe.data).digest, self.base_hash, recipe.model_dump(mode="json")])
 
     def _perturbable(self, artefact: Artefact, parts: int | None = None) -> Perturbable:
         """The loaded artefact on the probe's batches, or on its rows cut into about so many."""
@@ -369,62 +401,6 @@ def score(task: Task, model: nn.Module, batch: Batch) -> dict[str, float]:
         found = {name: figure for name, figure in rows._asdict().items() if figure is not None and name != "weight"}
         means = (torch.stack([*found.values()]) * rows.weight).sum(dim=1) / rows.weight.sum()
     return dict(zip(found, means.tolist(), strict=True)) | {"weight": float(rows.weight.sum())}
-
-
-def probe_models(
-    recipe: Recipe,
-    models: Sequence[str],
-    base_folder: Path,
-    out: Path,
-    display: Display,
-    metrics: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """Measure given models on a recipe's data, resumably: `results.json` and `evaluations.jsonl` in `out`.
-
-    Args:
-        recipe: gives data and probe.
-        models: checkpoints, adapters or run directories, all of the base's architecture.
-        base_folder: the base they are compared with; its RMS sets the ball.
-        out: folder for results and ledger.
-        display: shows progress.
-        metrics: of those in PRESETS; by default what the recipe's preset holds.
-    """
-    metrics = PRESETS[recipe.probe.preset] if metrics is None else metrics
-    if (out / "recipe.yaml").exists():
-        raise BadInput("the output folder of a recipe has results of its own", where=out, fix="choose another -o")
-    base = open_checkpoint(base_folder)
-    task = make_task(recipe.task)
-    checkpoints = [open_run(base, model) for model in models]
-    measurer = Measurer(
-        recipe,
-        task,
-        task.load_data(recipe.base),
-        base,
-        base_folder,
-        fingerprint(base),
-        choose_device(recipe.device),
-        out / "evaluations.jsonl",
-    )
-    artefacts = [Artefact("base", "base", base, measurer.base_hash, path=base_folder)]
-    short = [Path(model).name for model in models]
-    for model, checkpoint in zip(models, checkpoints, strict=True):
-        name = Path(model).name if short.count(Path(model).name) == 1 and Path(model).name != "base" else model
-        artefacts.append(Artefact(name, "merge", checkpoint, fingerprint(checkpoint), path=Path(model)))
-    rows, curves, several = [], {}, {}
-    with display.live():
-        line = display.line("probe", len(artefacts) * steps_of(recipe, metrics))
-        for artefact in artefacts:
-            measured = measurer.probe(artefact, line, metrics)
-            rows.append(measured.row)
-            if measured.curve:
-                curves[artefact.name] = measured.curve
-        if len(artefacts) > 2:
-            several = measurer.landscapes(artefacts[1], artefacts[2], artefacts[2:], line, metrics)
-    results = {
-        "name": recipe.name, "artefacts": rows, "curves": curves, "probe": recipe.probe.model_dump(mode="json"), **several,
-    }  # fmt: skip
-    atomic.write_json(out / "results.json", results)
-    return results
 
 
 def steps_of(recipe: Recipe, metrics: Sequence[str]) -> int:

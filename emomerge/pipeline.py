@@ -557,6 +557,7 @@ class Pipeline:
             best=best,
             rivals=self.rivals(),
             display=self.display,
+            engine=self.engine,
         )
         return {
             **self._heading(),

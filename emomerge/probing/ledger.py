@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,15 +17,17 @@ class Ledger:
 
     Args:
         path: a JSONL file, created when the first row comes; None keeps the rows in memory.
+        known: another ledger's file, whose rows need no evaluation; it is only read.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path
+    def __init__(self, path: Path | None = None, known: Path | None = None) -> None:
+        self.path = path
         self._rows: dict[Key, dict[str, Any]] = {}
-        if path is not None and path.exists():
-            self._read(path)
+        for file in (path, known):
+            if file is not None and file.exists():
+                self._read(file, repair=file is path)
 
-    def _read(self, path: Path) -> None:
+    def _read(self, path: Path, *, repair: bool) -> None:
         text = path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line short
         for line in whole.splitlines():
@@ -34,7 +36,7 @@ class Ledger:
                 self._rows[self._key(row)] = row
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue  # a damaged row is only evaluated again
-        if whole != text:
+        if repair and whole != text:
             path.write_text(whole, encoding="utf-8")
 
     @staticmethod
@@ -51,12 +53,19 @@ class Ledger:
         if known is not None:
             return known
         row = {**{field: key[field] for field in FIELDS}, **evaluate()}
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        self._rows[self._key(row)] = row
+        self._add([row])
         return row
+
+    def take_over(self, other: Ledger) -> None:
+        """Add the rows of another ledger that this one has not."""
+        self._add([row for key, row in other._rows.items() if key not in self._rows])
+
+    def _add(self, rows: Sequence[dict[str, Any]]) -> None:
+        if self.path is not None and rows:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._rows |= {self._key(row): row for row in rows}
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -33,7 +33,7 @@ def weights(probe: Perturbable) -> Array:
 def gaussian(
     probe: Perturbable,
     radii: Sequence[float] = (0.01, 0.03, 0.1),
-    directions: int = 16,
+    directions: int | Sequence[int] = 16,
     on_direction: Callable[[int], None] = lambda number: None,
 ) -> Measurement:
     """Antithetic average-case sharpness [L(θ+sδ) + L(θ−sδ)]/2 − L(θ) in the base-RMS ball.
@@ -45,7 +45,7 @@ def gaussian(
     Args:
         probe: the model.
         radii: s, as fractions of the base's RMS per tensor.
-        directions: how many Gaussian directions δ.
+        directions: how many Gaussian directions δ, or the numbers of those that are wanted.
         on_direction: called with the number of each direction when it is done.
 
     Returns:
@@ -61,7 +61,7 @@ def gaussian(
 def adaptive(
     probe: Perturbable,
     radii: Sequence[float] = (0.05, 0.1, 0.2),
-    directions: int = 16,
+    directions: int | Sequence[int] = 16,
     on_direction: Callable[[int], None] = lambda number: None,
 ) -> Measurement:
     """`gaussian` in the ball of each weight's own size: δ = |w| ⊙ z. Secondary: it rewards models whose weights are small.
@@ -72,13 +72,18 @@ def adaptive(
 
 
 def _average(
-    probe: Perturbable, name: str, ball: Ball, radii: Sequence[float], directions: int, on_direction: Callable[[int], None]
+    probe: Perturbable,
+    name: str,
+    ball: Ball,
+    radii: Sequence[float],
+    directions: int | Sequence[int],
+    on_direction: Callable[[int], None],
 ) -> Measurement:
     middle = [np.array(_at_center(probe, batch)["loss"]) for batch in range(len(probe.batches))]
     realised = [require_resolved(probe, name, ball, radius) for radius in radii]
     found: list[list[Array]] = [[] for _ in radii]
     with probe.placed() as place:
-        for number in range(directions):
+        for number in range(directions) if isinstance(directions, int) else directions:
             direction = probe.direction(number, ball)
             for r, radius in enumerate(radii):
                 units = []

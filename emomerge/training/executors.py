@@ -10,7 +10,7 @@ import contextlib
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,35 +218,64 @@ def train_in_workers(
     if recipe.runs.parallel == "stacked":
         raise BadInput("runs that share a pass are trained by one process", fix="use runs.parallel: auto, or no executor")
     reached = [RunDir(folder / spec.name).has_reached(run_inputs(recipe, spec, base_hash), spec) for spec in specs]
-    waiting = deque(spec for spec, there in zip(specs, reached, strict=True) if not there)
-    begun, failures = Counter[RunSpec](), list[EmomergeError]()
-    active: dict[RunSpec, Submitted] = {}
-    shown: dict[RunSpec, int] = {}
+    waiting = {f"run {spec.name}": spec for spec, there in zip(specs, reached, strict=True) if not there}
+    shown: dict[str, int] = {}
+
+    def look(name: str) -> None:
+        row = RunDir(folder / waiting[name].name).last_metrics()
+        if row is not None and row["step"] != shown.get(name):
+            shown[name] = row["step"]
+            on_step(waiting[name], row)
+
+    jobs = {name: Job(recipe, spec, folder, base_hash, base_folder, Path.cwd()) for name, spec in waiting.items()}
+    do_in_workers(engine, work, jobs, look)
+
+
+def do_in_workers(
+    engine: Engine,
+    function: Callable[[Any], EmomergeError | None],
+    jobs: Mapping[str, Any],
+    look: Callable[[str], None] = lambda name: None,
+    over: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Call a function with each job in a worker of its own, at most `engine.max_parallel` at a time; a lost one begins again.
+
+    Args:
+        engine: what starts workers.
+        function: of a module; returns what is wrong with the job, if anything is.
+        jobs: what to call it with, by the name that an error says.
+        look: called every now and then with the name of each job that a worker has.
+        over: called with the name of each job that is over, well or not.
+
+    Raises:
+        EmomergeError: after all others were done, if any could not be.
+    """
+    waiting = deque(jobs)
+    begun, failures = Counter[str](), list[EmomergeError]()
+    active: dict[str, Submitted] = {}
     try:
         while waiting or active:
             while waiting and (engine.max_parallel is None or len(active) < engine.max_parallel):
-                spec = waiting.popleft()
-                begun[spec] += 1
-                active[spec] = engine.submit(work, Job(recipe, spec, folder, base_hash, base_folder, Path.cwd()))
+                name = waiting.popleft()
+                begun[name] += 1
+                active[name] = engine.submit(function, jobs[name])
             time.sleep(POLL)
-            for spec, submitted in list(active.items()):
-                over = submitted.done()
-                row = RunDir(folder / spec.name).last_metrics()
-                if row is not None and row["step"] != shown.get(spec):
-                    shown[spec] = row["step"]
-                    on_step(spec, row)
-                if not over:
+            for name, submitted in list(active.items()):
+                done = submitted.done()
+                look(name)
+                if not done:
                     continue
-                del active[spec]
+                del active[name]
                 try:
                     failure = submitted.result()
                 except Exception as lost:  # each engine has its own types for it
-                    if begun[spec] < ATTEMPTS:
-                        waiting.append(spec)
+                    if begun[name] < ATTEMPTS:
+                        waiting.append(name)
                         continue
-                    failure = RunFailed(f"run {spec.name} failed: its worker was lost {ATTEMPTS} times, at last by {lost}")
+                    failure = RunFailed(f"{name} failed: its worker was lost {ATTEMPTS} times, at last by {lost}")
                 if failure is not None:
                     failures.append(failure)
+                over(name)
     finally:
         for submitted in active.values():
             submitted.cancel()

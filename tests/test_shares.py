@@ -1,0 +1,138 @@
+"""The probe in workers: the figures of one process, whoever dies on the way."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from emomerge.assessment import probe_models
+from emomerge.checkpoints import MemoryCheckpoint, model_checkpoint, write_checkpoint
+from emomerge.errors import EmomergeError
+from emomerge.measure import Measurer
+from emomerge.probing.ledger import FIELDS, Ledger
+from emomerge.progress import Display
+from emomerge.recipe import parse_recipe
+from emomerge.tasks import make_task
+from emomerge.training import open_engine
+
+METRICS = ("gaussian", "adaptive", "hessian", "basin", "worst-case", "curve")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A recipe, its base's folder, a model, and what one process finds."""
+    pytest.importorskip("sklearn")
+    torch.set_num_threads(1)
+    section = {
+        "name": "t",
+        "base": {"prepare": {"model": "vit", "hidden": 16, "layers": 1, "patch_size": 4}},
+        "task": {"kind": "image-classification", "train": "digits", "limit": 64, "eval_fraction": 0.25},
+        "probe": {"batches": 1, "batch_size": 16, "directions": 6, "lanczos_steps": 3, "trace_probes": 2, "radii": [0.03]},
+    }
+    recipe, root = parse_recipe(section), tmp_path_factory.mktemp("shares")
+    task = make_task(recipe.task)
+    torch.manual_seed(0)
+    model = task.new_model(recipe.base, task.load_data(recipe.base))
+    model.config.save_pretrained(root / "files")
+    task.save_processor(root / "files")
+    base = model_checkpoint(model, source="base")
+    write_checkpoint(base, root / "base", files_from=root / "files")
+    other = MemoryCheckpoint({name: base[name] + 0.02 * torch.randn_like(base[name]) for name in base})
+    write_checkpoint(other, root / "model", files_from=root / "files")
+    return recipe, root, probe(recipe, root, root / "here")
+
+
+def probe(recipe, root, out, engine=None):
+    found = probe_models(recipe, [str(root / "model")], root / "base", out, Display(quiet=True), METRICS, engine)
+    return json.dumps({key: found[key] for key in ("artefacts", "curves")})
+
+
+class Dying:
+    """An engine whose calls happen at once; every third one is lost after some evaluations, but for their rows."""
+
+    max_parallel = None
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch, self.shares, self.rows = monkeypatch, [], 0
+
+    def submit(self, function, share):
+        self.shares.append(share)
+        self.error = None
+        ask, self.rows = Ledger.ask, 0
+
+        def dying(ledger, *args, **key):
+            self.rows += 1
+            if self.rows > 2 and len(self.shares) % 3 == 0:
+                raise KeyboardInterrupt
+            return ask(ledger, *args, **key)
+
+        with self.monkeypatch.context() as patch:
+            patch.setattr(Ledger, "ask", dying)
+            try:
+                self.returned = function(share)
+            except KeyboardInterrupt as lost:
+                self.error = lost
+        return Over(self.error, None if self.error else self.returned)
+
+
+class Over:
+    def __init__(self, error, returned):
+        self.error, self.returned = error, returned
+
+    def done(self):
+        return True
+
+    def result(self):
+        if self.error:
+            raise RuntimeError("a worker that died")
+        return self.returned
+
+    def cancel(self):
+        pass
+
+
+def test_the_same_figures_although_workers_die(given, tmp_path, monkeypatch):
+    recipe, root, here = given
+    engine = Dying(monkeypatch)
+    monkeypatch.setattr("emomerge.training.executors.POLL", 0)
+    assert probe(recipe, root, tmp_path / "there", engine) == here
+    per_model = 2 * 2 + 3  # six directions of two metrics in shares of four and two; three other metrics
+    assert len({share.ledger for share in engine.shares}) == 2 * per_model < len(engine.shares)
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["evaluations.jsonl", "results.json"]
+
+    # What they found is not evaluated again, neither by us nor by workers.
+    rows = (tmp_path / "there" / "evaluations.jsonl").read_text().splitlines()
+    keys = [tuple(json.loads(row)[field] for field in FIELDS) for row in rows]
+    assert len(set(keys)) == len(keys)
+    engine.shares.clear()
+    assert probe(recipe, root, tmp_path / "there", engine) == here
+    assert engine.shares == []
+    assert (tmp_path / "there" / "evaluations.jsonl").read_text().splitlines() == rows
+
+
+def test_what_is_wrong_is_told_and_nothing_is_lost(given, tmp_path, monkeypatch):
+    recipe, root, here = given
+    monkeypatch.setattr("emomerge.training.executors.POLL", 0)
+    engine = Dying(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(Measurer, "_hessian", lambda self, artefact: 1 / 0)
+        with pytest.raises(EmomergeError, match="hessian of base failed: ZeroDivisionError.*hessian of model failed"):
+            probe(recipe, root, tmp_path / "there", engine)
+    engine.shares.clear()
+    assert probe(recipe, root, tmp_path / "there", engine) == here
+    assert {share.metric for share in engine.shares} == {"hessian"}
+
+
+@pytest.mark.cluster
+def test_ray_finds_the_same_figures(given, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    recipe, root, here = given
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    try:
+        engine = open_engine("ray", max_parallel=2, settings={}, folder=tmp_path)
+        assert probe(recipe, root, tmp_path / "there", engine) == here
+    finally:
+        ray.shutdown()
