@@ -109,10 +109,7 @@ class Perturbable:
                     "weights of this dtype cannot be perturbed", where=f"parameter {name}", expected="16 bits or more",
                     found=parameter.dtype, fix="load the model in float32",
                 )  # fmt: skip
-            if parameter.is_meta:
-                raise BadInput(
-                    "the weights are not in memory", where=f"parameter {name}", fix="load the model without offloading"
-                )
+            _require_in_memory(name, parameter)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -345,6 +342,13 @@ def square_sum(tensor: Tensor) -> float:
     return inner(tensor, tensor)
 
 
+def _require_in_memory(name: str, parameter: Tensor) -> None:
+    if parameter.is_meta:
+        raise BadInput("the weights are not in memory", where=f"parameter {name}", fix="load the model without offloading")
+
+
 def rms(model: nn.Module) -> dict[str, float]:
     """Parameter name → root mean square: the ball every model of one probe shares, taken from the base."""
+    for name, parameter in model.named_parameters():
+        _require_in_memory(name, parameter)
     return {name: math.sqrt(square_sum(p) / p.numel()) if p.numel() else 0.0 for name, p in model.named_parameters()}

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import emomerge
 from emomerge.errors import BadInput, EmomergeError
 from emomerge.probing import perturb, sharpness
 from emomerge.probing.perturb import Lazy, Perturbable, inner, rms
@@ -237,6 +238,23 @@ def test_factors_of_an_adapter_are_refused_by_name():
 def test_weights_that_are_elsewhere_are_refused_by_name():
     with pytest.raises(BadInput, match="parameter weight; load the model without offloading"):
         probe_of(nn.Linear(2, 2, device="meta"), reference={"x": 1.0})
+
+
+def test_a_model_that_accelerate_has_placed_is_measured_as_any_other(tmp_path):
+    from accelerate import dispatch_model
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    batches = [torch.randn(5, 3)]
+
+    def found(model):
+        return emomerge.probe(model, lambda m, x: (m(x).square().mean(), 1.0), batches, ["gaussian", "hessian"])
+
+    plain, placed = found(model), {"0": "cpu", "1": "cpu", "2": "cpu"}
+    assert found(dispatch_model(copy.deepcopy(model), placed, main_device="cpu", force_hooks=True)) == plain
+    placed["2"] = "disk"
+    with pytest.raises(BadInput, match=r"not in memory: parameter 2\.weight; load the model without offloading"):
+        found(dispatch_model(model, placed, main_device="cpu", offload_dir=tmp_path, force_hooks=True))
 
 
 def test_what_cannot_be_perturbed_is_refused_by_name():
