@@ -12,18 +12,16 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from emomerge.errors import BadInput, EmomergeError
+from emomerge.printing import console, print_results, print_rounding
 
 if TYPE_CHECKING:
-    from emomerge.merging.record import MergeRecord, Output
-    from emomerge.merging.spread import Spread
     from emomerge.training.engines import Engine, EngineName
 
 out_path = click.Path(path_type=Path)
@@ -172,7 +170,7 @@ def run(recipe: str, out: Path | None, overrides: Sequence[str], again: bool, qu
         return
     if not todo:
         click.echo("Nothing to do: every stage is up to date.")
-    _print_results(results, pipeline.space.report)
+    print_results(results, pipeline.space.report)
 
 
 @_verb(
@@ -245,15 +243,16 @@ def bake(
     """Write BASE with ADAPTER merged into its weights: computed in float32, rounded once."""
     from emomerge import adapters
     from emomerge.checkpoints import open_checkpoint
+    from emomerge.merge_command import only_a_card, write_model
     from emomerge.merging.record import Output
 
     opened = open_checkpoint(base)
     baked = adapters.bake(opened, adapter, allow_unmatched=allow_unmatched)
     context = {"title": out.stem, "about": f"`{adapter}` merged into the weights of its base.", "base": base}
     output = Output(dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size)
-    lost = _write(baked, opened, out, "bake", output, force=force, quiet=quiet, papers=lambda _: _only_a_card(context))
+    lost = write_model(baked, opened, out, "bake", output, force=force, quiet=quiet, papers=lambda _: only_a_card(context))
     if not quiet:
-        _print_rounding(lost)
+        print_rounding(lost)
     click.echo(str(out))
 
 
@@ -340,12 +339,14 @@ def merge(
 
     given = [*([base] if base else []), *runs]
     digest = Digests(file for source in given for file in weight_files(source))  # while torch is being imported
+    from emomerge.merge_command import asked_for, merge_record, recorded
+
     if again is not None or extend is not None:
-        record = _recorded(again, extend, given, weights)
+        record = recorded(again, extend, given, weights)
     else:
-        record = _asked_for(base, runs, weights, **options)
+        record = asked_for(base, runs, weights, **options)
     engine = _engine(out.parent, executor, None, settings) if settings or executor != "local" else None
-    _merge(record, out, digest, device=device, engine=engine, force=force, quiet=quiet, as_json=as_json)
+    merge_record(record, out, digest, device=device, engine=engine, force=force, quiet=quiet, as_json=as_json)
 
 
 @_verb(
@@ -369,6 +370,7 @@ def reconstruct(
 ) -> None:
     """Turn the masks that `merge --save-masks` left in FOLDER back into the single run RUN: base + mask ⊙ reference."""
     from emomerge.checkpoints import open_checkpoint
+    from emomerge.merge_command import only_a_card, write_model
     from emomerge.merging import masks
     from emomerge.merging.record import Output, read_record
 
@@ -378,7 +380,9 @@ def reconstruct(
     rebuilt = masks.reconstruct(folder, run, base)
     context = {"title": out.stem, "about": f"{run}, reconstructed from the masks in {folder}.", "base": record.base}
     output = Output(dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size)
-    _write(rebuilt, base, out, f"reconstruct {run}", output, force=force, quiet=quiet, papers=lambda _: _only_a_card(context))
+    write_model(
+        rebuilt, base, out, f"reconstruct {run}", output, force=force, quiet=quiet, papers=lambda _: only_a_card(context)
+    )
     click.echo(str(out))
 
 
@@ -423,16 +427,17 @@ def probe(
     from emomerge.assessment import probe_models
     from emomerge.progress import Display
     from emomerge.reporting import figures_table
+    from emomerge.templates import open_recipe
 
-    parsed = _load(recipe, [*overrides, *([f"probe.preset={preset}"] if preset else [])])
+    parsed = open_recipe(recipe, [*overrides, *([f"probe.preset={preset}"] if preset else [])])
     base_folder = Path(base) if base else _default_out(parsed.name) / "base"
     engine = _engine(out, executor, max_parallel, settings)
     results = probe_models(parsed, list(models), base_folder, out, Display(quiet=quiet), metrics or None, engine)
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:
-        console = _console()
-        console.print(figures_table(results, console.width))
+        screen = console()
+        screen.print(figures_table(results, screen.width))
 
 
 @_verb(main, "report", "emomerge report out/digits -o digits.html")
@@ -475,10 +480,10 @@ def inspect(path: str, other: str | None, base: str | None, top: int, quiet: boo
         if base is not None:
             raise BadInput("--base belongs to a comparison", found=base, fix="name two paths")
         described = describe(path)
-        click.echo(json.dumps(described, indent=2)) if as_json else _console().print(show_description(described))
+        click.echo(json.dumps(described, indent=2)) if as_json else console().print(show_description(described))
     else:
         compared = compare(path, other, base=base)
-        click.echo(json.dumps(compared, indent=2)) if as_json else _console().print(show_comparison(compared, top=top))
+        click.echo(json.dumps(compared, indent=2)) if as_json else console().print(show_comparison(compared, top=top))
 
 
 @_verb(main, "status", "emomerge status out/digits --watch")
@@ -491,7 +496,7 @@ def status(folder: Path, watch: bool, quiet: bool, as_json: bool) -> None:
     if watch and not as_json:
         from emomerge.inspection import watch_status
 
-        watch_status(folder, _console())
+        watch_status(folder, console())
     else:
         _print_status(folder, as_json)
 
@@ -504,8 +509,9 @@ def status(folder: Path, watch: bool, quiet: bool, as_json: bool) -> None:
 def init(template: str, out: Path | None, force: bool, quiet: bool) -> None:
     """Write a commented recipe to start from: digits, movie-reviews, fashion-mnist, causal-lm, flow-fashion or autoencoder."""
     from emomerge.checkpoints import atomic
+    from emomerge.templates import template_file
 
-    source = _template(template)
+    source = template_file(template)
     target = out or Path(f"{template}.yaml")
     files = {source: target}
     if source.with_suffix(".py").exists():  # of a custom task
@@ -521,28 +527,6 @@ def init(template: str, out: Path | None, force: bool, quiet: bool) -> None:
 # Shared by the commands.
 
 
-def _templates() -> dict[str, Path]:
-    """Name → file of the recipes that come with emomerge (in the package, or beside it in a checkout)."""
-    package = Path(__file__).parent
-    folders = [package / "recipes", package.parent / "recipes"]
-    return {file.stem: file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
-
-
-def _template(name: str) -> Path:
-    known = _templates()
-    if name not in known:
-        raise BadInput("no such recipe comes with emomerge", found=name, expected=", ".join(sorted(known)))
-    return known[name]
-
-
-def _load(recipe: str, overrides: Sequence[str]) -> Any:
-    from emomerge.recipe import load_recipe
-
-    known = _templates()
-    path = known[recipe] if recipe in known and not Path(recipe).exists() else Path(recipe)
-    return load_recipe(path, overrides)
-
-
 def _default_out(name: str) -> Path:
     return Path("out") / name
 
@@ -554,10 +538,12 @@ def _pipeline(
         overrides = [*overrides, f"runs.log_with=[{', '.join(trackers)}]"]
     if parallel := where.pop("parallel"):
         overrides = [*overrides, f"runs.parallel={parallel}"]
-    parsed = _load(recipe, overrides)
     from emomerge.pipeline import Pipeline
     from emomerge.progress import Display
+    from emomerge.templates import open_recipe
     from emomerge.training import join_ranks
+
+    parsed = open_recipe(recipe, overrides)
 
     folder = out or _default_out(parsed.name)
     if folder.exists() and not folder.is_dir():
@@ -604,324 +590,8 @@ def _engine(folder: Path, executor: EngineName, max_parallel: int | None, settin
     return open_engine(executor, max_parallel=max_parallel, settings=given, folder=Workspace(folder).slurm)
 
 
-def _number(option: str, text: str | None) -> float | str | None:
-    if text is None or text == "auto":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise BadInput(f"{option} is a number or `auto`", found=repr(text)) from None
-
-
-def _configured(
-    config: Path, base: str | None, method: str | None, dtype: str | None
-) -> tuple[str, Sequence[str], str, dict[str, Any], str]:
-    """Base, runs, method, parameters and dtype of a mergekit configuration; a dtype that is given counts."""
-    from emomerge.merging.mergekit import read_config
-
-    if base is not None or method is not None:
-        raise BadInput("--config says what is merged, and how", found=base or f"--method {method}", fix="leave that out")
-    merge = read_config(config)
-    return merge.base, merge.runs, merge.method, merge.params, dtype or merge.dtype
-
-
-def _split_overrides(method: str, overrides: Sequence[str], recipe: str | None) -> tuple[dict[str, Any], list[str]]:
-    """Those of `--set` that are parameters of the method, as data, and those that are fields of the recipe."""
-    import yaml
-
-    from emomerge.merging import find_method
-
-    known = {field.alias or name for name, field in find_method(method).schema.model_fields.items()}
-    parameters, others = {}, []
-    for override in overrides:
-        key, sign, text = override.partition("=")
-        if sign and (key in known or recipe is None):
-            try:
-                parameters[key] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise BadInput("--set wants KEY=VALUE in YAML", where=key, found=error) from None
-        elif recipe is None:
-            raise BadInput("--set wants KEY=VALUE", found=repr(override))
-        else:
-            others.append(override)
-    return parameters, others
-
-
-def _evaluator(recipe: str, overrides: Sequence[str], base: Any) -> tuple[Any, list[Path]]:
-    """Validation loss of any weights, by a recipe's task; and the local files that decide it."""
-    from emomerge.measure import Measurer
-    from emomerge.tasks import make_task
-    from emomerge.training import choose_device
-    from emomerge.workspace import external_sources, local_files
-
-    parsed = _load(recipe, overrides)
-    if base.folder is None:
-        raise BadInput("--recipe needs a BASE folder with its config", found=base.source)
-    task = make_task(parsed.task)
-    data = task.load_data(parsed.base)
-    measurer = Measurer(parsed, task, data, base, base.folder, "base", choose_device(parsed.device), None)
-    return measurer.held_out_loss, local_files([recipe, *external_sources(parsed)])
-
-
-def _asked_for(
-    base: str | None, runs: Sequence[str], weights: Sequence[float], *, config: Path | None, method: str | None,
-    scale: str | None, density: float | None, lambda_: str | None, k: int | None, reference: str | None, preset: str | None,
-    trim: str | None, aggregate: str | None, seed: int | None, dtype: str | None, rounding: str, max_shard_size: str,
-    save_masks: bool, as_lora: str | None, energy: float | None, max_rank: int | None, allow_partial: bool,
-    recipe_path: str | None, overrides: Sequence[str],
-) -> MergeRecord:  # fmt: skip
-    """The merge that the options describe."""
-    from emomerge.merging import check_params, find_method
-    from emomerge.merging.record import MergeRecord, Output, Run
-
-    given = {
-        "weights": list(weights) or None, "scale": _number("--scale", scale), "density": density,
-        "lambda_": _number("--lambda", lambda_), "k": k, "reference": reference, "preset": preset, "trim": trim,
-        "aggregate": aggregate,
-    }  # fmt: skip
-    given = {key: value for key, value in given.items() if value is not None}
-    if config is not None:
-        base, runs, method, configured, dtype = _configured(config, base, method, dtype)
-        given = configured | given
-    if base is None or not runs:
-        raise BadInput("merge needs BASE and RUNS, or --config", found="no BASE" if base is None else "no RUNS")
-    method = method or "tall-mask"
-    if seed is not None and (rounding == "nearest" or "seed" in find_method(method).schema.model_fields):
-        given["seed"] = seed
-    parameters, overrides = _split_overrides(method, overrides, recipe_path)
-    written: dict[str, Any] = {
-        "dtype": dtype, "rounding": rounding, "seed": seed, "max_shard_size": max_shard_size, "save_masks": save_masks,
-        "as_lora": _rank(as_lora), "energy": energy, "max_rank": max_rank, "allow_partial": allow_partial,
-    }  # fmt: skip
-    for option in ("energy", "max_rank"):
-        if written[option] is not None and as_lora != "auto":
-            raise BadInput(f"--{option.replace('_', '-')} belongs to --as-lora auto", found=written[option])
-    if allow_partial and as_lora is None:
-        raise BadInput("--allow-partial belongs to --as-lora")
-    return MergeRecord(
-        method=method,
-        params=check_params(method, given | parameters),
-        base=base,
-        runs=tuple(Run(name=run, source=run) for run in runs),
-        recipe=recipe_path,
-        overrides=tuple(overrides),
-        output=Output(**{key: value for key, value in written.items() if value is not None}),
-    )
-
-
-def _recorded(again: Path | None, extend: Path | None, runs: Sequence[str], weights: Sequence[float]) -> MergeRecord:
-    """The merge of a record, as it was or with more runs; its inputs are checked."""
-    from click.core import ParameterSource
-
-    from emomerge.merging.record import INCREMENTAL, read_record
-
-    context = click.get_current_context()
-    option = "--again" if again is not None else "--extend"
-    manner = {"out", "force", "quiet", "as_json", "device", "executor", "settings"}
-    allowed = {*manner, *(["again"] if again else ["extend", "base", "runs", "weights"])}
-    for parameter in context.command.params:
-        if parameter.name not in allowed and context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE:
-            raise BadInput(f"{option} takes all from the record", found=parameter.opts[-1], fix="leave that out")
-    record = read_record(again or extend or "")
-    record.check_inputs()
-    if again is not None:
-        return record
-    if not runs:
-        raise BadInput("--extend needs the RUNS to add", found="none")
-    if record.method not in INCREMENTAL:
-        click.echo(f"{record.method} depends on all runs at once: everything it chooses, it chooses anew", err=True)
-    return record.extended(runs, weights)
-
-
-def _rank(text: str | None) -> int | str | None:
-    if text is None or text == "auto":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise BadInput("--as-lora is a rank or `auto`", found=repr(text))
-    return int(text)
-
-
-def _merge(
-    record: MergeRecord, out: Path, digest: Callable[[Path], str], *, device: str, engine: Engine | None, force: bool,
-    quiet: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """Do what a record says, and write it with the record completed."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from emomerge import merging
-    from emomerge.checkpoints import atomic, open_checkpoint
-    from emomerge.merging.masks import mask_files
-    from emomerge.merging.record import as_json as completed
-    from emomerge.merging.spread import Spread
-
-    output = record.output
-    for what, wanted in (("--save-masks", output.save_masks), ("--as-lora", output.as_lora is not None)):
-        if wanted and out.suffix == ".safetensors":
-            raise BadInput(f"{what} writes a folder", found=f"-o {out}")
-    if output.save_masks and (record.method != "tall-mask" or output.as_lora is not None):
-        raise BadInput("--save-masks belongs to a model merged by tall-mask", found=record.method)
-    atomic.refuse_existing(out, force=force)
-    base = open_checkpoint(record.base)
-    evaluator, read = (None, []) if record.recipe is None else _evaluator(record.recipe, record.overrides, base)
-    sources = [run.source for run in record.runs]
-    if device != "cpu":
-        from emomerge.training import choose_device
-
-        device = str(choose_device(device))
-    merged = merging.merge(base, sources, method=record.method, held_out_loss=evaluator, device=device, **record.params)
-    record = record.named(merged.runs)
-    with ThreadPoolExecutor(1) as beside:
-        hashed = beside.submit(record.with_hashes, read, digest)
-        found: dict[str, Any] = {}
-
-        def papers(facts: dict[str, Any]) -> dict[str, str]:
-            found.update(completed(hashed.result(), **facts, diagnostics=merged.diagnostics()))
-            return {"merge.json": json.dumps(found, indent=2) + "\n", "README.md": _merge_card(found, out)}
-
-        if output.as_lora is not None:
-            _write_lora(merged, merged.base, out, output, rank=output.as_lora, force=force, quiet=quiet, papers=papers)
-        else:
-            files = mask_files(merged, record.params["reference"]) if output.save_masks else {}
-            title = f"merge {record.method}"
-            by = Spread(merged, engine) if engine is not None else None
-            _write(merged, merged.base, out, title, output, force=force, quiet=quiet, papers=papers, beside=files, shards_by=by)
-        if not found:  # one file holds no papers, but one may ask for the figures
-            papers({})
-    if as_json:
-        click.echo(json.dumps({**found, "out": str(out)}, indent=2))
-        return
-    _print_truncation(found.get("adapter"), record)
-    _print_diagnostics(found["diagnostics"])
-    _print_rounding(found.get("rounding_loss"))
-    click.echo(str(out))
-
-
-def _write(
-    checkpoint: Any, base: Any, out: Path, title: str, output: Output, *, force: bool, quiet: bool,
-    papers: Callable[[dict[str, Any]], dict[str, str]], beside: Mapping[str, Any] = MappingProxyType({}),
-    shards_by: Spread | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Write a model; return what rounding took from it."""
-    from emomerge.checkpoints import RoundingLoss, write_checkpoint
-    from emomerge.progress import Display
-
-    display, loss = Display(quiet=quiet), RoundingLoss(base)
-    with display.live():
-        line = display.line(title, len(checkpoint))
-        write_checkpoint(
-            checkpoint, out, dtype=output.dtype, rounding=output.rounding, seed=output.seed, loss=loss,
-            max_shard_size=output.max_shard_size, files_from=base.folder,
-            beside=beside, extra_files=lambda: papers({"rounding_loss": loss.figures()}),
-            force=force, progress=lambda name, _: line.add(1, name), shards_by=shards_by,
-        )  # fmt: skip
-    return loss.figures()
-
-
-def _write_lora(
-    merged: Any, base: Any, out: Path, output: Output, *, rank: int | Literal["auto"], force: bool, quiet: bool,
-    papers: Callable[[dict[str, Any]], dict[str, str]],
-) -> None:  # fmt: skip
-    """Write an adapter instead of a model."""
-    from emomerge.merging.lora import truncate
-    from emomerge.progress import Display
-
-    display = Display(quiet=quiet)
-    with display.live():
-        line = display.line("adapter", len(merged))
-        truncated = truncate(
-            merged, base, rank=rank, energy=output.energy, max_rank=output.max_rank,
-            allow_partial=output.allow_partial, progress=lambda name, _: line.add(1, name),
-        )  # fmt: skip
-    dtype = "float32" if output.dtype == "base" else output.dtype
-    truncated.write(out, dtype=dtype, extra_files=papers({"adapter": truncated.figures()}), force=force)
-
-
-def _only_a_card(context: dict[str, Any]) -> dict[str, str]:
-    return {"README.md": _card(context)}
-
-
-def _merge_card(record: dict[str, Any], out: Path) -> str:
-    context = {**record, "title": out.stem, "name": out.stem, "params": record["diagnostics"]["params"]}
-    if "adapter" in record:
-        about = f"A LoRA adapter that holds {record['adapter']['energy']:.2%} of the squared length of the merged task vector."
-        context |= {"library_name": "peft", "about": about}
-    return _card(context)
-
-
-def _card(context: dict[str, Any]) -> str:
-    from importlib.metadata import version
-
-    from emomerge.reporting import model_card
-
-    return model_card({**context, "command": shlex.join(["emomerge", *sys.argv[1:]]), "version": version("emomerge")})
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
-def _print_results(results: dict[str, Any], report: Path) -> None:
-    from emomerge.reporting import figures_table
-
-    console = _console()
-    console.print(figures_table(results, console.width))
-    for name, warning in ((name, w) for name, facts in results["merges"].items() for w in facts.get("warnings", [])):
-        console.print(f"Warning, {name}: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    console.print(results["verdict"]["sentence"], style="bold", markup=False, highlight=False, soft_wrap=True)
-    for caveat in results["verdict"]["caveats"]:
-        console.print(f"  {caveat}", markup=False, highlight=False, soft_wrap=True)
-    if results["selected"]:
-        console.print(results["selected"]["sentence"], markup=False, highlight=False, soft_wrap=True)
-    click.echo(f"Report: {report}")
-
-
-def _print_diagnostics(diagnostics: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for key, value in diagnostics.items():
-        if isinstance(value, (int, float, str)):
-            table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-        elif isinstance(value, dict):
-            shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
-            table.add_row(key, shown)
-    _console().print(table)
-    for warning in diagnostics.get("warnings", []):
-        click.echo(f"Warning: {warning}", err=True)
-
-
-def _print_rounding(lost: dict[str, Any] | None) -> None:
-    if lost and lost["relative_error"] is not None:
-        shown = (
-            f"rounding left {lost['unchanged']:.1%} of the moved weights at the base's value; relative error of the task vector"
-        )
-        click.echo(f"{shown} {lost['relative_error']:.2g}")
-
-
-def _print_truncation(adapter: dict[str, Any] | None, record: MergeRecord) -> None:
-    from rich.table import Table
-
-    if adapter is None:
-        return
-    table = Table("tensor", "rank", "energy captured", "share of all energy")
-    for name, layer in adapter["layers"].items():
-        table.add_row(name, str(layer["rank"]), f"{layer['energy']:.2%}", f"{layer['share']:.2%}")
-    for name, share in adapter["saved"].items():
-        table.add_row(name, "whole", "", f"{share:.2%}")
-    for name, share in adapter["left_out"].items():
-        table.add_row(name, "–", "left out", f"{share:.2%}")
-    table.add_row("all", "", f"{adapter['energy']:.2%}", "")
-    _console().print(table)
-    limit, wanted = record.output.max_rank, record.output.energy
-    short = [name for name, layer in adapter["layers"].items() if layer["energy"] < wanted and layer["rank"] == limit]
-    if record.output.as_lora == "auto" and short:
-        click.echo(f"Warning: {len(short)} layers hold less than {wanted:.0%} at --max-rank {limit}", err=True)
-
-
 def _print_status(folder: Path, as_json: bool) -> None:
     from emomerge.inspection import show_status, status_of
 
     found = status_of(folder)
-    click.echo(json.dumps(found, indent=2)) if as_json else _console().print(show_status(found))
+    click.echo(json.dumps(found, indent=2)) if as_json else console().print(show_status(found))

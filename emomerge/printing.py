@@ -1,0 +1,80 @@
+"""What the commands print on the standard output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from emomerge.merging.record import MergeRecord
+
+
+def console() -> Any:
+    """The terminal, or whatever the standard output is."""
+    from rich.console import Console
+
+    return Console()
+
+
+def print_results(results: dict[str, Any], report: Path) -> None:
+    """Figures, warnings, the verdict and what to use."""
+    from emomerge.reporting import figures_table
+
+    screen = console()
+    screen.print(figures_table(results, screen.width))
+    for name, warning in ((name, w) for name, facts in results["merges"].items() for w in facts.get("warnings", [])):
+        screen.print(f"Warning, {name}: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    screen.print(results["verdict"]["sentence"], style="bold", markup=False, highlight=False, soft_wrap=True)
+    for caveat in results["verdict"]["caveats"]:
+        screen.print(f"  {caveat}", markup=False, highlight=False, soft_wrap=True)
+    if results["selected"]:
+        screen.print(results["selected"]["sentence"], markup=False, highlight=False, soft_wrap=True)
+    click.echo(f"Report: {report}")
+
+
+def print_diagnostics(diagnostics: dict[str, Any]) -> None:
+    """What a merge did."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for key, value in diagnostics.items():
+        if isinstance(value, (int, float, str)):
+            table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+        elif isinstance(value, dict):
+            shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+            table.add_row(key, shown)
+    console().print(table)
+    for warning in diagnostics.get("warnings", []):
+        click.echo(f"Warning: {warning}", err=True)
+
+
+def print_rounding(lost: dict[str, Any] | None) -> None:
+    """What rounding took from the task vector, if it was looked at."""
+    if lost and lost["relative_error"] is not None:
+        shown = (
+            f"rounding left {lost['unchanged']:.1%} of the moved weights at the base's value; relative error of the task vector"
+        )
+        click.echo(f"{shown} {lost['relative_error']:.2g}")
+
+
+def print_truncation(adapter: dict[str, Any] | None, record: MergeRecord) -> None:
+    """What an adapter holds of a merge, layer by layer."""
+    from rich.table import Table
+
+    if adapter is None:
+        return
+    table = Table("tensor", "rank", "energy captured", "share of all energy")
+    for name, layer in adapter["layers"].items():
+        table.add_row(name, str(layer["rank"]), f"{layer['energy']:.2%}", f"{layer['share']:.2%}")
+    for name, share in adapter["saved"].items():
+        table.add_row(name, "whole", "", f"{share:.2%}")
+    for name, share in adapter["left_out"].items():
+        table.add_row(name, "–", "left out", f"{share:.2%}")
+    table.add_row("all", "", f"{adapter['energy']:.2%}", "")
+    console().print(table)
+    limit, wanted = record.output.max_rank, record.output.energy
+    short = [name for name, layer in adapter["layers"].items() if layer["energy"] < wanted and layer["rank"] == limit]
+    if record.output.as_lora == "auto" and short:
+        click.echo(f"Warning: {len(short)} layers hold less than {wanted:.0%} at --max-rank {limit}", err=True)

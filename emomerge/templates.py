@@ -1,0 +1,39 @@
+"""The recipes that come with emomerge, by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from emomerge.errors import BadInput
+from emomerge.recipe import Recipe, load_recipe
+
+
+def templates() -> dict[str, Path]:
+    """Name → file of the recipes that come with emomerge (in the package, or beside it in a checkout)."""
+    package = Path(__file__).parent
+    folders = [package / "recipes", package.parent / "recipes"]
+    return {file.stem: file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
+
+
+def template_file(name: str) -> Path:
+    """Its file.
+
+    Raises:
+        BadInput: there is none of that name.
+    """
+    known = templates()
+    if name not in known:
+        raise BadInput("no such recipe comes with emomerge", found=name, expected=", ".join(sorted(known)))
+    return known[name]
+
+
+def open_recipe(recipe: str, overrides: Sequence[str]) -> Recipe:
+    """A recipe from a file, or one of ours by its name.
+
+    Raises:
+        BadInput: see `load_recipe`.
+    """
+    known = templates()
+    path = known[recipe] if recipe in known and not Path(recipe).exists() else Path(recipe)
+    return load_recipe(path, overrides)
