@@ -361,7 +361,7 @@ class Measurer:
             lengths.append(controls.distance(self.model, self.base_parameters))
         factor = lengths[1] / lengths[0] if lengths[0] else 0.0  # a run that did not move has no direction to rescale
         return Artefact(
-            f"{run.name} at ‖{merged.name}‖", "control",
+            f"{run.name} at |{merged.name}|", "control",
             merge(self.base, [run.checkpoint], method="task-arithmetic", weights=[1.0], scale=factor, names=[run.name]),
             digest([run.hash, factor]),
             optimizer=run.optimizer, seed=run.seed, control="distance-matched", of=run.name,
