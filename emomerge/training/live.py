@@ -35,6 +35,7 @@ class TrainingRun:
             ...                         # loss and backward, on the rows of step live.step + 1
             live.observe(loss)          # of every micro-batch
             live.take_step(rows, seconds)
+            ...                         # the gradients are dropped
         live.finish(model, base_folder)
 
     Its checkpoints are the same for every loop: tensors under the names given here.
@@ -95,7 +96,7 @@ class TrainingRun:
         self._losses.append(loss.detach())
 
     def take_step(self, rows: Tensor, seconds: float) -> None:
-        """One step from the gradients in the parameters, which then drop them; its metrics; a checkpoint if one is due.
+        """One step from the gradients in the parameters; its metrics; a checkpoint if one is due.
 
         Args:
             rows: row numbers of the last micro-batch, for the error.
@@ -114,7 +115,6 @@ class TrainingRun:
             self.optimizer.step()
         except NonFiniteLossError as error:
             self._fail(error, rows)
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self._average is not None:
             self._average.update(self.step)

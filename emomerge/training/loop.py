@@ -52,6 +52,7 @@ def train_run(
                 (loss / recipe.runs.accumulation).backward()
                 live.observe(loss)
             live.take_step(rows, time.perf_counter() - started)
+            model.zero_grad(set_to_none=True)
             live.keep_snapshot(model, base_folder)
     live.finish(model.cpu(), base_folder)
 

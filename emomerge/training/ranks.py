@@ -163,6 +163,7 @@ def take_steps(
                 (loss / runs.accumulation).backward()
                 live.observe(ranks.mean(loss))
             live.take_step(rows, time.perf_counter() - started)
+            shared.zero_grad(set_to_none=True)
             if live.step in spec.snapshots:
                 tensors = {name: whole(tensor) for name, tensor in live.learnt.items()}
                 if ranks.leads:

@@ -119,6 +119,7 @@ def train_stacked(
             stack.share_gradients()
             seconds = (time.perf_counter() - started) / len(active)
             each(active, lambda n, seconds=seconds: lives[n].take_step(passes.rows_of(n), seconds))  # type: ignore[misc]
+            stack.drop_gradients()
             each(active, keep_snapshot)
     model.cpu()
     each(range(len(lives)), finish)

@@ -41,9 +41,10 @@ class StackedModel:
         self._parameters = [
             {name: nn.Parameter(stack.data[run]) for name, stack in self.stacks.items()} for run in range(self.runs)
         ]
+        self._gradients = {name: Gradient(stack) for name, stack in self.stacks.items()}
         self._replaced: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         for path, names in trained_layers(model).items():
-            self._replace(path, {own: self.stacks[name] for name, own in names.items()})
+            self._replace(path, {own: name for name, own in names.items()})
 
     def parameters_of(self, run: int) -> dict[str, nn.Parameter]:
         """The weights of one run by name: views of the stacks, for its optimizer."""
@@ -55,12 +56,18 @@ class StackedModel:
         return len(self._replaced)
 
     def share_gradients(self) -> None:
-        """Give every run's parameters their part of the gradients, as views, and the stacks none."""
-        for name, stack in self.stacks.items():
-            parts = [None] * self.runs if stack.grad is None else stack.grad.unbind()
-            for parameters, grad in zip(self._parameters, parts, strict=True):
-                parameters[name].grad = grad
-            stack.grad = None
+        """Give every run's parameters their part of the gradients, as views; None where no backward pass came by."""
+        for name, gradient in self._gradients.items():
+            if gradient.met != (self._parameters[0][name].grad is not None):
+                parts = gradient.total.unbind() if gradient.met else [None] * self.runs
+                for parameters, part in zip(self._parameters, parts, strict=True):
+                    parameters[name].grad = part
+
+    def drop_gradients(self) -> None:
+        """Begin the next step. The memory stays, and so do the views of it."""
+        torch._foreach_zero_([gradient.total for gradient in self._gradients.values()])
+        for gradient in self._gradients.values():
+            gradient.met = False
 
     @contextmanager
     def as_run(self, run: int) -> Iterator[None]:
@@ -90,11 +97,11 @@ class StackedModel:
             for stack, before in zip(self.stacks.values(), kept, strict=True):
                 stack.data.copy_(before)
 
-    def _replace(self, path: str, stacks: Mapping[str, nn.Parameter]) -> None:
-        layer = self.model.get_submodule(path)
+    def _replace(self, path: str, names: Mapping[str, str]) -> None:
+        layer, stacks = self.model.get_submodule(path), {own: self.stacks[name] for own, name in names.items()}
         stacked: nn.Module
         if set(stacks) == {A, B} and is_plain(layer):
-            stacked = StackedLora(layer, stacks[A], stacks[B])
+            stacked = StackedLora(layer, stacks[A], stacks[B], self._gradients[names[A]], self._gradients[names[B]])
         elif type(layer) is nn.Linear:
             stacked = StackedLinear(**stacks)
         elif any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in layer.modules()):
@@ -120,6 +127,31 @@ def is_plain(layer: nn.Module) -> bool:
     return type(layer.base_layer) is Conv1D or type(layer.base_layer).forward is nn.Linear.forward
 
 
+class Gradient:
+    """The gradient of a stack, added up in place: a product goes right there, without a tensor of its own.
+
+    Args:
+        stack: its `.grad` becomes `total`.
+    """
+
+    def __init__(self, stack: nn.Parameter) -> None:
+        self.total = stack.grad = torch.zeros_like(stack)
+        self.met = False
+        """Whether a backward pass has come by."""
+        stack.register_post_accumulate_grad_hook(self._meet)
+
+    def add_product(self, x: Tensor, y: Tensor, scale: float) -> None:
+        """Add s·x_i y_i for each run i: (runs, m, k), (runs, k, n)."""
+        self.met = True
+        if x.dtype == self.total.dtype:
+            self.total.baddbmm_(x, y, alpha=scale)
+        else:
+            self.total.add_(torch.bmm(x, y), alpha=scale)
+
+    def _meet(self, stack: Tensor) -> None:
+        self.met = True
+
+
 class StackedLora(nn.Module):
     """A linear layer with LoRA: the frozen product of all rows at once, and each run's own two factors.
 
@@ -127,69 +159,78 @@ class StackedLora(nn.Module):
         layer: the adapted layer.
         a: (runs, r, in).
         b: (runs, out, r).
+        gradient_a, gradient_b: where their gradients go.
     """
 
-    def __init__(self, layer: Any, a: nn.Parameter, b: nn.Parameter) -> None:
+    def __init__(self, layer: Any, a: nn.Parameter, b: nn.Parameter, gradient_a: Gradient, gradient_b: Gradient) -> None:
         super().__init__()
-        self.base_layer, self.dropout, self.scale = layer.base_layer, layer.lora_dropout["default"], layer.scaling["default"]
+        self.base_layer, self.dropout = layer.base_layer, layer.lora_dropout["default"]
         self.a, self.b = a, b
+        weight, bias = layer.base_layer.weight, layer.base_layer.bias
+        self._tensors = weight, bias, a, b  # in a tuple, which costs less to ask for than a module's parameters
+        self._transposed = not isinstance(layer.base_layer, nn.Linear)  # Conv1D of GPT-2: (in, out)
+        self._drops = not isinstance(self.dropout, nn.Identity)
+        self._how = gradient_a, gradient_b, layer.scaling["default"]
 
     @property
     def weight(self) -> Tensor:
         """The frozen weight, which some models look at."""
-        weight: Tensor = self.base_layer.weight
-        return weight
+        return self._tensors[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """(runs·rows, …, in) → (runs·rows, …, out)."""
-        check_rows(x, len(self.a))
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        if not isinstance(self.base_layer, nn.Linear):  # Conv1D of GPT-2: (in, out)
+        weight, bias, a, b = self._tensors
+        check_rows(x, len(a))
+        if self._transposed:
             weight = weight.t()
-        dropped = None if isinstance(self.dropout, nn.Identity) else self.dropout(x)
-        tensors: tuple[Tensor | None, ...] = (x, dropped, weight, bias, self.a, self.b)
+        tensors: tuple[Tensor | None, ...] = (x, self.dropout(x) if self._drops else None, weight, bias, a, b)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
-        y: Tensor = LoraProduct.apply(*tensors, self.scale)  # type: ignore[no-untyped-call]
+        y: Tensor = LoraProduct.apply(*tensors, *self._how)  # type: ignore[no-untyped-call]
         return y
 
 
 class LoraProduct(torch.autograd.Function):
-    """y_i = x_i Wᵀ + b + s·x̃_i A_iᵀ B_iᵀ for each run i, where x̃ is x after LoRA's dropout, or None for x itself."""
+    """y_i = x_i Wᵀ + b + s·x̃_i A_iᵀ B_iᵀ for each run i, where x̃ is x after LoRA's dropout, or None for x itself.
+
+    The gradients of A and B go where they are to be added up, and not through autograd.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+        gradient_a: Gradient, gradient_b: Gradient, scale: float,
+    ) -> Tensor:  # fmt: skip
         """(runs·rows, …, in) → (runs·rows, …, out)."""
         runs, _, width = a.shape
         flat = x.reshape(-1, width)
         rows = (flat if dropped is None else dropped.reshape(-1, width)).view(runs, -1, width)
         y = F.linear(flat, weight, bias)
-        down = torch.bmm(rows, a.mT).mul_(scale)
-        y.view(runs, -1, y.shape[1]).baddbmm_(down, b.mT)
+        down = torch.bmm(rows, a.mT)
+        y.view(runs, -1, len(weight)).baddbmm_(down, b.mT, alpha=scale)
         ctx.save_for_backward(rows, down, weight, a, b)
-        ctx.scale, ctx.apart, ctx.shape = scale, dropped is not None, x.shape
+        ctx.gradients, ctx.scale, ctx.apart, ctx.shape = (gradient_a, gradient_b), scale, dropped is not None, x.shape
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, x̃, A and B."""
+        """Gradients of x and x̃; those of A and B are added where they belong."""
         rows, down, weight, a, b = ctx.saved_tensors
+        gradient_a, gradient_b = ctx.gradients
         by_run = grads[0].reshape(len(a), -1, len(weight))
-        of_b = torch.bmm(by_run.mT, down)
-        of_down = torch.bmm(by_run, b).mul_(ctx.scale)
-        of_a = torch.bmm(of_down.mT, rows)
+        of_down = torch.bmm(by_run, b)
+        gradient_b.add_product(by_run.mT, down, ctx.scale)
+        gradient_a.add_product(of_down.mT, rows, ctx.scale)
         of_x = of_dropped = None
         if ctx.needs_input_grad[0]:
             of_x = by_run.view(-1, len(weight)) @ weight
             if not ctx.apart:
-                of_x.view_as(rows).baddbmm_(of_down, a)
+                of_x.view_as(rows).baddbmm_(of_down, a, alpha=ctx.scale)
             of_x = of_x.view(ctx.shape)
         if ctx.apart and ctx.needs_input_grad[1]:
-            of_dropped = torch.bmm(of_down, a).view(ctx.shape)
-        return of_x, of_dropped, None, None, of_a, of_b, None
+            of_dropped = torch.bmm(of_down.mul_(ctx.scale), a).view(ctx.shape)
+        return of_x, of_dropped, None, None, None, None, None, None, None
 
 
 class StackedLinear(nn.Module):
