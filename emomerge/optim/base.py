@@ -6,6 +6,7 @@ import math
 import sys
 from abc import abstractmethod
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from emomerge.checkpoints.rounding import stochastic_round
 from emomerge.errors import BadInput, MissingLossError
 from emomerge.optim import capture
-from emomerge.optim.batches import Batch, Lists, State, Tensors, batches, block_size, local, to_wide, wide
+from emomerge.optim.batches import Batch, Lists, Sorter, State, Tensors, block_size, local, to_wide, wide
 from emomerge.optim.device_pulse import DevicePulse
 from emomerge.optim.intake import LossIntake
 from emomerge.optim.pulse import EmoPulse
@@ -97,6 +98,7 @@ class EmoOptimizer(Optimizer):
     def _prepare_steps(self) -> None:
         """What is not state: made anew for a copy."""
         self._intake = LossIntake()
+        self._sorters: list[Sorter] = []
         self._generators: dict[torch.device, torch.Generator] = {}
         if self.capturable:
             self._device_pulse = DevicePulse(self._pulse, self._device())
@@ -182,18 +184,20 @@ class EmoOptimizer(Optimizer):
                 raise MissingLossError("the closure returned no loss: end it with `return loss`")
             self.observe(loss)
 
-        trained = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        trained = [[(p, p.grad) for p in group["params"] if p.grad is not None] for group in self.param_groups]
         if all(group["lr"] == 0 for group in self.param_groups):
             self._intake.forget()
-            for p, _, group in trained:  # torch.distributed.checkpoint asks for the state's tensors by such a step
-                self._state_of(p, group)
+            for group, pairs in zip(self.param_groups, trained, strict=True):
+                for p, _ in pairs:  # torch.distributed.checkpoint asks for the state's tensors by such a step
+                    self._state_of(p, group)
             return loss
 
         self._check_step(trained)
         pulse = self._advance()
-        for group in self.param_groups:
+        self._sorters += [Sorter() for _ in range(len(trained) - len(self._sorters))]
+        for group, pairs, sorter in zip(self.param_groups, trained, self._sorters, strict=True):
             if group["lr"] != 0:
-                self._update_group(group, pulse)
+                self._update_group(group, [(p, g) for p, g in pairs if p.numel()], sorter, pulse)
         if self._device_pulse is None:
             self._save_pulse()
         return loss
@@ -205,10 +209,11 @@ class EmoOptimizer(Optimizer):
         if self._device_pulse is not None:
             self._device_pulse.update(-mean if head["maximize"] else mean, head["lr"])
             return self._device_pulse
-        loss, *surveyed = torch.stack([mean, *self.survey()]).tolist()  # the one host sync of a step
+        surveyed = self.survey()
+        loss, *numbers = torch.stack([mean, *surveyed]).tolist() if surveyed else [mean.item()]  # the one host sync of a step
         self._pulse.scope = head["lr"]
         self._pulse.update(-loss if head["maximize"] else loss)
-        self.prepare(*surveyed)
+        self.prepare(*numbers)
         self._generators.clear()
         return self._pulse
 
@@ -278,10 +283,11 @@ class EmoOptimizer(Optimizer):
         for group in self.param_groups:
             group.setdefault(name, value)
 
-    def _update_group(self, group: Group, pulse: EmoPulse | DevicePulse) -> None:
-        params = [p for p in group["params"] if p.grad is not None and p.numel()]
-        states = [self._state_of(p, group) for p in params]
-        for batch in batches(params, [p.grad for p in params], states):
+    def _update_group(
+        self, group: Group, pairs: list[tuple[Tensor, Tensor]], sorter: Sorter, pulse: EmoPulse | DevicePulse
+    ) -> None:
+        states = [self._state_of(p, group) for p, _ in pairs]
+        for batch in sorter.batches([p for p, _ in pairs], [g for _, g in pairs], states):
             rate = pulse.rate_at(group["lr"]) * self.damping
             if isinstance(pulse, DevicePulse):
                 live = pulse.live.to(batch.w[0].device)
@@ -373,7 +379,7 @@ class EmoOptimizer(Optimizer):
             if self.capturable and group[name]:
                 raise BadInput(f"`capturable` keeps the host out of the step, which `{name}` needs", fix="choose one of them")
 
-    def _check_step(self, trained: list[tuple[Tensor, Tensor, Group]]) -> None:
+    def _check_step(self, trained: list[list[tuple[Tensor, Tensor]]]) -> None:
         """Refuse what this step cannot do, before anything has changed."""
         for number, group in enumerate(self.param_groups):
             if group["lr"] not in (0, group["scope"]):
@@ -384,7 +390,7 @@ class EmoOptimizer(Optimizer):
                     found=group["lr"],
                     fix="use a constant schedule; to rescale on purpose, set group['scope'] to the same value",
                 )
-        for p, grad, _ in trained:
+        for p, grad in chain.from_iterable(trained):
             if grad.is_sparse or grad.is_complex():
                 kind = "sparse" if grad.is_sparse else "complex"
                 raise BadInput(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ class Batch:
 
     def local(self) -> Batch:
         """What of sharded tensors (DTensor) is on this rank, as views."""
+        if sharding(self.w[0]) is None:
+            return self
         state: Lists = {name: [local(t) for t in ts] for name, ts in self.state.items()}
         return Batch([local(t) for t in self.w], [local(t) for t in self.g], state, self.native)
 
@@ -58,22 +61,44 @@ class Batch:
         return Batch(self.w[start:stop], self.g[start:stop], state, self.native)
 
 
-def batches(params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]) -> list[Batch]:
-    """The tensors of a step by kind: device, dtypes, sharding, names of the state, fit for compiled kernels."""
+class Sorter:
+    """Sorts the tensors of a step by kind. Mostly they are as in the step before, and then the result is known."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+        self._looks: list[tuple[torch.dtype, bool, torch.dtype, bool]] = []
+        self._kinds: dict[Any, list[int]] = {}
+
+    def batches(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]) -> list[Batch]:
+        """What goes through a rule together. For each parameter an item of every list."""
+        kinds = by_kind(params, grads, states) if torch.compiler.is_compiling() else self._sorted(params, grads, states)
+        return [
+            Batch(
+                w=[params[index] for index in members],
+                g=[grads[index] for index in members],
+                state={name: [states[index][name] for index in members] for name in states[members[0]]},
+                native=kind[0],
+            )
+            for kind, members in kinds.items()
+        ]
+
+    def _sorted(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]) -> dict[Any, list[int]]:
+        """`by_kind`, from memory if it can be."""
+        kept = [*params, *(t for state in states for t in state.values())]
+        looks = [(p.dtype, native.is_dense(p), g.dtype, native.is_dense(g)) for p, g in zip(params, grads, strict=True)]
+        if looks != self._looks or len(kept) != len(self._kept) or not all(map(is_, kept, self._kept)):
+            self._kept, self._looks, self._kinds = kept, looks, by_kind(params, grads, states)
+        return self._kinds
+
+
+def by_kind(params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]) -> dict[Any, list[int]]:
+    """Which parameters are alike in fitness for compiled kernels, device, dtypes, sharding and names of the state."""
     kinds: dict[Any, list[int]] = {}
     for index, (p, g, state) in enumerate(zip(params, grads, states, strict=True)):
         fits = native.fits(p, g, *state.values())
         kind = (fits, p.dtype, *state) if fits else (fits, p.dtype, g.dtype, p.device, sharding(p), *state)
         kinds.setdefault(kind, []).append(index)
-    return [
-        Batch(
-            w=[params[index] for index in members],
-            g=[grads[index] for index in members],
-            state={name: [states[index][name] for index in members] for name in states[members[0]]},
-            native=kind[0],
-        )
-        for kind, members in kinds.items()
-    ]
+    return kinds
 
 
 def blocks(*tensors: Tensor, limit: int) -> Iterator[tuple[Tensor, ...]]:

@@ -59,9 +59,11 @@ class LossIntake:
                 "`capture_loss=True`, which sees `loss.backward()`"
             )
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        mean = torch.stack([_on(device, dtype, loss) for loss in losses]).sum()
-        if self._observed and not self._divided:
-            mean /= len(losses)
+        mean, *others = [_on(device, dtype, loss) for loss in losses]
+        if others:
+            mean = torch.stack([mean, *others]).sum()
+        if others and self._observed and not self._divided:
+            mean = mean / len(losses)
         self.forget()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(mean)

@@ -27,10 +27,12 @@ def fits(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     dtype = tensors[0].dtype
-    for t in tensors:
-        if type(t) not in PLAIN or not t.is_cpu or t.dtype != dtype or not t.is_contiguous():
-            return False
-    return _compiled(dtype) is not None
+    return all(t.dtype == dtype and is_dense(t) for t in tensors) and _compiled(dtype) is not None
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether a tensor lies in the memory of the host, element after element."""
+    return type(t) in PLAIN and t.is_cpu and t.is_contiguous()
 
 
 def run(kernel: str, sizes: Sequence[Sequence[int]], tensors: Sequence[Sequence[Tensor]], scalars: Sequence[float]) -> None:

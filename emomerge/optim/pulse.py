@@ -159,7 +159,7 @@ class EmoPulse:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain numbers and one string; always the same keys."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in _NAMES}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue bit-identically from a `state_dict()`, whose preset and scope replace the present ones.
@@ -167,13 +167,15 @@ class EmoPulse:
         Raises:
             BadInput: a figure is missing, or the preset is unknown; the state is as it was.
         """
-        names = [part.name for part in fields(self)]
-        missing = [name for name in names if name not in state]
+        missing = [name for name in _NAMES if name not in state]
         if missing:
             raise BadInput("not the state of an emoPulse", found=f"no {', '.join(missing)}")
         _require_preset(state["preset"])
-        for name in names:
+        for name in _NAMES:
             setattr(self, name, state[name])
+
+
+_NAMES = tuple(part.name for part in fields(EmoPulse))
 
 
 def _require_preset(name: str) -> None:

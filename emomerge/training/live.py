@@ -130,9 +130,9 @@ class TrainingRun:
         figures = self.optimizer.pulse.figures()
         if isinstance(self.optimizer, EmoOptimizer):
             figures["rate"] *= self.optimizer.damping
-        loss = float(torch.stack(self._losses).mean())
+        losses = torch.stack(self._losses).tolist()
         self._losses.clear()
-        return {**figures, "step": self.step, "loss": loss, "seconds": round(seconds, 6)}
+        return {**figures, "step": self.step, "loss": sum(losses) / len(losses), "seconds": round(seconds, 6)}
 
     def keep_snapshot(self, model: nn.Module, base_folder: Path) -> None:
         """Keep the weights on the way, if the run is asked for them after this step; arguments as for `finish`."""

@@ -175,7 +175,8 @@ class StackedLora(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The frozen weight, which some models look at."""
-        return self._tensors[0]
+        weight: Tensor = self.base_layer.weight
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(runs·rows, …, in) → (runs·rows, …, out)."""

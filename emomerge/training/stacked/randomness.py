@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,6 +145,7 @@ class _Drawing:
         self.streams, self.rows, self.widths = streams, rows, widths
         self.runs = len(streams.of_run)
         self.shapes: list[Sequence[Shape]] = []
+        self._dropout = F.dropout
 
     def dropout(self, function: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         """x times noise, which depends on the shape of x alone: runs of one stream share it."""
@@ -165,12 +167,14 @@ class _Drawing:
         self, function: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
         dropout_p: float = 0.0, *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        """Draws within a fused kernel, so each run is a call of its own."""
+        """Draws within a fused kernel, so each run is a call of its own; on the CPU there is none, and one call serves all."""
         if not dropout_p:
             together: Tensor = function(query, key, value, attn_mask, dropout_p, *args, **kwargs)
             return together
         if not self._is_stacked(query):
             return self._leading(lambda: function(query, key, value, attn_mask, dropout_p, *args, **kwargs))
+        if not args and is_plain_attention(query, attn_mask, **kwargs):
+            return self._plain_attention(query, key, value, attn_mask, dropout_p, kwargs.get("scale"))
         q, k, v = (t.chunk(self.runs) for t in (query, key, value))
         by_run = attn_mask is not None and attn_mask.dim() == query.dim() and len(attn_mask) == len(query)
         masks = attn_mask.chunk(self.runs) if attn_mask is not None and by_run else [attn_mask] * self.runs
@@ -185,6 +189,22 @@ class _Drawing:
             return padded(found, (*found.shape[:-2], q[run].shape[-2], found.shape[-1]))
 
         return torch.cat(self.streams.draw(range(self.runs), attended))
+
+    def _plain_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, scale: float | None
+    ) -> Tensor:
+        """What torch computes on the CPU: dropout of the attention weights as of any tensor."""
+        shape = (len(query) // self.runs, query.shape[1], query.shape[2], key.shape[2])
+        self.shapes.append([shape])
+
+        def noise(run: int, position: int) -> Tensor:
+            alone = self.widths.alone(self.streams.of_run[run], position, 0, shape)
+            return padded(self._dropout(query.new_ones(alone), p), shape)
+
+        factors = self._of_runs(self.streams.draw(self.streams.leaders, noise))
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        out: Tensor = NoisyAttention.apply(query, key, value, mask, factors, scale)  # type: ignore[no-untyped-call]
+        return out
 
     def rand(self, function: Any, *size: Any, **kwargs: Any) -> Tensor:
         """One number a row for stochastic depth, or whatever else is asked for."""
@@ -210,6 +230,55 @@ class _Drawing:
     def _is_stacked(self, x: Tensor) -> bool:
         """Whether dimension 0 counts the rows of all runs."""
         return x.dim() > 0 and len(x) % (self.runs * self.rows) == 0
+
+
+class NoisyAttention(torch.autograd.Function):
+    """softmax(s·QKᵀ + mask) ⊙ noise times V, in as few passes over the weights as there can be."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, noise: Tensor, scale: float
+    ) -> Tensor:
+        """(rows, heads, to, d), (rows, heads, of, d), (rows, heads, of, e) → (rows, heads, to, e).
+
+        The noise has the shape of the weights, (rows, heads, to, of), or is that of one run for all.
+        """
+        q, k, v = (t.reshape(-1, *t.shape[2:]) for t in (query, key, value))
+        scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale).view(*query.shape[:3], -1)
+        if mask is None:
+            p = torch.softmax(scores, -1)
+        else:
+            scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
+            p = torch._safe_softmax(scores, -1)
+        ctx.save_for_backward(q, k, v, p, noise)
+        ctx.scale = scale
+        return torch.bmm(times(p, noise).view(-1, *p.shape[2:]), v).view(*query.shape[:3], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of Q, K and V."""
+        q, k, v, p, noise = ctx.saved_tensors
+        g = grads[0].reshape(-1, *grads[0].shape[2:])
+        of_v = torch.bmm(times(p, noise).view(-1, *p.shape[2:]).mT, g)
+        of_p = times(torch.bmm(g, v.mT).view_as(p), noise)
+        of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype).view(-1, *p.shape[2:]).mul_(ctx.scale)
+        shape = grads[0].shape[:2]
+        return (
+            torch.bmm(of_scores, k).unflatten(0, shape), torch.bmm(of_scores.mT, q).unflatten(0, shape),
+            of_v.unflatten(0, shape), None, None, None,
+        )  # fmt: skip
+
+
+def is_plain_attention(query: Tensor, mask: Tensor | None, scale: float | None = None, **options: Any) -> bool:
+    """Whether attention with dropout is what torch's documentation says, step by step, with nothing beside."""
+    plain = query.is_cpu and query.dim() == 4 and query.dtype in (torch.float32, torch.float64)
+    learnt = mask is not None and mask.requires_grad
+    return plain and not learnt and not any(options.values()) and not torch.is_autocast_enabled("cpu")
+
+
+def times(x: Tensor, noise: Tensor) -> Tensor:
+    """x times the noise of some of its rows, which all others share."""
+    return (x.view(-1, *noise.shape[-4:]) * noise).view_as(x)
 
 
 def corner(x: Tensor, shape: Shape) -> Tensor:
