@@ -167,7 +167,7 @@ class StackedLora(nn.Module):
         self.base_layer, self.dropout = layer.base_layer, layer.lora_dropout["default"]
         self.a, self.b = a, b
         weight, bias = layer.base_layer.weight, layer.base_layer.bias
-        self._tensors = weight, bias, a, b  # in a tuple, which costs less to ask for than a module's parameters
+        self._tensors = weight, bias, a.detach(), b  # in a tuple, which costs less to ask for than a module's parameters
         self._transposed = not isinstance(layer.base_layer, nn.Linear)  # Conv1D of GPT-2: (in, out)
         self._drops = not isinstance(self.dropout, nn.Identity)
         self._how = gradient_a, gradient_b, layer.scaling["default"]
@@ -181,7 +181,7 @@ class StackedLora(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(runs·rows, …, in) → (runs·rows, …, out)."""
         weight, bias, a, b = self._tensors
-        check_rows(x, len(a))
+        check_rows(x, a.shape[0])
         if self._transposed:
             weight = weight.t()
         tensors: tuple[Tensor | None, ...] = (x, self.dropout(x) if self._drops else None, weight, bias, a, b)
@@ -195,7 +195,7 @@ class StackedLora(nn.Module):
 class LoraProduct(torch.autograd.Function):
     """y_i = x_i Wᵀ + b + s·x̃_i A_iᵀ B_iᵀ for each run i, where x̃ is x after LoRA's dropout, or None for x itself.
 
-    The gradients of A and B go where they are to be added up, and not through autograd.
+    The gradients of A and B go where they are to be added up, and not through autograd, which needs B alone to come by.
     """
 
     @staticmethod
@@ -209,7 +209,7 @@ class LoraProduct(torch.autograd.Function):
         rows = (flat if dropped is None else dropped.reshape(-1, width)).view(runs, -1, width)
         y = F.linear(flat, weight, bias)
         down = torch.bmm(rows, a.mT)
-        y.view(runs, -1, len(weight)).baddbmm_(down, b.mT, alpha=scale)
+        y.view(runs, -1, y.shape[1]).baddbmm_(down, b.mT, alpha=scale)
         ctx.save_for_backward(rows, down, weight, a, b)
         ctx.gradients, ctx.scale, ctx.apart, ctx.shape = (gradient_a, gradient_b), scale, dropped is not None, x.shape
         return y.view(*x.shape[:-1], -1)
@@ -219,13 +219,14 @@ class LoraProduct(torch.autograd.Function):
         """Gradients of x and x̃; those of A and B are added where they belong."""
         rows, down, weight, a, b = ctx.saved_tensors
         gradient_a, gradient_b = ctx.gradients
-        by_run = grads[0].reshape(len(a), -1, len(weight))
+        width = weight.shape[0]
+        by_run = grads[0].reshape(a.shape[0], -1, width)
         of_down = torch.bmm(by_run, b)
         gradient_b.add_product(by_run.mT, down, ctx.scale)
         gradient_a.add_product(of_down.mT, rows, ctx.scale)
         of_x = of_dropped = None
         if ctx.needs_input_grad[0]:
-            of_x = by_run.view(-1, len(weight)) @ weight
+            of_x = by_run.view(-1, width) @ weight
             if not ctx.apart:
                 of_x.view_as(rows).baddbmm_(of_down, a, alpha=ctx.scale)
             of_x = of_x.view(ctx.shape)

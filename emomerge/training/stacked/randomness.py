@@ -153,15 +153,16 @@ class _Drawing:
             return input
         if not self._is_stacked(input):
             return self._leading(lambda: function(input, p))
-        by_run: Tensor = input.unflatten(0, (self.runs, -1))
+        by_run = input.view(self.runs, -1, *input.shape[1:])
         shape = by_run.shape[1:]
         self.shapes.append([shape])
 
         def noise(run: int, position: int) -> Tensor:
             alone = self.widths.alone(self.streams.of_run[run], position, 0, shape)
-            return padded(function(torch.ones_like(corner(by_run[run], alone)), p), shape)
+            ones = input.new_ones(alone) if input.is_contiguous() else torch.ones_like(corner(by_run[run], alone))
+            return padded(function(ones, p), shape)
 
-        return (by_run * self._of_runs(self.streams.draw(self.streams.leaders, noise))).flatten(0, 1)
+        return (by_run * self._of_runs(self.streams.draw(self.streams.leaders, noise))).view(input.shape)
 
     def attention(
         self, function: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
@@ -229,7 +230,7 @@ class _Drawing:
 
     def _is_stacked(self, x: Tensor) -> bool:
         """Whether dimension 0 counts the rows of all runs."""
-        return x.dim() > 0 and len(x) % (self.runs * self.rows) == 0
+        return x.dim() > 0 and x.shape[0] % (self.runs * self.rows) == 0
 
 
 class NoisyAttention(torch.autograd.Function):
