@@ -345,6 +345,31 @@ def test_schedulers_that_write_lr_are_refused() -> None:
     assert opt.pulse.steps == 4
 
 
+@pytest.mark.parametrize(("name", "options"), RULES)
+def test_a_step_sees_what_has_changed_since_the_last(name: str, options: dict[str, Any], path: str) -> None:
+    def trained(change: bool) -> tuple[EmoOptimizer, list[Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        weights = [nn.Parameter(torch.randn(6, 4, generator=generator)) for _ in range(3)]
+        opt = OPTIMIZERS[name](weights, lr=30.0, **options)
+        for step in range(6):
+            for number, p in enumerate(weights):
+                p.grad = torch.randn(6, 4, generator=generator)
+                if change and (step, number) == (2, 1):
+                    p.grad = p.grad.t().contiguous().t()
+            if change and step == 3:
+                weights[0].data = weights[0].data.t().contiguous().t()
+            if change and step == 4:
+                for state in opt.state.values():
+                    state.update({key: value.clone() for key, value in state.items()})
+            if step == 5:
+                weights[2].grad = None
+            opt.observe(1.0)
+            opt.step()
+        return opt, [*weights, *(value for state in opt.state.values() for value in state.values())]
+
+    torch.testing.assert_close(trained(True)[1], trained(False)[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["sparse", "complex"])
 def test_unusable_gradients_are_refused(kind: str) -> None:
     p = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64 if kind == "complex" else torch.float32))

@@ -111,6 +111,21 @@ class Bag(nn.Module):
         return SequenceClassifierOutput(logits=self.out(self.between(hidden.sum(1))))
 
 
+class Idle(nn.Module):
+    """Has a layer that is adapted and never used, so that it has no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+class Bags(Sentences):
+    peft_task_type = None
+
+
 class Centred(nn.Module):
     def forward(self, x):
         return x - x.mean(0)
@@ -181,6 +196,16 @@ def test_stacked_runs_end_where_separate_ones_do(case, tmp_path):
     start = weights(train(tmp_path / "c", task, recipe_of(**options | {"steps": 1}))[0])
     moved = weights(RunDir(tmp_path / "a" / planned_runs(recipe)[0].name))
     assert any((moved[name] - start[name]).abs().max() > 1e-4 for name in moved)
+
+
+def test_a_layer_without_gradients_is_left_alone(tmp_path):
+    task = Bags(lambda: Bag(Idle()), torch.float64)
+    recipe = recipe_of(lora={"targets": ["used", "unused", "out"]}, accumulation=2)
+    runs = train(tmp_path / "a", task, recipe)
+    assert max(furthest(runs, train(tmp_path / "b", task, sequential(recipe)))) < 1e-10
+    first = [{name: t.tolist() for name, t in weights(run).items() if "unused" in name} for run in runs]
+    assert first[0]
+    assert all(other == first[0] for other in first)  # not even by weight decay
 
 
 @pytest.mark.parametrize("build", [bert, llama, gpt2])
@@ -290,10 +315,6 @@ def test_a_run_that_meets_a_nan_fails_alone(tmp_path):
     assert hashes(RunDir(tmp_path / "a" / spec.name) for spec in others) == hashes(
         run for run in whole if "airy" not in str(run.path)
     )
-
-
-class Bags(Sentences):
-    peft_task_type = None
 
 
 REFUSED = {
