@@ -10,7 +10,7 @@ from emomerge.errors import BadInput, RunFailed
 from emomerge.recipe import FAMILY, parse_recipe
 from emomerge.tasks import Split, Task, TaskData
 from emomerge.training import RunDir, planned_runs, run_inputs, train_locally
-from emomerge.training.stacked import estimate
+from emomerge.training.stacked import Unstackable, estimate
 
 LONGEST, VOCABULARY = 7, 40
 
@@ -351,3 +351,11 @@ def test_auto_says_what_it_does(tmp_path, monkeypatch):
     others = train(tmp_path / "b", Sentences(bert), recipe, say=said.append)
     assert said[1].startswith("one run after the other: 5 runs in one pass need an estimated ")
     assert max(furthest(runs, others)) < 1e-5
+
+
+@pytest.mark.parametrize(("faster", "free", "reason"), [(1.1, 1e9, "hardly faster"), (3.0, 1e3, "need an estimated 1 MB")])
+def test_what_does_not_pay_or_fit_is_declined(faster, free, reason):
+    expected = estimate.Estimate(runs=4, faster=faster, activations=2e5, free=free)
+    with pytest.raises(Unstackable, match=reason):
+        expected.check()
+    estimate.Estimate(runs=4, faster=1.2, activations=2e5, free=1.3e6).check()
