@@ -353,9 +353,9 @@ def test_auto_says_what_it_does(tmp_path, monkeypatch):
     assert max(furthest(runs, others)) < 1e-5
 
 
-@pytest.mark.parametrize(("faster", "free", "reason"), [(1.1, 1e9, "hardly faster"), (3.0, 1e3, "need an estimated 1 MB")])
+@pytest.mark.parametrize(("faster", "free", "reason"), [(1.1, 1e9, "hardly faster"), (3.0, 1e3, "need an estimated 2 MB")])
 def test_what_does_not_pay_or_fit_is_declined(faster, free, reason):
-    expected = estimate.Estimate(runs=4, faster=faster, activations=2e5, free=free)
+    expected = estimate.Estimate(runs=4, faster=faster, activations=8e5, alone=2e5, free=free)
     with pytest.raises(Unstackable, match=reason):
         expected.check()
-    estimate.Estimate(runs=4, faster=1.2, activations=2e5, free=1.3e6).check()
+    estimate.Estimate(runs=4, faster=1.2, activations=8e5, alone=2e5, free=2e6).check()

@@ -3,6 +3,7 @@ as before."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ IN_PIECES = 1.2
 """How much longer matrix products take in the pieces of one run."""
 WORTHWHILE = 1.15
 """How many times faster it must be: the memory of several runs is not free, and the estimate is no better than a tenth."""
-MARGIN = 1.5
+MARGIN = 2.0
 """Memory of training over that of a pass's activations: intermediate results, and what the allocator cannot use again while
 batches change their width. Measured with MiniLM on movie reviews: 1.43 GB for .95."""
 
@@ -50,26 +51,28 @@ class Estimate:
     Attributes:
         runs: how many.
         faster: how many times less time it takes.
-        activations: bytes that the backward pass of one run needs.
+        activations: bytes that the backward pass of all runs needs.
+        alone: bytes that it needs of one run.
         free: bytes that are free.
     """
 
     runs: int
     faster: float
     activations: float
+    alone: float
     free: float
 
     def __str__(self) -> str:
         return (
             f"{self.runs} runs in one pass: {self.faster:.1f} times faster than one by one, "
-            f"{_size(self.memory)} of memory for activations instead of {_size(self.memory / self.runs)}, "
+            f"{_size(self.memory)} of memory for activations instead of {_size(self.alone * MARGIN)}, "
             f"of {_size(self.free)} free (estimates)"
         )
 
     @property
     def memory(self) -> float:
         """Bytes that training needs beside the weights."""
-        return self.runs * self.activations * MARGIN
+        return self.activations * MARGIN
 
     def check(self) -> None:
         """Raises Unstackable where it would not fit into memory, or not be faster."""
@@ -80,27 +83,33 @@ class Estimate:
             raise Unstackable(f"{self.runs} runs in one pass are expected to be hardly faster ({self.faster:.2f} times)")
 
 
-def estimate(stack: StackedModel, sample: Inputs, sample_rows: int, batch_rows: int) -> Estimate:
-    """An estimate from one forward pass.
+def estimate(
+    stack: StackedModel, sample: Inputs, sample_rows: int, batch_rows: int, stacked: AbstractContextManager[object]
+) -> Estimate:
+    """An estimate from two forward passes.
 
     Args:
         stack: in training mode.
         sample: what the model is called with.
         sample_rows: how many rows of each run that are.
         batch_rows: how many rows a micro-batch of a run has.
+        stacked: within it dropout draws as in training, where runs may share what is drawn.
     """
     device = next(iter(stack.stacks.values())).device
     of_a_run = batch_rows / (stack.runs * sample_rows)
     with FlopCounterMode(display=False) as flops:
-        kept = activation_bytes(stack.model, sample)
+        alone = activation_bytes(stack.model, sample) * of_a_run
+    with stacked:
+        together = activation_bytes(stack.model, sample) * of_a_run * stack.runs
     machine = CPU if device.type == "cpu" else ACCELERATOR
     layers = (layer for layer in stack.model.modules() if not isinstance(layer, nn.Embedding))
     weights = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters(recurse=False))
     once = stack.layers * machine.call + 2 * weights / machine.weights
     products = 2 * flops.get_total_flops() * of_a_run / machine.flops  # frozen weights need no gradient
-    rest = kept * of_a_run / machine.activations + stack.layers * machine.update
-    faster = stack.runs * (once + IN_PIECES * products + rest) / (once + stack.runs * (products + rest))
-    return Estimate(stack.runs, faster, kept * of_a_run, free_memory(device))
+    update = stack.layers * machine.update
+    one_by_one = stack.runs * (once + IN_PIECES * products + alone / machine.activations + update)
+    at_once = once + stack.runs * (products + update) + together / machine.activations
+    return Estimate(stack.runs, one_by_one / at_once, together, alone, free_memory(device))
 
 
 def activation_bytes(model: nn.Module, inputs: Inputs) -> int:

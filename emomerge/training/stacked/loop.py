@@ -56,7 +56,9 @@ def prepare_stack(
         batches, sample = passes.sample()
         check_rows_apart(stack, sample, SAMPLE)
         check_loss(task, stack, sample, SAMPLE, batches[0])
-        expected = estimate(stack, sample, SAMPLE, recipe.runs.batch_size)
+        passes.streams.start(lambda run: seed_generators(run, device))
+        stacked = runwise_dropout(passes.streams, SAMPLE, Widths([0] * len(passes.streams.leaders)))
+        expected = estimate(stack, sample, SAMPLE, recipe.runs.batch_size, stacked)
     if recipe.runs.parallel == "auto":
         expected.check()
     say(str(expected))
