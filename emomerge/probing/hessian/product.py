@@ -131,12 +131,15 @@ class Curvature:
             total.add_(part, alpha=weight)
         return total.div_(sum(self._weights)), np.array(units)
 
-    def agreed(self, vector: Tensor, against: Sequence[Tensor]) -> tuple[Tensor, Array]:
-        """As `product`, with ε halved from its first size until ε and ε/2 agree, or until that helps no longer.
+    def agreed(self, vector: Tensor, against: Sequence[Tensor], scale: float = 0.0) -> tuple[Tensor, Array]:
+        """As `product`, with ε halved from its present size until ε and ε/2 agree, or until that helps no longer.
 
         Cost: 2 to 5 products; `autograd`: 1.
+
+        Args:
+            vector, against: see `product`.
+            scale: the difference is relative to ‖Hv‖, or to this where it is larger.
         """
-        self.step = STEP[self.dtype]
         found = self.product(vector, against)
         if self.hvp == "autograd":
             return found
@@ -144,7 +147,7 @@ class Curvature:
         for _ in range(HALVINGS):
             self.step /= 2
             found = self.product(vector, against)
-            length = norm(found[0])
+            length = max(norm(found[0]), scale)
             now = norm(found[0] - best[0]) / length if length else 0.0
             if now >= differs:
                 self.step *= 2  # rounding or kinks: a smaller step is no better

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emomerge.probing.hessian.product import Array, Curvature, Method, curvature
+from emomerge.probing.hessian.product import STEP, Array, Curvature, Method, curvature
 from emomerge.probing.hessian.vectors import dots, norm, project_out
 from emomerge.probing.perturb import Perturbable
 from emomerge.probing.sharpness import key
@@ -104,6 +104,7 @@ def orthonormal(matrix: Curvature, directions: Sequence[Mapping[str, Tensor]]) -
 
 
 def _column(matrix: Curvature, vector: Tensor, basis: Sequence[Tensor]) -> dict[str, Any]:
+    matrix.step = STEP[matrix.dtype]
     units = matrix.agreed(vector, basis)[1]
     return {"units": units.tolist(), "weight": matrix.weights.tolist(), "disagreement": matrix.disagreement}
 

@@ -83,7 +83,8 @@ def lanczos(
 ) -> Lanczos:
     """λmax, λmin and the spectral density by Lanczos' method with full reorthogonalisation; one row of the ledger.
 
-    Cost: `steps` + 1 to 4 products (see `Curvature.agreed`) + one for each end; a product is 2 gradients of all batches.
+    Cost: `steps` + 1 to 4 products for the second vector's ε (see `Curvature.agreed`) + 2 to 5 for each end, whose curvature
+    depends on ε the most; a product is 2 gradients of all batches. `autograd`: `steps` + 1 for each end.
     Memory: `steps` + 1 vectors of the parameters' size beside a gradient's; fewer steps or `only` bound it.
 
     Args:
@@ -179,21 +180,24 @@ def _run(matrix: Curvature, steps: int, number: int, tolerance: float, ends: End
             break
     for q, row in zip(basis, _tridiagonal(alpha, beta), strict=True):
         tensors -= matrix.sums(q, combine(basis, torch.from_numpy(row)))
+    step = matrix.step
     return {
         "alpha": alpha, "beta": beta, "weight": matrix.weights.tolist(),
-        "largest": _end(matrix, basis, alpha, beta, -1),
-        "smallest": _end(matrix, basis, alpha, beta, 0) if ends == "both" else None,
-        "step": matrix.step, "disagreement": matrix.disagreement,
+        "largest": _end(matrix, basis, alpha, beta, -1, step),
+        "smallest": _end(matrix, basis, alpha, beta, 0, step) if ends == "both" else None,
+        "step": step, "disagreement": matrix.disagreement,
         "trace_units": units.tolist(), "trace_tensors": dict(zip(matrix.parameters, tensors.tolist(), strict=True)),
     }, basis  # fmt: skip
 
 
 def _end(
-    matrix: Curvature, basis: Sequence[Tensor], alpha: Sequence[float], beta: Sequence[float], index: int
+    matrix: Curvature, basis: Sequence[Tensor], alpha: Sequence[float], beta: Sequence[float], index: int, step: float
 ) -> dict[str, Any]:
-    vector = combine(basis, torch.from_numpy(_ritz(alpha, beta)[1][:, index]))
+    nodes, vectors = _ritz(alpha, beta)
+    vector = combine(basis, torch.from_numpy(vectors[:, index]))
     vector.div_(norm(vector))
-    product, part = matrix.product(vector, [vector])
+    matrix.step = step
+    product, part = matrix.agreed(vector, [vector], scale=float(np.abs(nodes).max()))
     value = float(part[:, 0] @ matrix.weights)
     return {"value": value, "residual": norm(product.sub_(vector, alpha=value)), "units": part[:, 0].tolist()}
 
