@@ -1,8 +1,10 @@
 """Hessian-vector products of a Perturbable: of the whole loss, and projected for every batch.
 
 `finite-difference`, the default, takes Hv ≈ [∇L(θ + εv) − ∇L(θ − εv)]/2ε: two gradients, in the memory of a training step, and
-through fused attention, which has no double backward. ‖εv‖ starts at 2e-4·‖θ‖; where ε and ε/2 disagree, ε is halved.
-`autograd` is exact (double backward, attention computed by its formula) and costs two to three times as much.
+through fused attention, which has no double backward; or one gradient beside ∇L(θ), Hv ≈ [∇L(θ + εv) − ∇L(θ)]/ε. For random v
+‖εv‖ is 2e-4·‖θ‖. Rounding adds an error of fixed length to a gradient, so that ε may shrink as ‖Hv‖ grows (`shorten`), and
+with it what the third derivative adds. Where two ε disagree, the larger is halved. `autograd` is exact (double backward,
+attention computed by its formula) and costs two to three times as much as central differences.
 
 A network with kinks (ReLU) has no Hessian at them. Double backward ignores them; finite differences see those that a step
 crosses, as a rough loss surface really has them, and ε and ε/2 then disagree, which is reported.
@@ -32,17 +34,17 @@ Array: TypeAlias = NDArray[np.float64]
 Method = Literal["finite-difference", "autograd"]
 
 STEP = {torch.float32: 2e-4, torch.float64: 2e-6}
-"""‖εv‖/‖θ‖ to begin with."""
+"""‖εv‖/‖θ‖ of a random v."""
 AGREEMENT = 0.002
-"""Relative difference of the products at ε and ε/2 at which ε is small enough."""
+"""Relative difference of the products by two ε at which both are small enough."""
 DOUBTFUL = 0.01
 """Relative difference that is warned of."""
 DISAGREES = (
-    f"Hessian products by finite differences at ε and ε/2 differ by more than {DOUBTFUL:.0%}: the loss has kinks, as ReLU "
+    f"Hessian products by finite differences at two ε differ by more than {DOUBTFUL:.0%}: the loss has kinks, as ReLU "
     "makes them, or bends too fast for float32; see `disagreement`, or take the products by autograd"
 )
 HALVINGS = 4
-"""How often ε may be halved; below 2e-4/2⁴ the rounding of float32 weights is felt."""
+"""How often ε may be halved; below 2e-4/2⁴ of random vectors the rounding of float32 weights is felt."""
 
 
 class Curvature:
@@ -74,7 +76,7 @@ class Curvature:
         self._norm = norm(whole) or 1.0
         self.step = STEP[self.dtype]
         self.disagreement: float | None = None
-        """How far the products at ε and ε/2 differ, relative to their length; None until compared, and for `autograd`."""
+        """How far the products by two ε differ, relative to their length; None until compared, and for `autograd`."""
 
     def draw(self, what: str, number: int) -> Tensor:
         """A vector (size,) of standard normals, seeded by the probe's seed, `what`, number and parameter name."""
@@ -131,30 +133,51 @@ class Curvature:
             total.add_(part, alpha=weight)
         return total.div_(sum(self._weights)), np.array(units)
 
-    def agreed(self, vector: Tensor, against: Sequence[Tensor], scale: float = 0.0) -> tuple[Tensor, Array]:
+    def shorten(self, lengths: Sequence[float]) -> None:
+        """ε for the next vector of a Krylov space, as short as rounding allows.
+
+        A gradient's rounding error has one length δ for all v, so that δ/ε‖Hv‖ stays what it is for a random v if ε‖Hv‖ does.
+        Of the second vector only ‖Hv₁‖ ≤ ‖Hv₂‖ ≤ ‖H‖_F ≈ √n‖Hv₁‖ is known, and their geometric mean is taken.
+
+        Args:
+            lengths: ‖Hv‖ of the unit vectors so far, the first of them random.
+        """
+        expected = max(lengths[1:], default=lengths[0] * self.size**0.25)
+        self.step = STEP[self.dtype] * (lengths[0] / expected if expected > lengths[0] else 1.0)
+
+    def agreed(
+        self, vector: Tensor, against: Sequence[Tensor], scale: float = 0.0, known: Tensor | None = None
+    ) -> tuple[Tensor, Array]:
         """As `product`, with ε halved from its present size until ε and ε/2 agree, or until that helps no longer.
 
-        Cost: 2 to 5 products; `autograd`: 1.
+        Cost: 2 to 5 products, or 1 where it is `known`; `autograd`: 1.
 
         Args:
             vector, against: see `product`.
             scale: the difference is relative to ‖Hv‖, or to this where it is larger.
+            known: Hv by another ε (size,), which saves the second product if it agrees.
         """
-        found = self.product(vector, against)
+        best = self.product(vector, against)
         if self.hvp == "autograd":
-            return found
-        best, differs = found, math.inf
-        for _ in range(HALVINGS):
-            self.step /= 2
-            found = self.product(vector, against)
-            length = max(norm(found[0]), scale)
-            now = norm(found[0] - best[0]) / length if length else 0.0
-            if now >= differs:
-                self.step *= 2  # rounding or kinks: a smaller step is no better
-                break
-            best, differs = found, now
-            if not now > AGREEMENT:
-                break
+            return best
+
+        def difference(found: Tensor, other: Tensor) -> float:
+            length = max(norm(found), scale)
+            return norm(found - other) / length if length else 0.0
+
+        differs = math.inf if known is None else difference(best[0], known)
+        if differs > AGREEMENT:
+            differs = math.inf
+            for _ in range(HALVINGS):
+                self.step /= 2
+                found = self.product(vector, against)
+                now = difference(found[0], best[0])
+                if now >= differs:
+                    self.step *= 2  # rounding or kinks: a smaller step is no better
+                    break
+                best, differs = found, now
+                if not now > AGREEMENT:
+                    break
         self.disagreement = max(self.disagreement or 0.0, differs)
         if self.disagreement > DOUBTFUL:
             warnings.warn(DISAGREES, stacklevel=2)

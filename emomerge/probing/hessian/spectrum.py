@@ -18,6 +18,8 @@ from emomerge.probing.perturb import Perturbable
 from emomerge.probing.sharpness import key
 
 Ends = Literal["both", "largest"]
+CROWD = 30.0
+"""A random vector has about 1/size of its square in one eigenvector; a Ritz value with so many times that is of a crowd."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Lanczos:
     weight: tuple[float, ...]
     """Of every batch, summing to one."""
     step: float
+    """ε of λmax."""
     disagreement: float | None
     """See `Curvature`."""
     trace_units: tuple[float, ...]
@@ -83,16 +86,20 @@ def lanczos(
 ) -> Lanczos:
     """λmax, λmin and the spectral density by Lanczos' method with full reorthogonalisation; one row of the ledger.
 
-    Cost: `steps` + 1 to 4 products for the second vector's ε (see `Curvature.agreed`) + 2 to 5 for each end, whose curvature
-    depends on ε the most; a product is 2 gradients of all batches. `autograd`: `steps` + 1 for each end.
-    Memory: `steps` + 1 vectors of the parameters' size beside a gradient's; fewer steps or `only` bound it.
+    T is taken by one-sided differences (see `Curvature.shorten`), which only tilt its Ritz vectors; λmax and λmin are Rayleigh
+    quotients of central ones at their Ritz vectors, of second order in the tilt, at twice the ε, which must give what T says.
+
+    Cost in gradients of all batches: `steps` + 1 + 2 for each end, or up to 10 where its ε has to be halved; `autograd`: a
+    product for each step and end.
+    Memory: `steps` + 1 vectors of the parameters' size, and a gradient for every batch; fewer steps or `only` bound it.
 
     Args:
         probe: the model.
         steps: the most Lanczos steps.
         number: which random vector to start from; several make the density smoother.
-        tolerance: stop once the Ritz residual at the wanted ends is below this part of max |λ|, a bound on the eigenvalue's
-            relative error. 0 takes all steps.
+        tolerance: stop once the error of the wanted ends is below this part of max |λ|, by the smaller of the residual r and
+            r²/gap (Kato 1949), the gap being that to the next Ritz value less its residual, and no end is a crowd's (as the
+            many eigenvalues near 0 are, beyond which λmin may still hide). 0 takes all steps.
         ends: which ends are wanted; `largest` saves λmin's product.
         hvp: how products are taken.
         only: names of parameters: the spectrum of their diagonal block.
@@ -162,42 +169,45 @@ def _run(matrix: Curvature, steps: int, number: int, tolerance: float, ends: End
     basis: list[Tensor] = []
     alpha: list[float] = []
     beta: list[float] = []
+    lengths: list[float] = []
     units, tensors = np.zeros(len(matrix.probe.batches)), torch.zeros(len(matrix.sizes), dtype=torch.float64)
-    residual, last = matrix.draw("lanczos", number), min(steps, matrix.size) - 1
+    residual = matrix.draw("lanczos", number)
     length = norm(residual)
-    for j in range(last + 1):
+    for _ in range(min(steps, matrix.size)):
         basis.append(residual.div_(length))
-        # The second vector is the first that leans towards the outliers, where the third derivative is felt most.
-        residual, part = (matrix.agreed if j == min(1, last) else matrix.product)(basis[j], [basis[j]])
+        residual, part = matrix.product(basis[-1], basis[-1:], one_sided=True)
         alpha.append(float(part[:, 0] @ matrix.weights))
         units += part[:, 0]
-        tensors += 2 * matrix.sums(basis[j], residual)
+        tensors += 2 * matrix.sums(basis[-1], residual)
+        lengths.append(norm(residual))
+        matrix.shorten(lengths)
         project_out(residual, basis)
         length = norm(residual)
         beta.append(length)
         negligible = torch.finfo(matrix.dtype).eps * max(map(abs, alpha))
-        if not length > negligible or _converged(alpha, beta, tolerance, ends):
+        if not length > negligible or _error(alpha, beta, ends, matrix.size) <= tolerance:
             break
     for q, row in zip(basis, _tridiagonal(alpha, beta), strict=True):
         tensors -= matrix.sums(q, combine(basis, torch.from_numpy(row)))
-    step = matrix.step
+    smallest = _end(matrix, basis, residual, alpha, beta, 0) if ends == "both" else None
+    matrix.shorten(lengths)
     return {
         "alpha": alpha, "beta": beta, "weight": matrix.weights.tolist(),
-        "largest": _end(matrix, basis, alpha, beta, -1, step),
-        "smallest": _end(matrix, basis, alpha, beta, 0, step) if ends == "both" else None,
-        "step": step, "disagreement": matrix.disagreement,
+        "largest": _end(matrix, basis, residual, alpha, beta, -1), "smallest": smallest,
+        "step": matrix.step, "disagreement": matrix.disagreement,
         "trace_units": units.tolist(), "trace_tensors": dict(zip(matrix.parameters, tensors.tolist(), strict=True)),
     }, basis  # fmt: skip
 
 
 def _end(
-    matrix: Curvature, basis: Sequence[Tensor], alpha: Sequence[float], beta: Sequence[float], index: int, step: float
+    matrix: Curvature, basis: Sequence[Tensor], residual: Tensor, alpha: Sequence[float], beta: Sequence[float], index: int
 ) -> dict[str, Any]:
     nodes, vectors = _ritz(alpha, beta)
     vector = combine(basis, torch.from_numpy(vectors[:, index]))
     vector.div_(norm(vector))
-    matrix.step = step
-    product, part = matrix.agreed(vector, [vector], scale=float(np.abs(nodes).max()))
+    matrix.step *= 2
+    known = nodes[index] * vector + vectors[-1, index] * residual
+    product, part = matrix.agreed(vector, [vector], scale=float(np.abs(nodes).max()), known=known)
     value = float(part[:, 0] @ matrix.weights)
     return {"value": value, "residual": norm(product.sub_(vector, alpha=value)), "units": part[:, 0].tolist()}
 
@@ -206,10 +216,17 @@ def _extreme(row: Mapping[str, Any]) -> Extreme:
     return Extreme(row["value"], row["residual"], tuple(row["units"]))
 
 
-def _converged(alpha: Sequence[float], beta: Sequence[float], tolerance: float, ends: Ends) -> bool:
+def _error(alpha: Sequence[float], beta: Sequence[float], ends: Ends, size: int) -> float:
+    """Of the Ritz values at the wanted ends, the worse, as a part of max |λ|; ∞ while one stands for many eigenvalues."""
     nodes, vectors = _ritz(alpha, beta)
-    residuals = beta[-1] * np.abs(vectors[-1, [-1, 0] if ends == "both" else [-1]])
-    return bool((residuals <= tolerance * np.abs(nodes).max()).all())
+    residuals, shares = beta[-1] * np.abs(vectors[-1]), vectors[0] ** 2
+    worst = 0.0
+    for end, inner in [(-1, -2), (0, 1)][: 2 if ends == "both" else 1]:
+        if shares[end] * size > CROWD:
+            return math.inf
+        gap = abs(nodes[end] - nodes[inner]) - residuals[inner] if len(nodes) > 1 else 0.0
+        worst = max(worst, residuals[end] * min(1.0, residuals[end] / gap if gap > 0 else 1.0))
+    return float(worst / np.abs(nodes).max())
 
 
 def _ritz(alpha: Sequence[float], beta: Sequence[float]) -> tuple[Array, Array]:
