@@ -187,8 +187,9 @@ def _run(matrix: Curvature, steps: int, number: int, tolerance: float, ends: End
         negligible = torch.finfo(matrix.dtype).eps * max(map(abs, alpha))
         if not length > negligible or _error(alpha, beta, ends, matrix.size) <= tolerance:
             break
-    for q, row in zip(basis, _tridiagonal(alpha, beta), strict=True):
-        tensors -= matrix.sums(q, combine(basis, torch.from_numpy(row)))
+    for j, row in enumerate(_tridiagonal(alpha, beta)):
+        near = slice(max(j - 1, 0), j + 2)
+        tensors -= matrix.sums(basis[j], combine(basis[near], torch.from_numpy(row[near])))
     smallest = _end(matrix, basis, residual, alpha, beta, 0) if ends == "both" else None
     matrix.shorten(lengths)
     return {

@@ -37,13 +37,18 @@ def combine(rows: Sequence[Tensor], coefficients: Tensor) -> Tensor:
 
 def project_out(vector: Tensor, rows: Sequence[Tensor]) -> None:
     """vector ← (I − QQᵀ)·vector in place, for orthonormal rows Q; twice, which is enough (Kahan and Parlett)."""
-    for _ in range(2 if rows else 0):
-        coefficients = dots(rows, vector)
-        for block, some in _blocks(rows, len(vector)):
-            vector[block] = double(vector[block]) - (some * coefficients[:, None]).sum(dim=0)
+    if not rows:
+        return
+    first = dots(rows, vector)
+    second = torch.zeros_like(first)
+    for block, some in _blocks(rows, len(vector)):
+        vector[block] = rest = double(vector[block]) - (some * first[:, None]).sum(dim=0)
+        second += (some * rest).sum(dim=1)
+    for block, some in _blocks(rows, len(vector)):
+        vector[block] = double(vector[block]) - (some * second[:, None]).sum(dim=0)
 
 
 def _blocks(rows: Sequence[Tensor], length: int) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, length, BLOCK):
         block = slice(start, start + BLOCK)
-        yield block, torch.stack([double(row[block]) for row in rows])
+        yield block, double(torch.stack([row[block] for row in rows]))
