@@ -13,8 +13,10 @@ FashionMNIST, on two batches of 256 images. Three jobs:
   “by residual” is what hessian-eigenthings needs without being told: steps until its residual is below 0.5 %.
 - `trace`: with the standard error that 32 probes of Hutchinson's method have here, by a Lanczos run and then as many probes as
   that needs, or with the peers' Hutch++ (by as many products as that needs) or Hutchinson's method, whichever is cheaper.
-- `all`: λmax and λmin, both to 0.5 % of λmax, the spectral density, and the trace. hessian-eigenthings, told again, does this by
-  its three functions, or by hand from one tridiagonal matrix.
+- `all`: λmax and λmin, both to 0.5 % of λmax, the spectral density, and the trace. hessian-eigenthings, told again, does this
+  by its three functions, or by hand from one tridiagonal matrix.
+
+Memory: of a training step on one batch (AdamW), of λmax, and of 30 Lanczos steps with a trace, by either kind of product.
 
 Double backward has no fused attention, so that autograd peers run the ViT under the math backend.
 """
@@ -51,6 +53,7 @@ WITHIN = 0.005
 PROBES = 32
 LEAST = 4
 """Probes for a standard error; the peers' Hutch++ begins with as many."""
+PEAKS = ["training step", "λmax", "finite-difference", "autograd"]
 Batch = tuple[Tensor, Tensor]
 Found = tuple[float | None, float | None, float | None]
 """λmax, trace, and its standard error."""
@@ -307,7 +310,9 @@ def peak(kind: str, folder: Path, what: str) -> None:
             optimizer.zero_grad()
             loss(model, batches[0])[0].backward()
             optimizer.step()
-    elif what == "finite-difference" or what == "autograd":
+    elif what == "λmax":
+        hessian.lanczos(probe, tolerance=WITHIN, ends="largest")
+    else:
         hessian.trace(probe, 4, lanczos=hessian.lanczos(probe, 30, hvp=what), hvp=what)  # type: ignore[arg-type]
     during = int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
     print(f"{what:18} {before / 1024:6.0f} MiB before, {during / 1024:6.0f} at the peak")
@@ -320,14 +325,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--probes", type=int, default=PROBES, help="of Hutchinson's method; sets the trace's accuracy")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
-    parser.add_argument("--peak", choices=["training step", "finite-difference", "autograd"], help=argparse.SUPPRESS)
+    parser.add_argument("--peak", choices=PEAKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch")
     torch.set_num_threads(1)
     if options.peak:
         peak(options.kind, options.data, options.peak)
     elif options.memory:
-        for what in ("training step", "finite-difference", "autograd"):
+        for what in PEAKS:
             subprocess.run([sys.executable, __file__, options.kind, "--data", str(options.data), "--peak", what], check=True)
     else:
         compare(options.kind, options.data, options.rounds, options.probes)
