@@ -7,7 +7,7 @@ with it what the third derivative adds. Where two ε disagree, the larger is hal
 attention computed by its formula) and costs two to three times as much as central differences.
 
 A network with kinks (ReLU) has no Hessian at them. Double backward ignores them; finite differences see those that a step
-crosses, as a rough loss surface really has them, and ε and ε/2 then disagree, which is reported.
+crosses, as a rough loss surface really has them, and two ε then disagree, which is reported.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def lanczos(
             return _run(matrix, steps, number, tolerance, ends)
 
     block = "" if only is None else f" of {' '.join(sorted(only))}"
-    metric = f"lanczos {hvp} {steps} {tolerance:g} {ends}{block}"
+    metric = f"krylov {hvp} {steps} {tolerance:g} {ends}{block}"
     row = probe.ledger.ask(lambda: run()[0], **key(probe, metric, 0.0, number, 0))
     return Lanczos(
         name=f"{metric} #{number}", alpha=tuple(row["alpha"]), beta=tuple(row["beta"]),
