@@ -207,7 +207,7 @@ def _end(
     vector = combine(basis, torch.from_numpy(vectors[:, index]))
     vector.div_(norm(vector))
     matrix.step *= 2
-    known = nodes[index] * vector + vectors[-1, index] * residual
+    known = vector * float(nodes[index]) + residual * float(vectors[-1, index])
     product, part = matrix.agreed(vector, [vector], scale=float(np.abs(nodes).max()), known=known)
     value = float(part[:, 0] @ matrix.weights)
     return {"value": value, "residual": norm(product.sub_(vector, alpha=value)), "units": part[:, 0].tolist()}
