@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -190,6 +191,7 @@ def merge_record(
     record = record.named(merged.runs)
     with ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(record.with_hashes, read, digest)
+        beside.submit(import_module, "emomerge.reporting.card")  # its template engine, while tensors are merged
         found: dict[str, Any] = {}
 
         def papers(facts: dict[str, Any]) -> dict[str, str]:

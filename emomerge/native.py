@@ -86,7 +86,7 @@ def _cache_folder() -> Path | None:
     return None
 
 
-def in_parallel(work: Callable[[Item], None], parts: Sequence[Item]) -> None:
+def in_parallel(work: Callable[[Item], object], parts: Sequence[Item]) -> None:
     """Do the parts at the same time, the first on this thread. Compiled code lets the others run."""
     others = [_threads().submit(work, part) for part in parts[1:]]
     work(parts[0])

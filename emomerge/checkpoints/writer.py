@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -145,10 +146,15 @@ def write_file(
     """Write one safetensors file and return its SHA-256; a tensor is computed while the one before it is written."""
     order = sorted(plan, key=lambda name: (-plan[name].dtype.itemsize, name))  # keeps every tensor aligned
     digest = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as flusher:
+        flushing = flusher.submit(os.fsync, file.fileno())
 
         def put(data: bytes | memoryview, name: str | None = None) -> None:
-            file.write(data)
+            nonlocal flushing
+            write_all(file, data)
+            if flushing.done():  # the disk works meanwhile, so that little is left for the end
+                flushing.result()
+                flushing = flusher.submit(os.fsync, file.fileno())
             digest.update(data)
             if name is not None and manner.progress is not None:
                 manner.progress(name, plan[name].nbytes)
@@ -159,9 +165,16 @@ def write_file(
             writing.result()
             writing = writer.submit(put, data, name)
         writing.result()
-        file.flush()
+        flushing.result()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
+    """Write to an unbuffered file, whose system call may take less than it is given (2 GiB at most on Linux)."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) or 0 :]
 
 
 def _header(plan: Plan, order: list[str], metadata: Mapping[str, str]) -> bytes:

@@ -542,8 +542,8 @@ static int64_t keep(const int32_t *bits, const uint8_t *in, int32_t *inside, int
     return held;
 }
 
-/* Magnitudes of one run against a bracket, as bit patterns: how many lie below `low`, equal it,
- * equal `high`, and lie between; the patterns of these go to `inside`, up to `room` of them. */
+/* Magnitudes of one run against a bracket, as bit patterns: how many of each piece lie below `low`, equal it,
+ * equal `high`, and lie between (pieces, 4); the patterns of these go to `inside`, up to `room` of them. */
 int collect(const struct job *job, int run, long size, int32_t low, int32_t high, int64_t room, int64_t *counts, int32_t *inside)
 {
     int64_t held = 0;
@@ -566,18 +566,18 @@ int collect(const struct job *job, int run, long size, int32_t low, int32_t high
             highest += bits[i] == high;
         }
         memset(in + n, 0, BLOCK - n);
+        int64_t before = held, *of_piece = counts + at / PIECE * 4;
         held = keep(bits, in, inside, held, room);
-        counts[0] += below, counts[1] += lowest, counts[2] += highest;
+        of_piece[0] += below, of_piece[1] += lowest, of_piece[2] += highest, of_piece[3] += held - before;
     }
-    counts[3] = held;
     return 0;
 }
 
-/* The place of the n-th element (from 1) of one run whose magnitude is exactly `value`; -1 if there are fewer. */
-int64_t place_of_equal(const struct job *job, int run, long size, float value, int64_t nth)
+/* The place of the n-th element (from 1) from `start` on of one run whose magnitude is exactly `value`; -1 if there are fewer. */
+int64_t place_of_equal(const struct job *job, int run, long start, long size, float value, int64_t nth)
 {
     float origin[BLOCK], tau[BLOCK];
-    for (long at = 0; at < size; at += BLOCK) {
+    for (long at = start; at < size; at += BLOCK) {
         long n = size - at < BLOCK ? size - at : BLOCK;
         decode(job->base, job->base_kind, at, n, origin);
         task_vector(job->theta[run], job->kinds[run], origin, at, n, tau);

@@ -155,12 +155,17 @@ class Source:
         if count >= n or count <= 0:
             return 0.0 if count > 0 else torch.inf, n
         bracket = Bracket.of(self.sample(run, sample_step(n)), n - count + 1, n)
-        self.collect(run, bracket)
+        counts = self.collect(run, bracket)
         rank = bracket.find(n - count + 1)
         if rank is None:
             return None
         wanted = rank.equal - rank.within + 1  # of those that equal the threshold
-        return rank.value, n if wanted == rank.equal else self._place(run, rank.value, wanted)
+        if wanted == rank.equal:
+            return rank.value, n
+        up_to = bracket.equal(rank.value, counts).cumsum()
+        piece = int(np.searchsorted(up_to, wanted))
+        before = int(up_to[piece - 1]) if piece else 0
+        return rank.value, self._place(run, rank.value, wanted - before, piece * PIECE)
 
     def sample(self, run: int, step: int) -> NDArray[np.int32]:
         """The magnitudes of every step-th element of a run, as bit patterns."""
@@ -170,25 +175,23 @@ class Source:
         _kernels().sample(ctypes.byref(job), *arguments)
         return patterns
 
-    def collect(self, run: int, bracket: Bracket) -> None:
-        """Add the magnitudes of one run to a bracket."""
-        if self.runs[run] is None:
-            bracket.add([self.numel * (bracket.low > 0), self.numel * (bracket.low == 0), 0, 0], np.empty(0, np.int32))
-            return
-        counts, inside = np.zeros(4, np.int64), np.empty(min(bracket.room, self.numel), np.int32)
+    def collect(self, run: int, bracket: Bracket) -> NDArray[np.int64]:
+        """Add the magnitudes of one run to a bracket; returns what was added, by pieces of the tensor (see `Bracket.add`)."""
+        counts, inside = np.zeros((-(-self.numel // PIECE), 4), np.int64), np.empty(min(bracket.room, self.numel), np.int32)
         job, _keep = self._job("linear", (), None)
         arguments = ctypes.c_int32(bracket.low), ctypes.c_int32(bracket.high), ctypes.c_int64(len(inside))
         outputs = (ctypes.c_void_p(array.ctypes.data) for array in (counts, inside))
         size = ctypes.c_long(self.numel)
         self._check(_kernels().collect(ctypes.byref(job), ctypes.c_int(run), size, *arguments, *outputs))
-        bracket.add(counts.tolist(), inside)
+        bracket.add(counts.sum(axis=0).tolist(), inside)
+        return counts
 
-    def _place(self, run: int, value: float, nth: int) -> int:
+    def _place(self, run: int, value: float, nth: int, start: int) -> int:
         function = _kernels().place_of_equal
         function.restype = ctypes.c_int64
         job, _keep = self._job("linear", (), None)
-        arguments = [ctypes.c_int(run), ctypes.c_long(self.numel), ctypes.c_float(value), ctypes.c_int64(nth)]
-        return int(function(ctypes.byref(job), *arguments))
+        places = ctypes.c_long(start), ctypes.c_long(self.numel)
+        return int(function(ctypes.byref(job), ctypes.c_int(run), *places, ctypes.c_float(value), ctypes.c_int64(nth)))
 
     def _job(self, method: str, options: Sequence[int], merged: Tensor | None, *numbers: Tensor) -> tuple[_Job, list[object]]:
         """The arguments for a kernel, and what they point to."""

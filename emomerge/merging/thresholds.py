@@ -100,6 +100,19 @@ class Bracket:
         if held > len(inside):
             self._inside = None
 
+    def equal(self, value: float, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many elements equal a value that was found, by pieces (pieces,).
+
+        Args:
+            value: between the two or one of them.
+            counts: (pieces, 4) as for `add`, of all that was added.
+        """
+        pattern = np.float32(value).view(np.int32)
+        if pattern in (self.low, self.high):
+            return counts[:, 1 if pattern == self.low else 2]
+        hits = np.flatnonzero(np.concatenate(self._inside or []) == pattern)
+        return np.bincount(np.searchsorted(counts[:, 3].cumsum(), hits, side="right"), minlength=len(counts))
+
     def find(self, rank: int) -> Ranked | None:
         """The magnitude of a rank among all that were added; None where the sample misled, and it is not inside."""
         inside = None if self._inside is None else np.concatenate([np.empty(0, np.int32), *self._inside])
