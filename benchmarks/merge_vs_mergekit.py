@@ -177,9 +177,10 @@ def draw(rows: list[Row], file: Path) -> None:
     import altair as alt
 
     points = alt.Chart(alt.Data(values=rows)).mark_line(point=True).properties(width=320, height=260)
-    size = alt.X("millions:Q", title="parameters, millions", scale=alt.Scale(type="log", nice=False))
+    scale = alt.Scale(type="log", nice=False, padding=8)
+    size = alt.X("millions:Q", title="parameters, millions", scale=scale)
     pair = [
-        points.encode(size, alt.Y(f"{field}:Q", title=title, scale=alt.Scale(type="log", nice=False)), alt.Color("way:N", title=None))
+        points.encode(size, alt.Y(f"{field}:Q", title=title, scale=scale), alt.Color("way:N", title=None))
         for field, title in (("peak GB", "peak resident memory, GB"), ("seconds", "wall time, s"))
     ]
     alt.hconcat(*pair).save(str(file))
