@@ -99,12 +99,8 @@ rounding_option = click.option(
     show_default=True,
     help="To bfloat16 and float16: to the nearest value, or up or down at random, exact in the mean (see --seed).",
 )
-executor_option = click.option(
-    "--executor",
-    type=click.Choice(["local", "ray", "slurm"]),
-    default="local",
-    show_default=True,
-    help="Where runs are trained and models are probed.",
+executor_option = functools.partial(
+    click.option, "--executor", type=click.Choice(["local", "ray", "slurm"]), default="local", show_default=True
 )
 parallel_option = click.option(
     "--max-parallel", type=click.IntRange(min=1), help="Workers at a time (default: local one, elsewhere all)."
@@ -150,7 +146,7 @@ def main() -> None:
 @click.option("-o", "--out", type=out_path, help="Output folder (default: out/<name of the recipe>).")
 @set_option
 @click.option("--restart", "again", is_flag=True, help="Forget what the folder holds and begin anew.")
-@executor_option
+@executor_option(help="Where runs are trained and models are probed.")
 @parallel_option
 @stacking_option
 @setting_option
@@ -190,7 +186,7 @@ def run(recipe: str, out: Path | None, overrides: Sequence[str], again: bool, qu
     help="Only these optimizers, separated by commas: sens, airy, cats, tion, void.",
 )
 @set_option
-@executor_option
+@executor_option(help="Where runs are trained and models are probed.")
 @parallel_option
 @stacking_option
 @setting_option
@@ -315,13 +311,7 @@ def bake(
     "with --recipe also a field of the recipe.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where tensors are merged: cpu, cuda, auto …")
-@click.option(
-    "--executor",
-    type=click.Choice(["local", "ray", "slurm"]),
-    default="local",
-    show_default=True,
-    help="Who writes the files, where --max-shard-size makes several: this process, or a worker each.",
-)
+@executor_option(help="Who writes the files, where --max-shard-size makes several: this process, or a worker each.")
 @setting_option
 @force_option
 @quiet_option
@@ -407,14 +397,8 @@ def reconstruct(
     "barriers join all MODELS; the plane goes through the base and the first two.",
 )
 @set_option
-@click.option(
-    "--executor",
-    type=click.Choice(["local", "ray", "slurm"]),
-    default="local",
-    show_default=True,
-    help="Who evaluates: this process, or workers, each some directions or one metric of a model.",
-)
-@click.option("--max-parallel", type=click.IntRange(min=1), help="Workers at a time (default: local one, elsewhere all).")
+@executor_option(help="Who evaluates: this process, or workers, each some directions or one metric of a model.")
+@parallel_option
 @setting_option
 @quiet_option
 @json_option

@@ -6,7 +6,6 @@ Measuring afterwards finds everything there. So it does not matter who evaluates
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from emomerge.probing.ledger import Ledger
 from emomerge.progress import Display
 from emomerge.recipe import Recipe
 from emomerge.tasks import make_task
-from emomerge.training import Engine, choose_device, do_in_workers
+from emomerge.training import Engine, attempt, choose_device, do_in_workers
 
 DIRECTIONS = 4
 """Of one share."""
@@ -68,8 +67,9 @@ def spread(engine: Engine, measurer: Measurer, wanted: Sequence[tuple[Artefact, 
     if known is None:
         return
     folder = known.with_name(f"{known.stem}-of-workers")
-    shares = [share for artefact, metrics in wanted for share in shares_of(measurer, artefact, metrics, known, folder)]
-    shares = [share for share in shares if measurer.ledger.get(**share.mark(measurer)) is None]
+    planned = [share for artefact, metrics in wanted for share in shares_of(measurer, artefact, metrics, known, folder)]
+    # Two artefacts may be the same weights: one worker a ledger.
+    shares = {s.ledger: s for s in planned if measurer.ledger.get(**s.mark(measurer)) is None}.values()
     line = display.line("probe in workers", len(shares))
     jobs = {f"{share.metric} of {share.artefact.name}, {share.ledger.stem}": share for share in shares}
     try:
@@ -99,15 +99,7 @@ def shares_of(measurer: Measurer, artefact: Artefact, metrics: Sequence[str], kn
 
 def evaluate(share: Share) -> EmomergeError | None:
     """What a worker does with a share. Returns why it could not be evaluated, or None."""
-    try:
-        with contextlib.chdir(share.working_directory):
-            _evaluate(share)
-    except EmomergeError as error:
-        return error
-    except Exception as error:  # a mistake of ours: no reason to try again, as for a worker that is lost
-        traceback.print_exc()
-        return EmomergeError(f"{share.metric} of {share.artefact.name} failed: {type(error).__name__}: {error}")
-    return None
+    return attempt(f"{share.metric} of {share.artefact.name}", share.working_directory, lambda: _evaluate(share))
 
 
 def _evaluate(share: Share) -> None:

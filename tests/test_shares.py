@@ -112,6 +112,16 @@ def test_the_same_figures_although_workers_die(given, tmp_path, monkeypatch):
     assert (tmp_path / "there" / "evaluations.jsonl").read_text().splitlines() == rows
 
 
+def test_the_same_weights_twice_are_one_workers_share(given, tmp_path, monkeypatch):
+    recipe, root, _ = given
+    monkeypatch.setattr("emomerge.training.executors.POLL", 0)
+    engine = Dying(monkeypatch)
+    probe_models(recipe, [str(root / "base")], root / "base", tmp_path / "there", Display(quiet=True), ["gaussian"], engine)
+    assert len({share.ledger for share in engine.shares}) == 2
+    assert {share.artefact.hash for share in engine.shares} == {engine.shares[0].artefact.hash}
+    assert len({(share.artefact.name, share.ledger) for share in engine.shares}) == 2
+
+
 def test_what_is_wrong_is_told_and_nothing_is_lost(given, tmp_path, monkeypatch):
     recipe, root, here = given
     monkeypatch.setattr("emomerge.training.executors.POLL", 0)

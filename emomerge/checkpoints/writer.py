@@ -146,7 +146,7 @@ def write_file(
     """Write one safetensors file and return its SHA-256; a tensor is computed while the one before it is written."""
     order = sorted(plan, key=lambda name: (-plan[name].dtype.itemsize, name))  # keeps every tensor aligned
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as flusher:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as flusher, ThreadPoolExecutor(1) as writer:
         flushing = flusher.submit(os.fsync, file.fileno())
 
         def put(data: bytes | memoryview, name: str | None = None) -> None:

@@ -178,19 +178,28 @@ class Job:
 
 def work(job: Job) -> EmomergeError | None:
     """What a worker does with a job. Returns why the run could not be trained, or None."""
+    return attempt(f"run {job.spec.name}", job.working_directory, lambda: _work(job))
+
+
+def _work(job: Job) -> None:
+    task = make_task(job.recipe.task)
+    train_locally(
+        job.recipe, [job.spec], job.folder, job.base_hash,
+        task=task, data=task.load_data(job.recipe.base), base_folder=job.base_folder,
+        device=choose_device(job.recipe.device),
+    )  # fmt: skip
+
+
+def attempt(what: str, working_directory: Path, do: Callable[[], None]) -> EmomergeError | None:
+    """Do something in a worker, in the directory that paths are relative to; returns why it could not be done, or None."""
     try:
-        with contextlib.chdir(job.working_directory):
-            task = make_task(job.recipe.task)
-            train_locally(
-                job.recipe, [job.spec], job.folder, job.base_hash,
-                task=task, data=task.load_data(job.recipe.base), base_folder=job.base_folder,
-                device=choose_device(job.recipe.device),
-            )  # fmt: skip
+        with contextlib.chdir(working_directory):
+            do()
     except EmomergeError as error:
         return error
     except Exception as error:  # a mistake of ours: no reason to try again, as for a worker that is lost
         traceback.print_exc()
-        return RunFailed(f"run {job.spec.name} failed: {type(error).__name__}: {error}")
+        return RunFailed(f"{what} failed: {type(error).__name__}: {error}")
     return None
 
 
