@@ -28,8 +28,8 @@ from torch import Tensor
 
 from emomerge.adapters import open_run
 from emomerge.checkpoints import Checkpoint, load_into
+from emomerge.experiment.pipeline import Pipeline
 from emomerge.merging import merge
-from emomerge.pipeline import Pipeline
 from emomerge.recipe import Runs, load_recipe
 from emomerge.training import RunDir, initial_weights, planned_runs, rounds, train_locally, train_runs
 from emomerge.training.state import load_state, of_kind

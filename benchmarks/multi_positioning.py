@@ -35,11 +35,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from emomerge.checkpoints import Checkpoint, load_into
+from emomerge.experiment.pipeline import Pipeline
 from emomerge.merging import merge
 from emomerge.merging.methods import positioning
 from emomerge.merging.methods.spectral import svd
 from emomerge.merging.methods.tall_mask import localize
-from emomerge.pipeline import Pipeline
 from emomerge.recipe import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"

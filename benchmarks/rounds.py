@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from emomerge.checkpoints import Checkpoint, load_into, open_checkpoint
+from emomerge.experiment.pipeline import Pipeline
 from emomerge.merging import merge
-from emomerge.pipeline import Pipeline
 from emomerge.recipe import FAMILY, Recipe, Runs, load_recipe
 from emomerge.training import RunDir, RunSpec, initial_weights, planned_runs, train_locally, train_runs
 from emomerge.training.live import build_optimizer

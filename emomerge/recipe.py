@@ -6,8 +6,6 @@ This module knows nothing of torch, so that a recipe is read and checked in mill
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -485,16 +483,6 @@ def parse_recipe(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise _explain(error, source) from None
-
-
-def digest(value: object) -> str:
-    """SHA-256 of a JSON-able value; pydantic models count by their fields. The order of keys counts, as classes need it to."""
-
-    def plain(item: object) -> object:
-        return item.model_dump(mode="json") if isinstance(item, BaseModel) else str(item)
-
-    text = json.dumps(value, default=plain, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

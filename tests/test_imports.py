@@ -11,8 +11,9 @@ import emomerge
 import emomerge.integrations
 
 PACKAGE = Path(emomerge.__file__).parent
-FLOOR = {"errors", "checkpoints", "digests", "native"}
+FLOOR = {"errors", "numerics", "checkpoints", "native"}
 ALLOWED = {
+    "numerics": {"errors"},
     "checkpoints": FLOOR,
     "optim": FLOOR,
     "tasks": FLOOR | {"recipe"},
@@ -43,14 +44,14 @@ def test_a_room_imports_only_from_rooms_to_its_left(room):
     [
         ("import emomerge", "torch"),
         ("import emomerge.cli", "torch"),
-        ("import emomerge.digests", "torch"),
+        ("import emomerge.numerics.hashing", "torch"),
         ("import emomerge.integrations", "torch"),
         ("import emomerge.optim", "transformers"),
         ("import emomerge.optim", "torch.distributed.tensor"),
         ("import emomerge.recipe", "torch"),
-        ("import emomerge.pipeline", "transformers"),
-        ("import emomerge.pipeline", "peft"),
-        ("import emomerge.pipeline", "altair"),
+        ("import emomerge.experiment.pipeline", "transformers"),
+        ("import emomerge.experiment.pipeline", "peft"),
+        ("import emomerge.experiment.pipeline", "altair"),
     ],
 )
 def test_what_an_import_does_not_pull_in(statement, absent):

@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from emomerge.errors import BadInput
-from emomerge.recipe import FAMILY, Recipe, digest, load_recipe, parse_recipe
+from emomerge.numerics.hashing import digest
+from emomerge.recipe import FAMILY, Recipe, load_recipe, parse_recipe
 
 MINIMAL = {
     "name": "r",

@@ -16,8 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from emomerge.digests import sha256 as sha256
 from emomerge.errors import BadInput
+from emomerge.numerics.hashing import sha256 as sha256
 
 _SERIAL = itertools.count()
 _TROUBLE = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Literal
 
@@ -10,13 +9,10 @@ import torch
 from torch import Tensor
 
 from emomerge.checkpoints.checkpoint import Checkpoint
+from emomerge.numerics.seeds import generator_of
+from emomerge.numerics.sums import PIECE, squared_row_lengths
 
 Rounding = Literal["nearest", "stochastic"]
-
-PIECE = 2**17
-"""Elements worked on at a time."""
-ROW = 4096
-"""Elements that are always added together, so that no thread count changes a sum."""
 
 
 def round_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -37,8 +33,7 @@ def round_at_random(tensor: Tensor, dtype: torch.dtype, *, name: str, seed: int)
     """
     if dtype not in (torch.bfloat16, torch.float16) or tensor.dtype not in (torch.float32, torch.float64):
         return round_to(tensor, dtype)
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = generator_of(seed, name)
     pieces = tensor.cpu().flatten().split(PIECE)
     return torch.cat([stochastic_round(piece.float(), dtype, generator) for piece in pieces]).view(tensor.shape)
 
@@ -91,8 +86,8 @@ class RoundingLoss:
             else:
                 self._unchanged += int(((new == round_to(old, new.dtype)) & (step != 0)).count_nonzero())
             self._moved += moved
-            self._squared_errors += _squared_lengths(change.sub_(step))
-            self._squared_lengths += _squared_lengths(step)
+            self._squared_errors += squared_row_lengths(change.sub_(step))
+            self._squared_lengths += squared_row_lengths(step)
 
     def add_sums(self, moved: int, unchanged: int, squared_errors: list[float], squared_lengths: list[float]) -> None:
         """The same of a tensor for which it is summed up already, part by part."""
@@ -116,11 +111,3 @@ class RoundingLoss:
             "unchanged": self._unchanged / self._moved if self._moved else None,
             "relative_error": math.sqrt(math.fsum(self._squared_errors)) / length if length else None,
         }
-
-
-def _squared_lengths(values: Tensor) -> list[float]:
-    """Σ x² of rows of a flat tensor."""
-    whole, rest = values.split([len(values) - len(values) % ROW, len(values) % ROW])
-    lengths = torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in (whole.view(-1, ROW), rest.view(1, -1))])
-    squares: list[float] = lengths.double().square().tolist()
-    return squares

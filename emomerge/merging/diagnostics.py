@@ -13,14 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from emomerge.merging.methods import run_sum
-
-ROW = 4096
-"""Elements of a row."""
-PIECE = 32 * ROW
-"""Elements worked on at a time: they stay in the cache, and float32 counts up to 2²⁴ of them exactly."""
+from emomerge.numerics.sums import PIECE, row_sums, run_sum
 
 
 class Figures:
@@ -73,8 +67,7 @@ class Figures:
     def _add(self, deltas: Tensor, merged: Tensor) -> None:
         mean = run_sum(deltas) / len(deltas)
         x = torch.cat([deltas, torch.stack([merged, mean, torch.where(merged != 0, mean, 0)])]).double()
-        rows = pad(x, (0, -x.shape[1] % ROW)).unflatten(1, (-1, ROW))
-        partial = torch.stack([(rows[i] * rows[j]).sum(dim=1) for i, j in self.products])
+        partial = torch.stack([row_sums(x[i] * x[j]) for i, j in self.products])
         for sums, new in zip(self.products.values(), partial.tolist(), strict=True):
             sums.append(math.fsum(new))
         signs, moves = deltas.sign(), (deltas != 0).to(deltas.dtype)

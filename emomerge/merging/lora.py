@@ -8,7 +8,6 @@ Martinsson and Tropp 2011). What a truncation captures is its share of the energ
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -25,7 +24,9 @@ from emomerge.adapters.naming import BaseNames
 from emomerge.adapters.peft import CONFIG, WEIGHTS
 from emomerge.checkpoints import Checkpoint, all_finite, new_folder
 from emomerge.errors import BadInput
-from emomerge.merging.methods.spectral import one_thread
+from emomerge.numerics.seeds import seed_of
+from emomerge.numerics.sums import sum_of_row_norms
+from emomerge.numerics.threads import one_thread
 
 SMALL = 512
 """Matrices with no more rows or columns are decomposed exactly."""
@@ -281,9 +282,8 @@ def _triples(tau: Tensor, rank: int, energy: float | None, name: str) -> tuple[T
 
 
 def _sketched(tau: Tensor, columns: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     with torch.random.fork_rng([tau.device] if tau.device.type != "cpu" else []):
-        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+        torch.manual_seed(seed_of(name))
         found: tuple[Tensor, Tensor, Tensor] = torch.svd_lowrank(tau, q=columns, niter=POWER_ITERATIONS)
     return found
 
@@ -311,9 +311,9 @@ def place_of(base: Checkpoint, names: BaseNames, name: str) -> Place | str:
 def _energy(tau: Tensor) -> float:
     """‖τ‖², in float64."""
     rows = tau.reshape(len(tau), -1) if tau.ndim else tau.reshape(1, 1)
-    return math.fsum(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square().tolist())
+    return sum_of_row_norms(rows, 2)
 
 
 def _captured(a: Tensor) -> float:
     """‖BA‖² from A = √Σ·Vᵀ alone: its rows are orthogonal, and of the squared length σ."""
-    return math.fsum(torch.linalg.vector_norm(a, dim=1, dtype=torch.float64).pow(4).tolist())
+    return sum_of_row_norms(a, 4)

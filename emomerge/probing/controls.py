@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from emomerge.numerics.sums import inner, square_sum
 from emomerge.probing.ledger import Ledger
-from emomerge.probing.perturb import Batch, Perturbable, Weights, inner, square_sum
+from emomerge.probing.perturb import Batch, Perturbable, Weights
 from emomerge.probing.registry import Array, Measurement, metric
 from emomerge.probing.sharpness import center, key, weights
 

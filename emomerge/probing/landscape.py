@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor
 
 from emomerge.errors import BadInput
-from emomerge.probing.perturb import Lazy, Perturbable, Weights, inner
+from emomerge.numerics.hashing import hash_tensors
+from emomerge.numerics.sums import inner
+from emomerge.probing.perturb import Lazy, Perturbable, Weights
 from emomerge.probing.registry import Array, Measurement, metric
 from emomerge.probing.sharpness import losses, weights
 
@@ -185,11 +186,7 @@ def _axis(corners: Sequence[float], size: int, margin: float) -> list[float]:
 
 def _hash(probe: Perturbable, tensors: Weights) -> str:
     """What the ledger files other weights under."""
-    total = hashlib.sha256()
-    for name in sorted(probe.parameters):
-        total.update(name.encode())
-        total.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()
+    return hash_tensors((name, tensors[name]) for name in sorted(probe.parameters))
 
 
 def _plain(values: Array | Sequence[float]) -> list[float | None]:

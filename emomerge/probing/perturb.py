@@ -7,7 +7,6 @@ weights is not rewarded (specification of the probe, traps 4 and 6).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,13 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Literal, TypeAlias, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from emomerge.errors import BadInput, EmomergeError
+from emomerge.numerics.hashing import hash_tensors
+from emomerge.numerics.seeds import generator_of
+from emomerge.numerics.sums import inner, square_sum
 from emomerge.probing.ledger import Ledger
 
 Batch: TypeAlias = Any
@@ -39,8 +39,6 @@ Ball: TypeAlias = Literal["base", "own"]
 
 KEPT_BYTES = 2**28
 """Directions up to this size are kept while they are in use; of larger ones each tensor is drawn again when it is needed."""
-ROW, PIECE = 4096, 2**22
-"""Elements summed in one go, which no thread count splits, and elements that are float64 at a time."""
 INTEGERS = {
     torch.float64: (torch.int64, 52),
     torch.float32: (torch.int32, 23),
@@ -299,17 +297,12 @@ class Perturbable:
 
     def sha256(self) -> str:
         """Hash of all weights, in the order of their names."""
-        total = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            total.update(name.encode())
-            total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return total.hexdigest()
+        return hash_tensors(sorted(self.model.state_dict().items()))
 
 
 def normals(seed: int, number: int, name: str, like: Tensor) -> Tensor:
     """Standard normals of a tensor's shape and device, from a generator seeded by (seed, number, name)."""
-    key = hashlib.blake2b(f"{seed}/{number}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator(like.device).manual_seed(int.from_bytes(key, "little") >> 1)
+    generator = generator_of(seed, number, name, device=like.device)
     return torch.empty(like.shape, dtype=_drawn_dtype(like), device=like.device).normal_(generator=generator)
 
 
@@ -321,25 +314,6 @@ def _flipped(x: Tensor) -> Tensor:
     """x with the third bit of its fraction flipped, which changes a number by at most an eighth; its own inverse, exactly."""
     integers, fraction = INTEGERS[x.dtype]
     return x.view(integers).bitwise_xor(1 << (fraction - 3)).view(x.dtype)
-
-
-def inner(a: Tensor, b: Tensor) -> float:
-    """Σ a·b in float64, in an order that no thread count changes."""
-    sums: list[float] = []
-    for x, y in zip(a.detach().flatten().split(PIECE), b.detach().flatten().split(PIECE), strict=True):
-        product = double(x) * double(y)
-        sums += pad(product, (0, -len(product) % ROW)).view(-1, ROW).sum(dim=1).tolist()
-    return float(np.sum(sums))
-
-
-def double(x: Tensor) -> Tensor:
-    """x in float64, on its device where that has it."""
-    return (x.cpu() if x.device.type == "mps" else x).double()  # MPS has no float64
-
-
-def square_sum(tensor: Tensor) -> float:
-    """Σ x² in float64."""
-    return inner(tensor, tensor)
 
 
 def _require_in_memory(name: str, parameter: Tensor) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from emomerge.errors import BadInput
+from emomerge.numerics.sums import inner, square_sum
 from emomerge.probing import sharpness
-from emomerge.probing.perturb import Ball, Perturbable, Place, Weights, inner, normals, square_sum
+from emomerge.probing.perturb import Ball, Perturbable, Place, Weights, normals
 from emomerge.probing.registry import Array, Measurement, metric
 
 Norm: TypeAlias = Literal["l2", "linf"]

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from emomerge import recipe
 from emomerge.checkpoints import working_dtype
 from emomerge.errors import BadInput
+from emomerge.numerics.seeds import cpu_seed
 from emomerge.recipe import LanguageColumns
 from emomerge.tasks import sources
 from emomerge.tasks.base import Batch, RowFigures, Split, Task, TaskData, Texts, predictive_entropy
-from emomerge.tasks.pretrained import cpu_seed, input_length, load_complete, load_config, load_tokenizer, quiet, reload_complete
+from emomerge.tasks.pretrained import input_length, load_complete, load_config, load_tokenizer, quiet, reload_complete
 from emomerge.tasks.tables import ENDINGS, read_rows
 from emomerge.tasks.text_classification import TextSplit
 

@@ -47,8 +47,8 @@ from torch import Tensor, nn
 from emomerge import recipe
 from emomerge.checkpoints import load_into, open_checkpoint
 from emomerge.errors import BadInput
+from emomerge.numerics.seeds import cpu_seed
 from emomerge.tasks.base import Batch, Images, RowFigures, Split, Task, TaskData
-from emomerge.tasks.pretrained import cpu_seed
 
 _SPLITS = ("train", "validation", "test")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from emomerge import recipe
 from emomerge.checkpoints import working_dtype
 from emomerge.errors import BadInput
+from emomerge.numerics.seeds import generator_of
 from emomerge.tasks.base import Batch, Images, RowFigures, Split, Task, TaskData
 from emomerge.tasks.image_classification import ImageClassificationTask
 from emomerge.tasks.pretrained import load_complete, reload_complete
@@ -111,8 +111,7 @@ class FlowMatchingTask(Task):
         images = batch["pixel_values"]
         drawn = []
         for row in batch["row"].tolist():
-            key = hashlib.blake2b(f"flow/{self.section.seed}/{row}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+            generator = generator_of("flow", self.section.seed, row)
             drawn.append(torch.randn(1 + images[0].numel(), generator=generator))
         normal = torch.stack(drawn).to(images.device)
         return Point(self._time(normal[:, 0]), normal[:, 1:].view_as(images), batch["labels"])

@@ -30,7 +30,8 @@ from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
 
 from emomerge import recipe
 from emomerge.errors import BadInput
-from emomerge.tasks.pretrained import cpu_seed, name_classes
+from emomerge.numerics.seeds import cpu_seed
+from emomerge.tasks.pretrained import name_classes
 
 
 def build(prepare: recipe.Prepare, *, channels: int, image_size: int, classes: Sequence[str]) -> nn.Module:

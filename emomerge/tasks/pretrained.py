@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from emomerge import recipe
 from emomerge.errors import BadInput
+from emomerge.numerics.seeds import cpu_seed
 
 
 @contextmanager
@@ -29,14 +30,6 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def cpu_seed(seed: int) -> Iterator[None]:
-    """Within the block the CPU's default generator starts from `seed`; afterwards it is as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def name_classes(config: Any, classes: Sequence[str]) -> None:

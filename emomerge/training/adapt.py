@@ -10,8 +10,8 @@ from torch import nn
 
 from emomerge.checkpoints import atomic, model_checkpoint, write_checkpoint
 from emomerge.errors import BadInput
+from emomerge.numerics.seeds import seed_of
 from emomerge.recipe import Full, Lora
-from emomerge.training.order import seed_of
 
 
 def adapt(model: nn.Module, adapter: Lora | Full, *, task_type: str | None, head: str | None, seed: int) -> nn.Module:

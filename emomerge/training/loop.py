@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emomerge.numerics.seeds import seed_default_generators, seed_of
 from emomerge.recipe import Recipe, Runs
 from emomerge.tasks import Task, TaskData
 from emomerge.training.adapt import adapt
 from emomerge.training.live import StepHook, TrainingRun
-from emomerge.training.order import BatchOrder, seed_generators, seed_of
+from emomerge.training.order import BatchOrder
 from emomerge.training.runs import RunDir, RunSpec
 
 
@@ -44,7 +45,7 @@ def train_run(
         while live.unfinished:
             started = time.perf_counter()
             for micro in micro_batches(recipe.runs, live.step):
-                seed_generators(seed_of("dropout", spec.seed, micro), device)
+                seed_default_generators(seed_of("dropout", spec.seed, micro), device)
                 rows = order.batch(micro)
                 batch = {key: value.to(device, non_blocking=True) for key, value in data.train.batch(rows).items()}
                 with autocast(device, recipe.runs.precision):

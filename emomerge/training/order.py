@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-
-def seed_of(*parts: object) -> int:
-    """A 63-bit seed from names and numbers, the same on every machine and for every hash seed."""
-    text = "/".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """`torch.manual_seed`, which on the CPU costs a third of a millisecond for the sake of devices that are not used."""
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
+from emomerge.numerics.seeds import generator_of
 
 
 class BatchOrder:
@@ -39,7 +26,7 @@ class BatchOrder:
         self._key = key
 
     def _shuffle(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed_of("order", *self._key, epoch))
+        generator = generator_of("order", *self._key, epoch)
         return torch.randperm(self.rows, generator=generator)
 
     def batch(self, number: int) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from emomerge.errors import EmomergeError
+from emomerge.numerics.seeds import seed_of
 from emomerge.recipe import Prepare
 from emomerge.tasks import Task, TaskData
-from emomerge.training.order import BatchOrder, seed_of
+from emomerge.training.order import BatchOrder
 
 
 def fit(

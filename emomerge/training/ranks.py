@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from emomerge.errors import RunFailed
+from emomerge.numerics.seeds import seed_default_generators, seed_of
 from emomerge.recipe import Recipe
 from emomerge.tasks import Task, TaskData
 from emomerge.training.live import StepHook, TrainingRun, put
 from emomerge.training.loop import adapted_model, autocast, batch_order, buffers, micro_batches, trained
-from emomerge.training.order import seed_generators, seed_of
 from emomerge.training.runs import RunDir, RunSpec
 from emomerge.training.sharded import whole
 
@@ -155,7 +155,7 @@ def take_steps(
         while live.unfinished:
             started = time.perf_counter()
             for micro in micro_batches(runs, live.step):
-                seed_generators(seed_of("dropout", spec.seed, micro, *[ranks.rank] * (not ranks.leads)), device)
+                seed_default_generators(seed_of("dropout", spec.seed, micro, *[ranks.rank] * (not ranks.leads)), device)
                 rows = order.batch(micro)
                 batch = {key: value.to(device) for key, value in data.train.batch(ranks.share(rows)).items()}
                 with autocast(device, runs.precision):

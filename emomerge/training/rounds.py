@@ -21,7 +21,8 @@ from torch import Tensor
 
 from emomerge.checkpoints import working_dtype
 from emomerge.errors import BadInput, RunFailed
-from emomerge.recipe import Outer, Recipe, digest
+from emomerge.numerics.hashing import digest
+from emomerge.recipe import Outer, Recipe
 from emomerge.training.runs import RunDir, RunSpec, round_ends, run_inputs
 from emomerge.training.state import load_header, load_state, of_kind, save_state
 

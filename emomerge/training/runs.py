@@ -22,7 +22,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from emomerge.checkpoints import atomic
-from emomerge.recipe import Recipe, Runs, digest
+from emomerge.numerics.hashing import digest
+from emomerge.recipe import Recipe, Runs
 from emomerge.training.state import save_state
 
 Role = Literal["run", "control"]

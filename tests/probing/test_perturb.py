@@ -7,8 +7,9 @@ from torch import nn
 
 import emomerge
 from emomerge.errors import BadInput, EmomergeError
+from emomerge.numerics.sums import inner
 from emomerge.probing import perturb, sharpness
-from emomerge.probing.perturb import Lazy, Perturbable, inner, rms
+from emomerge.probing.perturb import Lazy, Perturbable, rms
 
 
 def loss(model, batch):

@@ -10,7 +10,7 @@ from torch import nn
 import emomerge
 from emomerge.checkpoints import load_into
 from emomerge.errors import BadInput
-from emomerge.pipeline import Pipeline, load_results
+from emomerge.experiment.pipeline import Pipeline, load_results
 from emomerge.recipe import Base, Custom, load_recipe
 from emomerge.tasks import make_task
 

@@ -12,7 +12,7 @@ CODE = """
 import sys, torch
 torch.set_num_threads(int(sys.argv[1]))
 from emomerge.checkpoints import model_checkpoint
-from emomerge.measure import fingerprint
+from emomerge.experiment.measure import fingerprint
 from emomerge.recipe import parse_recipe
 from emomerge.tasks import make_task
 

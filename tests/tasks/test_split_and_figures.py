@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from emomerge.errors import BadInput
-from emomerge.measure import score
+from emomerge.experiment.measure import score
 from emomerge.recipe import TextClassification
 from emomerge.tasks import Split, Task, sources
 from emomerge.tasks.text_classification import TextSplit

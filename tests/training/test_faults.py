@@ -26,7 +26,7 @@ from emomerge.training import RunDir, planned_runs, train_locally
 FAMILY = ["sens-0", "airy-0", "cats-0", "tion-0", "void-0"]
 CHILDREN = multiprocessing.get_context("forkserver") if hasattr(os, "fork") else None
 if CHILDREN:
-    CHILDREN.set_forkserver_preload(["emomerge.pipeline", "transformers", "peft", "altair", "sklearn.datasets"])
+    CHILDREN.set_forkserver_preload(["emomerge.experiment.pipeline", "transformers", "peft", "altair", "sklearn.datasets"])
 
 
 # kill -9

@@ -2,7 +2,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emomerge.training.order import BatchOrder, seed_of
+from emomerge.numerics.seeds import seed_of
+from emomerge.training.order import BatchOrder
 
 
 @given(rows=st.integers(1, 40), size=st.integers(1, 50), count=st.integers(1, 12), seed=st.integers(0, 5))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from emomerge.checkpoints import atomic
 from emomerge.errors import RunFailed
-from emomerge.pipeline import Pipeline
+from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import parse_recipe
 from emomerge.training import RunDir, join_ranks
 

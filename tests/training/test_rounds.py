@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from emomerge.checkpoints import model_checkpoint, open_checkpoint
 from emomerge.errors import BadInput, RunFailed
+from emomerge.numerics.seeds import seed_of
 from emomerge.optim import OPTIMIZERS
 from emomerge.recipe import Full, Outer, Runs
 from emomerge.training import (
@@ -22,7 +23,6 @@ from emomerge.training import (
     train_runs,
 )
 from emomerge.training.loop import adapted_model, batch_order, micro_batches
-from emomerge.training.order import seed_of
 from emomerge.training.rounds import nesterov
 from emomerge.training.runs import round_ends
 

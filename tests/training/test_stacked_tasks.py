@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emomerge.pipeline import Pipeline
+from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import load_recipe
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"

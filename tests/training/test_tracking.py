@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emomerge.errors import BadInput
-from emomerge.pipeline import Pipeline
+from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import parse_recipe
 from emomerge.training import RunDir, planned_runs, train_locally
 

@@ -7,6 +7,5 @@ no result depends on how the work is split.
 """
 
 from emomerge.merging.methods import averages, positioning, sparse, spectral, spherical, tall_mask, ties
-from emomerge.merging.methods.sums import run_sum
 
-__all__ = ["averages", "positioning", "run_sum", "sparse", "spectral", "spherical", "tall_mask", "ties"]
+__all__ = ["averages", "positioning", "sparse", "spectral", "spherical", "tall_mask", "ties"]

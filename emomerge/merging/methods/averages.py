@@ -11,10 +11,10 @@ from torch import Tensor
 
 from emomerge.checkpoints import Checkpoint, all_finite, open_checkpoint
 from emomerge.errors import BadInput
-from emomerge.merging.methods.sums import run_sum, weighted_sum
 from emomerge.merging.native import Source
 from emomerge.merging.registry import merge_method
 from emomerge.merging.vectors import TaskVectors
+from emomerge.numerics.sums import run_sum, weighted_sum
 
 if TYPE_CHECKING:
     from emomerge.merging.diagnostics import Figures

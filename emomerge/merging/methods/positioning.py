@@ -23,11 +23,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from emomerge.merging.methods.spectral import one_thread
-from emomerge.merging.methods.sums import gram, weighted_sum
 from emomerge.merging.native import Source
 from emomerge.merging.registry import merge_method
 from emomerge.merging.vectors import TaskVectors
+from emomerge.numerics.sums import gram, weighted_sum
+from emomerge.numerics.threads import one_thread
 
 if TYPE_CHECKING:
     from emomerge.merging.diagnostics import Figures

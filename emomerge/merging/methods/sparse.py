@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -11,12 +10,13 @@ from pydantic import Field
 from torch import Tensor
 
 from emomerge.errors import BadInput
-from emomerge.merging.methods.sums import PIECE, run_sum, total, weighted_sum
 from emomerge.merging.methods.ties import Aggregate, Density, Elect, consensus, each
 from emomerge.merging.registry import merge_method
 from emomerge.merging.settings import PerRun, PerTensor
 from emomerge.merging.thresholds import Cut, largest
 from emomerge.merging.vectors import blocks
+from emomerge.numerics.seeds import key_of
+from emomerge.numerics.sums import PIECE, run_sum, total, weighted_sum
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0)]
@@ -49,7 +49,7 @@ def uniform(like: Tensor, name: str, run: int, seed: int, offset: int = 0) -> Te
         like: shape and device.
         offset: the place of its first element in the flat tensor.
     """
-    digest = hashlib.blake2b(f"{seed}/{run}/{name}".encode(), digest_size=8).digest()
+    digest = key_of(seed, run, name)
     start, stride = (int.from_bytes(part, "little", signed=True) for part in (digest[:4], digest[4:]))
     x = torch.arange(offset, offset + like.numel(), device=like.device).to(torch.int32)
     x.mul_(stride | 1).add_(start)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from emomerge.merging.methods.averages import mean
-from emomerge.merging.methods.sums import weighted_sum
 from emomerge.merging.registry import merge_method
+from emomerge.numerics.sums import weighted_sum
+from emomerge.numerics.threads import one_thread
 
 
 class Svd(NamedTuple):
@@ -27,17 +26,6 @@ def svd(matrix: Tensor) -> Svd:
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     rank = int((s > max(matrix.shape) * torch.finfo(s.dtype).eps * s[:1]).count_nonzero())
     return Svd(u[:, :rank], s[:rank], vh[:rank].mT)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Matrix products and decompositions round differently for each number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @merge_method("tsv", source="Gargiulo et al. 2025")

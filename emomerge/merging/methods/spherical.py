@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from emomerge.errors import BadInput
-from emomerge.merging.methods.sums import gram, run_sum, weighted_sum
 from emomerge.merging.registry import Finite, merge_method
 from emomerge.merging.settings import PerTensor
 from emomerge.merging.vectors import TaskVectors
+from emomerge.numerics.sums import gram, run_sum, weighted_sum
 
 Origin = Literal["base", "zero"]
 Along = Literal["tensor", "row", "column", "filter"]

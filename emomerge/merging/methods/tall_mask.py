@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import Tensor
 
 from emomerge.errors import BadInput
-from emomerge.merging.methods.sums import weighted_sum
 from emomerge.merging.methods.ties import ties, trim_and_elect
 from emomerge.merging.native import Source
 from emomerge.merging.registry import merge_method
 from emomerge.merging.vectors import TaskVectors
+from emomerge.numerics.sums import weighted_sum
 
 if TYPE_CHECKING:
     from emomerge.merging.diagnostics import Figures

@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from emomerge.errors import BadInput
-from emomerge.merging.methods.sums import PIECE, run_sum
 from emomerge.merging.native import AGGREGATE, ELECT, Source
 from emomerge.merging.registry import merge_method
 from emomerge.merging.settings import PerRun, constant
 from emomerge.merging.thresholds import Cut, kth_magnitude, largest
 from emomerge.merging.vectors import TaskVectors, blocks
+from emomerge.numerics.sums import PIECE, run_sum
 
 if TYPE_CHECKING:
     from emomerge.merging.diagnostics import Figures

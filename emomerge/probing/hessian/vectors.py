@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from emomerge.probing.perturb import double, square_sum
+from emomerge.numerics.sums import double, square_sum
 
 BLOCK = 1 << 14
 """Elements of a block: small enough that torch sums it on one thread."""

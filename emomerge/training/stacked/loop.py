@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from emomerge.errors import BadInput, EmomergeError, RunFailed
+from emomerge.numerics.seeds import seed_default_generators, seed_of
 from emomerge.recipe import Recipe
 from emomerge.tasks import Batch, Task, TaskData
 from emomerge.training.live import StepHook, TrainingRun
 from emomerge.training.loop import adapted_model, autocast, batch_order, buffers, micro_batches, order_key, trained
-from emomerge.training.order import seed_generators, seed_of
 from emomerge.training.runs import RunDir, RunSpec
 from emomerge.training.stacked.estimate import estimate
 from emomerge.training.stacked.losses import Inputs, check_loss, check_rows_apart, model_inputs, run_loss, stack_inputs
@@ -56,7 +56,7 @@ def prepare_stack(
         batches, sample = passes.sample()
         check_rows_apart(stack, sample, SAMPLE)
         check_loss(task, stack, sample, SAMPLE, batches[0])
-        passes.streams.start(lambda run: seed_generators(run, device))
+        passes.streams.start(lambda run: seed_default_generators(run, device))
         stacked = runwise_dropout(passes.streams, SAMPLE, Widths([0] * len(passes.streams.leaders)))
         expected = estimate(stack, sample, SAMPLE, recipe.runs.batch_size, stacked)
     if recipe.runs.parallel == "auto":
@@ -169,7 +169,7 @@ class StackedPasses:
         model, of_run = self.stack.model, self.streams.of_run
 
         def seed(run: int) -> None:
-            seed_generators(seed_of("dropout", self.specs[run].seed, micro), self.device)
+            seed_default_generators(seed_of("dropout", self.specs[run].seed, micro), self.device)
 
         widths = self._widths(batches, rows, seed)
         with autocast(self.device, self.runs.precision):

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from emomerge.adapters import open_run
 from emomerge.checkpoints import atomic, open_checkpoint
 from emomerge.errors import BadInput
-from emomerge.measure import PRESETS, Artefact, Measured, Measurer, fingerprint, steps_of
+from emomerge.experiment.measure import PRESETS, Artefact, Measured, Measurer, fingerprint, steps_of
+from emomerge.experiment.workers import spread
 from emomerge.probing import verdict
 from emomerge.progress import Display
 from emomerge.recipe import Recipe
-from emomerge.shares import spread
 from emomerge.tasks import make_task
 from emomerge.training import Engine, choose_device
 

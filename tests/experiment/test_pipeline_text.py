@@ -7,7 +7,7 @@ import torch
 
 import emomerge
 from emomerge.checkpoints import load_into
-from emomerge.pipeline import Pipeline, load_results
+from emomerge.experiment.pipeline import Pipeline, load_results
 from emomerge.recipe import parse_recipe
 
 GOOD, BAD, FILLER = ["good", "fine", "lovely"], ["bad", "dull", "awful"], ["the", "film", "a", "story", "is", "and"]

@@ -11,15 +11,15 @@ import torch
 
 from emomerge.adapters import open_run
 from emomerge.checkpoints import load_into, open_checkpoint
+from emomerge.cli.inspection import status_of
 from emomerge.errors import BadInput, RunFailed
-from emomerge.inspection import status_of
-from emomerge.measure import Measurer
+from emomerge.experiment.measure import Measurer
+from emomerge.experiment.pipeline import Pipeline, load_results
+from emomerge.experiment.workspace import Workspace
 from emomerge.merging import merge
-from emomerge.pipeline import Pipeline, load_results
 from emomerge.recipe import parse_recipe
 from emomerge.training import RunDir
 from emomerge.training.controls import long_adamw_runs
-from emomerge.workspace import Workspace
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,24 +114,24 @@ def test_only_what_changed_is_done_again(finished, tiny_recipe, tmp_path):
 
 KILLS = {
     "base": ("torch.optim.AdamW.step", 7),
-    "base, before its stamp": ("emomerge.workspace.Workspace.write_stamp", 1),
+    "base, before its stamp": ("emomerge.experiment.workspace.Workspace.write_stamp", 1),
     "run 1": ("emomerge.training.runs.RunDir.append_metrics", 3),
     "run 2": ("emomerge.training.runs.RunDir.append_metrics", 6 + 1),
     "run 3": ("emomerge.training.runs.RunDir.append_metrics", 12 + 6),
     "run 4, between weights and state": ("emomerge.training.runs.RunDir.write_state", 3 * 5 + 3),
     "run 5": ("emomerge.training.runs.RunDir.append_metrics", 24 + 4),
     "merge, in a file": ("emomerge.merging.MergedCheckpoint.__getitem__", 30),
-    "merge, before its stamp": ("emomerge.workspace.Workspace.write_stamp", 3),
+    "merge, before its stamp": ("emomerge.experiment.workspace.Workspace.write_stamp", 3),
     "probe, early": ("emomerge.probing.ledger.Ledger.ask", 300),
     "probe, late": ("emomerge.probing.ledger.Ledger.ask", 1100),
-    "report": ("emomerge.pipeline.write_report", 1),
+    "report": ("emomerge.experiment.pipeline.write_report", 1),
 }
 
 
 # Forked from a server that only imported things: a fork of this process could inherit locks of threads that it does not have.
 CHILDREN = multiprocessing.get_context("forkserver") if hasattr(os, "fork") else None
 if CHILDREN:
-    CHILDREN.set_forkserver_preload(["emomerge.pipeline", "transformers", "peft", "altair", "sklearn.datasets"])
+    CHILDREN.set_forkserver_preload(["emomerge.experiment.pipeline", "transformers", "peft", "altair", "sklearn.datasets"])
 
 
 def in_child(recipe, out, kill=None):

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from emomerge import digests
-from emomerge.digests import Digests, sha256, weight_files
+from emomerge.numerics import hashing
+from emomerge.numerics.hashing import Digests, sha256, weight_files
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 4097, 12_288])
 def test_the_hash_of_a_file_of_any_number_of_windows(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digests, "WINDOW", 4096)
+    monkeypatch.setattr(hashing, "WINDOW", 4096)
     file = tmp_path / "x"
     file.write_bytes(bytes(i % 251 for i in range(size)))
     expected = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -11,7 +11,7 @@ from emomerge.recipe import Recipe, load_recipe
 
 def templates() -> dict[str, Path]:
     """Name → file of the recipes that come with emomerge (in the package, or beside it in a checkout)."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     folders = [package / "recipes", package.parent / "recipes"]
     return {file.stem: file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
 

@@ -16,7 +16,8 @@ from typing import Any, TextIO
 
 from emomerge.checkpoints import atomic
 from emomerge.errors import BadInput
-from emomerge.recipe import Custom, Recipe, digest
+from emomerge.numerics.hashing import digest
+from emomerge.recipe import Custom, Recipe
 from emomerge.training.runs import sizes_agree
 
 

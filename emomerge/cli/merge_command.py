@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from emomerge.cli.printing import print_diagnostics, print_rounding, print_truncation
+from emomerge.cli.templates import open_recipe
 from emomerge.errors import BadInput
-from emomerge.printing import print_diagnostics, print_rounding, print_truncation
-from emomerge.templates import open_recipe
 
 if TYPE_CHECKING:
     from emomerge.merging.record import MergeRecord, Output
@@ -68,10 +68,10 @@ def _split_overrides(method: str, overrides: Sequence[str], recipe: str | None) 
 
 def _evaluator(recipe: str, overrides: Sequence[str], base: Any) -> tuple[Any, list[Path]]:
     """Validation loss of any weights, by a recipe's task; and the local files that decide it."""
-    from emomerge.measure import Measurer
+    from emomerge.experiment.measure import Measurer
+    from emomerge.experiment.workspace import external_sources, local_files
     from emomerge.tasks import make_task
     from emomerge.training import choose_device
-    from emomerge.workspace import external_sources, local_files
 
     parsed = open_recipe(recipe, overrides)
     if base.folder is None:

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from emomerge.checkpoints import Checkpoint, load_into
 from emomerge.merging import merge
+from emomerge.numerics.hashing import bytes_of, digest
 from emomerge.probing import controls, hessian, landscape, sharpness, worst_case
 from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Perturbable, rms
 from emomerge.probing.registry import Measurement
 from emomerge.progress import Line
-from emomerge.recipe import Recipe, digest
+from emomerge.recipe import Recipe
 from emomerge.tasks import Batch, Split, Task, TaskData
 
 Array = NDArray[np.float64]
@@ -414,7 +415,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     """SHA-256 over names, dtypes, shapes and data of all tensors."""
     total = hashlib.sha256()
     for name in checkpoint:
-        tensor = checkpoint[name].detach().cpu().contiguous()
+        tensor = checkpoint[name]
         total.update(f"{name}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy().data)
+        total.update(bytes_of(tensor))
     return total.hexdigest()

@@ -8,11 +8,11 @@ import torch
 
 import emomerge
 from emomerge.checkpoints import load_into
-from emomerge.pipeline import Pipeline, load_results
+from emomerge.experiment.pipeline import Pipeline, load_results
 from emomerge.recipe import load_recipe
 from emomerge.reporting import png
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "flow-fashion.yaml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "flow-fashion.yaml"
 
 
 @pytest.fixture(scope="module")

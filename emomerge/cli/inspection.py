@@ -20,7 +20,7 @@ from emomerge.adapters import artefact_of, open_run
 from emomerge.checkpoints import Checkpoint, open_checkpoint
 from emomerge.checkpoints.atomic import size
 from emomerge.errors import BadInput
-from emomerge.pipeline import Pipeline
+from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import load_recipe
 from emomerge.training import holder_of
 from emomerge.training.runs import round_ends

@@ -9,10 +9,10 @@ import torch
 
 import emomerge
 from emomerge.checkpoints import load_into
-from emomerge.pipeline import Pipeline, load_results
+from emomerge.experiment.pipeline import Pipeline, load_results
 from emomerge.recipe import load_recipe
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 NOUNS, VERBS = ["cat", "dog", "bird", "fish"], ["sees", "likes", "hears"]
 
 

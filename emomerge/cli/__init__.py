@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from emomerge.cli.printing import console, print_results, print_rounding
 from emomerge.errors import BadInput, EmomergeError
-from emomerge.printing import console, print_results, print_rounding
 
 if TYPE_CHECKING:
     from emomerge.training.engines import Engine, EngineName
@@ -239,7 +239,7 @@ def bake(
     """Write BASE with ADAPTER merged into its weights: computed in float32, rounded once."""
     from emomerge import adapters
     from emomerge.checkpoints import open_checkpoint
-    from emomerge.merge_command import only_a_card, write_model
+    from emomerge.cli.merge_command import only_a_card, write_model
     from emomerge.merging.record import Output
 
     opened = open_checkpoint(base)
@@ -325,11 +325,11 @@ def merge(
     Methods: mean, task-arithmetic, greedy-soup, positioning, fisher; ties, dare-linear, dare-ties, della, della-linear,
     breadcrumbs, breadcrumbs-ties, sce; tall-mask; model-stock, slerp, nuslerp, karcher, multislerp; tsv, iso-c.
     """
-    from emomerge.digests import Digests, weight_files
+    from emomerge.numerics.hashing import Digests, weight_files
 
     given = [*([base] if base else []), *runs]
     digest = Digests(file for source in given for file in weight_files(source))  # while torch is being imported
-    from emomerge.merge_command import asked_for, merge_record, recorded
+    from emomerge.cli.merge_command import asked_for, merge_record, recorded
 
     if again is not None or extend is not None:
         record = recorded(again, extend, given, weights)
@@ -360,7 +360,7 @@ def reconstruct(
 ) -> None:
     """Turn the masks that `merge --save-masks` left in FOLDER back into the single run RUN: base + mask ⊙ reference."""
     from emomerge.checkpoints import open_checkpoint
-    from emomerge.merge_command import only_a_card, write_model
+    from emomerge.cli.merge_command import only_a_card, write_model
     from emomerge.merging import masks
     from emomerge.merging.record import Output, read_record
 
@@ -408,10 +408,10 @@ def probe(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Measure MODELS (checkpoints, adapters or run directories) on RECIPE's data: losses and sharpness."""
-    from emomerge.assessment import probe_models
+    from emomerge.cli.templates import open_recipe
+    from emomerge.experiment.assessment import probe_models
     from emomerge.progress import Display
     from emomerge.reporting import figures_table
-    from emomerge.templates import open_recipe
 
     parsed = open_recipe(recipe, [*overrides, *([f"probe.preset={preset}"] if preset else [])])
     base_folder = Path(base) if base else _default_out(parsed.name) / "base"
@@ -432,7 +432,7 @@ def probe(
 def report(folder: Path, out: Path | None, force: bool, quiet: bool) -> None:
     """Draw the report of what `emomerge run` left in FOLDER."""
     from emomerge.checkpoints import atomic
-    from emomerge.pipeline import load_results
+    from emomerge.experiment.pipeline import load_results
     from emomerge.reporting import write_report
 
     results = load_results(folder)
@@ -458,7 +458,7 @@ def report(folder: Path, out: Path | None, force: bool, quiet: bool) -> None:
 @json_option
 def inspect(path: str, other: str | None, base: str | None, top: int, quiet: bool, as_json: bool) -> None:
     """Say what PATH is (a checkpoint or an adapter); with OTHER, tensor by tensor what differs, the largest first."""
-    from emomerge.inspection import compare, describe, show_comparison, show_description
+    from emomerge.cli.inspection import compare, describe, show_comparison, show_description
 
     if other is None:
         if base is not None:
@@ -478,7 +478,7 @@ def inspect(path: str, other: str | None, base: str | None, top: int, quiet: boo
 def status(folder: Path, watch: bool, quiet: bool, as_json: bool) -> None:
     """A table of the runs and stages in FOLDER: how far they are, and which machine and process trains each run."""
     if watch and not as_json:
-        from emomerge.inspection import watch_status
+        from emomerge.cli.inspection import watch_status
 
         watch_status(folder, console())
     else:
@@ -493,7 +493,7 @@ def status(folder: Path, watch: bool, quiet: bool, as_json: bool) -> None:
 def init(template: str, out: Path | None, force: bool, quiet: bool) -> None:
     """Write a commented recipe to start from: digits, movie-reviews, fashion-mnist, causal-lm, flow-fashion or autoencoder."""
     from emomerge.checkpoints import atomic
-    from emomerge.templates import template_file
+    from emomerge.cli.templates import template_file
 
     source = template_file(template)
     target = out or Path(f"{template}.yaml")
@@ -522,9 +522,9 @@ def _pipeline(
         overrides = [*overrides, f"runs.log_with=[{', '.join(trackers)}]"]
     if parallel := where.pop("parallel"):
         overrides = [*overrides, f"runs.parallel={parallel}"]
-    from emomerge.pipeline import Pipeline
+    from emomerge.cli.templates import open_recipe
+    from emomerge.experiment.pipeline import Pipeline
     from emomerge.progress import Display
-    from emomerge.templates import open_recipe
     from emomerge.training import join_ranks
 
     parsed = open_recipe(recipe, overrides)
@@ -562,8 +562,8 @@ def _together(pipeline: Any, function: Callable[[], bool]) -> bool:
 def _engine(folder: Path, executor: EngineName, max_parallel: int | None, settings: Sequence[str]) -> Engine | None:
     import yaml
 
+    from emomerge.experiment.workspace import Workspace
     from emomerge.training import open_engine
-    from emomerge.workspace import Workspace
 
     given = {}
     for setting in settings:
@@ -575,7 +575,7 @@ def _engine(folder: Path, executor: EngineName, max_parallel: int | None, settin
 
 
 def _print_status(folder: Path, as_json: bool) -> None:
-    from emomerge.inspection import show_status, status_of
+    from emomerge.cli.inspection import show_status, status_of
 
     found = status_of(folder)
     click.echo(json.dumps(found, indent=2)) if as_json else console().print(show_status(found))

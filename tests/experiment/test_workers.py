@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from emomerge.assessment import probe_models
 from emomerge.checkpoints import MemoryCheckpoint, model_checkpoint, write_checkpoint
 from emomerge.errors import EmomergeError
-from emomerge.measure import Measurer
+from emomerge.experiment.assessment import probe_models
+from emomerge.experiment.measure import Measurer
 from emomerge.probing.ledger import FIELDS, Ledger
 from emomerge.progress import Display
 from emomerge.recipe import parse_recipe
@@ -139,7 +139,7 @@ def test_what_is_wrong_is_told_and_nothing_is_lost(given, tmp_path, monkeypatch)
 def test_ray_finds_the_same_figures(given, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     recipe, root, here = given
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     try:
         engine = open_engine("ray", max_parallel=2, settings={}, folder=tmp_path)

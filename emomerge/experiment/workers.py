@@ -13,7 +13,7 @@ from typing import Any
 
 from emomerge.checkpoints import open_checkpoint
 from emomerge.errors import EmomergeError
-from emomerge.measure import BY_DIRECTION, Artefact, Measurer
+from emomerge.experiment.measure import BY_DIRECTION, Artefact, Measurer
 from emomerge.probing.ledger import Ledger
 from emomerge.progress import Display
 from emomerge.recipe import Recipe

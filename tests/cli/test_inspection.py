@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from emomerge.cli import main
-from emomerge.inspection import compare, show_comparison
+from emomerge.cli.inspection import compare, show_comparison
 
 
 def call(*args):

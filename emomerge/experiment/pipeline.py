@@ -18,15 +18,17 @@ import torch
 import yaml
 
 from emomerge.adapters import open_run
-from emomerge.assessment import assess
 from emomerge.checkpoints import Checkpoint, RoundingLoss, atomic, model_checkpoint, open_checkpoint, write_checkpoint
 from emomerge.errors import BadInput, RunFailed
-from emomerge.measure import Artefact, Measurer
+from emomerge.experiment.assessment import assess
+from emomerge.experiment.measure import Artefact, Measurer
+from emomerge.experiment.workspace import Workspace, external_sources, files_below, local_files, stopwatch
 from emomerge.merging import check_params, merge
 from emomerge.merging.record import MergeRecord, Output, Run, as_json
+from emomerge.numerics.hashing import digest
 from emomerge.optim import OPTIMIZERS
 from emomerge.progress import Display
-from emomerge.recipe import Merge, Recipe, digest
+from emomerge.recipe import Merge, Recipe
 from emomerge.reporting import model_card, png, write_report
 from emomerge.tasks import Images, Task, TaskData, Texts, make_task
 from emomerge.training import (
@@ -46,7 +48,6 @@ from emomerge.training import (
     train_runs,
 )
 from emomerge.training.controls import adamw_members, long_adamw_runs, long_run
-from emomerge.workspace import Workspace, external_sources, files_below, local_files, stopwatch
 
 Results = dict[str, Any]
 

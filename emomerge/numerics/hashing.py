@@ -1,13 +1,18 @@
-"""SHA-256 of files, computed beside other work: large files are hashed while libraries are still being imported."""
+"""SHA-256 of files, values and tensors; large files are hashed beside other work, even while torch is still being imported."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WINDOW = 2**26
 """Bytes hashed at a time, which a busy interpreter interrupts only between; a multiple of the system's pages."""
@@ -45,6 +50,32 @@ class Digests:
                 future.set_result(sha256(file))
             except BaseException as error:
                 future.set_exception(error)
+
+
+def digest(value: object) -> str:
+    """SHA-256 of a JSON-able value; pydantic models count by their fields. The order of keys counts, as classes need it to."""
+
+    def plain(item: object) -> object:
+        return item.model_dump(mode="json") if hasattr(item, "model_dump") else str(item)
+
+    text = json.dumps(value, default=plain, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over the names and bytes of tensors, in the order given."""
+    total = hashlib.sha256()
+    for name, tensor in named:
+        total.update(name.encode())
+        total.update(bytes_of(tensor))
+    return total.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's elements in their order, from any device."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def weight_files(source: str) -> list[Path]:
