@@ -20,7 +20,13 @@ from safetensors.torch import save_file
 import emomerge
 from emomerge.merging import METHODS
 
-SHAPES = {"embed.weight": (301, 64), "layer.weight": (257, 130), "layer.bias": (257,), "norm.weight": (130,), "conv.weight": (9, 5, 3, 3)}
+SHAPES = {
+    "embed.weight": (301, 64),
+    "layer.weight": (257, 130),
+    "layer.bias": (257,),
+    "norm.weight": (130,),
+    "conv.weight": (9, 5, 3, 3),
+}
 RUNS = 5
 
 
@@ -59,7 +65,10 @@ def merged_hash(base: Path, runs: list[Path], method: str) -> str:
 
     given = [str(run) for run in (runs[:2] if method in ("slerp", "nuslerp") else runs)]
     needs_loss = method in ("greedy-soup", "positioning", "tall-mask")
-    merged = emomerge.merge(str(base), given, method=method, **({"held_out_loss": loss} if needs_loss else {}))
+    options = {"held_out_loss": loss} if needs_loss else {}
+    if method == "fisher":
+        options["information"] = [str(Path(run) / "fisher.safetensors") for run in given]
+    merged = emomerge.merge(str(base), given, method=method, **options)
     total = hashlib.sha256()
     for name in merged:
         total.update(name.encode() + merged[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
