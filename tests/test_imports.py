@@ -11,7 +11,7 @@ import emomerge
 import emomerge.integrations
 
 PACKAGE = Path(emomerge.__file__).parent
-FLOOR = {"errors", "numerics", "checkpoints", "native"}
+FLOOR = {"errors", "numerics", "checkpoints", "native", "results", "controls"}
 ALLOWED = {
     "numerics": {"errors"},
     "checkpoints": FLOOR,

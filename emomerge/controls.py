@@ -1,0 +1,74 @@
+"""The controls: what a merge has to beat before it may be called better or flatter. One entry each.
+
+An entry says what a report prints and in which claim the control is a rival; `experiment` knows how each is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Claim: TypeAlias = Literal["better", "flatter"]
+SINGLE_RUN, PLAIN_MEAN = "best single run", "plain mean"
+"""Labels of the two rivals that are a run and a merge of the recipe, not controls made for comparison."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """A kind of control."""
+
+    label: str
+    """In the verdict's evidence."""
+    meaning: str
+    """What it is and what it guards against; a phrase without a full stop."""
+    symbol: str
+    """In figures: Vega's name of a symbol, or an SVG path."""
+    area: int
+    """Of the symbol, in square pixels."""
+    rival_in: Claim
+    """The claim that needs a comparison with it: `better` (held-out loss) or `flatter` (sharpness)."""
+    required: bool = False
+    """Whether the claim is not shown without it."""
+    trained: bool = True
+    """Whether its figures need training of its own; else it is derived from a merge and other artefacts."""
+    from_long_run: bool = False
+    """Whether it is made of snapshots of the long run."""
+
+
+STAR = "M0,-1.1L.26,-.36L1.05,-.34L.42,.14L.65,.89L0,.45L-.65,.89L-.42,.14L-1.05,-.34L-.26,-.36Z"
+
+CONTROLS: Mapping[str, Control] = {
+    "distance-matched": Control(
+        "distance-matched",
+        "a run's task vector rescaled to the merge's length: is the merge flatter, or merely nearer to the base?",
+        "triangle-up", 60, "flatter", required=True, trained=False,
+    ),
+    "loss-matched": Control(
+        "loss-matched",
+        "the snapshot of the long run whose training loss is nearest to the merge's: is the merge flatter, or merely less "
+        "far learnt?",
+        "triangle-down", 60, "flatter", required=True, trained=False, from_long_run=True,
+    ),
+    "long-run": Control(
+        "long run of equal steps",
+        "the best single run's optimizer with the steps of all runs together",
+        "triangle-right", 60, "better", required=True,
+    ),
+    "adamw-long-run": Control(
+        "AdamW with cosine, equal steps",
+        "AdamW with cosine decay and the steps of all runs together",
+        "cross", 70, "better",
+    ),
+    "adamw-average": Control(
+        "average of AdamW runs",
+        "the plain mean of AdamW runs, as many and as long as the merge's own",
+        "triangle-left", 60, "better",
+    ),
+    "swa": Control(
+        "SWA of the long run",
+        "the mean of the long run's snapshots from its second half (stochastic weight averaging)",
+        STAR, 70, "better", trained=False, from_long_run=True,
+    ),
+}  # fmt: skip
+"""Kind → control, in the order of evidence, tables and legends."""
