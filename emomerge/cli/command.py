@@ -1,0 +1,149 @@
+"""What all commands share: the group that they register with, how they fail, and the options that several of them have.
+
+Exit status: 0 done, 1 a failure inside the work, 2 bad input. Heavy libraries are imported inside the commands, so that
+`--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from emomerge.errors import BadInput, EmomergeError
+
+if TYPE_CHECKING:
+    from emomerge.training.engines import Engine, EngineName
+
+out_path = click.Path(path_type=Path)
+DTYPES = click.Choice(["base", "float32", "bfloat16", "float16"])
+
+
+class Command(click.Command):
+    """A command whose help ends with an example."""
+
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.example = example
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Print the example as it is typed."""
+        if self.example:
+            with formatter.section("Example"):
+                for line in self.example.strip().splitlines():
+                    formatter.write_text(line.strip())
+
+
+def _fail(error: EmomergeError) -> NoReturn:
+    click.echo(f"emomerge: {error}", err=True)
+    sys.exit(error.exit_status)
+
+
+@contextlib.contextmanager
+def _explained(where: Path) -> Iterator[None]:
+    """`translate_os_error`, imported, and torch with it, only where there is an error."""
+    try:
+        yield
+    except Exception:
+        from emomerge.checkpoints.atomic import translate_os_error
+
+        with translate_os_error(where):
+            raise
+
+
+def _guard(function: Callable[..., None]) -> Callable[..., None]:
+    """Every expected error becomes one line and its exit status."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            with _explained(kwargs.get("out") or Path.cwd()):
+                function(*args, **kwargs)
+        except EmomergeError as error:
+            _fail(error)
+        except KeyboardInterrupt:
+            click.echo("emomerge: interrupted; the same command resumes", err=True)
+            sys.exit(130)
+
+    return guarded
+
+
+quiet_option = click.option("--quiet", is_flag=True, help="Show nothing but errors and results.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on the standard output.")
+set_option = click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a field of the recipe.")
+stacking_option = click.option(
+    "--parallel",
+    type=click.Choice(["auto", "stacked", "sequential"]),
+    help="All adapters in one pass over the base, or one run after the other (default: the recipe's runs.parallel).",
+)
+rounding_option = click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "stochastic"]),
+    default="nearest",
+    show_default=True,
+    help="To bfloat16 and float16: to the nearest value, or up or down at random, exact in the mean (see --seed).",
+)
+executor_option = functools.partial(
+    click.option, "--executor", type=click.Choice(["local", "ray", "slurm"]), default="local", show_default=True
+)
+parallel_option = click.option(
+    "--max-parallel", type=click.IntRange(min=1), help="Workers at a time (default: local one, elsewhere all)."
+)
+setting_option = click.option(
+    "--executor-set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="What the executor shall know: num_gpus=1 for Ray's tasks; slurm_partition=gpu, timeout_min=60 for submitit.",
+)
+log_option = click.option(
+    "--log-with",
+    "trackers",
+    multiple=True,
+    type=click.Choice(["tensorboard", "wandb", "trackio"]),
+    help="Log every step there as well; short for --set runs.log_with=[…].",
+)
+force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="emomerge")
+def main() -> None:
+    """Train five short runs with loss-driven learning rates, merge them into one model, and measure what that brings.
+
+    Start with `emomerge run digits`, which needs no download.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
+
+
+def command(name: str, example: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Register a function as a command of `main`; errors become one line, and its help ends with the example."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        return main.command(name, cls=Command, example=example)(_guard(function))
+
+    return decorate
+
+
+def engine_of(folder: Path, executor: EngineName, max_parallel: int | None, settings: Sequence[str]) -> Engine | None:
+    """Open the engine that --executor, --max-parallel and --executor-set describe; None where this process does the work."""
+    import yaml
+
+    from emomerge.experiment.workspace import Workspace
+    from emomerge.training import open_engine
+
+    given = {}
+    for setting in settings:
+        key, sign, text = setting.partition("=")
+        if not sign:
+            raise BadInput("--executor-set wants KEY=VALUE", found=repr(setting))
+        given[key] = yaml.safe_load(text)
+    return open_engine(executor, max_parallel=max_parallel, settings=given, folder=Workspace(folder).slurm)
