@@ -58,7 +58,7 @@ def train(preset: str, name: str, seed: int, steps: int, images: Images, test: I
     optimizer = (
         torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         if name == "adamw"
-        else OPTIMIZERS[name](model.parameters(), preset=preset)
+        else OPTIMIZERS[name].load()(model.parameters(), preset=preset)
     )
     pixels, classes = images
     order = torch.empty(0, dtype=torch.int64)
@@ -118,7 +118,7 @@ def main() -> None:
         column = {figure: [row[figure] for row in rows] for figure in ("loss", "accuracy", "mean_rate", "last_rate")}
         verdict = "yes" if max(column["loss"]) < CLAIM else "no" if min(column["loss"]) >= CLAIM else "some seeds"
         table.add_row(
-            "AdamW" if name == "adamw" else OPTIMIZERS[name].__name__,
+            "AdamW" if name == "adamw" else OPTIMIZERS[name].class_name,
             preset,
             spread(column["loss"], ".3f"),
             spread(column["accuracy"], ".3f"),

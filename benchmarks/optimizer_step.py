@@ -62,9 +62,9 @@ def steps(params: list[torch.nn.Parameter]) -> dict[str, tuple[Optimizer, Callab
     for name, optimizer in peers(params):
         closure = (lambda: torch.tensor(1.0)) if "EmoNavi" in name else None
         table[name] = optimizer, lambda optimizer=optimizer, closure=closure: optimizer.step(closure)
-    for rule in OPTIMIZERS.values():
-        emo = rule(params, lr=1e-3)
-        table[rule.__name__] = emo, lambda emo=emo: observed_step(emo)
+    for entry in OPTIMIZERS.values():
+        emo = entry.load()(params, lr=1e-3)
+        table[entry.class_name] = emo, lambda emo=emo: observed_step(emo)
     return table
 
 

@@ -12,13 +12,31 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from emomerge.errors import BadInput
+from emomerge.optim.table import OPTIMIZERS, known_names
 
-OptimizerName = Literal["sens", "airy", "cats", "tion", "void"]
+
+def _known_optimizer(name: str) -> str:
+    if name not in OPTIMIZERS:
+        raise ValueError(known_names(name))
+    return name
+
+
+OptimizerName = Annotated[str, AfterValidator(_known_optimizer)]
 PresetName = Literal["v3.7", "v3.8", "v3.8-fft", "v3.9", "guarded"]
-FAMILY: tuple[OptimizerName, ...] = ("sens", "airy", "cats", "tion", "void")
+FAMILY = tuple(name for name, entry in OPTIMIZERS.items() if entry.default)
 
 
 class Section(BaseModel):
@@ -319,7 +337,7 @@ class Runs(Section):
 
     def lr_of(self, optimizer: str) -> float:
         """emoScope of one optimizer."""
-        return self.lr.get(optimizer, 1.0) if isinstance(self.lr, dict) else self.lr  # type: ignore[call-overload]
+        return self.lr.get(optimizer, 1.0) if isinstance(self.lr, dict) else self.lr
 
 
 class Merge(BaseModel):
@@ -418,7 +436,7 @@ class Recipe(Section):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(f"`merge` has two entries called {label!r}; give one of them a `name`")
-            if label == "base" or label.removeprefix("long-").partition("-")[0] in (*FAMILY, "adamw"):
+            if label == "base" or label.removeprefix("long-").partition("-")[0] in (*OPTIMIZERS, "adamw"):
                 raise ValueError(f"`merge` has an entry called {label!r}, which is the name of the base or of a run")
         needed = {"loss-matched", "swa"} & set(self.controls)
         if needed and "long-run" not in self.controls:

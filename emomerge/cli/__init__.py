@@ -86,7 +86,7 @@ def run(recipe: str, out: Path | None, overrides: Sequence[str], again: bool, qu
     "--only",
     default="",
     metavar="NAMES",
-    help="Only these optimizers, separated by commas: sens, airy, cats, tion, void.",
+    help="Only these of the recipe's optimizers, separated by commas, such as sens,cats.",
 )
 @set_option
 @executor_option(help="Where runs are trained and models are probed.")

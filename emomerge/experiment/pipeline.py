@@ -391,7 +391,9 @@ class Pipeline:
         about = f"The base of all runs of the recipe `{self.recipe.name}`: {base}."
         self._write_card(self.space.base, {"name": "base", "about": about, **shared})
         for spec in [*self.specs, *self.rival_runs]:
-            optimizer = OPTIMIZERS[spec.optimizer].__name__ if spec.rate is None else f"AdamW, peak rate {spec.rate:g}, cosine"
+            optimizer = (
+                OPTIMIZERS[spec.optimizer].class_name if spec.rate is None else f"AdamW, peak rate {spec.rate:g}, cosine"
+            )
             about = f"Trained from `{self.space.base}` for {spec.steps} steps with {optimizer}"
             rounds = self.recipe.runs.rounds if spec.role == "run" else 1
             about += "." if rounds == 1 else f", in {rounds} rounds that each began at the mean of all runs."

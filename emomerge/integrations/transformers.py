@@ -13,8 +13,8 @@ from transformers import Trainer, TrainingArguments, get_constant_schedule
 from transformers.trainer_utils import SchedulerType
 
 from emomerge.errors import BadInput
-from emomerge.optim import OPTIMIZERS
 from emomerge.optim.base import EmoOptimizer
+from emomerge.optim.table import OPTIMIZERS, known_names
 
 
 class EmoTrainer(Trainer):  # type: ignore[misc]
@@ -105,10 +105,10 @@ def _unwrap(optimizer: Any) -> EmoOptimizer:
 
 def _optimizer_class(emo: str | type[EmoOptimizer]) -> type[EmoOptimizer]:
     if isinstance(emo, str) and emo in OPTIMIZERS:
-        return OPTIMIZERS[emo]
+        return OPTIMIZERS[emo].load()
     if isinstance(emo, type) and issubclass(emo, EmoOptimizer):
         return emo
-    raise BadInput("unknown emo optimizer", expected=f"{' | '.join(OPTIMIZERS)} or a class of emomerge.optim", found=repr(emo))
+    raise BadInput("unknown emo optimizer", expected=f"{known_names(str(emo))} or a class of emomerge.optim", found=repr(emo))
 
 
 def _options(emo_options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,35 +1,43 @@
-"""The emo optimizers: five update rules whose learning rate, emoPulse, follows the loss."""
+"""The emo optimizers: five update rules whose learning rate, emoPulse, follows the loss.
+
+Names are imported when they are first used, so that the table of optimizers can be read without torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from emomerge.optim.airy import EmoAiry
-from emomerge.optim.base import EmoOptimizer
-from emomerge.optim.cats import EmoCats
-from emomerge.optim.geometry import geom_relation
-from emomerge.optim.pulse import EmoPulse
-from emomerge.optim.scheduler import EmoPulseLR
-from emomerge.optim.sens import EmoSens
-from emomerge.optim.tion import EmoTion
-from emomerge.optim.trace import PulseTrace
-from emomerge.optim.void import EmoVoid
+from emomerge.optim.table import OPTIMIZERS as OPTIMIZERS
 
-__all__ = [
-    "OPTIMIZERS",
-    "EmoAiry",
-    "EmoCats",
-    "EmoPulse",
-    "EmoPulseLR",
-    "EmoSens",
-    "EmoTion",
-    "EmoVoid",
-    "PulseTrace",
-    "geom_relation",
-]
+if TYPE_CHECKING:
+    from emomerge.optim.airy import EmoAiry as EmoAiry
+    from emomerge.optim.base import EmoOptimizer as EmoOptimizer
+    from emomerge.optim.cats import EmoCats as EmoCats
+    from emomerge.optim.geometry import geom_relation as geom_relation
+    from emomerge.optim.pulse import EmoPulse as EmoPulse
+    from emomerge.optim.scheduler import EmoPulseLR as EmoPulseLR
+    from emomerge.optim.sens import EmoSens as EmoSens
+    from emomerge.optim.tion import EmoTion as EmoTion
+    from emomerge.optim.trace import PulseTrace as PulseTrace
+    from emomerge.optim.void import EmoVoid as EmoVoid
 
-OPTIMIZERS: Mapping[str, type[EmoOptimizer]] = MappingProxyType(
-    {"sens": EmoSens, "airy": EmoAiry, "cats": EmoCats, "tion": EmoTion, "void": EmoVoid}
-)
-"""The family by the names that recipes and the command line use."""
+_MODULES = {
+    **{entry.class_name: entry.path.partition(":")[0] for entry in OPTIMIZERS.values()},
+    "EmoOptimizer": "emomerge.optim.base",
+    "EmoPulse": "emomerge.optim.pulse",
+    "EmoPulseLR": "emomerge.optim.scheduler",
+    "PulseTrace": "emomerge.optim.trace",
+    "geom_relation": "emomerge.optim.geometry",
+}
+__all__ = ["OPTIMIZERS", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'emomerge.optim' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

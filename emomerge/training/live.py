@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from emomerge.checkpoints import MemoryCheckpoint, atomic, disk_names, model_checkpoint, write_checkpoint
 from emomerge.errors import BadInput, NonFiniteLossError, RunFailed
-from emomerge.optim import OPTIMIZERS, EmoSens
+from emomerge.optim import OPTIMIZERS
 from emomerge.optim.base import EmoOptimizer
 from emomerge.recipe import Recipe
 from emomerge.training.adapt import save_adapted
@@ -153,8 +153,10 @@ class TrainingRun:
             self.run.write_state(state="waiting")
             return
         self.run.squared_gradients.unlink(missing_ok=True)  # of a run of other inputs
-        if isinstance(self.optimizer, EmoSens) and self._artefact == "model":
-            write_checkpoint(squared_gradients(model, self.optimizer), self.run.squared_gradients, force=True)
+        if self._artefact == "model" and isinstance(self.optimizer, EmoOptimizer):
+            key = OPTIMIZERS[self.spec.optimizer].squared_gradients
+            if key is not None:
+                write_checkpoint(squared_gradients(model, self.optimizer, key), self.run.squared_gradients, force=True)
         folders = [self.run.path / self._artefact]
         save_adapted(model, folders[0], base_folder=base_folder)
         if self._average is not None:
@@ -253,27 +255,28 @@ def build_optimizer(parameters: list[nn.Parameter], recipe: Recipe, spec: RunSpe
     runs, name = recipe.runs, spec.optimizer
     if spec.rate is not None:
         return AdamWCosine(parameters, lr=spec.rate, steps=spec.steps, weight_decay=recipe.rival.weight_decay)
-    options: dict[str, Any] = {"geometry": runs.geometry} if name in ("tion", "void") else {}
-    return OPTIMIZERS[name](
+    entry = OPTIMIZERS[name]
+    return entry.load()(
         parameters,
         lr=runs.lr_of(name),
         weight_decay=runs.weight_decay,
         preset=runs.preset,
         use_shadow=runs.use_shadow,
-        **options,
+        **{option: getattr(runs, option) for option in entry.options},
     )
 
 
-def squared_gradients(model: nn.Module, optimizer: EmoSens) -> MemoryCheckpoint:
-    """v/(1 − β₂ˢ) of every floating tensor under its name on disk, zero where nothing was learnt: F of the method `fisher`.
+def squared_gradients(model: nn.Module, optimizer: EmoOptimizer, key: str) -> MemoryCheckpoint:
+    """Return F of the method `fisher`: v/(1 − β₂ˢ) of every floating tensor, under its name on disk.
 
-    An adapter's v is that of its factors, which says nothing of the weights.
+    v is the optimizer's state `key`; tensors that were not trained get zeros. Only for full fine-tuning: the v of an adapter
+    belongs to its factors and says nothing about the weights.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     learnt: dict[Tensor, Tensor] = {}
     for group in optimizer.param_groups:
         unbiased = 1 - group["betas"][1] ** optimizer.pulse.steps
-        learnt |= {p: optimizer.state[p]["v"] / unbiased for p in group["params"] if p in optimizer.state}
+        learnt |= {p: optimizer.state[p][key] / unbiased for p in group["params"] if p in optimizer.state}
     found = {
         on_disk: learnt[p]
         for name, on_disk in disk_names(model).items()

@@ -231,7 +231,7 @@ def test_schedules_are_refused(tmp_path: Path, options: dict[str, Any], message:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_of_ones_own(tmp_path: Path, seen: list[float], name: str) -> None:
     model = llama()
-    opt = OPTIMIZERS[name](model.parameters(), capture_loss=True)
+    opt = OPTIMIZERS[name].load()(model.parameters(), capture_loss=True)
     trainer = emo(model, arguments(tmp_path), optimizers=(opt, None))
     assert trainer.emo_optimizer is opt
     trainer.train()

@@ -49,8 +49,8 @@ def close(one: EmoOptimizer, other: EmoOptimizer, tolerance: float) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 @RULES
 def test_is_the_pulse_of_the_host(name: str, preset: str) -> None:
-    host = OPTIMIZERS[name](parameters(), preset=preset, lr=3.0, maximize=True)
-    device = OPTIMIZERS[name](parameters(), preset=preset, lr=3.0, maximize=True, capturable=True)
+    host = OPTIMIZERS[name].load()(parameters(), preset=preset, lr=3.0, maximize=True)
+    device = OPTIMIZERS[name].load()(parameters(), preset=preset, lr=3.0, maximize=True, capturable=True)
     for opt in (host, device):
         train(opt, 0, 120)
     close(device, host, 1e-12)
@@ -59,7 +59,7 @@ def test_is_the_pulse_of_the_host(name: str, preset: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @RULES
 def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
-    host, device = (OPTIMIZERS[name](parameters(dtype), lr=3.0, capturable=on) for on in (False, True))
+    host, device = (OPTIMIZERS[name].load()(parameters(dtype), lr=3.0, capturable=on) for on in (False, True))
     for opt in (host, device):
         train(opt, 0, 20)
     close(device, host, 1e-6 if dtype == torch.float32 else 2e-2)
@@ -69,7 +69,7 @@ def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
 def test_waits_for_nothing(name: str) -> None:
     """Meta tensors hold no data: whatever asked for a value would fail."""
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in ((4, 3), (5,))]
-    opt = OPTIMIZERS[name](params, capturable=True)
+    opt = OPTIMIZERS[name].load()(params, capturable=True)
     for _ in range(2):
         for p in params:
             p.grad = torch.empty_like(p)
@@ -79,7 +79,7 @@ def test_waits_for_nothing(name: str) -> None:
 
 @RULES
 def test_compiles_whole(name: str) -> None:
-    plain, compiled = (OPTIMIZERS[name](parameters(torch.float32), capturable=True) for _ in range(2))
+    plain, compiled = (OPTIMIZERS[name].load()(parameters(torch.float32), capturable=True) for _ in range(2))
     for opt in (plain, compiled):
         train(opt, 0, 2)  # the state is there before the step is traced
 
@@ -104,7 +104,7 @@ def test_compiles_whole(name: str) -> None:
 @RULES
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_moves_no_weight(name: str, bad: float) -> None:
-    opt = OPTIMIZERS[name](parameters(), capturable=True)
+    opt = OPTIMIZERS[name].load()(parameters(), capturable=True)
     train(opt, 0, 5)
     weights, pulse = copy.deepcopy(opt.param_groups[0]["params"]), opt.pulse.state_dict()
     for p in opt.param_groups[0]["params"]:
@@ -122,11 +122,11 @@ def test_a_loss_that_is_not_finite_moves_no_weight(name: str, bad: float) -> Non
 @RULES
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
 def test_resumes_and_copies(name: str, clone: Callable[[Any], Any]) -> None:
-    opt = OPTIMIZERS[name](parameters(), capturable=True, preset="v3.9")
+    opt = OPTIMIZERS[name].load()(parameters(), capturable=True, preset="v3.9")
     train(opt, 0, 9)
     twin = clone(opt)
     params = [nn.Parameter(p.detach().clone()) for p in opt.param_groups[0]["params"]]
-    resumed = OPTIMIZERS[name](params, capturable=True)
+    resumed = OPTIMIZERS[name].load()(params, capturable=True)
     resumed.load_state_dict(opt.state_dict())
     figures = resumed._device_pulse._figures.data_ptr()
     for one in (opt, twin, resumed):
@@ -144,7 +144,7 @@ def test_resumes_and_copies(name: str, clone: Callable[[Any], Any]) -> None:
 )
 def test_what_needs_the_host_is_refused(name: str, option: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="capturable"):
-        OPTIMIZERS[name](parameters(), capturable=True, **option)
+        OPTIMIZERS[name].load()(parameters(), capturable=True, **option)
 
 
 @pytest.mark.parametrize(
@@ -153,13 +153,13 @@ def test_what_needs_the_host_is_refused(name: str, option: dict[str, Any]) -> No
 )
 def test_what_needs_the_host_is_refused_in_a_group_and_in_a_state(name: str, option: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match="capturable"):
-        OPTIMIZERS[name]([{"params": parameters(), **option}], capturable=True)
-    opt = OPTIMIZERS[name](parameters(), capturable=True)
+        OPTIMIZERS[name].load()([{"params": parameters(), **option}], capturable=True)
+    opt = OPTIMIZERS[name].load()(parameters(), capturable=True)
     with pytest.raises(BadInput, match="capturable"):
         opt.add_param_group({"params": parameters(), **option})
     before = opt.state_dict()
     with pytest.raises(BadInput, match="capturable"):
-        opt.load_state_dict(OPTIMIZERS[name](parameters(), **option).state_dict())
+        opt.load_state_dict(OPTIMIZERS[name].load()(parameters(), **option).state_dict())
     assert opt.state_dict() == before
 
 

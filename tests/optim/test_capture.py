@@ -68,7 +68,7 @@ def history(opt: EmoOptimizer, step: Callable[[], Any], steps: int = 12) -> list
 def test_accumulation_sees_the_loss_of_the_whole_batch(name: str, how: str) -> None:
     def run(micro_batches: int) -> list[tuple[float, ...]]:
         model = net()
-        opt = OPTIMIZERS[name](model.parameters(), capture_loss="capture" in how)
+        opt = OPTIMIZERS[name].load()(model.parameters(), capture_loss="capture" in how)
 
         def step() -> None:
             for rows in range(0, 32, 32 // micro_batches):
@@ -403,7 +403,7 @@ def bare_loop(accelerator: Accelerator, opt: EmoOptimizer, model: nn.Module, bat
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_accelerate_loop(accelerator: Accelerator, name: str) -> None:
     model = net()
-    opt = OPTIMIZERS[name](model.parameters(), lr=1.0, capture_loss=True)
+    opt = OPTIMIZERS[name].load()(model.parameters(), lr=1.0, capture_loss=True)
     losses, pulse = bare_loop(accelerator, opt, model, 20), EmoPulse()
     for step in range(5):
         pulse.update(sum(losses[4 * step : 4 * step + 4]) / 4)

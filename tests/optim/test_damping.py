@@ -12,7 +12,7 @@ def test_damping_scales_the_step_and_nothing_else(name, capturable):
     ends, pulses = {}, {}
     for damping in (1.0, 0.25, 0.0):
         p = torch.nn.Parameter(start.clone())
-        optimizer = OPTIMIZERS[name]([p], lr=10.0, weight_decay=0.1, capturable=capturable)
+        optimizer = OPTIMIZERS[name].load()([p], lr=10.0, weight_decay=0.1, capturable=capturable)
         for _ in range(60):  # beyond the warm-up of EmoVoid, which moves weights without a rate
             optimizer.damping = 0.0
             p.grad = gradient.clone()

@@ -48,7 +48,7 @@ def sharded(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
 
 def build(variant: str, net: nn.Module, **more: Any) -> EmoOptimizer:
     name, options = VARIANTS[variant]
-    return OPTIMIZERS[name](net.parameters(), lr=3.0, **options, **more)
+    return OPTIMIZERS[name].load()(net.parameters(), lr=3.0, **options, **more)
 
 
 def train(net: nn.Module, opt: EmoOptimizer, start: int, stop: int) -> list[float]:

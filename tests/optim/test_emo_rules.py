@@ -57,7 +57,7 @@ def change_of_l1(now: float, last: float | None) -> float | None:
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_is_the_reference(path: str, name: str, options: dict[str, Any], shadow: bool, dtype: torch.dtype) -> None:
     params, gradients = problem(dtype)
-    opt = OPTIMIZERS[name](params, lr=50.0, use_shadow=shadow, **options)
+    opt = OPTIMIZERS[name].load()(params, lr=50.0, use_shadow=shadow, **options)
     ws = [p.detach().clone() for p in params]
     slow, states = [w.clone() for w in ws], [{} for _ in ws]
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
@@ -89,7 +89,7 @@ def test_blocks_cover_large_tensors(path: str, name: str, options: dict[str, Any
     p = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
     turned = nn.Parameter(p.detach().clone().mT.contiguous().mT if p.dim() > 1 else p.detach().clone())  # another layout
     w = p.detach().clone()
-    opt, other = (OPTIMIZERS[name]([q], lr=3.0, **options) for q in (p, turned))
+    opt, other = (OPTIMIZERS[name].load()([q], lr=3.0, **options) for q in (p, turned))
     grad = torch.randn(shape, generator=generator, dtype=torch.float64)
     for one, q in ((opt, p), (other, turned)):
         q.grad = grad
@@ -126,9 +126,9 @@ def test_airy_state_is_small() -> None:
 
 
 def test_zero_gradient_moves_only_by_decay(path: str) -> None:
-    for name, opt_class in OPTIMIZERS.items():
+    for name, entry in OPTIMIZERS.items():
         p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
-        opt = opt_class([p])
+        opt = entry.load()([p])
         p.grad = torch.zeros_like(p)
         opt.observe(1.0)
         opt.step()
@@ -140,7 +140,7 @@ def test_zero_gradient_moves_only_by_decay(path: str) -> None:
 def test_a_gradient_that_is_not_a_number(path: str, name: str, options: dict[str, Any]) -> None:
     """Neither path hides what the formula makes of it."""
     w = nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
-    opt = OPTIMIZERS[name]([w], **options)
+    opt = OPTIMIZERS[name].load()([w], **options)
     before = w.detach().clone()
     w.grad = torch.tensor([1.0, math.nan, -1.0], dtype=torch.float64)
     opt.observe(1.0)
@@ -187,8 +187,8 @@ def test_tion_momentum_takes_in_fresh_gradients_only(path: str) -> None:
 def test_maximize_is_minimising_the_mirrored_problem(path: str, name: str, options: dict[str, Any], preset: str) -> None:
     params, gradients = problem()
     mirrored, _ = problem()
-    up = OPTIMIZERS[name](params, preset=preset, maximize=True, **options)
-    down = OPTIMIZERS[name](mirrored, preset=preset, **options)
+    up = OPTIMIZERS[name].load()(params, preset=preset, maximize=True, **options)
+    down = OPTIMIZERS[name].load()(mirrored, preset=preset, **options)
     for loss, grads in zip(LOSSES, gradients, strict=True):
         for p, q, g in zip(params, mirrored, grads, strict=True):
             p.grad, q.grad = g.clone(), -g
@@ -209,8 +209,8 @@ def test_half_precision_rounds_once_a_step(
     monkeypatch.setattr(native, "fits", lambda *tensors: False)  # half precision has no compiled kernels
     params, gradients = problem(dtype)
     wide = [nn.Parameter(p.detach().float()) for p in params]
-    half_opt = OPTIMIZERS[name](params, lr=20.0, use_shadow=True, **options)
-    wide_opt = OPTIMIZERS[name](wide, lr=20.0, use_shadow=True, **options)
+    half_opt = OPTIMIZERS[name].load()(params, lr=20.0, use_shadow=True, **options)
+    wide_opt = OPTIMIZERS[name].load()(wide, lr=20.0, use_shadow=True, **options)
     for loss, grads in zip(LOSSES, gradients, strict=True):
         for p, q, g in zip(params, wide, grads, strict=True):
             p.grad, q.grad = g.clone(), g.float()
@@ -236,7 +236,7 @@ def test_does_not_depend_on_the_number_of_threads(path: str, name: str, options:
             params = [
                 nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 40_001), (70_001,), (900, 1200), (50,))
             ]
-            opt = OPTIMIZERS[name](params, lr=10.0, use_shadow=True, **options)
+            opt = OPTIMIZERS[name].load()(params, lr=10.0, use_shadow=True, **options)
             for loss in LOSSES[:7]:
                 for p in params:
                     p.grad = torch.randn(p.shape, generator=generator)
@@ -249,12 +249,12 @@ def test_does_not_depend_on_the_number_of_threads(path: str, name: str, options:
 
 
 def test_converges_on_a_small_regression() -> None:
-    for opt_class in OPTIMIZERS.values():
+    for entry in OPTIMIZERS.values():
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(64, 5, generator=generator)
         y = x @ torch.randn(5, 1, generator=generator) * 0.1
         w = nn.Parameter(torch.zeros(5, 1) + 0.01)
-        opt = opt_class([w], preset="guarded")
+        opt = entry.load()([w], preset="guarded")
 
         def closure(w: nn.Parameter = w, x: Tensor = x, y: Tensor = y) -> Tensor:
             w.grad = None

@@ -61,7 +61,7 @@ def finite(opt: EmoOptimizer) -> bool:
 @EVERY
 def test_each_group_follows_its_own_options(path: str, name: str, options: dict[str, Any]) -> None:
     params = [parameters(number, (4, 3), (5,)) for number in range(len(GROUPS))]
-    opt = OPTIMIZERS[name]([{"params": ps, **group} for ps, group in zip(params, GROUPS, strict=True)], **options)
+    opt = OPTIMIZERS[name].load()([{"params": ps, **group} for ps, group in zip(params, GROUPS, strict=True)], **options)
     ws = [[p.detach().clone() for p in ps] for ps in params]
     states: list[list[dict[str, Any]]] = [[{}, {}] for _ in params]
     last = None
@@ -108,7 +108,7 @@ def test_a_late_group(path: str, name: str, options: dict[str, Any]) -> None:
     """The parameters so far do not notice it; it follows its own options, at the pulse of all."""
     first, alone = (parameters(0, (4, 3), (5,)) for _ in range(2))
     late = parameters(1, (40, 30), (2,))
-    opt, without = OPTIMIZERS[name](first, **options), OPTIMIZERS[name](alone, **options)
+    opt, without = OPTIMIZERS[name].load()(first, **options), OPTIMIZERS[name].load()(alone, **options)
     for step in range(10):
         if step == 5:
             opt.add_param_group({"params": late, "lr": 0.25, "weight_decay": 0.0})
@@ -130,7 +130,7 @@ def test_a_late_group(path: str, name: str, options: dict[str, Any]) -> None:
     assert opt.pulse == without.pulse
     for p, q in zip(first, alone, strict=True):
         torch.testing.assert_close(p, q, atol=0.1, rtol=0)
-    resumed = OPTIMIZERS[name]([{"params": first}, {"params": late}], **options)
+    resumed = OPTIMIZERS[name].load()([{"params": first}, {"params": late}], **options)
     resumed.load_state_dict(opt.state_dict())
     twins = copy.deepcopy((resumed, first + late))
     for one, params in ((opt, first + late), twins):
@@ -162,9 +162,9 @@ def test_an_empty_group(name: str, options: dict[str, Any], place: int) -> None:
     def build() -> EmoOptimizer:
         groups: list[dict[str, Any]] = [{"params": params}]
         groups.insert(place, {"params": []})
-        return OPTIMIZERS[name](groups, **options)
+        return OPTIMIZERS[name].load()(groups, **options)
 
-    opt, without = build(), OPTIMIZERS[name](alone, **options)
+    opt, without = build(), OPTIMIZERS[name].load()(alone, **options)
     for step in range(4):
         if step == 2:
             resumed = build()
@@ -181,7 +181,7 @@ def test_an_empty_group(name: str, options: dict[str, Any], place: int) -> None:
 def test_a_parameter_without_a_gradient_and_one_frozen_later(path: str, name: str, options: dict[str, Any]) -> None:
     never, frozen, live = parameters(0, (3, 2), (4, 3), (5,))
     start = never.detach().clone()
-    opt = OPTIMIZERS[name]([never, frozen, live], **options)
+    opt = OPTIMIZERS[name].load()([never, frozen, live], **options)
     for step in range(8):
         give_gradients(step, [frozen, live])
         if step >= 4:
@@ -197,7 +197,7 @@ def test_a_parameter_without_a_gradient_and_one_frozen_later(path: str, name: st
     assert torch.equal(frozen, held)
     assert all(torch.equal(opt.state[frozen][key], t) for key, t in state.items())
     twins = copy.deepcopy((never, frozen, live))
-    resumed = OPTIMIZERS[name](twins, **options)
+    resumed = OPTIMIZERS[name].load()(twins, **options)
     resumed.load_state_dict(opt.state_dict())
     for one, q in ((opt, live), (resumed, twins[2])):
         give_gradients(9, [q])
@@ -214,7 +214,7 @@ def test_unused_parameters_in_a_distributed_checkpoint(name: str, options: dict[
         net = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(2, 2)})
         net.register_parameter("none", nn.Parameter(torch.empty(0, 2)))
         groups = [{"params": net["used"].parameters()}, {"params": [*net["unused"].parameters(), net.none]}]
-        return net, OPTIMIZERS[name](groups, lr=3.0, **options)
+        return net, OPTIMIZERS[name].load()(groups, lr=3.0, **options)
 
     def train(net: nn.Module, opt: EmoOptimizer, start: int, stop: int) -> list[Any]:
         for step in range(start, stop):
@@ -245,7 +245,7 @@ def test_parameters_without_elements(
     path: str, name: str, options: dict[str, Any], shadow: bool, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     params, alone = parameters(0, (4, 3), shape, dtype=dtype), parameters(0, (4, 3), dtype=dtype)
-    opt, without = (OPTIMIZERS[name](ps, use_shadow=shadow, **options) for ps in (params, alone))
+    opt, without = (OPTIMIZERS[name].load()(ps, use_shadow=shadow, **options) for ps in (params, alone))
     for step in range(8):
         for one, ps in ((opt, params), (without, alone)):
             give_gradients(step, ps)

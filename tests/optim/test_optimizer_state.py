@@ -72,7 +72,7 @@ def bits(opt: EmoOptimizer) -> str:
 
 def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, EmoOptimizer]:
     net = model(dtype)
-    return net, OPTIMIZERS[name](net.parameters(), **options)
+    return net, OPTIMIZERS[name].load()(net.parameters(), **options)
 
 
 def save_every_step(folder: Path, name: str, options: dict[str, Any]) -> None:
@@ -188,7 +188,7 @@ def test_a_saved_state_is_a_copy(name: str, options: dict[str, Any]) -> None:
 @EVERY
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
 def test_copies_and_pickles(name: str, options: dict[str, Any], clone: Any) -> None:
-    opt = OPTIMIZERS[name](model().parameters(), preset="v3.9", **options)
+    opt = OPTIMIZERS[name].load()(model().parameters(), preset="v3.9", **options)
     train(opt, 0, 5)
     twin = clone(opt)
     train(opt, 5, 10)
@@ -199,13 +199,13 @@ def test_copies_and_pickles(name: str, options: dict[str, Any], clone: Any) -> N
 @EVERY
 def test_lr_zero_changes_nothing(name: str, options: dict[str, Any]) -> None:
     net = model()
-    opt = OPTIMIZERS[name](net.parameters(), lr=0.0, **options)
+    opt = OPTIMIZERS[name].load()(net.parameters(), lr=0.0, **options)
     weights, pulse = copy.deepcopy(net.state_dict()), opt.pulse.state_dict()
     train(opt, 0, 3)
     opt.step()  # no loss is needed either
     assert opt.pulse.state_dict() == pulse
     assert all(torch.equal(net.state_dict()[key], value) for key, value in weights.items())
-    live = OPTIMIZERS[name](net.parameters(), **options)
+    live = OPTIMIZERS[name].load()(net.parameters(), **options)
     live.observe(100.0)
     live.param_groups[0]["lr"] = 0.0
     live.step()
@@ -217,7 +217,7 @@ def test_lr_zero_changes_nothing(name: str, options: dict[str, Any]) -> None:
 @EVERY
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_non_finite_loss_changes_nothing(name: str, options: dict[str, Any], bad: float) -> None:
-    opt, twin = (OPTIMIZERS[name](model().parameters(), **options) for _ in range(2))
+    opt, twin = (OPTIMIZERS[name].load()(model().parameters(), **options) for _ in range(2))
     for one in (opt, twin):
         train(one, 0, 3)
     before = bits(opt)
@@ -234,8 +234,8 @@ def test_non_finite_loss_changes_nothing(name: str, options: dict[str, Any], bad
 
 
 def test_missing_loss() -> None:
-    for opt_class in OPTIMIZERS.values():
-        opt = opt_class(model().parameters())
+    for entry in OPTIMIZERS.values():
+        opt = entry.load()(model().parameters())
         with pytest.raises(MissingLossError, match="observe"):
             opt.step()
         with pytest.raises(MissingLossError, match="closure"):
@@ -263,7 +263,7 @@ def test_accumulation_trains_as_the_whole_batch(name: str, options: dict[str, An
     def run(micro_batches: int) -> tuple[list[Tensor], list[tuple[float, ...]]]:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3, stride=2), nn.Flatten(), nn.Linear(16, 10))
-        opt = OPTIMIZERS[name](net.parameters(), preset="v3.9", **options)  # whose rate moves at every step
+        opt = OPTIMIZERS[name].load()(net.parameters(), preset="v3.9", **options)  # whose rate moves at every step
         generator, pulse = torch.Generator().manual_seed(1), []
         for _ in range(40):
             x = torch.randn(32, 1, 8, 8, generator=generator)
@@ -350,7 +350,7 @@ def test_a_step_sees_what_has_changed_since_the_last(name: str, options: dict[st
     def trained(change: bool) -> tuple[EmoOptimizer, list[Tensor]]:
         generator = torch.Generator().manual_seed(0)
         weights = [nn.Parameter(torch.randn(6, 4, generator=generator)) for _ in range(3)]
-        opt = OPTIMIZERS[name](weights, lr=30.0, **options)
+        opt = OPTIMIZERS[name].load()(weights, lr=30.0, **options)
         for step in range(6):
             for number, p in enumerate(weights):
                 p.grad = torch.randn(6, 4, generator=generator)
@@ -407,9 +407,9 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 def test_unknown_options() -> None:
     with pytest.raises(BadInput, match="exact | l1"):
         EmoVoid(model().parameters(), geometry="l2")  # type: ignore[arg-type]
-    for opt_class in OPTIMIZERS.values():
+    for entry in OPTIMIZERS.values():
         with pytest.raises(TypeError, match="wd"):
-            opt_class(model().parameters(), wd=0.1)  # type: ignore[call-arg]
+            entry.load()(model().parameters(), wd=0.1)
 
 
 def test_foreign_state_is_refused_before_anything_changes() -> None:
@@ -427,9 +427,9 @@ def test_foreign_state_is_refused_before_anything_changes() -> None:
 @pytest.mark.parametrize("name", ["sens", "airy", "cats", "tion"])
 def test_state_of_another_rule_or_shape_is_refused_before_anything_changes(name: str, other: str) -> None:
     w, v = nn.Parameter(torch.ones(1, 8)), nn.Parameter(torch.ones(1 if other == "rule" else 16, 8))
-    saved, opt = OPTIMIZERS[name]([w]), OPTIMIZERS["cats" if other == "rule" and name != "cats" else "tion"]([v])
+    saved, opt = OPTIMIZERS[name].load()([w]), OPTIMIZERS["cats" if other == "rule" and name != "cats" else "tion"].load()([v])
     if other == "shape":
-        opt = OPTIMIZERS[name]([v])
+        opt = OPTIMIZERS[name].load()([v])
     for step, (one, p) in enumerate(((saved, w), (opt, v))):
         p.grad = torch.ones_like(p)
         one.observe(losses(step))
@@ -488,7 +488,7 @@ def test_a_shadow_that_starts_late(name: str, options: dict[str, Any]) -> None:
 def small_steps(name: str, weights: Tensor, stochastic: bool) -> tuple[Tensor, float]:
     """Weights after 30 steps far below their spacing, and how far these went in all; the gradient is a constant 1."""
     p = nn.Parameter(weights.clone())
-    opt = OPTIMIZERS[name]([p], weight_decay=0.0, stochastic_rounding=stochastic)
+    opt = OPTIMIZERS[name].load()([p], weight_decay=0.0, stochastic_rounding=stochastic)
     way = 0.0
     for _ in range(30):
         p.grad = torch.ones_like(p)

@@ -81,7 +81,7 @@ def test_rounds_are_what_they_say(train, digits, base_folder, outer):
     meeting = [p.detach().clone().requires_grad_(True) for p in models[0].parameters()]
     sgd = torch.optim.SGD(meeting, lr=outer.lr, momentum=outer.momentum, nesterov=True) if outer else None
     optimizers = [
-        OPTIMIZERS[s.optimizer](m.parameters(), lr=20.0, preset="guarded") for s, m in zip(specs, models, strict=True)
+        OPTIMIZERS[s.optimizer].load()(m.parameters(), lr=20.0, preset="guarded") for s, m in zip(specs, models, strict=True)
     ]
     for begin in (0, 4, 8):
         for spec, model, optimizer in zip(specs, models, optimizers, strict=True):
