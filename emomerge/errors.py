@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class EmomergeError(Exception):
     """A failure inside the work; the command line ends with exit status 1."""
@@ -39,6 +41,22 @@ class BadInput(EmomergeError, ValueError):
         if fix is not None:
             parts.append(fix)
         super().__init__(" ".join("; ".join(parts).split()))
+
+
+class MissingExtra(EmomergeError, ImportError):
+    """A command or function needs a package that the installation lacks; exit status 2.
+
+    Args:
+        feature: what needs the packages, such as `emomerge run`.
+        packages: the missing packages, as pip names them.
+        extras: the extras of emomerge that install them.
+    """
+
+    exit_status = 2
+
+    def __init__(self, feature: str, packages: Sequence[str], extras: Sequence[str]) -> None:
+        self.feature, self.packages, self.extras = feature, tuple(packages), tuple(extras)
+        super().__init__(f"{feature} needs {', '.join(packages)}; pip install 'emomerge[{','.join(extras)}]'")
 
 
 class MissingLossError(EmomergeError, RuntimeError):

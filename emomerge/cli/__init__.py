@@ -44,6 +44,7 @@ __all__ = ["main"]
     emomerge run recipes/movie-reviews.yaml -o out/reviews --set runs.steps=200
     emomerge run recipes/movie-reviews.yaml --executor slurm --executor-set slurm_partition=gpu
     """,
+    extras=("train", "report"),
 )  # fmt: skip
 @click.argument("recipe")
 @click.option("-o", "--out", type=out_path, help="Output folder (default: out/<name of the recipe>).")
@@ -79,6 +80,7 @@ def run(recipe: str, out: Path | None, overrides: Sequence[str], again: bool, qu
     emomerge train-all recipes/movie-reviews.yaml --max-parallel 5
     emomerge train-all recipes/movie-reviews.yaml --executor ray --executor-set num_gpus=1
     """,
+    extras=("train",),
 )  # fmt: skip
 @click.argument("recipe")
 @click.option("-o", "--out", type=out_path, help="Output folder (default: out/<name of the recipe>).")
@@ -120,6 +122,7 @@ def train_all(
     emomerge probe recipes/digits.yaml out/digits/merges/tall-mask out/digits/runs/sens-0 -o probed
     emomerge probe recipes/digits.yaml out/digits/merges/tall-mask -o probed --preset full --executor ray
     """,
+    extras=("train",),
 )  # fmt: skip
 @click.argument("recipe")
 @click.argument("models", nargs=-1, required=True)
@@ -162,7 +165,7 @@ def probe(
         screen.print(figures_table(results, screen.width))
 
 
-@command("report", "emomerge report out/digits -o digits.html")
+@command("report", "emomerge report out/digits -o digits.html", extras=("report",))
 @click.argument("folder", type=out_path)
 @click.option("-o", "--out", type=out_path, help="The page to write (default: FOLDER/report.html).")
 @force_option

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from emomerge.errors import BadInput, EmomergeError
+from emomerge.extras import needed_by, require
 
 if TYPE_CHECKING:
     from emomerge.training.engines import Engine, EngineName
@@ -57,13 +58,14 @@ def _explained(where: Path) -> Iterator[None]:
             raise
 
 
-def _guard(function: Callable[..., None]) -> Callable[..., None]:
-    """Every expected error becomes one line and its exit status."""
+def _guard(function: Callable[..., None], name: str, extras: Sequence[str]) -> Callable[..., None]:
+    """Check that the extras are installed, and turn every expected error into one line and its exit status."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
-            with _explained(kwargs.get("out") or Path.cwd()):
+            require(name, *extras)
+            with needed_by(name), _explained(kwargs.get("out") or Path.cwd()):
                 function(*args, **kwargs)
         except EmomergeError as error:
             _fail(error)
@@ -124,11 +126,17 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
 
 
-def command(name: str, example: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Register a function as a command of `main`; errors become one line, and its help ends with the example."""
+def command(name: str, example: str, *, extras: Sequence[str] = ()) -> Callable[[Callable[..., None]], click.Command]:
+    """Register a function as a command of `main`; errors become one line, and its help ends with the example.
+
+    Args:
+        name: of the command.
+        example: one or several command lines.
+        extras: extras of emomerge without whose packages the command does not start.
+    """
 
     def decorate(function: Callable[..., None]) -> click.Command:
-        return main.command(name, cls=Command, example=example)(_guard(function))
+        return main.command(name, cls=Command, example=example)(_guard(function, f"emomerge {name}", extras))
 
     return decorate
 

@@ -7,10 +7,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
+from typing import TYPE_CHECKING, Any
 
 from emomerge.reporting.figure import Figure, Results
 from emomerge.reporting.figures import figures
@@ -21,10 +18,16 @@ from emomerge.reporting.palette import DARK, LIGHT, colour_of
 from emomerge.reporting.table import artefacts, columns, details, worst_case_radii
 from emomerge.reporting.text import duration, finite, fixed, percent, short, unit
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
+
 
 @cache
 def environment() -> Environment:
     """Templates, with everything escaped in HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
     made = Environment(
         loader=PackageLoader("emomerge.reporting", "."),
         autoescape=select_autoescape(["html.j2"]),
@@ -155,6 +158,8 @@ def _span(values: list[float]) -> str:
 
 def _still(figure: Figure) -> Markup:
     """The picture that stands in the page until a script replaces it; Vega escapes its texts."""
+    from markupsafe import Markup
+
     return Markup(figure.svg())
 
 
@@ -169,6 +174,8 @@ def _specs(figure: Figure) -> Mapping[str, Any]:
 
 def _script_safe(text: str) -> Markup:
     """A script whose strings cannot end the element it stands in."""
+    from markupsafe import Markup
+
     return Markup(re.sub(r"<(?=/script|!--)", r"\\x3C", text, flags=re.IGNORECASE))
 
 

@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import SoftFileLease
+from typing import TYPE_CHECKING
 
 from emomerge.checkpoints import atomic
 from emomerge.errors import EmomergeError
+
+if TYPE_CHECKING:
+    from filelock import SoftFileLease
 
 DURATION, HEARTBEAT = 120.0, 15.0
 """Seconds; network file systems may show a heartbeat a minute late."""
@@ -78,4 +80,6 @@ def holder_of(folder: Path) -> Holder | None:
 
 
 def _lease(folder: Path) -> SoftFileLease:
+    from filelock import SoftFileLease
+
     return SoftFileLease(folder / ".lease", lease_duration=DURATION, heartbeat_interval=HEARTBEAT)

@@ -1,0 +1,90 @@
+"""Optional packages: the extra that installs each of them, and the one-line error when one is missing or too old."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from importlib.util import find_spec
+
+from emomerge.errors import MissingExtra
+
+EXTRAS: Mapping[str, Mapping[str, str]] = {
+    "train": {
+        "transformers": "transformers",
+        "peft": "peft",
+        "accelerate": "accelerate",
+        "datasets": "datasets",
+        "huggingface_hub": "huggingface_hub",
+        "filelock": "filelock",
+    },
+    "report": {"altair": "altair", "vl_convert": "vl-convert-python", "jinja2": "jinja2"},
+    "demo": {"sklearn": "scikit-learn"},
+    "images": {"PIL": "pillow"},
+    "ray": {"ray": "ray"},
+    "slurm": {"submitit": "submitit"},
+}
+"""Extra → importable module → the distribution that provides it."""
+
+
+def require(feature: str, *extras: str) -> None:
+    """Check that the packages of extras are installed, in versions that emomerge supports.
+
+    Nothing is imported, so that a command can check before it starts to work.
+
+    Args:
+        feature: what needs them, such as `emomerge run`; the subject of the error message.
+        extras: keys of EXTRAS.
+
+    Raises:
+        MissingExtra: a package is missing or too old.
+    """
+    lacking = {extra: [fault for package in EXTRAS[extra].items() if (fault := _fault(*package))] for extra in extras}
+    if any(lacking.values()):
+        raise MissingExtra(
+            feature, [fault for faults in lacking.values() for fault in faults], [e for e in extras if lacking[e]]
+        )
+
+
+@contextlib.contextmanager
+def needed_by(feature: str) -> Iterator[None]:
+    """Turn a failed import of an optional package into MissingExtra; other errors, also of imports, pass unchanged.
+
+    Args:
+        feature: what needs the package, such as `emomerge run`; the subject of the error message.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        for extra, packages in EXTRAS.items():
+            if error.name in packages:
+                raise MissingExtra(feature, [packages[error.name]], [extra]) from error
+        raise
+
+
+def _fault(module: str, distribution: str) -> str | None:
+    """What the error says about a package; None where it is installed in a supported version."""
+    if find_spec(module) is None:
+        return distribution
+    oldest = _oldest_supported().get(distribution)
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found = metadata.version(distribution)
+        if oldest is not None and _numbers(found) < _numbers(oldest):
+            return f"{distribution} {oldest} or newer (found {found})"
+    return None
+
+
+def _oldest_supported() -> dict[str, str]:
+    """Distribution → the lower bound in emomerge's metadata; empty where emomerge runs from its sources."""
+    try:
+        requirements: Iterable[str] = metadata.requires("emomerge") or ()
+    except metadata.PackageNotFoundError:
+        return {}
+    found = (re.match(r"([\w.-]+)[^;]*?>=([\d.]+)", requirement) for requirement in requirements)
+    return {match[1]: match[2] for match in found if match}
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numeric components of a version; what follows them (rc1, +cpu) decides nothing here."""
+    return tuple(int(number) for number in re.match(r"[\d.]*\d|", version)[0].split(".") if number)  # type: ignore[index]
