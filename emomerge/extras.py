@@ -58,8 +58,8 @@ def needed_by(feature: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         for extra, packages in EXTRAS.items():
-            if error.name in packages:
-                raise MissingExtra(feature, [packages[error.name]], [extra]) from error
+            if (package := packages.get(error.name or "")) is not None:
+                raise MissingExtra(feature, [package], [extra]) from error
         raise
 
 
