@@ -17,7 +17,7 @@ ALLOWED = {
     "numerics": {"errors"},
     "checkpoints": FLOOR,
     "optim": FLOOR,
-    "tasks": FLOOR | {"recipe"},
+    "tasks": FLOOR | {"adapters", "recipe"},
     "integrations": {"errors", "optim"},
     "training": FLOOR | {"recipe", "optim", "tasks"},
     "adapters": FLOOR,

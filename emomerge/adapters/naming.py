@@ -40,7 +40,7 @@ class BaseNames:
                 return present[0]
         return None
 
-    def live(self, name: str) -> str:
+    def live_name(self, name: str) -> str:
         """The name in a live model of a tensor of the base; its own where the model is not known."""
         found = _variants(name, self._from_disk, self._from_disk_by_tail)
         return self._from_disk[found[0]] if len(found) == 1 else name

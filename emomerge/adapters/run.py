@@ -1,21 +1,47 @@
-"""A run, whatever it left: an adapter, a dense model, or a run directory that says which."""
+"""Opening models and runs: a dense checkpoint, an adapter over its base, or a run directory that says which."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from emomerge.adapters.bake import artefact_of, bake
-from emomerge.adapters.peft import CONFIG
+from emomerge.adapters.baked import BakedCheckpoint
+from emomerge.adapters.formats import all_formats, format_of, is_adapter
+from emomerge.adapters.unsupported import refuse_adapter
 from emomerge.checkpoints import Checkpoint, open_checkpoint
+from emomerge.checkpoints.reader import inside
+from emomerge.errors import BadInput
+
+
+def bake(base: Checkpoint | str | Path, adapter: str | Path, *, allow_unmatched: bool = False) -> BakedCheckpoint:
+    """Merge an adapter into its base, lazily.
+
+    Args:
+        base: the model that the adapter was trained on.
+        adapter: an adapter of a known format (see `adapters.formats`), or a run directory that holds one.
+        allow_unmatched: skip adapter keys that match no base tensor, with a warning.
+
+    Raises:
+        BadInput: the adapter is damaged, unsupported, or does not fit the base.
+    """
+    base = base if isinstance(base, Checkpoint) else open_dense(base)
+    path = artefact_of(adapter)
+    form = format_of(path)
+    if form is None:
+        if path.is_file():
+            refuse_adapter(open_checkpoint(path), where=path)
+        raise BadInput("no adapter here", where=path, expected=" or ".join(known.layout for known in all_formats()))
+    return BakedCheckpoint(base, form.read(path, base, allow_unmatched=allow_unmatched), source=str(adapter))
 
 
 def open_run(base: Checkpoint, run: Checkpoint | str | Path, *, allow_unmatched: bool = False) -> Checkpoint:
-    """The weights of a run over `base`, lazily.
+    """Open the weights of a run over `base`, lazily.
 
     Args:
-        base: what the run started from.
-        run: a Checkpoint, which is passed through; a run directory, whose `run.json` names the `artefact` in it; an
-            adapter folder; or anything that `open_checkpoint` takes.
+        base: the model that the run started from.
+        run: a Checkpoint, which is returned as it is; a run directory, whose `run.json` names the `artefact` in it; an
+            adapter; or anything that `open_dense` accepts.
+        allow_unmatched: as in `bake`.
 
     Raises:
         BadInput: it is none of these, or damaged.
@@ -23,6 +49,51 @@ def open_run(base: Checkpoint, run: Checkpoint | str | Path, *, allow_unmatched:
     if isinstance(run, Checkpoint):
         return run
     path = artefact_of(run)
-    if (path / CONFIG).is_file():
+    if is_adapter(path):
         return bake(base, path, allow_unmatched=allow_unmatched)
-    return open_checkpoint(path if path.exists() else run)
+    return open_dense(path if path.exists() else run)
+
+
+def open_dense(source: str | Path) -> Checkpoint:
+    """Open a whole model; `open_checkpoint` for sources that a user names.
+
+    Raises:
+        BadInput: as `open_checkpoint`; or `source` is an adapter.
+    """
+    checkpoint = open_checkpoint(source)
+    paths = set(checkpoint.paths)
+    if paths and (form := format_of(source)) is not None and paths <= set(form.files(Path(source))):
+        raise BadInput(
+            "this is an adapter, not a whole model", where=source, fix="bake it into its base: emomerge bake BASE ADAPTER"
+        )
+    refuse_adapter(checkpoint, where=source)
+    return checkpoint
+
+
+def input_files(source: str | Path) -> dict[str, Path]:
+    """Return the files that a base or a run is read from, by their names relative to its folder, sorted by path."""
+    path = artefact_of(source)
+    if (form := format_of(path)) is not None:
+        return {file.name: file for file in form.files(path)}
+    checkpoint = open_dense(path if path.exists() else source)
+    folder = checkpoint.folder or Path()
+    return {file.relative_to(folder).as_posix(): file for file in checkpoint.paths}
+
+
+def artefact_of(run: str | Path) -> Path:
+    """Return the subfolder of a run directory that holds its weights; any other path unchanged.
+
+    Raises:
+        BadInput: the run has no weights yet, or they are missing.
+    """
+    folder, path = Path(run), Path(run) / "run.json"
+    if not path.is_file():
+        return folder
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["artefact"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput("the run has no weights yet", where=path, expected='"artefact"', fix="finish it first") from error
+    artefact = inside(folder, str(name), named_by=path)
+    if not artefact.is_dir():
+        raise BadInput("the run's weights are missing", where=path, expected=f"a folder {name}")
+    return artefact

@@ -46,6 +46,9 @@ class Checkpoint(Mapping[str, Tensor]):
     folder: Path | None = None
     """The folder whose config, tokenizer and the like belong to these weights, if there is one."""
 
+    paths: tuple[Path, ...] = ()
+    """The files that the tensors are read from, sorted; empty for weights that are computed or in memory."""
+
     @abstractmethod
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of one tensor, without loading it."""

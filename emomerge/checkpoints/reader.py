@@ -73,17 +73,13 @@ class SafetensorsCheckpoint(Checkpoint):
         self._files = {name: files[name] for name in sorted(files)}
         self._names = tuple(self._files)
         self._headers = headers
+        self.paths = tuple(sorted(headers))
         self.source = source
         self.folder = folder
 
     def names(self) -> tuple[str, ...]:
         """All tensor names, sorted."""
         return self._names
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """The files that hold the tensors, sorted."""
-        return tuple(sorted(self._headers))
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype from the file's header."""
@@ -120,7 +116,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         revision: the branch, tag or commit of a Hub id.
 
     Raises:
-        BadInput: nothing is there, or it is damaged, a pickle, an adapter, or an index that does not fit its files.
+        BadInput: nothing is there, or it is damaged, a pickle, or an index that does not fit its files.
     """
     path = Path(source)
     if path.is_dir():
@@ -195,8 +191,6 @@ def _entry(path: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
 def _open_folder(folder: Path, *, source: str) -> Checkpoint:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     weights = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
-    adapters = [path for path in weights if path.name == "adapter_model.safetensors"]
-    weights = [path for path in weights if path not in adapters]
     plain = folder / "model.safetensors"
     if plain in weights:  # transformers prefers it to an index, too
         return _open_files([plain], source=source, folder=folder)
@@ -207,12 +201,6 @@ def _open_folder(folder: Path, *, source: str) -> Checkpoint:
     if len(indices) > 1 or weights:
         found = ", ".join(path.name for path in (indices or weights)[:4])
         raise BadInput("the folder holds several checkpoints", where=folder, found=found, fix="name the file you mean")
-    if adapters:
-        raise BadInput(
-            "this is an adapter, not a whole model",
-            where=folder,
-            fix="bake it into its base: emomerge bake BASE ADAPTER",
-        )
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
         raise BadInput("the weights are a pickle, which is never loaded", where=folder / pickles[0], fix=_TO_CONVERT)

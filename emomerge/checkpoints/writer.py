@@ -25,7 +25,7 @@ from emomerge.errors import BadInput
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_NOT_COPIED = re.compile(r".*\.index\.json|adapter_config\.json|run\.json|requirements.*\.txt|\..*", re.IGNORECASE)
+_NOT_COPIED = re.compile(r".*\.index\.json|adapter_.*|run\.json|requirements.*\.txt|\..*", re.IGNORECASE)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Plan = dict[str, TensorInfo]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
@@ -16,7 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from torch import Tensor
 
-from emomerge.adapters import artefact_of, open_run
+from emomerge.adapters import artefact_of, format_of, is_adapter, open_dense, open_run
+from emomerge.adapters.unsupported import family_of
 from emomerge.checkpoints import Checkpoint, open_checkpoint
 from emomerge.checkpoints.atomic import size
 from emomerge.errors import BadInput
@@ -30,40 +30,28 @@ PIECE = 2**20
 
 
 def describe(path: str) -> dict[str, Any]:
-    """Kind, size and dtypes of a checkpoint, an adapter or a run directory; what an adapter was made for."""
-    config = _adapter_config(artefact_of(path))
+    """Return kind, size and dtypes of a checkpoint, an adapter or a run directory, and what an adapter was made for."""
+    place = artefact_of(path)
+    form = format_of(place)
     opened = _open(path)
+    unsupported = family_of(opened) if form is None else None
     infos = [opened.info(name) for name in opened]
     dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
     return {
-        "kind": "adapter" if config else "checkpoint", "source": path, "tensors": len(infos),
-        "parameters": sum(info.numel for info in infos), "bytes": sum(info.nbytes for info in infos), "dtypes": dict(dtypes),
-        **{key: config[key] for key in _ADAPTER_FACTS if config.get(key)},
+        "kind": unsupported.name if unsupported else "adapter" if form else "checkpoint", "source": path,
+        "tensors": len(infos), "parameters": sum(info.numel for info in infos),
+        "bytes": sum(info.nbytes for info in infos), "dtypes": dict(dtypes),
+        **(form.facts(place) if form else {}), **({"to use it": unsupported.fix} if unsupported else {}),
     }  # fmt: skip
 
 
-_ADAPTER_FACTS = ("peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save", "base_model_name_or_path")
-
-
 def _open(path: str) -> Checkpoint:
-    """The tensors as they are stored: an adapter's factors, not what they do to a base."""
+    """Open the tensors as they are stored: an adapter's factors, not their effect on a base."""
     place = artefact_of(path)
-    if (place / "adapter_config.json").is_file():
-        return open_checkpoint(place / "adapter_model.safetensors")
+    if (form := format_of(place)) is not None:
+        form.facts(place)  # a damaged configuration is reported before missing weights are
+        return open_checkpoint(next(file for file in form.files(place) if file.suffix == ".safetensors"))
     return open_checkpoint(place if place.exists() else path)
-
-
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput("the adapter's configuration is not JSON", where=file, found=error) from None
-    if not isinstance(config, dict):
-        raise BadInput("the adapter's configuration is no mapping", where=file, found=type(config).__name__)
-    return config
 
 
 def show_description(found: dict[str, Any]) -> Table:
@@ -120,9 +108,9 @@ def compare(path: str, other: str, *, base: str | None = None) -> dict[str, Any]
 
 def _open_pair(path: str, other: str, base: str | None) -> tuple[Checkpoint, Checkpoint, Checkpoint | None]:
     if base is not None:
-        origin = open_checkpoint(base)
+        origin = open_dense(base)
         return open_run(origin, path), open_run(origin, other), origin
-    adapters = [bool(_adapter_config(artefact_of(place))) for place in (path, other)]
+    adapters = [is_adapter(artefact_of(place)) for place in (path, other)]
     if adapters == [True, False]:
         raise BadInput("an adapter against a model", where=path, fix="name the model first, or what both started from: --base")
     here = _open(path)

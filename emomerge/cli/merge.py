@@ -53,11 +53,10 @@ def bake(
 ) -> None:  # fmt: skip
     """Write BASE with ADAPTER merged into its weights: computed in float32, rounded once."""
     from emomerge import adapters
-    from emomerge.checkpoints import open_checkpoint
     from emomerge.cli.merge_command import only_a_card, write_model
     from emomerge.merging.record import Output
 
-    opened = open_checkpoint(base)
+    opened = adapters.open_dense(base)
     baked = adapters.bake(opened, adapter, allow_unmatched=allow_unmatched)
     context = {"title": out.stem, "about": f"`{adapter}` merged into the weights of its base.", "base": base}
     output = Output(dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size)
@@ -140,7 +139,8 @@ def merge(
     Methods: mean, task-arithmetic, greedy-soup, positioning, fisher; ties, dare-linear, dare-ties, della, della-linear,
     breadcrumbs, breadcrumbs-ties, sce; tall-mask; model-stock, slerp, nuslerp, karcher, multislerp; tsv, iso-c.
     """
-    from emomerge.numerics.hashing import Digests, weight_files
+    from emomerge.adapters.formats import weight_files
+    from emomerge.numerics.hashing import Digests
 
     given = [*([base] if base else []), *runs]
     digest = Digests(file for source in given for file in weight_files(source))  # while torch is being imported
@@ -174,14 +174,14 @@ def reconstruct(
     folder: Path, run: str, out: Path, dtype: str, rounding: str, seed: int, max_shard_size: str, force: bool, quiet: bool
 ) -> None:
     """Turn the masks that `merge --save-masks` left in FOLDER back into the single run RUN: base + mask ⊙ reference."""
-    from emomerge.checkpoints import open_checkpoint
+    from emomerge.adapters import open_dense
     from emomerge.cli.merge_command import only_a_card, write_model
     from emomerge.merging import masks
     from emomerge.merging.record import Output, read_record
 
     record = read_record(folder)
     record.check_base()
-    base = open_checkpoint(record.base)
+    base = open_dense(record.base)
     rebuilt = masks.reconstruct(folder, run, base)
     context = {"title": out.stem, "about": f"{run}, reconstructed from the masks in {folder}.", "base": record.base}
     output = Output(dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size)

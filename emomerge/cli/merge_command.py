@@ -168,7 +168,8 @@ def merge_record(
     from concurrent.futures import ThreadPoolExecutor
 
     from emomerge import merging
-    from emomerge.checkpoints import atomic, open_checkpoint
+    from emomerge.adapters import open_dense
+    from emomerge.checkpoints import atomic
     from emomerge.merging.masks import mask_files
     from emomerge.merging.record import as_json as completed
     from emomerge.merging.spread import Spread
@@ -180,7 +181,7 @@ def merge_record(
     if output.save_masks and (record.method != "tall-mask" or output.as_lora is not None):
         raise BadInput("--save-masks belongs to a model merged by tall-mask", found=record.method)
     atomic.refuse_existing(out, force=force)
-    base = open_checkpoint(record.base)
+    base = open_dense(record.base)
     evaluator, read = (None, []) if record.recipe is None else _evaluator(record.recipe, record.overrides, base)
     sources = [run.source for run in record.runs]
     if device != "cpu":
@@ -255,7 +256,7 @@ def _write_lora(
             allow_partial=output.allow_partial, progress=lambda name, _: line.add(1, name),
         )  # fmt: skip
     dtype = "float32" if output.dtype == "base" else output.dtype
-    truncated.write(out, dtype=dtype, extra_files=papers({"adapter": truncated.figures()}), force=force)
+    truncated.adapter().write(out, dtype=dtype, extra_files=papers({"adapter": truncated.figures()}), force=force)
 
 
 def only_a_card(context: dict[str, Any]) -> dict[str, str]:

@@ -8,21 +8,18 @@ Martinsson and Tropp 2011). What a truncation captures is its share of the energ
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from emomerge.adapters.low_rank import LowRank, Target
 from emomerge.adapters.naming import BaseNames
-from emomerge.adapters.peft import CONFIG, WEIGHTS
-from emomerge.checkpoints import Checkpoint, all_finite, new_folder
+from emomerge.adapters.peft.writer import PeftAdapter, head_of, target_of
+from emomerge.checkpoints import Checkpoint
 from emomerge.errors import BadInput
 from emomerge.numerics.seeds import seed_of
 from emomerge.numerics.sums import sum_of_row_norms
@@ -37,27 +34,14 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 8
 """Of a sketch; each pulls it towards the leading triples."""
 
-Kind = Literal["linear", "conv1d", "embedding"]
-
-
-class Place(NamedTuple):
-    """The module of a live model that a matrix is the weight of."""
-
-    module: str
-    kind: Kind
-
 
 @dataclass(frozen=True)
 class Layer:
-    """What an adapter holds of one matrix."""
+    """The truncated task vector of one matrix."""
 
     name: str
     """In the base."""
-    place: Place
-    shape: tuple[int, ...]
-    """As in the base."""
-    a: Tensor
-    b: Tensor
+    factors: LowRank
     energy: float
     """‖τ‖²."""
     captured: float
@@ -66,7 +50,7 @@ class Layer:
     @property
     def rank(self) -> int:
         """r."""
-        return len(self.a)
+        return self.factors.rank
 
 
 @dataclass(frozen=True)
@@ -83,7 +67,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Truncation:
-    """A merge as low-rank factors, ready to be written; made by `truncate`."""
+    """A merge as low-rank factors; made by `truncate`."""
 
     layers: tuple[Layer, ...]
     left_out: Mapping[str, float]
@@ -120,63 +104,11 @@ class Truncation:
             "left_out": {name: energy / total for name, energy in self.left_out.items()},
         }  # fmt: skip
 
-    def config(self) -> dict[str, Any]:
-        """`adapter_config.json`; s = α/r is 1 in every layer."""
-        most = max(layer.rank for layer in self.layers)
-        # PEFT takes the keys for regular expressions, of which the first that fits the end of a name counts.
-        ranks = {f"^{re.escape(layer.place.module)}": layer.rank for layer in self.layers if layer.rank != most}
-        return {
-            "peft_type": "LORA", "task_type": None, "base_model_name_or_path": self.source, "inference_mode": True,
-            "r": most, "lora_alpha": most, "rank_pattern": ranks, "alpha_pattern": ranks, "use_rslora": False,
-            "lora_dropout": 0.0, "bias": "none", "init_lora_weights": True, "modules_to_save": list(self.heads) or None,
-            "fan_in_fan_out": any(layer.place.kind == "conv1d" for layer in self.layers),
-            "target_modules": self._targets(),
-        }  # fmt: skip
-
-    def _targets(self) -> list[str] | str:
-        """The modules; as a regular expression, which PEFT matches in full, where another one's name ends like one's."""
-        targets = {layer.place.module: None for layer in self.layers}
-        for module in self.modules - targets.keys():
-            parts = module.split(".")
-            if any(".".join(parts[start:]) in targets for start in range(1, len(parts))):
-                return "|".join(map(re.escape, targets))
-        return list(targets)
-
-    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The factors, and the heads, under PEFT's names. Raises BadInput where one is too large for the dtype."""
-        tensors = {f"{_PREFIX}{saved.live}": saved.tensor.to("cpu", dtype).contiguous() for saved in self.saved.values()}
-        for layer in self.layers:
-            # PEFT applies BA to (out, in), which is how a Linear keeps its weight; the other two keep the transpose.
-            a, b = (layer.a, layer.b) if layer.place.kind == "linear" else (layer.b.mT, layer.a.mT)
-            stem = f"{_PREFIX}{layer.place.module}."
-            names = ("lora_embedding_A", "lora_embedding_B") if layer.place.kind == "embedding" else _FACTORS
-            for name, factor in zip(names, (a, b), strict=True):
-                tensors[stem + name] = factor.to("cpu", dtype).contiguous()
-        for name, tensor in tensors.items():
-            if not all_finite(tensor):
-                raise BadInput(f"values too large for {dtype}", where=name, fix="write it as bfloat16 or float32")
-        return tensors
-
-    def write(
-        self, out: str | Path, *, dtype: str = "float32", extra_files: Mapping[str, str] | None = None, force: bool = False
-    ) -> None:
-        """Write a folder that `peft.PeftModel.from_pretrained` loads.
-
-        Args:
-            out: the folder.
-            dtype: of the factors: "float32", "bfloat16" or "float16".
-            extra_files: file name → text.
-            force: replace an `out` that exists.
-        """
-        tensors = self.tensors(getattr(torch, dtype))
-        with new_folder(out, force=force) as folder:
-            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-            for name, text in {CONFIG: json.dumps(self.config(), indent=2) + "\n", **(extra_files or {})}.items():
-                (folder / name).write_text(text, encoding="utf-8", newline="\n")
-
-
-_PREFIX = "base_model.model."
-_FACTORS = ("lora_A.weight", "lora_B.weight")
+    def adapter(self) -> PeftAdapter:
+        """Return the adapter that holds these layers and heads."""
+        head_tensors = tuple((saved.live, saved.tensor) for saved in self.saved.values())
+        factors = tuple(layer.factors for layer in self.layers)
+        return PeftAdapter(factors, self.source, self.modules, self.heads, head_tensors)
 
 
 def truncate(
@@ -212,41 +144,35 @@ def truncate(
     if not 0 < energy <= 1:
         raise BadInput("an energy is a share of ‖τ‖²", expected="above 0, up to 1", found=energy)
     names = BaseNames(base)
-    places = {name: place_of(base, names, name) for name in base}
+    targets = {name: target_of(base, names, name) for name in base}
     unfit = {
         name: _energy(delta)
-        for name, place in places.items()
-        if isinstance(place, str) and (delta := merged.delta(name, base)) is not None and delta.any()
+        for name, target in targets.items()
+        if isinstance(target, str) and (delta := merged.delta(name, base)) is not None and delta.any()
     }
-    modules = frozenset(names.live(name).removesuffix(".weight") for name in base if name.endswith(".weight"))
-    heads = tuple(sorted({module for name in unfit if (module := _head_of(names, name)) is not None}))
+    modules = frozenset(names.live_name(name).removesuffix(".weight") for name in base if name.endswith(".weight"))
+    heads = tuple(sorted({module for name in unfit if (module := head_of(names, name)) is not None}))
     held = {module for module in modules if heads and module.endswith(heads)}  # which is how PEFT reads modules_to_save
     saved = {
         name: Saved(live, merged[name], _energy(delta) if (delta := merged.delta(name, base)) is not None else 0.0)
         for name in base
-        if (live := names.live(name)).rpartition(".")[0] in held
+        if (live := names.live_name(name)).rpartition(".")[0] in held
     }
     left_out = {name: energy for name, energy in unfit.items() if name not in saved}
     if left_out and not allow_partial:
         what, name = "a tensor that moved fits into no adapter", next(iter(left_out))
-        raise BadInput(what, where=name, found=places[name], fix="--allow-partial leaves such tensors out, and lists them")
+        raise BadInput(what, where=name, found=targets[name], fix="--allow-partial leaves such tensors out, and lists them")
     layers = []
-    for name, place in places.items():
-        if name not in saved and isinstance(place, Place) and (delta := merged.delta(name, base)) is not None and delta.any():
+    for name, target in targets.items():
+        if name not in saved and isinstance(target, Target) and (delta := merged.delta(name, base)) is not None and delta.any():
             limit = max_rank if rank == "auto" else rank
             a, b = low_rank(delta, limit, energy=energy if rank == "auto" else None, name=name)
-            layers.append(Layer(name, place, tuple(delta.shape), a, b, _energy(delta), _captured(a)))
+            layers.append(Layer(name, LowRank(target, a, b), _energy(delta), _captured(a)))
         if progress is not None:
             progress(name, base.info(name).nbytes)
     if not layers:
         raise BadInput("no matrix moved: there is nothing for an adapter to hold", where=merged.source)
     return Truncation(tuple(layers), left_out, base.source, modules, heads, saved)
-
-
-def _head_of(names: BaseNames, name: str) -> str | None:
-    """The Linear right below the root of a known model that a tensor is part of, if it is part of one."""
-    module = names.live(name).rpartition(".")[0]
-    return module if module and "." not in module and isinstance(names.module(module), nn.Linear) else None
 
 
 def low_rank(tau: Tensor, rank: int, *, energy: float | None = None, name: str) -> tuple[Tensor, Tensor]:
@@ -286,26 +212,6 @@ def _sketched(tau: Tensor, columns: int, name: str) -> tuple[Tensor, Tensor, Ten
         torch.manual_seed(seed_of(name))
         found: tuple[Tensor, Tensor, Tensor] = torch.svd_lowrank(tau, q=columns, niter=POWER_ITERATIONS)
     return found
-
-
-def place_of(base: Checkpoint, names: BaseNames, name: str) -> Place | str:
-    """Where PEFT puts a pair of factors for a tensor of the base, or what it is that it can put none there."""
-    live = names.live(name)
-    module, _, leaf = live.rpartition(".")
-    dimensions = len(base.info(name).shape)
-    if dimensions != 2 or leaf != "weight" or not module:
-        return f"{dimensions} dimensions" if dimensions != 2 else "no weight of a layer"
-    if names.find(f"{module.rpartition('.')[0]}.in_proj_weight") is not None:
-        return "a part of nn.MultiheadAttention"
-    partner = names.tied_partner(live)
-    if partner is not None and names.find(partner) is None:
-        return f"tied to {partner}"
-    layer = names.module(module)
-    if layer is None or isinstance(layer, nn.Linear):
-        return Place(module, "linear")
-    if isinstance(layer, nn.Embedding):
-        return Place(module, "embedding")
-    return Place(module, "conv1d") if type(layer).__name__ == "Conv1D" else f"in a {type(layer).__name__}"
 
 
 def _energy(tau: Tensor) -> float:

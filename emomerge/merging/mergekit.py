@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from emomerge.checkpoints import open_checkpoint
+from emomerge.adapters import open_dense
 from emomerge.errors import BadInput
 from emomerge.merging.registry import check_params
 from emomerge.merging.settings import layer_count, resolve
@@ -177,7 +177,7 @@ def read_config(path: str | Path) -> MergekitMerge:
     if dialect.points == "base-optional":
         params["origin"] = "zero" if config.base_model is None else "base"
     params = check_params(method, params)
-    names = open_checkpoint(base).names()
+    names = open_dense(base).names()
     _check_layers(config, layer_count(names))
     if dialect.method == "mean" and method == "task-arithmetic":
         _check_weights_sum_to_one(params["weights"], names)

@@ -8,10 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from emomerge.adapters import artefact_of
-from emomerge.adapters.peft import CONFIG, WEIGHTS
-from emomerge.checkpoints import Rounding, open_checkpoint, sha256
-from emomerge.checkpoints.reader import SafetensorsCheckpoint
+from emomerge.adapters import input_files
+from emomerge.checkpoints import Rounding, sha256
 from emomerge.errors import BadInput
 from emomerge.merging.methods.averages import squared_gradients_of
 
@@ -75,7 +73,7 @@ class MergeRecord(_Part):
             further: files besides the base's and the runs'.
             digest: gives the SHA-256 of a file.
         """
-        information = [file for source in self.params.get("information") or () for file in input_files(source)]
+        information = [file for source in self.params.get("information") or () for file in input_files(source).values()]
         if self.method == "fisher" and not information:
             information = [file for run in self.runs if (file := squared_gradients_of(run.source)) is not None]
         known = self.further_sha256
@@ -155,18 +153,9 @@ def read_record(path: str | Path) -> MergeRecord:
     return record
 
 
-def input_files(source: str) -> list[Path]:
-    """The files that a base or a run is read from, sorted."""
-    path = artefact_of(source)
-    if (path / CONFIG).is_file():
-        return [path / CONFIG, path / WEIGHTS]
-    checkpoint = open_checkpoint(path if path.exists() else source)
-    return list(checkpoint.paths) if isinstance(checkpoint, SafetensorsCheckpoint) else []
-
-
 def hashes_of(source: str, digest: Callable[[Path], str] = sha256) -> Hashes:
     """File name → SHA-256 of what a base or a run is read from."""
-    return {file.name: digest(file) for file in input_files(source)}
+    return {name: digest(file) for name, file in input_files(source).items()}
 
 
 def _compare(source: str, hashes: Hashes) -> None:

@@ -76,12 +76,3 @@ def bytes_of(tensor: Tensor) -> memoryview:
     import torch
 
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def weight_files(source: str) -> list[Path]:
-    """The safetensors files that a checkpoint's folder or name most likely means, found without opening them."""
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    whole = path / "model.safetensors"
-    return [whole] if whole.is_file() else sorted(path.glob("model-*.safetensors"))

@@ -45,6 +45,7 @@ import torch
 from torch import Tensor, nn
 
 from emomerge import recipe
+from emomerge.adapters import open_dense
 from emomerge.checkpoints import load_into, open_checkpoint
 from emomerge.errors import BadInput
 from emomerge.numerics.seeds import cpu_seed
@@ -79,7 +80,7 @@ class CustomTask(Task):
         """The function's model, with the weights of `base.model` if that is given; see `Task.new_model`."""
         model = self._model(base.seed)
         if base.model is not None:
-            load_into(model, open_checkpoint(base.model))
+            load_into(model, open_dense(base.model))
         return model
 
     def save_files(self, model: nn.Module, folder: str | Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from emomerge import recipe
+from emomerge.adapters import is_adapter
 from emomerge.errors import BadInput
 from emomerge.numerics.seeds import cpu_seed
 
@@ -177,9 +178,9 @@ def _location(base: recipe.Base) -> str:
     assert base.model is not None
     path = Path(base.model).expanduser()
     if path.is_dir():
-        # transformers would follow an adapter to the base that its file names, wherever that is.
-        if (path / "adapter_config.json").exists():
-            raise BadInput("an adapter is no base", where=path, fix="bake it into its base first: `emomerge bake`")
+        # transformers would follow an adapter to the base that its configuration names, wherever that is.
+        if is_adapter(path):
+            raise BadInput("an adapter is not a base", where=path, fix="bake it into its base first: `emomerge bake`")
         return str(path)
     if path.exists() or base.model.count("/") > 1 or base.model[:1] in (".", "~", "/") or "\\" in base.model:
         raise BadInput("no such model folder", where=base.model, expected="a folder or a Hub id")

@@ -128,11 +128,6 @@ def test_a_header_whose_length_begins_as_a_pickle_does_is_still_read(tmp_path):
         assert open_checkpoint(path)["a"].item() == 0
 
 
-def test_an_adapter_is_no_checkpoint(tmp_path):
-    save_file({"a": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
-    assert "bake" in refusal(tmp_path)
-
-
 def test_an_index_that_is_not_json(sharded):
     (sharded / "model.safetensors.index.json").write_text("{")
     assert "not an index" in refusal(sharded)

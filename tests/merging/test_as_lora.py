@@ -79,9 +79,9 @@ def test_peft_computes_what_the_truncated_dense_merge_does(case, rank, tmp_path,
     names = matrices(base, *parts)
     merged = merge(base, [moved(base, names, exact_run) for _ in range(3)], method="mean")
     truncated = truncate(merged, base, rank=rank, energy=0.9)
-    truncated.write(tmp_path / "adapter")
+    truncated.adapter().write(tmp_path / "adapter")
     assert [layer.name for layer in truncated.layers] == names
-    assert truncated.config()["fan_in_fan_out"] == (make is gpt2)
+    assert truncated.adapter().config()["fan_in_fan_out"] == (make is gpt2)
 
     dense = dict(base)
     for layer in truncated.layers:
@@ -122,7 +122,7 @@ def test_a_mean_of_loras_at_the_sum_of_their_ranks_is_the_dense_merge(tmp_path):
     base = open_checkpoint(tmp_path / "base")
     merged = merge(base, [tmp_path / f"run{run}" for run in range(3)], method="mean")
     truncated = truncate(merged, base, rank=6)
-    truncated.write(tmp_path / "adapter")
+    truncated.adapter().write(tmp_path / "adapter")
     assert truncated.figures()["energy"] == pytest.approx(1, abs=1e-6)
     baked = bake(base, tmp_path / "adapter")
     assert baked.touched()
@@ -162,9 +162,9 @@ def test_a_fresh_head_is_held_whole(make, tmp_path, exact_run):
     head = ["classifier.weight", "classifier.bias"]
     merged = merge(base, [moved(base, [*matrices(base, "query"), *head], exact_run) for _ in range(2)], method="mean")
     truncated = truncate(merged, base, rank=16)
-    truncated.write(tmp_path / "adapter")
+    truncated.adapter().write(tmp_path / "adapter")
     assert list(truncated.saved) == sorted(head)
-    assert truncated.config()["modules_to_save"] == ["classifier"]
+    assert truncated.adapter().config()["modules_to_save"] == ["classifier"]
     assert truncated.figures()["energy"] == pytest.approx(1)
     expected = copy.deepcopy(model)
     load_into(expected, merged)
@@ -184,7 +184,7 @@ def test_a_tied_embedding_and_attention_in_one_piece_are_refused(tmp_path, exact
         truncate(merged, base, rank=2)
     base = model_checkpoint(nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)}), source="a")
     for name in ("a.in_proj_weight", "a.out_proj.weight"):
-        with pytest.raises(BadInput, match=f"{name}; found (no weight of a layer|a part of nn.MultiheadAttention)"):
+        with pytest.raises(BadInput, match=f"{name}; found (not the weight of a layer|a part of nn.MultiheadAttention)"):
             truncate(merge(base, [moved(base, [name], exact_run)], method="mean"), base, rank=2)
 
 
@@ -214,7 +214,7 @@ def test_layers_whose_names_end_alike_keep_their_own_rank(tmp_path, exact_run):
     run = exact_run(base, dict.fromkeys(base) | {"fc.weight": low, "inner.fc.weight": torch.randn(6, 6)})
     truncated = truncate(merge(base, [run], method="mean"), base, rank="auto", energy=0.9999)
     assert {layer.name: layer.rank for layer in truncated.layers} == {"fc.weight": 1, "inner.fc.weight": 6}
-    truncated.write(tmp_path / "adapter")
+    truncated.adapter().write(tmp_path / "adapter")
     x = torch.randn(5, 6)
     expected = Model()
     load_into(expected, run)
@@ -222,7 +222,7 @@ def test_layers_whose_names_end_alike_keep_their_own_rank(tmp_path, exact_run):
     torch.testing.assert_close(live(x), expected(x), rtol=0, atol=1e-5)
 
     run = exact_run(base, dict.fromkeys(base) | {"fc.weight": low})
-    truncate(merge(base, [run], method="mean"), base, rank=2).write(tmp_path / "one")
+    truncate(merge(base, [run], method="mean"), base, rank=2).adapter().write(tmp_path / "one")
     load_into(expected, run)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -273,17 +273,17 @@ def test_the_bits_depend_on_the_name_alone():
 def test_factors_in_half_precision(tmp_path, exact_run):
     base = MemoryCheckpoint({"a.weight": torch.zeros(6, 4)}, source="base")
     truncated = truncate(merge(base, [moved(base, ["a.weight"], exact_run)], method="mean"), base, rank=2)
-    truncated.write(tmp_path / "adapter", dtype="bfloat16", extra_files={"note.txt": "x"})
+    truncated.adapter().write(tmp_path / "adapter", dtype="bfloat16", extra_files={"note.txt": "x"})
     written = open_checkpoint(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {written.info(name).dtype for name in written} == {torch.bfloat16}
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["lora_alpha"] == 2
     with pytest.raises(BadInput, match="exists"):
-        truncated.write(tmp_path / "adapter")
+        truncated.adapter().write(tmp_path / "adapter")
     huge = truncate(
         merge(base, [exact_run(base, {"a.weight": torch.full((6, 4), 1e12)})], method="mean"), base, rank=2
     )  # fmt: skip
     with pytest.raises(BadInput, match="too large for torch.float16"):
-        huge.write(tmp_path / "huge", dtype="float16")
+        huge.adapter().write(tmp_path / "huge", dtype="float16")
     assert not (tmp_path / "huge").exists()
 
 
@@ -295,7 +295,7 @@ def test_a_headless_base_is_adapted_by_its_own_names(tmp_path, exact_run):
     model.save_pretrained(tmp_path / "base")
     base = open_checkpoint(tmp_path / "base")
     merged = merge(base, [moved(base, matrices(base, "query"), exact_run)], method="mean")
-    truncate(merged, base, rank=16).write(tmp_path / "adapter")
+    truncate(merged, base, rank=16).adapter().write(tmp_path / "adapter")
     live = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
     write_checkpoint(merged, tmp_path / "dense", files_from=tmp_path / "base")
     load_into(model, open_checkpoint(tmp_path / "dense"))

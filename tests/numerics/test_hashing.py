@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from emomerge.numerics import hashing
-from emomerge.numerics.hashing import Digests, sha256, weight_files
+from emomerge.numerics.hashing import Digests, sha256
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 4097, 12_288])
@@ -26,14 +26,3 @@ def test_a_file_that_cannot_be_read_fails_when_it_is_asked_for(tmp_path: Path) -
     assert digest(tmp_path / "there") == hashlib.sha256(b"x").hexdigest()
     with pytest.raises(FileNotFoundError):
         digest(tmp_path / "missing")
-
-
-def test_which_files_a_folder_most_likely_means(tmp_path: Path) -> None:
-    assert weight_files(str(tmp_path / "nothing")) == []
-    shards = [tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    for file in (*shards, tmp_path / "other.safetensors"):
-        file.write_text("")
-    assert weight_files(str(tmp_path)) == shards
-    (tmp_path / "model.safetensors").write_text("")
-    assert weight_files(str(tmp_path)) == [tmp_path / "model.safetensors"]
-    assert weight_files(str(shards[0])) == [shards[0]]

@@ -308,9 +308,9 @@ def test_bases_that_cannot_be_loaded(reviews, text_task, base, tiny_bert, tmp_pa
             task.new_model(Base(model=str(model)), data)
         assert "\n" not in str(caught.value)
     (empty / "adapter_config.json").write_text('{"base_model_name_or_path": "/etc"}')
-    with pytest.raises(BadInput, match="an adapter is no base"):
+    with pytest.raises(BadInput, match="an adapter is not a base"):
         task.new_model(Base(model=str(empty)), data)
-    with pytest.raises(BadInput, match="an adapter is no base"):
+    with pytest.raises(BadInput, match="an adapter is not a base"):
         task.reload_model(empty)
     with pytest.raises(BadInput, match="no such model folder"):
         task.reload_model(tmp_path / "none")

@@ -7,7 +7,6 @@ PEFT's own `merge` is the reference; everything whose effect is not this formula
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -21,14 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emomerge.adapters.change import Change
+from emomerge.adapters.low_rank import product
 from emomerge.adapters.naming import BaseNames
+from emomerge.adapters.peft import CONFIG, PREFIX, WEIGHTS, load_config
 from emomerge.checkpoints import Checkpoint, all_finite, open_checkpoint
 from emomerge.errors import BadInput
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-
-_PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.default)?(?:\.(weight|bias))?")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
 _INITS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
@@ -41,16 +39,6 @@ _UNDERSTOOD = frozenset(
     target_parameters task_type trainable_token_indices use_rslora
     """.split()  # noqa: SIM905
 )
-
-
-@dataclass(frozen=True)
-class Change:
-    """What an adapter does to one base tensor: θ = replace(θ₀) + delta, each where given."""
-
-    replace: Callable[[Tensor], Tensor] | None = None
-    """From the base tensor to the one that takes its place, in the same dtype or a wider one."""
-    delta: Callable[[torch.dtype], Tensor] | None = None
-    """The exact Δ in the shape of the base tensor, computed in the given dtype."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,7 @@ class _Reader:
         factors: dict[tuple[str, bool], dict[str, str]] = defaultdict(dict)
         changes: dict[str, Change] = {}
         for key in sorted(self.tensors, key=lambda key: "modules_to_save" in key):  # which win over a trained bias
-            name = key.removeprefix(_PREFIX)
+            name = key.removeprefix(PREFIX)
             if not all_finite(self.tensors[key]):
                 raise BadInput("NaN or infinity in an adapter", where=f"{self.file}, {key}", fix="train it again")
             if match := _FACTOR.fullmatch(name):
@@ -225,13 +213,13 @@ class _Reader:
             return self._expert_delta(place, name, a, b, scale)
         if a.ndim > 2:  # convolutions: B is 1×1, so that BA has the kernel of A
             self._require_shape(name, place.key, (b.shape[0], *a.shape[1:]))
-            return lambda dtype: _product(a.flatten(1), b.flatten(1), scale, dtype).reshape(shape)
+            return lambda dtype: product(a.flatten(1), b.flatten(1), scale, dtype).reshape(shape)
         out_in = (b.shape[0], a.shape[1])
         transposed = place.embedding or self._is_transposed(place, shape, out_in)
         self._require_shape(name, place.key, out_in[::-1] if transposed else out_in)
         if transposed:
-            return lambda dtype: _product(a, b, scale, dtype).T
-        return lambda dtype: _product(a, b, scale, dtype)
+            return lambda dtype: product(a, b, scale, dtype).T
+        return lambda dtype: product(a, b, scale, dtype)
 
     def _expert_delta(self, place: _Place, name: str, a: Tensor, b: Tensor, scale: float) -> Callable[[torch.dtype], Tensor]:
         """Δ of stacked experts. A (experts·r, in), B (out, r·experts) → (experts, out, in) or (experts, in, out)."""
@@ -346,14 +334,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         BadInput: it is missing, no JSON, or has a field that changes what the adapter does.
     """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise BadInput("no such adapter", where=folder, expected=f"{CONFIG} and {WEIGHTS}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput("not JSON", where=path) from error
-    if not isinstance(config, dict) or "peft_type" not in config:
+    path, config = folder / CONFIG, load_config(folder)
+    if "peft_type" not in config:
         raise BadInput("not PEFT's configuration", where=path, expected="peft_type")
     if config["peft_type"] != "LORA":
         raise BadInput(
@@ -395,11 +377,6 @@ def open_weights(folder: Path) -> Checkpoint:
     if not tensors:
         raise BadInput("the adapter holds no tensors", where=path)
     return tensors
-
-
-def _product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """s·BA.  A (r, in), B (out, r) → (out, in)."""
-    return (b.to(dtype) @ a.to(dtype)).mul_(scale)
 
 
 def _without_wrappers(name: str) -> str:

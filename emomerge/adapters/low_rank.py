@@ -1,0 +1,40 @@
+"""Low-rank changes of a matrix, shared by the formats that store factors."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Kind = Literal["linear", "conv1d", "embedding"]
+
+
+class Target(NamedTuple):
+    """The module of a live model whose weight a pair of factors changes."""
+
+    module: str
+    kind: Kind
+
+
+class LowRank(NamedTuple):
+    """A change Δ = BA of one matrix, in the layout of the base tensor.
+
+    Args:
+        a: A (r, columns).
+        b: B (rows, r).
+    """
+
+    target: Target
+    a: Tensor
+    b: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return len(self.a)
+
+
+def product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Return s·BA in `dtype`.  A (r, in), B (out, r) → (out, in)."""
+    return (b.to(dtype) @ a.to(dtype)).mul_(scale)

@@ -1,0 +1,85 @@
+"""Adapter files that no format of the table reads, recognised by their tensor names so that none is taken for a model."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from emomerge.adapters.peft import CONFIG
+from emomerge.checkpoints import Checkpoint
+from emomerge.errors import BadInput
+
+
+class Family(NamedTuple):
+    """A family of adapter files.
+
+    Args:
+        name: as its users call it.
+        keys: matches the names of its tensors.
+        fix: what to do with such a file.
+    """
+
+    name: str
+    keys: re.Pattern[str]
+    fix: str
+
+
+_DIFFUSERS_FIX = (
+    "fuse it in diffusers (pipe.load_lora_weights, pipe.fuse_lora, pipe.save_pretrained) and give the folder that this writes"
+)
+_COMFY_FIX = "merge it in ComfyUI (LoraLoader, then CheckpointSave) and give the checkpoint that this writes"
+_KOHYA_PREFIX = r"(lora|oft)_(unet|te\d?|transformer|prior)_\w.*"
+FAMILIES = (
+    Family(
+        "PEFT adapter without its configuration",
+        re.compile(
+            r"base_model\.model\..+\.(lora_(embedding_)?[AB]|lora_magnitude_vector|ia3_l|vera_lambda_[bd]|hra_u|oft_R"
+            r"|hada_\w+|lokr_\w+|boft_\w+|trainable_tokens_delta)(\..+)?|prompt_embeddings"
+        ),
+        f"give the adapter's folder, with its {CONFIG}",
+    ),
+    Family(
+        "LyCORIS adapter (LoHa, LoKr, OFT, DoRA, …)",
+        re.compile(
+            r"lycoris_.+|.+\.(hada_[wt][12](_[ab])?|lokr_([wt][12])(_[ab])?|dora_scale|oft_(blocks|diag|R)|boft_\w+)(\..+)?"
+        ),
+        _COMFY_FIX,
+    ),
+    Family("kohya-ss LoRA", re.compile(rf"{_KOHYA_PREFIX}|.+\.lora_(up|down|mid)(\.weight)?"), _DIFFUSERS_FIX),
+    Family(
+        "diffusers LoRA",
+        re.compile(r".+(\.lora_[AB](\.\w+)?\.weight|[._]lora\.(up|down)\.weight|\.lora_linear_layer\.(up|down)\.weight)"),
+        _DIFFUSERS_FIX,
+    ),
+    Family("ComfyUI difference file", re.compile(r".+\.(diff|diff_b|diff_m|set_weight)"), _COMFY_FIX),
+)
+"""The first family with a matching tensor names the file."""
+_COMPANION = re.compile(r"base_model\.model\.(?!.*\bbase_layer\b).+|bundle_emb\..+|.+\.(alpha|diff|diff_b|w_norm|b_norm)")
+"""Tensors that accompany an adapter's own, such as a retrained head."""
+
+
+def family_of(checkpoint: Checkpoint) -> Family | None:
+    """Return the family of adapter files that a checkpoint belongs to, or None if it is a model.
+
+    Some models contain LoRA factors beside their weights (Phi-4-multimodal, jina-embeddings-v3). A file is an adapter only
+    if most of its elements are in tensors that adapters consist of.
+    """
+    found: Family | None = None
+    ours = total = 0
+    for family in reversed(FAMILIES):
+        if any(family.keys.fullmatch(name) for name in checkpoint):
+            found = family
+    if found is None:
+        return None
+    for name in checkpoint:
+        count = checkpoint.info(name).numel
+        total += count
+        if _COMPANION.fullmatch(name) or any(family.keys.fullmatch(name) for family in FAMILIES):
+            ours += count
+    return found if 2 * ours > total else None
+
+
+def refuse_adapter(checkpoint: Checkpoint, *, where: object) -> None:
+    """Raise BadInput, naming the family, if a checkpoint is an adapter file."""
+    if (family := family_of(checkpoint)) is not None:
+        raise BadInput(f"not a whole model but a {family.name}", where=where, fix=family.fix)
