@@ -1,11 +1,19 @@
-"""The floor under all rooms: reading and writing weights, tensor by tensor."""
+"""Reading and writing weights, tensor by tensor."""
 
 from emomerge.checkpoints.atomic import new_folder, replace, sha256, write_json, write_text
-from emomerge.checkpoints.checkpoint import Checkpoint, MemoryCheckpoint, OnDevice, TensorInfo, all_finite, working_dtype
+from emomerge.checkpoints.checkpoint import (
+    Checkpoint,
+    MemoryCheckpoint,
+    OnDevice,
+    RoundingLoss,
+    TensorInfo,
+    all_finite,
+    working_dtype,
+)
 from emomerge.checkpoints.names import disk_names, load_into, model_checkpoint
 from emomerge.checkpoints.reader import open_checkpoint
-from emomerge.checkpoints.rounding import Rounding, RoundingLoss
 from emomerge.checkpoints.writer import SideFile, write_checkpoint
+from emomerge.numerics.rounding import Rounding
 
 __all__ = [
     "Checkpoint",

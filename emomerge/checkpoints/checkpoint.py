@@ -1,17 +1,18 @@
-"""What every room passes around: a read-only mapping from tensor names to tensors, loaded on demand."""
+"""`Checkpoint`, the type of all weights: a read-only mapping from tensor names to tensors, loaded on demand."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from emomerge.checkpoints.rounding import RoundingLoss
+from emomerge.numerics.rounding import round_to
+from emomerge.numerics.sums import PIECE, squared_row_lengths
 
 
 class TensorInfo(NamedTuple):
@@ -22,7 +23,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         count = 1
         for size in self.shape:
             count *= size
@@ -30,32 +31,33 @@ class TensorInfo(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
+        """Return the size of the data in bytes."""
         return self.numel * self.dtype.itemsize
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """A read-only mapping name → tensor whose tensors are loaded when they are asked for.
+    """A read-only mapping name → tensor whose tensors are loaded on demand.
 
-    Iteration is in sorted order of the names. `ckpt[name]` returns a tensor that the caller may keep but not change.
+    Iteration is in sorted order of the names. The caller may keep the tensor that `checkpoint[name]` returns but must not
+    change it.
     """
 
     source: str
-    """Where the weights come from, for messages and model cards."""
+    """Origin of the weights, for messages and model cards."""
 
     folder: Path | None = None
-    """The folder whose config, tokenizer and the like belong to these weights, if there is one."""
+    """The folder with the configuration, tokenizer and the like of these weights, if there is one."""
 
     paths: tuple[Path, ...] = ()
     """The files that the tensors are read from, sorted; empty for weights that are computed or in memory."""
 
     @abstractmethod
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype of one tensor, without loading it."""
+        """Return shape and dtype of one tensor, without loading it."""
 
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """All tensor names, sorted."""
+        """Return all tensor names, sorted."""
 
     @abstractmethod
     def __getitem__(self, name: str) -> Tensor: ...
@@ -67,7 +69,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self.names())
 
     def __contains__(self, name: object) -> bool:
-        """Whether a tensor of this name exists; asks `info`, which every checkpoint answers in constant time."""
+        """Return whether a tensor of this name exists; `info` takes constant time in every checkpoint."""
         try:
             self.info(name)  # type: ignore[arg-type]
         except KeyError:
@@ -75,29 +77,86 @@ class Checkpoint(Mapping[str, Tensor]):
         return True
 
     def delta(self, name: str, base: Checkpoint) -> Tensor | None:
-        """τ = θ − θ₀ of one tensor in fp32 (float64 where either is); None where it is known to be zero.
+        """Return τ = θ − θ₀ of one tensor in fp32 (float64 if either is); None if it is known to be zero.
 
-        A checkpoint that knows its delta exactly (a baked adapter) overrides this, so that no rounding of
-        the sum θ₀ + Δ enters τ.
+        A checkpoint that knows its delta exactly (a baked adapter) overrides this, so that τ is free of the rounding of
+        θ₀ + Δ.
         """
         ours, theirs = self[name], base[name]
         dtype = working_dtype(ours.dtype, theirs.dtype)
         return ours.to(dtype) - theirs.to(dtype)
 
     def with_base(self, name: str, base: Checkpoint) -> tuple[Tensor, Tensor, Tensor | None]:
-        """θ, θ₀ and τ of one tensor; a checkpoint that computes θ from τ overrides this, so that it does so once."""
+        """Return θ, θ₀ and τ of one tensor. A checkpoint that computes θ from τ overrides this to compute τ only once."""
         return self[name], base[name], self.delta(name, base)
 
     def rounded(self, name: str, dtype: torch.dtype, loss: RoundingLoss | None) -> Tensor | None:
-        """One tensor in another dtype, rounded once and finite, with what that takes added to `loss`.
+        """Return one tensor in another dtype, rounded once and finite, and add the rounding error to `loss`.
 
-        None where it has to be made from `with_base`; a checkpoint that can do all of it in one reading overrides this.
+        None if the caller has to compute it from `with_base`; a checkpoint that can do all of it in one pass overrides this.
         """
         return None
 
 
+class RoundingLoss:
+    """Error of rounding θ = θ₀ + τ, summed over all tensors that change.
+
+    Args:
+        base: θ₀.
+    """
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.base = base
+        self._moved = self._unchanged = 0
+        self._squared_errors: list[float] = []
+        self._squared_lengths: list[float] = []
+
+    def add(self, theta0: Tensor, tau: Tensor, rounded: Tensor) -> None:
+        """Add one tensor.
+
+        Args:
+            theta0: θ₀ as stored.
+            tau: τ in the dtype of the arithmetic.
+            rounded: the tensor that is written for θ₀ + τ; all three have one shape.
+        """
+        pieces = (tensor.flatten().split(PIECE) for tensor in (theta0, tau, rounded.to(tau.device)))
+        for old, step, new in zip(*pieces, strict=True):
+            change = new.to(step.dtype) - old.to(step.dtype)
+            moved = int(step.count_nonzero())
+            if old.dtype == new.dtype:  # an unchanged weight is written as it is
+                self._unchanged += moved - int(change.count_nonzero())
+            else:
+                self._unchanged += int(((new == round_to(old, new.dtype)) & (step != 0)).count_nonzero())
+            self._moved += moved
+            self._squared_errors += squared_row_lengths(change.sub_(step))
+            self._squared_lengths += squared_row_lengths(step)
+
+    def add_sums(self, moved: int, unchanged: int, squared_errors: list[float], squared_lengths: list[float]) -> None:
+        """Add sums over some elements that were computed elsewhere; see `add`."""
+        self._moved += moved
+        self._unchanged += unchanged
+        self._squared_errors += squared_errors
+        self._squared_lengths += squared_lengths
+
+    def join(self, other: RoundingLoss) -> None:
+        """Add the sums of another instance."""
+        self.add_sums(other._moved, other._unchanged, other._squared_errors, other._squared_lengths)
+
+    def figures(self) -> dict[str, float | None]:
+        """Return the figures, ready for JSON; None if nothing changed.
+
+        - `unchanged`: the share of the weights with τ ≠ 0 that are written with the base's value.
+        - `relative_error`: ‖round(θ₀ + τ) − θ₀ − τ‖ / ‖τ‖.
+        """
+        length = math.sqrt(math.fsum(self._squared_lengths))
+        return {
+            "unchanged": self._unchanged / self._moved if self._moved else None,
+            "relative_error": math.sqrt(math.fsum(self._squared_errors)) / length if length else None,
+        }
+
+
 class OnDevice(Checkpoint):
-    """The tensors of a checkpoint on a device, moved there one by one when they are asked for."""
+    """The tensors of a checkpoint on a device, moved there one by one, on demand."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         self._checkpoint = checkpoint
@@ -106,18 +165,18 @@ class OnDevice(Checkpoint):
         self.folder = checkpoint.folder
 
     def names(self) -> tuple[str, ...]:
-        """All tensor names, sorted."""
+        """Return all tensor names, sorted."""
         return self._checkpoint.names()
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype of one tensor."""
+        """Return shape and dtype of one tensor."""
         return self._checkpoint.info(name)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._checkpoint[name].to(self.device)
 
     def delta(self, name: str, base: Checkpoint) -> Tensor | None:
-        """τ on the device; exact where the checkpoint knows it over its base."""
+        """Return τ on the device; exact if the checkpoint knows its delta from this base."""
         if type(self._checkpoint).delta is Checkpoint.delta:
             return super().delta(name, base)
         delta = self._checkpoint.delta(name, base._checkpoint if isinstance(base, OnDevice) else base)
@@ -133,11 +192,11 @@ class MemoryCheckpoint(Checkpoint):
         self.folder = folder
 
     def names(self) -> tuple[str, ...]:
-        """All tensor names, sorted."""
+        """Return all tensor names, sorted."""
         return tuple(self._tensors)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype of one tensor."""
+        """Return shape and dtype of one tensor."""
         tensor = self._tensors[name]
         return TensorInfo(tensor.dtype, tuple(tensor.shape))
 
@@ -146,12 +205,12 @@ class MemoryCheckpoint(Checkpoint):
 
 
 def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype that arithmetic on such tensors runs in: float64 where one is, else float32."""
+    """Return the dtype for arithmetic on tensors of these dtypes: float64 if one of them is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite: both pass through the minimum or the maximum, so no copy is needed."""
+    """Return whether no element is NaN or infinite. Both show in the minimum or maximum, so no copy is needed."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.dtype.itemsize == 1:  # FP8 has no minimum on some devices

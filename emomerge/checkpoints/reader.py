@@ -1,4 +1,4 @@
-"""Opening safetensors checkpoints lazily: one file, a folder (sharded or not), a Hub id."""
+"""Opening safetensors checkpoints lazily: one file, a folder (sharded or not, of one or several parts), a Hub id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo
+from emomerge.checkpoints.parts import MODEL_INDEX, STEMS, PartsCheckpoint, part_folders
 from emomerge.errors import BadInput
+from emomerge.extras import needed_by
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -50,19 +52,19 @@ _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
 class Header(NamedTuple):
-    """What the head of a safetensors file says."""
+    """The header of a safetensors file."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
-    places: dict[str, int]
-    """Where in the file each tensor's data begin."""
+    offsets: dict[str, int]
+    """Position in the file of the first byte of each tensor."""
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """Tensors of one or several safetensors files, read when they are asked for.
+    """Tensors of one or several safetensors files, read on demand.
 
-    Each tensor is a mapping of its own, which ends with it: its pages are those of the system's cache, not copied, and do not
-    stay in the process for as long as any other tensor of the file is in use.
+    Each tensor is a memory map of its own, released together with it: its pages belong to the system's cache and
+    do not stay in the process while other tensors of the file are in use.
 
     Args:
         files: the file that holds each tensor.
@@ -78,33 +80,33 @@ class SafetensorsCheckpoint(Checkpoint):
         self.folder = folder
 
     def names(self) -> tuple[str, ...]:
-        """All tensor names, sorted."""
+        """Return all tensor names, sorted."""
         return self._names
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype from the file's header."""
+        """Return shape and dtype from the file's header."""
         return self._headers[self._files[name]].tensors[name]
 
     def __getitem__(self, name: str) -> Tensor:
         path, info = self._files[name], self.info(name)
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
-        place = self._headers[path].places[name]
-        data = _mapped(path, place, info.nbytes)
-        if place % info.dtype.itemsize:  # the format does not promise alignment
+        offset = self._headers[path].offsets[name]
+        data = _mapped(path, offset, info.nbytes)
+        if offset % info.dtype.itemsize:  # the format does not guarantee alignment
             data = data.copy()
         return torch.from_numpy(data).view(info.dtype).view(info.shape)
 
 
 def _mapped(path: Path, start: int, size: int) -> NDArray[np.uint8]:
-    """Bytes of a file; private pages, so that no change of them would reach it."""
+    """Return bytes of a file, in private pages: changes to them never reach the file."""
     before = start % mmap.ALLOCATIONGRANULARITY
     with path.open("rb") as file:
         if (total := os.fstat(file.fileno()).st_size) < start + size:
             raise _truncated(path, start + size, total)
         pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
     if hasattr(mmap, "MADV_WILLNEED"):
-        pages.madvise(mmap.MADV_WILLNEED)  # the disk fetches all of it at once
+        pages.madvise(mmap.MADV_WILLNEED)  # read all of it ahead
     return np.frombuffer(pages, np.uint8, size, before)
 
 
@@ -112,11 +114,13 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     """Open weights without reading their data.
 
     Args:
-        source: a `.safetensors` file; a folder with one, or with a `*.safetensors.index.json`; or a Hub id.
+        source: a `.safetensors` file; a folder with one, or with a `*.safetensors.index.json`; a diffusers folder, with
+            `model_index.json` (see `checkpoints.parts`); or a Hub id.
         revision: the branch, tag or commit of a Hub id.
 
     Raises:
-        BadInput: nothing is there, or it is damaged, a pickle, or an index that does not fit its files.
+        BadInput: nothing is there, or it is damaged, a pickle, or an index that does not match its files.
+        MissingExtra: `source` is a Hub id and huggingface_hub is not installed.
     """
     path = Path(source)
     if path.is_dir():
@@ -127,10 +131,10 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
 
 
 def read_header(path: Path) -> Header:
-    """Names, shapes, dtypes and metadata of a safetensors file, after checks that need no data.
+    """Return names, shapes, dtypes and metadata of a safetensors file, after checks that need no data.
 
     Raises:
-        BadInput: the file is missing, truncated, a pickle or no safetensors file.
+        BadInput: the file is missing, truncated, a pickle or not a safetensors file.
     """
     if not path.is_file():
         raise BadInput("no such file", where=path)
@@ -140,7 +144,7 @@ def read_header(path: Path) -> Header:
         _refuse_pickle(path, start)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > _LARGEST_HEADER:
-            raise _not_safetensors(path, "its first 8 bytes are no header length")
+            raise _not_safetensors(path, "its first 8 bytes are not the length of a header")
         text = file.read(length)
     if len(text) < length:
         raise _truncated(path, 8 + length, total)
@@ -148,21 +152,26 @@ def read_header(path: Path) -> Header:
         header = json.loads(text)
         metadata = header.pop("__metadata__", None) or {}
         tensors = {name: _entry(path, name, entry) for name, entry in header.items()}
-        places = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+        offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
         extent = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         if isinstance(error, BadInput):
             raise
-        raise _not_safetensors(path, "its header is not the format's JSON") from error
+        raise _not_safetensors(path, "its header is not valid JSON of this format") from error
     if 8 + length + extent != total:
         raise _truncated(path, 8 + length + extent, total)
-    return Header(tensors, metadata, places)
+    return Header(tensors, metadata, offsets)
 
 
 def inside(folder: Path, name: str, *, named_by: Path) -> Path:
-    """The file `name` of `folder`, where `name` was read from a file and may not lead elsewhere.
+    """Return the path of `name` in `folder`, for a name that was read from a file.
 
     Symbolic links may point into the folder or, in the Hub's cache (`snapshots/<commit>`), into its `blobs`.
+
+    Args:
+        folder: the folder that the file must be in.
+        name: the name, which is not trusted.
+        named_by: the file that contains the name, for the message.
 
     Raises:
         BadInput: the name leads out of the folder.
@@ -173,27 +182,30 @@ def inside(folder: Path, name: str, *, named_by: Path) -> Path:
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     plain = name and not Path(name).is_absolute() and ".." not in Path(name).parts and "\\" not in name
-    if not plain or not any(real.is_relative_to(place) for place in allowed):
+    if not plain or not any(real.is_relative_to(parent) for parent in allowed):
         raise BadInput("a file name leads out of its folder", where=named_by, expected=f"a file inside {folder}", found=name)
     return path
 
 
 def _entry(path: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
     if entry["dtype"] not in DTYPES:
-        raise BadInput("tensor of an unknown dtype", where=f"{path}, {name}", found=entry["dtype"])
+        raise BadInput("a tensor of an unknown dtype", where=f"{path}, {name}", found=entry["dtype"])
     info = TensorInfo(DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"]))
     begin, end = entry["data_offsets"]
     if not 0 <= begin <= end or end - begin != info.nbytes:
-        raise _not_safetensors(path, f"the extent of {name} does not fit its shape")
+        raise _not_safetensors(path, f"the extent of {name} does not match its shape")
     return info
 
 
 def _open_folder(folder: Path, *, source: str) -> Checkpoint:
+    if parts := {name: _open_folder(folder / name, source=f"{source}/{name}") for name in _weighted_parts(folder)}:
+        return PartsCheckpoint(parts, source=source, folder=folder)
     indices = sorted(folder.glob("*.safetensors.index.json"))
     weights = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
-    plain = folder / "model.safetensors"
-    if plain in weights:  # transformers prefers it to an index, too
-        return _open_files([plain], source=source, folder=folder)
+    variants = all(path.name.startswith(STEMS[1]) for path in weights)
+    plain = [path for path in weights if path.stem == STEMS[0] or (path.stem == STEMS[1] and variants)]
+    if plain:  # preferred to an index and to variants such as model.fp16.safetensors, as in transformers
+        return _open_files(plain, source=source, folder=folder)
     if len(indices) == 1:
         return _open_index(indices[0], source=source)
     if len(weights) == 1 and not indices:
@@ -207,6 +219,14 @@ def _open_folder(folder: Path, *, source: str) -> Checkpoint:
     raise BadInput("no weights in this folder", where=folder, expected="model.safetensors or model.safetensors.index.json")
 
 
+def _weighted_parts(folder: Path) -> list[str]:
+    """Return the parts of a diffusers folder that have weights, or should have; schedulers and tokenizers have none."""
+    names = part_folders(folder)
+    if not any(any((folder / name).glob("*.safetensors*")) for name in names):
+        return []  # only the top level of a repository, which may hold the model as one file
+    return [name for name in names if (folder / name / "config.json").is_file() or any((folder / name).glob("*.safetensors*"))]
+
+
 def _open_index(index: Path, *, source: str) -> Checkpoint:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -216,7 +236,7 @@ def _open_index(index: Path, *, source: str) -> Checkpoint:
     paths = {file: inside(index.parent, file, named_by=index) for file in sorted({file for _, file in items})}
     for file, path in paths.items():
         if not path.is_file():
-            raise BadInput("a file that the index names is missing", where=index, expected=file, fix="fetch it again")
+            raise BadInput("a file that the index names is missing", where=index, expected=file, fix="download it again")
     headers = {path: read_header(path) for path in paths.values()}
     for name, file in items:
         if name not in headers[paths[file]].tensors:
@@ -235,7 +255,7 @@ def _open_files(paths: list[Path], *, source: str, folder: Path) -> Checkpoint:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    """The local folder of a Hub id, fetched if need be."""
+    """Return the local folder of a Hub id, after downloading what is missing."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) or Path(name).suffix in (
         ".safetensors",
         *_PICKLES,
@@ -246,14 +266,20 @@ def _from_hub(name: str, revision: str | None) -> Path:
             expected="a .safetensors file, a folder with one, or a Hub id",
             fix="check the path",
         )
-    from huggingface_hub import snapshot_download
+    with needed_by(f"{name} is not a local path; reading it from the Hub"):
+        from huggingface_hub import snapshot_download
+
+    def fetch(allow: list[str], ignore: list[str]) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
 
     try:
-        # only the files that an AutoModel reads: the repository's own folder, not onnx/ and the like
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
-    except Exception as error:  # the library raises many kinds: offline, not found, gated, a bad id, a broken connection
+        folder = fetch(_HUB_FILES, ["*/*"])  # the files that an AutoModel reads, not onnx/ and the like
+        if (folder / MODEL_INDEX).is_file():
+            folder = fetch([f"*/{pattern}" for pattern in _HUB_FILES], ["*/*/*", "*.fp16.*", "*.non_ema.*"])
+        return folder
+    except Exception as error:  # many types: offline, not found, gated, a bad id, a broken connection
         raise BadInput(
-            "no such file or folder, and the Hub did not give it",
+            "no such file or folder, and it could not be fetched from the Hub",
             where=name if revision is None else f"{name}, revision {revision}",
             found=type(error).__name__,
             fix="check the spelling, the connection (HF_HUB_OFFLINE) and, for a gated model, that you are logged in",
@@ -270,5 +296,5 @@ def _not_safetensors(path: Path, why: str) -> BadInput:
 
 
 def _truncated(path: Path, expected: int, found: int) -> BadInput:
-    what = "the file is truncated" if found < expected else "the file has bytes that its header does not name"
-    return BadInput(what, where=path, expected=f"{expected} bytes", found=f"{found}", fix="fetch or write it again")
+    what = "the file is truncated" if found < expected else "the file is longer than its header says"
+    return BadInput(what, where=path, expected=f"{expected} bytes", found=f"{found}", fix="download or write it again")

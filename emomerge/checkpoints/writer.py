@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from emomerge.checkpoints.atomic import new_path, require_space, translate_os_error
-from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo, all_finite
+from emomerge.checkpoints.checkpoint import Checkpoint, RoundingLoss, TensorInfo, all_finite
+from emomerge.checkpoints.parts import STEMS, part_folders, weight_stem
 from emomerge.checkpoints.reader import DTYPES, inside
-from emomerge.checkpoints.rounding import Rounding, RoundingLoss, round_at_random, round_to
 from emomerge.errors import BadInput
+from emomerge.numerics.rounding import Rounding, round_at_random, round_to
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -34,22 +35,24 @@ Progress = Callable[[str, int], None]
 
 
 class SideFile(NamedTuple):
-    """Tensors that go into a file of their own beside the weights, as they are, with the metadata of its header."""
+    """Tensors for a separate file beside the weights, written unchanged, and the metadata of its header."""
 
     tensors: Checkpoint
     metadata: Mapping[str, str]
 
 
-class Manner(NamedTuple):
-    """How tensors are written."""
+class WriteOptions(NamedTuple):
+    """Options of `write_checkpoint` that concern single tensors."""
 
     rounding: Rounding = "nearest"
     seed: int = 0
     loss: RoundingLoss | None = None
     progress: Progress | None = None
+    prefix: str = ""
+    """Removed from the tensor names in the file: the part of a model that the file belongs to."""
 
 
-ShardsBy = Callable[[Sequence[tuple[Plan, Path]], Manner], list[str]]
+ShardWriter = Callable[[Sequence[tuple[Plan, Path]], WriteOptions], list[str]]
 """Writes the tensors of each plan to its path, and returns the files' SHA-256."""
 
 
@@ -67,28 +70,28 @@ def write_checkpoint(
     extra_files: ExtraFiles = MappingProxyType({}),
     force: bool = False,
     progress: Progress | None = None,
-    shards_by: ShardsBy | None = None,
+    shards_by: ShardWriter | None = None,
 ) -> dict[str, str]:
     """Write weights as safetensors, holding one tensor in memory at a time; equal input gives equal bytes.
 
     Args:
-        checkpoint: the weights. Where `checkpoint[name]` is wider than `checkpoint.info(name).dtype`, as a baked or
-            merged tensor is, it is rounded once.
+        checkpoint: the weights. If `checkpoint[name]` is wider than `checkpoint.info(name).dtype`, as a baked or merged
+            tensor is, it is rounded once. A model of several parts is written as a folder of the same layout.
         out: a name that ends in `.safetensors` for one file; any other for a folder that `from_pretrained` loads.
         dtype: "float32", "bfloat16" or "float16" for floating tensors; "base" keeps the dtypes of `info()`.
-        rounding: to the nearest value, of two the even one; or "stochastic": up or down at random, exact in the mean.
+        rounding: "nearest" (ties to even), or "stochastic": up or down at random, exact in expectation.
         seed: of stochastic rounding; the draws depend on it and on the tensor's name.
-        loss: adds up what rounding takes from the displacement from its base.
-        max_shard_size: bytes, or a string such as "5GB", above which a folder's weights are split into files.
-        files_from: a folder whose config, tokenizer and preprocessor files are copied along.
+        loss: accumulates the error of rounding θ₀ + τ over its base.
+        max_shard_size: bytes, or a string such as "5GB", above which the weights in a folder are split into files.
+        files_from: a folder whose configuration, tokenizer and preprocessor files are copied.
         beside: file name → more tensors, for a folder.
-        extra_files: file name → text, or a function that gives it and is called after all weights are written.
-        force: replace an `out` that exists; it is left as it is until the new one is complete.
-        progress: called with each tensor's name and bytes once it is written.
-        shards_by: writes the files of weights instead, where there are several.
+        extra_files: file name → text, or a function that returns it and is called after all weights are written.
+        force: replace an existing `out`, once the new one is complete.
+        progress: called with each tensor's name and bytes after it is written.
+        shards_by: used instead of this process to write the weight files if there are several.
 
     Returns:
-        File name → SHA-256 of every weight file.
+        dict: file name → SHA-256 of every weight file.
 
     Raises:
         BadInput: `out` exists, the disk is full, or a tensor holds NaN or infinity. Nothing is left behind.
@@ -97,53 +100,69 @@ def write_checkpoint(
     plan = {name: _stored(checkpoint.info(name), dtype) for name in checkpoint.names()}
     needed = sum(info.nbytes for info in plan.values())
     limit = _bytes(max_shard_size)
-    manner = Manner(rounding, seed, loss, progress)
+    options = WriteOptions(rounding, seed, loss, progress)
     for folder in (checkpoint.folder, files_from):
         if folder is not None and out.resolve() in folder.resolve().parents:
-            raise BadInput("refusing to replace a folder that is read from", where=out, found=folder)
+            raise BadInput("refusing to replace a folder that the weights are read from", where=out, found=folder)
     with translate_os_error(out, needed=needed), new_path(out, force=force) as temporary:
         require_space(out, needed)
+        layout = files_from or checkpoint.folder
+        parts = {part: names for part in part_folders(layout) if (names := [n for n in plan if n.startswith(f"{part}/")])}
         if out.suffix == ".safetensors":
-            return {out.name: write_file(checkpoint, plan, temporary, manner)}
+            if parts:
+                what = "a model of several parts is written as a folder"
+                raise BadInput(what, where=out, found=", ".join(parts), fix="give a name without .safetensors")
+            return {out.name: write_file(checkpoint, plan, temporary, options)}
         temporary.mkdir()
         if files_from is not None:
             _copy_files(files_from, temporary)
-        hashes = _write_shards(checkpoint, plan, temporary, limit, manner, shards_by)
+        hashes: dict[str, str] = {}
+        for part, names in parts.items():
+            folder, stem = temporary / part, weight_stem((layout or out) / part)
+            folder.mkdir(exist_ok=True)
+            of_part, in_part = {name: plan.pop(name) for name in names}, options._replace(prefix=f"{part}/")
+            written = _write_shards(checkpoint, of_part, folder, limit, in_part, shards_by, stem)
+            hashes |= {f"{part}/{name}": digest for name, digest in written.items()}
+        if plan or not parts:
+            hashes |= _write_shards(checkpoint, plan, temporary, limit, options, shards_by)
         for name, (tensors, metadata) in beside.items():
             infos = {tensor: tensors.info(tensor) for tensor in tensors}
             (temporary / name).parent.mkdir(exist_ok=True)
-            hashes[name] = write_file(tensors, infos, temporary / name, Manner(), metadata)
+            hashes[name] = write_file(tensors, infos, temporary / name, WriteOptions(), metadata)
         for name, text in (extra_files() if callable(extra_files) else extra_files).items():
             (temporary / name).write_text(text, encoding="utf-8", newline="\n")
         return hashes
 
 
 def _write_shards(
-    checkpoint: Checkpoint, plan: Plan, folder: Path, limit: int, manner: Manner, shards_by: ShardsBy | None
-) -> dict[str, str]:
-    """Write the weight files, and the index if there are several, as transformers names them."""
+    checkpoint: Checkpoint, plan: Plan, folder: Path, limit: int, options: WriteOptions, shards_by: ShardWriter | None,
+    stem: str = STEMS[0],
+) -> dict[str, str]:  # fmt: skip
+    """Write the weight files, and the index if there are several, under the names that `from_pretrained` expects."""
     shards = _shards(plan, limit)
     if len(shards) == 1:
-        return {"model.safetensors": write_file(checkpoint, plan, folder / "model.safetensors", manner)}
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        return {f"{stem}.safetensors": write_file(checkpoint, plan, folder / f"{stem}.safetensors", options)}
+    names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     files = [(shard, folder / name) for name, shard in zip(names, shards, strict=True)]
-    found = shards_by(files, manner) if shards_by else [write_file(checkpoint, *file, manner) for file in files]
+    found = shards_by(files, options) if shards_by else [write_file(checkpoint, *file, options) for file in files]
     hashes = dict(zip(names, found, strict=True))
     index = {
         "metadata": {
             "total_parameters": sum(info.numel for info in plan.values()),
             "total_size": sum(info.nbytes for info in plan.values()),
         },
-        "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+        "weight_map": {
+            tensor.removeprefix(options.prefix): name for name, shard in zip(names, shards, strict=True) for tensor in shard
+        },
     }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return hashes
 
 
 def write_file(
-    checkpoint: Checkpoint, plan: Plan, path: Path, manner: Manner, metadata: Mapping[str, str] = MappingProxyType({})
+    checkpoint: Checkpoint, plan: Plan, path: Path, options: WriteOptions, metadata: Mapping[str, str] = MappingProxyType({})
 ) -> str:
-    """Write one safetensors file and return its SHA-256; a tensor is computed while the one before it is written."""
+    """Write one safetensors file and return its SHA-256; each tensor is computed while the previous one is written."""
     order = sorted(plan, key=lambda name: (-plan[name].dtype.itemsize, name))  # keeps every tensor aligned
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as flusher, ThreadPoolExecutor(1) as writer:
@@ -152,16 +171,16 @@ def write_file(
         def put(data: bytes | memoryview, name: str | None = None) -> None:
             nonlocal flushing
             write_all(file, data)
-            if flushing.done():  # the disk works meanwhile, so that little is left for the end
+            if flushing.done():  # flush in the background, so that little is left for the end
                 flushing.result()
                 flushing = flusher.submit(os.fsync, file.fileno())
             digest.update(data)
-            if name is not None and manner.progress is not None:
-                manner.progress(name, plan[name].nbytes)
+            if name is not None and options.progress is not None:
+                options.progress(name, plan[name].nbytes)
 
-        writing = writer.submit(put, _header(plan, order, metadata))
+        writing = writer.submit(put, _header(plan, order, options.prefix, metadata))
         for name in order:
-            data = _raw_bytes(_rounded(checkpoint, name, plan[name], manner))
+            data = _raw_bytes(_rounded(checkpoint, name, plan[name], options))
             writing.result()
             writing = writer.submit(put, data, name)
         writing.result()
@@ -171,29 +190,31 @@ def write_file(
 
 
 def write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
-    """Write to an unbuffered file, whose system call may take less than it is given (2 GiB at most on Linux)."""
+    """Write all of `data` to an unbuffered file; one system call may write less (2 GiB at most on Linux)."""
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) or 0 :]
 
 
-def _header(plan: Plan, order: list[str], metadata: Mapping[str, str]) -> bytes:
-    """The safetensors header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8."""
+def _header(plan: Plan, order: list[str], prefix: str, metadata: Mapping[str, str]) -> bytes:
+    """Return the safetensors header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     begin = 0
     for name in order:
         info = plan[name]
         end = begin + info.nbytes
-        entries[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+        entry = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+        entries[name.removeprefix(prefix)] = entry
         begin = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo, manner: Manner) -> Tensor:
-    loss, old, delta = manner.loss, None, None
-    if manner.rounding == "nearest" and (ready := checkpoint.rounded(name, info.dtype, loss)) is not None:
+def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo, options: WriteOptions) -> Tensor:
+    """Return a tensor as it is written: rounded once, on the CPU, contiguous and finite."""
+    loss, old, delta = options.loss, None, None
+    if options.rounding == "nearest" and (ready := checkpoint.rounded(name, info.dtype, loss)) is not None:
         return ready
     if loss is None:
         tensor = checkpoint[name].detach()
@@ -201,9 +222,11 @@ def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo, manner: Manner
         tensor, old, delta = checkpoint.with_base(name, loss.base)
     where = f"{checkpoint.source}, {name}"
     if tuple(tensor.shape) != info.shape:
-        raise BadInput("tensor of another shape than announced", where=where, expected=info.shape, found=tensor.shape)
-    if manner.rounding == "stochastic":
-        rounded = round_at_random(tensor, info.dtype, name=name, seed=manner.seed).contiguous()
+        raise BadInput(
+            "a tensor has another shape than its checkpoint announced", where=where, expected=info.shape, found=tensor.shape
+        )
+    if options.rounding == "stochastic":
+        rounded = round_at_random(tensor, info.dtype, name=name, seed=options.seed).contiguous()
     else:
         rounded = round_to(tensor, info.dtype).cpu().contiguous()
     if not all_finite(rounded):
@@ -211,7 +234,7 @@ def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo, manner: Manner
         raise BadInput(
             f"values too large for {info.dtype}" if overflow else "NaN or infinity in a tensor",
             where=where,
-            fix="write it as bfloat16 or float32" if overflow else "look at the run that it comes from",
+            fix="write it as bfloat16 or float32" if overflow else "check the run that it comes from",
         )
     if loss is not None and old is not None and delta is not None:
         loss.add(old, delta, rounded)
@@ -219,12 +242,12 @@ def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo, manner: Manner
 
 
 def _raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, not copied."""
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def _stored(info: TensorInfo, dtype: str) -> TensorInfo:
-    """What a tensor is written as. Only plain floats change: FP8 and integers are storage of someone's scheme."""
+    """Return shape and dtype of a tensor in the file."""
     if dtype == "base":
         return info
     floats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -234,7 +257,7 @@ def _stored(info: TensorInfo, dtype: str) -> TensorInfo:
 
 
 def _shards(plan: Plan, limit: int) -> list[Plan]:
-    """Split in the order of names, filling each file up to `limit` bytes; a larger tensor gets a file of its own."""
+    """Split a plan, in the order of names, into files of at most `limit` bytes; a larger tensor gets a file of its own."""
     shards: list[Plan] = [{}]
     filled = 0
     for name, info in plan.items():
@@ -254,7 +277,10 @@ def _bytes(size: str | int) -> int:
 
 
 def _copy_files(source: Path, target: Path) -> None:
-    """Copy config, tokenizer, preprocessor and generation files; no weights, code, pickles or READMEs."""
+    """Copy configuration, tokenizer and preprocessor files, also those of a model's parts; no weights, code or READMEs."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _COPIED and not _NOT_COPIED.fullmatch(path.name):
             shutil.copyfile(inside(source, path.name, named_by=path), target / path.name)
+    for part in part_folders(source):
+        (target / part).mkdir()
+        _copy_files(source / part, target / part)

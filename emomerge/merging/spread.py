@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from emomerge.checkpoints import RoundingLoss
-from emomerge.checkpoints.writer import Manner, Plan, write_file
+from emomerge.checkpoints.writer import Plan, WriteOptions, write_file
 from emomerge.errors import EmomergeError
 from emomerge.merging.diagnostics import Figures
 from emomerge.merging.engine import MergedCheckpoint
@@ -42,38 +42,38 @@ class Spread:
     def __init__(self, merged: MergedCheckpoint, engine: Engine) -> None:
         self._merged, self._engine = merged, engine
 
-    def __call__(self, shards: Sequence[tuple[Plan, Path]], manner: Manner) -> list[str]:
+    def __call__(self, shards: Sequence[tuple[Plan, Path]], options: WriteOptions) -> list[str]:
         """Write the tensors of each plan to its path; returns the files' SHA-256. The figures are those of one process."""
-        sent = manner._replace(loss=None, progress=None)
+        sent = options._replace(loss=None, progress=None)
         calls = [
             self._engine.submit(write_shard, self._merged, plan, path.absolute(), sent, Path.cwd()) for plan, path in shards
         ]
         try:
-            return [self._take(call.result(), plan, manner) for call, (plan, _) in zip(calls, shards, strict=True)]
+            return [self._take(call.result(), plan, options) for call, (plan, _) in zip(calls, shards, strict=True)]
         finally:
             for call in calls:
                 call.cancel()
 
-    def _take(self, found: Shard | EmomergeError, plan: Plan, manner: Manner) -> str:
+    def _take(self, found: Shard | EmomergeError, plan: Plan, options: WriteOptions) -> str:
         if isinstance(found, EmomergeError):
             raise found
         self._merged.note(found.figures, masking=found.masking)
-        if manner.loss is not None:
-            manner.loss.join(found.loss)
-        if manner.progress is not None:
+        if options.loss is not None:
+            options.loss.join(found.loss)
+        if options.progress is not None:
             for name, info in plan.items():
-                manner.progress(name, info.nbytes)
+                options.progress(name, info.nbytes)
         return found.sha256
 
 
 def write_shard(
-    merged: MergedCheckpoint, plan: Plan, path: Path, manner: Manner, working_directory: Path
+    merged: MergedCheckpoint, plan: Plan, path: Path, options: WriteOptions, working_directory: Path
 ) -> Shard | EmomergeError:
     """What a worker does."""
     loss = RoundingLoss(merged.base)
     try:
         with contextlib.chdir(working_directory):
-            digest = write_file(merged, plan, path, manner._replace(loss=loss))
+            digest = write_file(merged, plan, path, options._replace(loss=loss))
     except EmomergeError as error:
         return error
     return Shard(digest, *merged.noted(plan), loss)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from emomerge.checkpoints.rounding import stochastic_round
 from emomerge.errors import BadInput, MissingLossError
+from emomerge.numerics.rounding import stochastic_round
 from emomerge.optim import capture
 from emomerge.optim.batches import Batch, Lists, Sorter, State, Tensors, block_size, local, to_wide, wide
 from emomerge.optim.device_pulse import DevicePulse

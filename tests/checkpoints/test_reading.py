@@ -72,7 +72,7 @@ def test_truncated_files(tmp_path):
         (tmp_path / "model.safetensors").write_bytes(data[:length])
         assert "truncated" in refusal(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").write_bytes(data + b"more")
-    assert "header does not name" in refusal(tmp_path / "model.safetensors")
+    assert "longer than its header" in refusal(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "not a safetensors file" in refusal(tmp_path / "model.safetensors")
 

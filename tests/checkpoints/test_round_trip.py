@@ -24,8 +24,8 @@ from emomerge.checkpoints import (
     write_checkpoint,
 )
 from emomerge.checkpoints.reader import DTYPES, read_header
-from emomerge.checkpoints.rounding import round_to
 from emomerge.errors import BadInput
+from emomerge.numerics.rounding import round_to
 
 
 def tensor_of(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Tensor:

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from emomerge.checkpoints import MemoryCheckpoint, RoundingLoss, open_checkpoint, write_checkpoint
-from emomerge.checkpoints.rounding import round_to
 from emomerge.cli import main
 from emomerge.merging import merge
+from emomerge.numerics.rounding import round_to
 
 NAMES = ("a.weight", "b.bias", "c.weight")
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emomerge.checkpoints.rounding import PIECE, round_at_random, round_to, stochastic_round
+from emomerge.numerics.rounding import PIECE, round_at_random, round_to, stochastic_round
 
 HALVES = [torch.bfloat16, torch.float16]
 HALF = pytest.mark.parametrize("dtype", HALVES)
