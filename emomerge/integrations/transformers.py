@@ -72,7 +72,7 @@ class EmoTrainer(Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of the coming step, as in Trainer."""
-        self.emo_optimizer._intake.forget()  # what a step skipped by a GradScaler left
+        self.emo_optimizer.intake.forget()  # what a step skipped by a GradScaler left
         batches: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(*args, **kwargs)
         return batches
 

@@ -1,12 +1,13 @@
-"""`capture_loss=True`: emo optimizers in trainers that call `step()` bare, such as kohya's sd-scripts.
+"""`capture_loss=True`: emo optimizers in training loops that only call `step()`, such as kohya's sd-scripts.
 
-While an optimizer is watched, a wrapper around `torch.Tensor.backward` notes every scalar loss on its way backward. What went
-backward since the last step adds up to the objective whose gradient that step follows. So micro-batches divided by their
-number give their mean, and undivided ones a multiple of it, which emoPulse, a function of relative changes, hardly sees as
-long as their number stays the same. What a `GradScaler` multiplied a loss by is left out.
+While an optimizer is watched, a wrapper around `torch.Tensor.backward` records every scalar loss on which it is called. The
+sum of the losses since the last step is the objective whose gradient that step follows: micro-batches divided by their
+number give their mean, and undivided ones a multiple of it. The multiple hardly matters to emoPulse, which depends on
+relative changes, as long as the number of micro-batches stays the same. The factor of a `GradScaler` is removed.
 
-A loss belongs to the optimizers whose gradients its backward changed. Not seen are `torch.autograd.backward`, a non-scalar
-`backward(gradient)`, and a scaled loss that was changed after `GradScaler.scale`; a step that saw nothing is an error.
+A loss is credited to the optimizers whose gradients its backward pass changed. Not captured are `torch.autograd.backward`, a
+non-scalar `backward(gradient)`, and a scaled loss that was modified after `GradScaler.scale`. A step without a captured loss
+is an error.
 """
 
 from __future__ import annotations
@@ -14,66 +15,78 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function_unary
+from torch.overrides import has_torch_function
 from torch.utils.weak import WeakTensorKeyDictionary
 
-if TYPE_CHECKING:
-    from emomerge.optim.base import EmoOptimizer
+from emomerge.optim.intake import LossIntake
+
+
+class Watched(Protocol):
+    """The part of an optimizer that capturing needs."""
+
+    intake: LossIntake
+    param_groups: list[dict[str, Any]]
+
 
 Method = Callable[..., Any]
 Gradients = list[tuple[Tensor, Tensor | None, int]]
+"""Each parameter, its gradient and the gradient's version."""
 
-_watched: dict[int, weakref.ref[EmoOptimizer]] = {}
+_watched: dict[int, weakref.ref[Watched]] = {}
 _replaced: dict[tuple[type[Any], str], tuple[Method, Method]] = {}
-"""(class, name of the method) → (theirs, ours)."""
+"""(class, name of the method) → (original method, our wrapper)."""
 _unscaled = WeakTensorKeyDictionary()
-"""What `GradScaler.scale` returned → what it was given."""
+"""Result of `GradScaler.scale` → the loss that was scaled."""
+_graph_task: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
+"""torch's number of the backward pass in progress on this thread, −1 without one; private, so it may be missing."""
+_depth = 0
+"""Number of `Tensor.backward` calls in progress."""
 
 
-def watch(optimizer: EmoOptimizer) -> None:
-    """Capture losses for this optimizer, until `unwatch` or its end. It is held weakly."""
+def watch(optimizer: Watched) -> None:
+    """Capture losses for an optimizer until `unwatch` is called or the optimizer is garbage-collected."""
     _watched[id(optimizer)] = weakref.ref(optimizer, functools.partial(_drop, id(optimizer)))
     _replace(Tensor, "backward", _capturing)
-    for scaler in _family(torch.amp.GradScaler):
+    for scaler in _with_subclasses(torch.amp.GradScaler):
         if "scale" in vars(scaler):
             _replace(scaler, "scale", _remembering)
 
 
-def unwatch(optimizer: EmoOptimizer) -> None:
-    """Stop capturing for it. After the last one, torch's own methods are back."""
+def unwatch(optimizer: Watched) -> None:
+    """Stop capturing losses for an optimizer. After the last one, torch's own methods are restored."""
     _drop(id(optimizer))
 
 
 def _drop(key: int, _: object = None) -> None:
     _watched.pop(key, None)
     if not _watched:
-        for (owner, name), (theirs, ours) in list(_replaced.items()):
-            if vars(owner)[name] is ours:  # else somebody wrapped ours in turn; it stays below and lets everything pass
-                setattr(owner, name, theirs)
+        for (owner, name), (original, wrapper) in list(_replaced.items()):
+            if vars(owner)[name] is wrapper:  # otherwise someone wrapped the wrapper, which then stays and does nothing
+                setattr(owner, name, original)
                 del _replaced[owner, name]
 
 
-def _replace(owner: type[Any], name: str, wrapper: Callable[[Method], Method]) -> None:
+def _replace(owner: type[Any], name: str, wrap: Callable[[Method], Method]) -> None:
     if (owner, name) not in _replaced:
-        theirs = vars(owner)[name]
-        ours = functools.wraps(theirs)(wrapper(theirs))
-        _replaced[owner, name] = theirs, ours
-        setattr(owner, name, ours)
+        original = vars(owner)[name]
+        wrapper = functools.wraps(original)(wrap(original))
+        _replaced[owner, name] = original, wrapper
+        setattr(owner, name, wrapper)
 
 
-def _family(parent: type[Any]) -> Iterator[type[Any]]:
-    """The class and its subclasses so far: FSDP1's scaler, for one, scales in its own way."""
+def _with_subclasses(parent: type[Any]) -> Iterator[type[Any]]:
+    """Yield a class and its present subclasses; FSDP1's scaler, for one, overrides `scale`."""
     yield parent
     for child in parent.__subclasses__():
-        yield from _family(child)
+        yield from _with_subclasses(child)
 
 
 def _remembering(scale: Method) -> Method:
-    """`GradScaler.scale` that remembers which loss it scaled."""
+    """Wrap `GradScaler.scale` to remember which loss it scaled."""
 
     def remember(self: torch.amp.GradScaler, outputs: Any) -> Any:
         scaled = scale(self, outputs)
@@ -88,39 +101,44 @@ def _remembering(scale: Method) -> Method:
 
 
 def _capturing(backward: Method) -> Method:
-    """`Tensor.backward` that notes its loss for the optimizers whose gradients it changes."""
+    """Wrap `Tensor.backward` to record the loss for the optimizers whose gradients it changes."""
 
     def capture(self: Tensor, gradient: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
-        if self.numel() != 1 or self.is_complex() or _comes_again(self):
+        global _depth
+        # A tensor subclass, or a mode such as `with torch.device(...)`, calls `Tensor.backward` again from within this call.
+        if self.numel() != 1 or self.is_complex() or has_torch_function((self,)) or _in_backward():
             backward(self, gradient, *args, **kwargs)
             return
         before = [(optimizer, _gradients(optimizer)) for ref in list(_watched.values()) if (optimizer := ref())]
         for optimizer, gradients in before:
             if not _any_sharded(gradients) and all(grad is None for _, grad, _ in gradients):
-                optimizer._intake.forget_captured()  # the gradients of earlier losses were thrown away
-        backward(self, gradient, *args, **kwargs)
+                optimizer.intake.forget_captured()  # the gradients of earlier losses were discarded
+        _depth += 1
+        try:
+            backward(self, gradient, *args, **kwargs)
+        finally:
+            _depth -= 1
         loss = _unscaled.get(self, self).detach()
         if gradient is not None:
             loss = loss * gradient.detach()
         for optimizer, gradients in before:
             changed = any(p.grad is not grad or _version(grad) != version for p, grad, version in gradients)
             if changed or _any_sharded(gradients):
-                optimizer._intake.capture(loss)
+                optimizer.intake.capture(loss)
 
     return capture
 
 
-def _comes_again(loss: Tensor) -> bool:
-    """Whether this call is not the outermost `backward` on plain tensors.
+def _in_backward() -> bool:
+    """Return whether a backward pass is in progress: a call within it computes a part of that pass's gradient.
 
-    A tensor subclass, or a mode such as `with torch.device(...)`, calls `Tensor.backward` once more from within it, and a
-    backward that runs inside another one computes part of the other's gradient.
+    Without torch's private function, only passes started by `Tensor.backward` are known.
     """
-    return has_torch_function_unary(loss) or torch._C._current_graph_task_id() != -1
+    return _depth > 0 if _graph_task is None else _graph_task() != -1
 
 
-def _gradients(optimizer: EmoOptimizer) -> Gradients:
-    """Each parameter, its gradient and the version of that: a backward replaces the gradient or adds to it in place."""
+def _gradients(optimizer: Watched) -> Gradients:
+    """Return what shows afterwards whether backward replaced a gradient or added to it in place."""
     return [(p, p.grad, _version(p.grad)) for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -129,5 +147,5 @@ def _version(grad: Tensor | None) -> int:
 
 
 def _any_sharded(gradients: Gradients) -> bool:
-    """Whether a parameter is FSDP's or another DTensor: its `grad` may stay as it is until the last micro-batch."""
+    """Return whether a parameter is sharded (DTensor or FSDP1), whose `grad` may not change before the last micro-batch."""
     return any(hasattr(p, "to_local") or getattr(p, "_fsdp_flattened", False) for p, _, _ in gradients)

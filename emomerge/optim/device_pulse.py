@@ -42,7 +42,7 @@ class DevicePulse:
         BadInput: the device has no float64.
     """
 
-    live: Tensor
+    finite: Tensor
     """Whether the last loss was finite, shape (); where not, the pulse is as it was."""
 
     def __init__(self, pulse: EmoPulse, device: torch.device) -> None:
@@ -51,20 +51,20 @@ class DevicePulse:
         self._constants = {name: getattr(pulse, name) for name in ("preset", "scope", "cautious")}
         self._preset = PRESETS[pulse.preset]
         self._figures = torch.tensor([float(getattr(pulse, name)) for name in NUMBERS], dtype=torch.float64, device=device)
-        self.live = torch.ones((), dtype=torch.bool, device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
 
     def update(self, loss: Tensor, scope: float) -> None:
         """Take in the loss of a step, shape (); one that is not finite changes nothing."""
         self._constants["scope"] = scope
         before = dict(zip(NUMBERS, self._figures.unbind(), strict=True))
         after = advance(self._preset, {**before, "scope": scope}, loss.double(), TENSORS)
-        self.live = torch.isfinite(loss)
-        self._figures.copy_(torch.where(self.live, torch.stack([after[name] for name in NUMBERS]), self._figures))
+        self.finite = torch.isfinite(loss)
+        self._figures.copy_(torch.where(self.finite, torch.stack([after[name] for name in NUMBERS]), self._figures))
 
     def rate_at(self, scope: float) -> Tensor:
         """η of the last step for an emoScope, shape (); 0 where the last loss was not finite."""
         figures = dict(zip(NUMBERS, self._figures.unbind(), strict=True))
-        return torch.where(self.live, rate_at(self._preset, figures, scope, TENSORS), 0.0)
+        return torch.where(self.finite, rate_at(self._preset, figures, scope, TENSORS), 0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """As `EmoPulse.state_dict`. A host sync."""

@@ -1,4 +1,4 @@
-"""EmoVoid: no moments at all."""
+"""EmoVoid: a rule without moments."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from emomerge.optim import native
-from emomerge.optim.base import Group, Rate, descend
 from emomerge.optim.batches import Lists, State, Tensors
-from emomerge.optim.geometry import Geometry, WRefOptimizer, geom_relations
+from emomerge.optim.geometry import geom_relations
+from emomerge.optim.l1 import Geometry, L1Option
+from emomerge.optim.rule import Group, Rate, descend
 
 HOLD_STEPS = 55
-"""For how long `l1` holds Σ|W|: at the start, and again when should_stop turns true."""
+"""Number of steps for which `l1` holds Σ|W|: at the start, and again when `should_stop` turns true."""
 
 
-class EmoVoid(WRefOptimizer):
-    """W ← W − η·(1−ρ)·sign(G) (paper 6.3). No weight decay: growth along the weights brakes itself.
+class EmoVoid(L1Option):
+    """W ← W − η·(1−ρ)·sign(G) (paper 6.3). No weight decay: growth along the weights is self-limiting.
 
     `geometry="l1"`: W ← W·L1_ref/L1 while Σ|W| is held (paper 6.4), then W ← W − η·sign(G).
 
-    State: none (arguments as in `WRefOptimizer`; `betas` and `weight_decay` have no effect).
+    State: none. Arguments: those of `EmoOptimizer`, of which `betas` and `weight_decay` have no effect, and `geometry`.
     """
 
     scale = 1.0
@@ -33,26 +34,25 @@ class EmoVoid(WRefOptimizer):
         self.param_groups[0].setdefault("l1_hold", HOLD_STEPS)  # steps left
 
     def init_state(self, w: Tensor, group: Group) -> State:
-        """Nothing."""
+        """Return nothing."""
         return {}
 
-    def prepare(self, *surveyed: float) -> None:
-        """The factor that holds Σ|W| at what the last step left."""
-        for now in surveyed:
-            head = self.param_groups[0]
-            before = head["l1"]
-            self.scale = before / (now + 1e-8) if before and head["l1_hold"] else 1.0
-            head["l1"] = now * self.scale
-            head["l1_hold"] = HOLD_STEPS if self.pulse.stop_steps == 1 else max(head["l1_hold"] - 1, 0)
+    def follow_l1(self, now: float) -> None:
+        """Compute the factor that restores Σ|W| to its value after the last step's rescaling."""
+        head = self.param_groups[0]
+        before = head["l1"]
+        self.scale = before / (now + 1e-8) if before and head["l1_hold"] else 1.0
+        head["l1"] = now * self.scale
+        head["l1_hold"] = HOLD_STEPS if self.pulse.stop_steps == 1 else max(head["l1_hold"] - 1, 0)
 
     def measure(self, w: Tensors, g: Tensors, state: Lists, group: Group) -> Lists:
-        """1 − ρ of each tensor."""
+        """Return 1 − ρ of each tensor."""
         if group["geometry"] == "l1":
             return {}
         return {"across": list((1 - geom_relations(w, g, group["eps"])).unbind())}
 
     def update(self, w: Tensors, g: Tensors, state: Lists, rate: Rate, group: Group) -> None:
-        """Step by the sign, the shorter the more of the gradient lies along the weights."""
+        """Step by the sign of G, shortened by the share of G that is parallel to the weights."""
         u = torch._foreach_sign(g)
         if group["geometry"] == "l1":
             torch._foreach_mul_(w, self.scale)
@@ -61,7 +61,7 @@ class EmoVoid(WRefOptimizer):
         descend(w, u, rate, decay=0.0)
 
     def update_native(self, w: Tensors, g: Tensors, state: Lists, rate: float, group: Group) -> bool:
-        """ρ of a tensor, and then its update while it is in the cache."""
+        """Compute ρ of a tensor, then update the tensor while it is in the cache."""
         if group["geometry"] == "l1":
             return False
         native.run("void_", [[t.numel() for t in w]], [w, g], [group["eps"], rate])

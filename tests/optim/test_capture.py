@@ -50,7 +50,7 @@ def mse(model: nn.Module, rows: slice = slice(None)) -> Tensor:
 
 
 def captured(opt: EmoOptimizer) -> list[float]:
-    return [float(loss) for loss in opt._intake._captured]
+    return [float(loss) for loss in opt.intake._captured]
 
 
 def history(opt: EmoOptimizer, step: Callable[[], Any], steps: int = 12) -> list[tuple[float, ...]]:
@@ -190,6 +190,14 @@ def test_what_is_no_loss() -> None:
         opt.step()
 
 
+@pytest.fixture(params=["as in torch", "missing"])
+def private_function(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test with torch's private function that tells whether a backward pass is in progress, and without it."""
+    if request.param == "missing":
+        monkeypatch.setattr(capture, "_graph_task", None)  # torch itself needs it
+
+
+@pytest.mark.usefixtures("private_function")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_activations_count_once(reentrant: bool) -> None:
     model = net()
@@ -220,6 +228,7 @@ class Subclass(Tensor):
     pass
 
 
+@pytest.mark.usefixtures("private_function")
 def test_a_call_within_a_call_counts_once() -> None:
     w, v = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     opt = EmoSens([w, v], capture_loss=True)
@@ -229,6 +238,10 @@ def test_a_call_within_a_call_counts_once() -> None:
     with torch.device("cpu"):
         w.sum().backward()
     assert captured(opt) == [2.0, 2.0, 2.0]
+    with pytest.raises(RuntimeError):
+        torch.tensor(1.0).backward()
+    w.sum().backward()  # the failed call is over
+    assert captured(opt) == [2.0, 2.0, 2.0, 2.0]
 
 
 def test_explicit_observations_win() -> None:
@@ -368,8 +381,8 @@ def test_nothing_waits_for_the_device() -> None:
     for _ in range(2):
         GradScaler("cpu", enabled=False).scale(w.sum()).backward()
         w.sum().backward(torch.empty((), device="meta"))
-    assert len(opt._intake._captured) == 4
-    assert opt._intake.take(torch.device("meta")).is_meta
+    assert len(opt.intake._captured) == 4
+    assert opt.intake.take(torch.device("meta")).is_meta
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from emomerge.optim import OPTIMIZERS, EmoAiry, EmoTion, EmoVoid, native, reference
+from emomerge.optim import OPTIMIZERS, EmoAiry, EmoSens, EmoTion, EmoVoid, native, reference
 from emomerge.optim.base import EmoOptimizer
 from emomerge.optim.pulse import PRESETS
 from emomerge.optim.reference import REFERENCE
@@ -246,6 +246,22 @@ def test_does_not_depend_on_the_number_of_threads(path: str, name: str, options:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sens_without_the_fused_kernel_of_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    fused = torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kwargs: (calls.append(1), fused(*args, **kwargs)))
+    results = []
+    for present in (True, False):
+        if not present:
+            monkeypatch.delattr(torch, "_fused_adamw_")
+        params, gradients = problem(dtype)
+        run(EmoSens(params, lr=50.0), params, gradients)
+        results.append(params)
+    assert len(calls) == len(LOSSES)
+    torch.testing.assert_close(*results)
 
 
 def test_converges_on_a_small_regression() -> None:

@@ -99,7 +99,7 @@ def test_does_not_depend_on_the_number_of_threads(path: str) -> None:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append((float(geom_relation(w, g)), float(EmoTion([w.clone()], geometry="l1").measure_l1())))
+            results.append((float(geom_relation(w, g)), float(EmoTion([w.clone()], geometry="l1").l1_norm())))
     finally:
         torch.set_num_threads(before)
     assert len(set(results)) == 1

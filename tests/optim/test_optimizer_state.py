@@ -435,7 +435,7 @@ def test_state_of_another_rule_or_shape_is_refused_before_anything_changes(name:
         one.observe(losses(step))
         one.step()
     before = bits(opt)
-    with pytest.raises(BadInput, match="another rule, or of a parameter of another shape: state of parameter 0"):
+    with pytest.raises(BadInput, match="another optimizer or to a parameter of another shape: state of parameter 0"):
         opt.load_state_dict(saved.state_dict())
     assert bits(opt) == before
 
