@@ -39,7 +39,7 @@ from emomerge.experiment.pipeline import Pipeline
 from emomerge.merging import merge
 from emomerge.merging.methods import positioning
 from emomerge.merging.methods.spectral import svd
-from emomerge.merging.methods.tall_mask import localize
+from emomerge.merging.methods.tall_mask import mask_of
 from emomerge.recipe import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -199,7 +199,7 @@ def learn(study: Study, by_block: bool) -> Outcome:
 
 def mask(tau: Tensor, reference: Tensor) -> Tensor:
     """What at least two runs' masks keep of a reference at λ = 0.4."""
-    return localize(tau, reference, 0.4).sum(0) >= 2
+    return mask_of(tau, reference, 0.4).sum(0) >= 2
 
 
 def masked_positioning(study: Study, after: bool) -> Outcome:

@@ -92,6 +92,7 @@ def asked_for(
     """The merge that the options describe."""
     from emomerge.merging import check_params, find_method
     from emomerge.merging.record import MergeRecord, Output, Run
+    from emomerge.merging.registry import DEFAULT_METHOD
 
     given = {
         "weights": list(weights) or None, "scale": _number("--scale", scale), "density": density,
@@ -104,7 +105,7 @@ def asked_for(
         given = configured | given
     if base is None or not runs:
         raise BadInput("merge needs BASE and RUNS, or --config", found="no BASE" if base is None else "no RUNS")
-    method = method or "tall-mask"
+    method = method or DEFAULT_METHOD
     if seed is not None and (rounding == "nearest" or "seed" in find_method(method).schema.model_fields):
         given["seed"] = seed
     parameters, overrides = _split_overrides(method, overrides, recipe_path)
@@ -132,7 +133,8 @@ def recorded(again: Path | None, extend: Path | None, runs: Sequence[str], weigh
     """The merge of a record, as it was or with more runs; its inputs are checked."""
     from click.core import ParameterSource
 
-    from emomerge.merging.record import INCREMENTAL, read_record
+    from emomerge.merging import find_method
+    from emomerge.merging.record import read_record
 
     context = click.get_current_context()
     option = "--again" if again is not None else "--extend"
@@ -147,8 +149,8 @@ def recorded(again: Path | None, extend: Path | None, runs: Sequence[str], weigh
         return record
     if not runs:
         raise BadInput("--extend needs the RUNS to add", found="none")
-    if record.method not in INCREMENTAL:
-        click.echo(f"{record.method} depends on all runs at once: everything it chooses, it chooses anew", err=True)
+    if not find_method(record.method).incremental:
+        click.echo(f"{record.method} depends on all runs at once and makes its choices from scratch", err=True)
     return record.extended(runs, weights)
 
 
@@ -170,7 +172,8 @@ def merge_record(
     from emomerge import merging
     from emomerge.adapters import open_dense
     from emomerge.checkpoints import atomic
-    from emomerge.merging.masks import mask_files
+    from emomerge.merging import find_method
+    from emomerge.merging.masks import mask_files, require_masks
     from emomerge.merging.record import as_json as completed
     from emomerge.merging.spread import Spread
 
@@ -178,8 +181,10 @@ def merge_record(
     for what, wanted in (("--save-masks", output.save_masks), ("--as-lora", output.as_lora is not None)):
         if wanted and out.suffix == ".safetensors":
             raise BadInput(f"{what} writes a folder", found=f"-o {out}")
-    if output.save_masks and (record.method != "tall-mask" or output.as_lora is not None):
-        raise BadInput("--save-masks belongs to a model merged by tall-mask", found=record.method)
+    if output.save_masks and output.as_lora is not None:
+        raise BadInput("--save-masks belongs to a model, not to an adapter", found="--as-lora")
+    if output.save_masks:
+        require_masks(find_method(record.method))
     atomic.refuse_existing(out, force=force)
     base = open_dense(record.base)
     evaluator, read = (None, []) if record.recipe is None else _evaluator(record.recipe, record.overrides, base)
@@ -202,7 +207,7 @@ def merge_record(
         if output.as_lora is not None:
             _write_lora(merged, merged.base, out, output, rank=output.as_lora, force=force, quiet=quiet, papers=papers)
         else:
-            files = mask_files(merged, record.params["reference"]) if output.save_masks else {}
+            files = mask_files(merged) if output.save_masks else {}
             title = f"merge {record.method}"
             by = Spread(merged, engine) if engine is not None else None
             write_model(

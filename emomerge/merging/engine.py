@@ -1,9 +1,8 @@
-"""Merging: runs over one base go through a method, tensor by tensor, when a tensor of the result is asked for."""
+"""Merge runs over one base with a method, lazily: a tensor is computed when it is read."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import statistics
 import tempfile
@@ -21,13 +20,13 @@ from emomerge.checkpoints import Checkpoint, OnDevice, RoundingLoss
 from emomerge.errors import BadInput, EmomergeError
 from emomerge.merging import vectors
 from emomerge.merging.diagnostics import Figures, describe
-from emomerge.merging.native import KINDS, Written
-from emomerge.merging.registry import MergeMethod, check_params, find_method, select
+from emomerge.merging.native import KINDS, RoundedOutput
+from emomerge.merging.registry import DEFAULT_METHOD, MergeMethod, arguments_of, check_params, find_method, select
 from emomerge.merging.settings import Setting, constant, resolve
-from emomerge.merging.vectors import Candidate, Displaced, Loss, TaskVectors, blocks, finite_or_inf, merges
+from emomerge.merging.vectors import BasePlusDelta, Candidate, Loss, TaskVectors, blocks, finite_or_inf, merges
 
 SCALES = tuple(step / 10 for step in range(1, 16))
-"""What scale: auto chooses from."""
+"""The candidates of scale: auto."""
 
 Weights = Sequence[Setting] | Literal["equal", "auto"]
 
@@ -36,7 +35,7 @@ def merge(
     base: Checkpoint | str | Path,
     runs: Sequence[Checkpoint | str | Path],
     *,
-    method: str = "tall-mask",
+    method: str = DEFAULT_METHOD,
     weights: Weights | None = None,
     scale: Setting | Literal["auto"] | None = None,
     held_out_loss: Loss | None = None,
@@ -49,26 +48,26 @@ def merge(
 
     Args:
         base: θ₀.
-        runs: the θ_t, dense or adapters, each with the base's floating tensors.
+        runs: the θ_t, dense checkpoints or adapters, each with the base's floating tensors.
         method: one of `METHODS`.
-        weights: one number a run (or setting: see `emomerge.merging.settings`), "equal", or "auto": the softmax of the
-            runs' z-scored negative held-out losses. Methods that average take them relative to each other; the others,
-            such as task-arithmetic, take them as they are, by default 1.
-        scale: the factor on τ_m (or setting), by default 1, or "auto": that of 0.1, 0.2 … 1.5 with the lowest held-out
+        weights: one number per run (or a setting: see `emomerge.merging.settings`), "equal", or "auto": the softmax of
+            the runs' z-scored negative held-out losses. Methods that average use them relative to each other; the
+            others, such as task-arithmetic, use them as they are, by default 1.
+        scale: the factor on τ_m (or a setting), by default 1, or "auto": that of 0.1, 0.2 … 1.5 with the lowest held-out
             loss.
-        held_out_loss: the loss of a checkpoint on held-out data. With it, tall-mask's weights and scale are "auto"
-            unless they are given.
+        held_out_loss: function that measures the loss of a checkpoint on held-out data. With it, weights and scale of
+            `tuned` methods are "auto" unless they are given.
         run_losses: the held-out loss of each run, if already known.
-        names: what to call the runs in messages and diagnostics.
-        device: where tensors are merged, each moved there for as long as it takes. On the CPU some methods are compiled.
-        **params: the method's own parameters (see `check_params`).
+        names: names of the runs in messages and diagnostics.
+        device: device to merge on; each tensor is moved there while it is merged. Some methods are compiled for the CPU.
+        **params: the method's own parameters (see `check_params` and `emomerge methods`).
 
     Returns:
-        MergedCheckpoint: the merge; a tensor is computed when it is asked for.
+        MergedCheckpoint: the merge; a tensor is computed when it is read.
 
     Raises:
-        BadInput: an unknown method or parameter, a run that does not fit the base, or a choice by held-out loss where
-            none can be had. A non-finite task vector is found when its tensor is reached.
+        BadInput: unknown method or parameter, a run that does not fit the base, too many or too few runs, or no held-out
+            loss to choose by. A non-finite task vector is found when its tensor is read.
     """
     definition = find_method(method)
     given: dict[str, Any] = {"scale": scale, "weights": weights if isinstance(weights, str | None) else list(weights)}
@@ -76,10 +75,14 @@ def merge(
     base = base if isinstance(base, Checkpoint) else open_dense(base)
     _check_lengths(len(runs), weights=options.get("weights"), run_losses=run_losses, names=names)
     opened = [open_run(base, run) for run in runs]
+    if definition.exact_runs not in (None, len(runs)):
+        raise BadInput(f"{method} merges exactly {definition.exact_runs} runs", found=len(runs))
     if (device := torch.device(device)).type != "cpu":
         base, opened = OnDevice(base, device), [OnDevice(run, device) for run in opened]
     task = TaskVectors(base, opened, labels=names or _labels(runs), held_out_loss=held_out_loss, run_losses=run_losses)
     weights, scale = options.pop("weights", None), options.pop("scale")
+    if definition.needs_loss:
+        task.require_loss(method)
     task.weights = _resolve_weights(task, definition, weights)
     merged = MergedCheckpoint(task, definition, options, weights)
     if scale == "auto" or (scale is None and definition.tuned and held_out_loss is not None):
@@ -89,20 +92,25 @@ def merge(
     return merged
 
 
-class MergedCheckpoint(Displaced):
-    """A merge, made by `merge`: the base's names, dtypes and shapes; `merged[name]` is not yet rounded to the dtype."""
+class MergedCheckpoint(BasePlusDelta):
+    """A merge, made by `merge`: the base's names, dtypes and shapes; `merged[name]` is not yet rounded to the dtype.
+
+    Attributes:
+        method: the merge method.
+        options: its own parameters, checked.
+    """
 
     def __init__(self, task: TaskVectors, method: MergeMethod, options: dict[str, Any], weights: Weights | None) -> None:
         super().__init__(task.base, source=f"{method.name} of {len(task)} runs over {task.base.source}")
         self._task = task
-        self._method = method
-        self._options = options
+        self.method = method
+        self.options = options
         self._weights = weights
         self._scales: dict[str, tuple[float, ...]] = {}
         self._scale_setting: Setting = None
         self._numbers = {
             key: resolve(options[key], task.names, task.labels if s.each_run else ("",), default=s.default, what=f"`{key}`")
-            for key, s in method.settings.items()
+            for key, s in method.per_tensor.items()
         }
         given = options | self._numbers
         self._found = method.first_pass(task, **select(method.first_pass, given)) if method.first_pass else {}
@@ -112,7 +120,7 @@ class MergedCheckpoint(Displaced):
         self._merged_loss: float | None = None
 
     def tau(self, name: str) -> Tensor | None:
-        """τ_m of a tensor, before scaling; None where no run moved it."""
+        """Return τ_m of a tensor, before scaling; None if no run moved it."""
         if not merges(self.info(name)):
             self._task.check_equal(name)
             return None
@@ -123,13 +131,13 @@ class MergedCheckpoint(Displaced):
         rows = self._task.rows(name)
         if rows is not None:
             given = self._given(name, rows)
-            size = vectors.CHUNK if self._method.elementwise else len(rows[0])
+            size = vectors.CHUNK if self.method.elementwise else len(rows[0])
             for offset, piece in blocks(rows, size):
-                deltas = piece if self._method.elementwise else piece.view(-1, *self.info(name).shape)
+                deltas = piece if self.method.elementwise else piece.view(-1, *self.info(name).shape)
                 inputs = given | {"deltas": deltas, "offset": offset}
                 if "base" in given:
                     inputs["base"] = given["base"][offset : offset + size].view(deltas.shape[1:])
-                result = self._method.function(**select(self._method.function, inputs))
+                result = self.method.function(**select(self.method.function, inputs))
                 tau, masks = result if isinstance(result, tuple) else (result, None)
                 parts.append(tau.flatten())
                 if name not in self._figures:
@@ -139,10 +147,10 @@ class MergedCheckpoint(Displaced):
         return torch.cat(parts).view(self.info(name).shape) if parts else None
 
     def rounded(self, name: str, dtype: torch.dtype, loss: RoundingLoss | None) -> Tensor | None:
-        """θ₀ + scale·τ_m rounded once, in one reading, where there are kernels for it."""
+        """Return θ₀ + scale·τ_m rounded once, in a single pass, if there are kernels for it."""
         if not merges(self.info(name)) or dtype not in KINDS or (loss is not None and loss.base is not self.base):
             return None
-        written = Written(dtype, self.scale_of(name))
+        written = RoundedOutput(dtype, self.scale_of(name))
         tensor = self._by_kernel(name, written)
         if tensor is None or not written.finite:
             return None
@@ -150,13 +158,13 @@ class MergedCheckpoint(Displaced):
             loss.add_sums(written.stepped, written.unchanged, written.squared_errors, written.squared_lengths)
         return tensor
 
-    def _by_kernel(self, name: str, written: Written | None = None) -> Tensor | None:
-        """τ_m, or what is written, by compiled kernels, where there are some for the method and the tensor."""
-        native, source = self._method.native, self._task.source(name) if self._method.native else None
-        if native is None or source is None or not source.moves or not source.numel:
+    def _by_kernel(self, name: str, written: RoundedOutput | None = None) -> Tensor | None:
+        """Return τ_m, or the rounded output, from compiled kernels, if the method and the tensor have some."""
+        native, stored = self.method.native, self._task.stored(name) if self.method.native else None
+        if native is None or stored is None or not stored.moves or not stored.numel:
             return None
         figures = Figures(len(self._task))
-        inputs = self._parameters(name) | {"source": replace(source, written=written), "figures": figures}
+        inputs = self._parameters(name) | {"stored": replace(stored, written=written), "figures": figures}
         inputs["weights"] = self._task.weights_for(name, torch.empty(0))
         result = native(**select(native, inputs))
         if result is None:
@@ -167,26 +175,25 @@ class MergedCheckpoint(Displaced):
         return merged
 
     def _parameters(self, name: str) -> dict[str, Any]:
-        """The method's parameters for a tensor, and what its first pass found."""
+        """Return the method's parameters for a tensor, and the arguments that its first pass provides."""
         numbers = {
-            key: setting[name] if self._method.settings[key].each_run else setting[name][0]
+            key: setting[name] if self.method.per_tensor[key].each_run else setting[name][0]
             for key, setting in self._numbers.items()
         }
-        return {**self._options, **self._found, **numbers}
+        return {**self.options, **self._found, **numbers}
 
     def _given(self, name: str, rows: list[Tensor]) -> dict[str, Any]:
-        """What the method is given for every piece of a tensor, the results of its passes included."""
+        """Return the method's arguments for every piece of a tensor, those that its passes provide included."""
         given = self._parameters(name) | {"name": name, "shape": self.info(name).shape}
         given["weights"] = self._task.weights_for(name, rows[0])
-        uses = [self._method.function, *([self._method.tensor_pass] if self._method.tensor_pass else [])]
-        if any("base" in inspect.signature(function).parameters for function in uses):
+        if any("base" in arguments_of(each) for each in (self.method.function, self.method.tensor_pass) if each):
             given["base"] = self._base_of(name, rows[0])
-        if self._method.tensor_pass:
-            given |= self._method.tensor_pass(**select(self._method.tensor_pass, given | {"rows": rows}))
+        if self.method.tensor_pass:
+            given |= self.method.tensor_pass(**select(self.method.tensor_pass, given | {"rows": rows}))
         return given
 
     def _base_of(self, name: str, like: Tensor) -> Tensor:
-        """θ₀ of a tensor, flat, in the dtype and on the device of the deltas."""
+        """Return θ₀ of a tensor, flat, in the dtype and on the device of the deltas."""
         return self.base[name].flatten().to(like)
 
     @property
@@ -195,48 +202,48 @@ class MergedCheckpoint(Displaced):
         return self._task.labels
 
     def moves(self, name: str) -> bool:
-        """Whether any run moves a tensor."""
+        """Return whether any run moves a tensor."""
         if merges(self.info(name)) and name not in self._figures:
             self.tau(name)
         return name in self._figures and self._figures[name].moved > 0
 
-    def noted(self, names: Iterable[str]) -> tuple[dict[str, Figures], bool]:
-        """What is known of some tensors for the diagnostics, and whether the method masks."""
+    def figures_of(self, names: Iterable[str]) -> tuple[dict[str, Figures], bool]:
+        """Return the figures of those tensors that have been computed, and whether the method masks."""
         return {name: self._figures[name] for name in names if name in self._figures}, self._masking
 
-    def note(self, figures: Mapping[str, Figures], *, masking: bool) -> None:
-        """Take over what a copy of this merge has `noted`."""
+    def add_figures(self, figures: Mapping[str, Figures], *, masking: bool) -> None:
+        """Add the figures that a copy of this merge in a worker has computed (`figures_of`)."""
         self._figures |= figures
         self._masking |= masking
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a worker: all that is chosen already, and nothing to choose by."""
+        """Pickle for a worker: with everything that has been chosen, without the held-out loss."""
         task = copy.copy(self._task)
         task.held_out_loss = None
-        return {**self.__dict__, "_task": task, "_method": self._method.name, "_figures": {}}
+        return {**self.__dict__, "_task": task, "method": self.method.name, "_figures": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= {**state, "_method": find_method(state["_method"])}
+        self.__dict__ |= {**state, "method": find_method(state["method"])}
 
-    def given(self, name: str) -> dict[str, Any]:
-        """What the method is given for a tensor that moves, in one flat piece: `deltas` (runs, n) and the rest."""
+    def arguments(self, name: str) -> dict[str, Any]:
+        """Return the method's arguments for a tensor that moves, in one flat piece: `deltas` (runs, n) and the others."""
         rows = self._task.rows(name) or []
         return self._given(name, rows) | {"deltas": torch.stack(rows), "offset": 0}
 
     def scale_by(self, setting: Setting) -> None:
-        """Take this factor on τ_m, one number or a setting that differs from tensor to tensor."""
+        """Set the factor on τ_m: one number, or a setting that differs from tensor to tensor."""
         if isinstance(setting, int | float):
             self.scale = float(setting)
         else:
             self._scales, self._scale_setting = resolve(setting, self._task.names, default=1.0, what="`scale`"), setting
 
     def scale_of(self, name: str) -> float:
-        """The factor on a tensor's τ_m."""
+        """Return the factor on a tensor's τ_m."""
         return self._scales[name][0] if name in self._scales else self.scale
 
     def choose_scale(self) -> None:
-        """Take the scale with the lowest held-out loss, the smaller of equals; τ_m is computed once, to a file."""
-        loss = self._task.need_loss("scale: auto")
+        """Set the scale with the lowest held-out loss, the smaller of equal ones; τ_m is computed once, to a file."""
+        loss = self._task.require_loss("scale: auto")
         with tempfile.TemporaryDirectory(prefix="emomerge-") as folder:
             files = {}
             for number, name in enumerate(self._task.names):
@@ -251,19 +258,19 @@ class MergedCheckpoint(Displaced):
                 self._scale_losses[scale] = finite_or_inf(loss(Candidate(self.base, spooled, scale=scale)))
         self.scale = min(SCALES, key=self._scale_losses.__getitem__)
         if math.isinf(self._scale_losses[self.scale]):
-            raise EmomergeError(f"{self.source}: the held-out loss is finite at no scale from {SCALES[0]} to {SCALES[-1]}")
+            raise EmomergeError(f"{self.source}: the held-out loss is not finite at any scale from {SCALES[0]} to {SCALES[-1]}")
 
     def diagnostics(self) -> dict[str, Any]:
-        """What the merge did, ready for JSON; tensors that nobody asked for yet are computed now.
+        """Describe what the merge did, ready for JSON; tensors that have not been read yet are computed.
 
         Of N runs with task vectors τ_t and the plain mean τ̄:
 
         - `method`, `runs`, `params`: as resolved, with `scale` and `weights`; `lambda_crit`: 1/(N−1).
-        - `elements`: the floating weights; as shares of them `moved_density` (by any run), `kept_density` (by τ_m) and,
-          where the method masks, `mask_density` of each run.
-        - `kept_energy`: the share of ‖τ̄‖² where τ_m ≠ 0; `cosine_to_mean`: of τ_m and τ̄.
+        - `elements`: number of floating weights; as shares of them `moved_density` (moved by any run), `kept_density`
+          (moved by τ_m) and, if the method masks, `mask_density` of each run.
+        - `kept_energy`: the share of ‖τ̄‖² at the elements with τ_m ≠ 0; `cosine_to_mean`: of τ_m and τ̄.
         - `merged_norm`, `mean_norm`, `run_norms`: of τ_m, τ̄ and the τ_t.
-        - `cosines`, `sign_agreement`: of each two τ_t, the latter where both are not zero.
+        - `cosines`, `sign_agreement`: of each pair of τ_t, the latter over the elements where neither is zero.
         - `run_losses`, `scale_losses`: held-out losses, if measured; `warnings`.
         """
         for name in self._task.names:
@@ -271,7 +278,7 @@ class MergedCheckpoint(Displaced):
                 self.tau(name)
         figures = Figures(len(self._task)).join(self._figures.values())
         report = {
-            "method": self._method.name,
+            "method": self.method.name,
             "params": self._resolved(),
             "runs": list(self._task.labels),
             **describe(figures, self._task.labels, self._task.numel, masking=self._masking),
@@ -281,23 +288,23 @@ class MergedCheckpoint(Displaced):
             report["run_losses"] = {label: _json(loss) for label, loss in zip(self._task.labels, losses, strict=True)}
         if self._scale_losses:
             report["scale_losses"] = {f"{scale:g}": _json(loss) for scale, loss in self._scale_losses.items()}
-        advice = self._method.advice(report) if self._method.advice and self._figures else []
+        advice = self.method.advice(report) if self.method.advice and self._figures else []
         report["warnings"] = advice + self._compare_with_runs(losses)
         return report
 
     def _resolved(self) -> dict[str, Any]:
-        """The parameters as a recipe writes them, with what was chosen."""
-        params = {key.rstrip("_"): value for key, value in self._options.items()}
+        """Return the parameters as a recipe writes them, with the values that were chosen."""
+        params = {key.rstrip("_"): value for key, value in self.options.items()}
         plain = {key: value for key, value in self._found.items() if _is_plain(value)}
-        if self._method.takes_weights:
-            total = len(self._task) if self._method.relative_weights else 1
+        if self.method.takes_weights:
+            total = len(self._task) if self.method.relative_weights else 1
             shared = constant(self._task.weights)
             params["weights"] = self._weights if shared is None else [weight / total for weight in shared]
         scale = self.scale if self._scale_setting is None else self._scale_setting
         return {key: _json(value) for key, value in {**params, **plain, "scale": scale}.items()}
 
     def _compare_with_runs(self, losses: list[float] | None) -> list[str]:
-        """A merge that is worse than its best run is not worth having."""
+        """Warn about a merge that is worse than its best run."""
         loss = self._task.held_out_loss
         if not losses or loss is None:
             return []
@@ -311,7 +318,7 @@ class MergedCheckpoint(Displaced):
 
 
 def _resolve_weights(task: TaskVectors, method: MergeMethod, given: Weights | None) -> dict[str, tuple[float, ...]]:
-    """One weight a run, by tensor; with mean 1 where the method averages."""
+    """Return one weight per run for each tensor; with a mean of 1 if the method averages."""
     runs = len(task)
     measurable = task.known_run_losses is not None or task.held_out_loss is not None
     if given == "auto" or (given is None and method.tuned and measurable):
@@ -333,7 +340,7 @@ def _mean_one(weights: tuple[float, ...], name: str) -> tuple[float, ...]:
 
 
 def softmax_weights(losses: Sequence[float]) -> list[float]:
-    """Softmax of the z-scored negative losses (population deviation); equal weights where the losses are equal."""
+    """Return the softmax of the z-scored negative losses (population deviation); equal weights for equal losses."""
     mean, deviation = statistics.fmean(losses), statistics.pstdev(losses)
     powers = [math.exp((mean - loss) / deviation) if deviation else 1.0 for loss in losses]
     return [power / math.fsum(powers) for power in powers]
@@ -346,11 +353,11 @@ def _check_lengths(runs: int, **given: Sequence[Any] | None) -> None:
         if values is not None and not isinstance(values, str) and len(values) != runs:
             raise BadInput(f"`{what}` does not fit the runs", expected=f"{runs}, one for each run", found=len(values))
     if (names := given["names"]) and len(set(names)) < runs:
-        raise BadInput("`names` names two runs alike", found=", ".join(names))
+        raise BadInput("two runs have the same name in `names`", found=", ".join(names))
 
 
 def _labels(runs: Sequence[Checkpoint | str | Path]) -> list[str]:
-    """What the runs are called: where they come from, numbered where that is the same."""
+    """Name the runs after their sources, numbered if these are the same."""
     sources = [run.source if isinstance(run, Checkpoint) else str(run) for run in runs]
     return [f"{source} #{i}" if sources.count(source) > 1 else source for i, source in enumerate(sources, start=1)]
 
@@ -360,7 +367,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _json(value: Any) -> Any:
-    """A value that JSON can hold: tuples as lists, infinity as nothing."""
+    """Convert a value to JSON: tuples to lists, infinity to None."""
     if isinstance(value, tuple):
         return [_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,9 +1,9 @@
-"""TALL-masks as compressed runs: one reference for all, one bit a weight for each (Wang et al. 2024).
+"""Runs compressed to masks: one reference for all runs, one bit per weight for each (TALL-masks, Wang et al. 2024).
 
     θ̂_t = θ₀ + mask_t ⊙ R
 
-A merge holds scale·keep ⊙ R only, so R is kept beside it. Of N runs that takes 4 + N/8 bytes a moved weight; N dense copies
-in 16 bits take 2N of every weight. Both files go into a folder of their own: some loaders read every .safetensors of a model's.
+A merge does not hold R itself, so R is stored beside it. N runs take 4 + N/8 bytes per moved weight; N dense copies in 16
+bits take 2N bytes per weight. Both files go into a subfolder: some loaders read every .safetensors file of a model's folder.
 """
 
 from __future__ import annotations
@@ -20,24 +20,36 @@ from emomerge.checkpoints import Checkpoint, SideFile, TensorInfo, open_checkpoi
 from emomerge.checkpoints.reader import read_header
 from emomerge.errors import BadInput
 from emomerge.merging.engine import MergedCheckpoint
-from emomerge.merging.methods.tall_mask import localize, reference_vector
+from emomerge.merging.registry import METHODS, MergeMethod, select
 from emomerge.merging.vectors import CHUNK, Candidate
 
 MASKS = "masks/masks.safetensors"
-"""Of each tensor that a run moved: uint8 (runs, ⌈n/8⌉), whose bit i of byte j is that of the flat tensor's element 8j + i."""
+"""For each tensor that a run moved: uint8 (runs, ⌈n/8⌉); bit i of byte j belongs to element 8j + i of the flat tensor."""
 REFERENCE = "masks/reference.safetensors"
-"""R of the same tensors, in float32 (float64 where the base is)."""
+"""R of the same tensors, in float32 (float64 for tensors that are float64 in the base)."""
 
 Compute = Callable[[str], Tensor]
 
 
-def mask_files(merged: MergedCheckpoint, reference: str) -> dict[str, SideFile]:
-    """What `write_checkpoint` puts beside a merge by tall-mask, so that `reconstruct` can give back each run.
+def require_masks(method: MergeMethod) -> None:
+    """Raise BadInput if a method has no masks of single runs."""
+    if method.localize is None:
+        having = ", ".join(sorted(name for name, some in METHODS.items() if some.localize))
+        raise BadInput("this method has no masks of single runs to save", found=method.name, expected=having)
 
-    The metadata are `runs`, a JSON list of their names; `reference`, as given; and `bits`, the order of the bits in a byte.
-    A tensor of the files is computed when it is written.
+
+def mask_files(merged: MergedCheckpoint) -> dict[str, SideFile]:
+    """Return the files that `write_checkpoint` puts beside a merge so that `reconstruct` can restore each run.
+
+    The metadata are `runs`, a JSON list of their names, the options that decide the masks, and `bits`, the order of the
+    bits in a byte. A tensor of the files is computed when it is written.
+
+    Raises:
+        BadInput: the method has no masks of single runs.
     """
-    metadata = {"runs": json.dumps(merged.runs), "reference": reference, "bits": "little"}
+    require_masks(merged.method)
+    chosen = select(merged.method.localize or mask_files, merged.options)
+    metadata = {"runs": json.dumps(merged.runs), **chosen, "bits": "little"}
 
     def packed_info(name: str) -> TensorInfo:
         return TensorInfo(torch.uint8, (len(merged.runs), -(-merged.info(name).numel // 8)))
@@ -57,41 +69,42 @@ def mask_files(merged: MergedCheckpoint, reference: str) -> dict[str, SideFile]:
 
 
 def localized(merged: MergedCheckpoint, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """R (n,) and the masks (runs, n) of the pieces of a tensor that moved, each of them but the last a multiple of 8 long."""
-    given = merged.given(name)
-    for deltas in given["deltas"].split(CHUNK, dim=1):
-        r = reference_vector(deltas, given["weights"], given["reference"], given["survey"])
-        yield r, localize(deltas, r, deltas.new_tensor(given["lambdas"]).unsqueeze(1))
+    """Yield R (n,) and the masks (runs, n) of the pieces of a tensor that moved; n is a multiple of 8 except in the last."""
+    localize = merged.method.localize
+    assert localize is not None, "call `require_masks` first"
+    arguments = merged.arguments(name)
+    for deltas in arguments["deltas"].split(CHUNK, dim=1):
+        yield localize(**select(localize, arguments | {"deltas": deltas}))
 
 
 def reconstruct(folder: Path, run: str, base: Checkpoint) -> Candidate:
-    """θ₀ + mask_t ⊙ R, lazily.
+    """Return θ₀ + mask_t ⊙ R, lazily.
 
     Args:
         folder: a merge with its masks.
-        run: the run's name, or the last part of its path where that is one run's only.
+        run: the run's name, or the last part of its path if that is unique.
         base: θ₀.
 
     Raises:
-        BadInput: the folder holds no masks, or none of that run.
+        BadInput: the folder has no masks, or none of that run.
     """
     for file in (MASKS, REFERENCE):
         if not (folder / file).is_file():
-            raise BadInput("no masks in this folder", where=folder / file, fix="merge by tall-mask with --save-masks")
+            raise BadInput("no masks in this folder", where=folder / file, fix="merge with --save-masks")
     masks, references = open_checkpoint(folder / MASKS), open_checkpoint(folder / REFERENCE)
-    place = find_run(run, json.loads(read_header(folder / MASKS).metadata.get("runs", "[]")))
+    index = find_run(run, json.loads(read_header(folder / MASKS).metadata.get("runs", "[]")))
 
     def tau(name: str) -> Tensor | None:
         if name not in masks:
             return None
         r = references[name]
-        return torch.where(unpack(masks[name][place], r.numel()).view(r.shape), r, 0)
+        return torch.where(unpack(masks[name][index], r.numel()).view(r.shape), r, 0)
 
     return Candidate(base, tau)
 
 
 def find_run(run: str, names: Sequence[str]) -> int:
-    """The place of a run among the names. Raises BadInput where there is none, or more than one."""
+    """Return the index of a run among the names. Raises BadInput if there is none, or more than one."""
     found = [i for i, name in enumerate(names) if name == run] or [i for i, n in enumerate(names) if Path(n).name == run]
     if len(found) != 1:
         raise BadInput("no such run in this merge", found=run, expected=", ".join(names))
@@ -99,17 +112,17 @@ def find_run(run: str, names: Sequence[str]) -> int:
 
 
 def pack(masks: Tensor) -> Tensor:
-    """Booleans (runs, n) as bytes (runs, ⌈n/8⌉)."""
+    """Pack booleans (runs, n) into bytes (runs, ⌈n/8⌉)."""
     return torch.from_numpy(np.packbits(masks.cpu().numpy(), axis=1, bitorder="little"))
 
 
 def unpack(packed: Tensor, n: int) -> Tensor:
-    """Booleans (n,) of bytes (⌈n/8⌉,)."""
+    """Unpack booleans (n,) from bytes (⌈n/8⌉,)."""
     return torch.from_numpy(np.unpackbits(packed.numpy(), count=n, bitorder="little")).bool()
 
 
 class _Computed(Checkpoint):
-    """A tensor of another kind for each one that the merge's runs moved."""
+    """A tensor computed on reading for each tensor that the merge's runs moved."""
 
     def __init__(self, merged: MergedCheckpoint, info: Callable[[str], TensorInfo], compute: Compute) -> None:
         self._merged, self._info, self._compute = merged, info, compute

@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 @dataclass
-class Written:
+class RoundedOutput:
     """θ₀ + scale·τ_m in the dtype of a file, and what rounding to it takes."""
 
     dtype: torch.dtype
@@ -79,7 +79,7 @@ class _Job(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredTensor:
     """One tensor of the base and of the runs as it is stored, in 32 or 16 bits; or a task vector that is known exactly.
 
     Where `written` is given, `merge` makes what is written instead of τ_m.
@@ -90,7 +90,7 @@ class Source:
     kinds: tuple[int, ...]
     labels: tuple[str, ...]
     name: str
-    written: Written | None = None
+    written: RoundedOutput | None = None
 
     @property
     def numel(self) -> int:
@@ -255,7 +255,7 @@ class Source:
             raise BadInput("non-finite task vector", where=where, fix="leave this run out")
 
 
-def open_source(name: str, base: Checkpoint, runs: Sequence[Checkpoint], labels: Sequence[str]) -> Source | None:
+def open_stored(name: str, base: Checkpoint, runs: Sequence[Checkpoint], labels: Sequence[str]) -> StoredTensor | None:
     """One tensor as it is stored; None where the kernels cannot work on it."""
     if len(runs) > MOST_RUNS or base.info(name).dtype not in KINDS or native.library(KERNELS) is None:
         return None
@@ -270,7 +270,7 @@ def open_source(name: str, base: Checkpoint, runs: Sequence[Checkpoint], labels:
     if any(kind == DELTA and t is not None and t.dtype != torch.float32 for kind, t in zip(kinds, tensors, strict=True)):
         return None
     flat = tuple(None if t is None else t.contiguous() for t in tensors)
-    return Source(origin.contiguous(), flat, tuple(kinds), tuple(labels), name)
+    return StoredTensor(origin.contiguous(), flat, tuple(kinds), tuple(labels), name)
 
 
 def _parts(numel: int, threads: int) -> list[Part]:
@@ -283,5 +283,5 @@ def _parts(numel: int, threads: int) -> list[Part]:
 
 def _kernels() -> ctypes.CDLL:
     compiled = native.library(KERNELS)
-    assert compiled is not None, "ask `open_source` first"
+    assert compiled is not None, "ask `open_stored` first"
     return compiled

@@ -1,4 +1,4 @@
-"""merge.json: what was merged and how, so that it can be merged again, or with further runs."""
+"""merge.json: the record of a merge, from which it can be repeated or extended by further runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from emomerge.adapters import input_files
 from emomerge.checkpoints import Rounding, sha256
 from emomerge.errors import BadInput
-from emomerge.merging.methods.averages import squared_gradients_of
+from emomerge.merging.registry import find_method
 
 RECORD = "merge.json"
-
-INCREMENTAL = ("mean", "task-arithmetic", "tall-mask")
-"""Methods whose parameters mean the same however many runs there are, and that choose nothing among these."""
 
 Hashes = dict[str, str]
 """File → SHA-256."""
@@ -27,7 +24,7 @@ class _Part(BaseModel):
 
 
 class Run(_Part):
-    """One of the runs, with the hashes of its files by their names."""
+    """One of the runs, with the hashes of its files by name."""
 
     name: str
     source: str
@@ -35,23 +32,23 @@ class Run(_Part):
 
 
 class Output(_Part):
-    """What was written."""
+    """How the merge was written."""
 
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
     rounding: Rounding = "nearest"
     seed: int = 0
-    """Of stochastic rounding."""
+    """Seed of stochastic rounding."""
     max_shard_size: str = "5GB"
     save_masks: bool = False
     as_lora: int | Literal["auto"] | None = None
-    """Rank of the adapter; None for a whole model."""
+    """Rank of the adapter; None for a model."""
     energy: float = 0.99
     max_rank: int = 256
     allow_partial: bool = False
 
 
 class MergeRecord(_Part):
-    """All that decides the bytes of a merge; sources are as they were typed."""
+    """Everything that decides the bytes of a merge; sources are as they were typed."""
 
     method: str
     params: dict[str, Any]
@@ -59,23 +56,22 @@ class MergeRecord(_Part):
     base_sha256: Hashes = {}
     runs: tuple[Run, ...]
     recipe: str | None = None
-    """Whose validation data decided what was to be chosen by held-out loss."""
+    """The recipe whose validation data gave the held-out loss."""
     overrides: tuple[str, ...] = ()
-    """Of the recipe."""
+    """Overrides of the recipe."""
     further_sha256: Hashes = {}
-    """Of whatever else was read, by path: the recipe, its data, squared gradients."""
+    """Hashes of the other files that were read, by path: the recipe, its data, files that parameters name."""
     output: Output = Output()
 
     def with_hashes(self, further: Sequence[Path] = (), digest: Callable[[Path], str] = sha256) -> MergeRecord:
-        """The same with the hashes of all inputs; reads those files to their ends that have none yet.
+        """Return the record with the hashes of all inputs; reads the files that have none yet.
 
         Args:
-            further: files besides the base's and the runs'.
-            digest: gives the SHA-256 of a file.
+            further: files besides those of the base, the runs and the method's parameters.
+            digest: returns the SHA-256 of a file.
         """
-        information = [file for source in self.params.get("information") or () for file in input_files(source).values()]
-        if self.method == "fisher" and not information:
-            information = [file for run in self.runs if (file := squared_gradients_of(run.source)) is not None]
+        named = find_method(self.method).input_files(self.params, [run.source for run in self.runs])
+        read = [*(file for source in named for file in input_files(source).values()), *further]
         known = self.further_sha256
         return self.model_copy(
             update={
@@ -83,21 +79,21 @@ class MergeRecord(_Part):
                 "runs": tuple(
                     run.model_copy(update={"sha256": run.sha256 or hashes_of(run.source, digest)}) for run in self.runs
                 ),
-                "further_sha256": known or {str(file): digest(file) for file in [*information, *further]},
+                "further_sha256": known or {str(file): digest(file) for file in read},
             }
         )
 
     def named(self, names: Sequence[str]) -> MergeRecord:
-        """The same with the names that the runs have in the diagnostics."""
+        """Return the record with the names that the runs have in the diagnostics."""
         runs = (run.model_copy(update={"name": name}) for run, name in zip(self.runs, names, strict=True))
         return self.model_copy(update={"runs": tuple(runs)})
 
     def check_base(self) -> None:
-        """Raise BadInput, naming the file, where the base is not what it was."""
+        """Raise BadInput, which names the file, if the base has changed."""
         _compare(self.base, self.base_sha256)
 
     def check_inputs(self) -> None:
-        """Raise BadInput, naming the file, where an input is not what it was."""
+        """Raise BadInput, which names the file, if an input has changed."""
         self.check_base()
         for run in self.runs:
             _compare(run.source, run.sha256)
@@ -105,14 +101,14 @@ class MergeRecord(_Part):
             _require(file, digest, sha256(file) if Path(file).is_file() else None)
 
     def extended(self, runs: Sequence[str], weights: Sequence[float]) -> MergeRecord:
-        """The merge of these runs and more by the same method and parameters.
+        """Return the merge of these runs and further ones by the same method and parameters.
 
         Args:
-            runs: what is added, as it was typed.
-            weights: of all runs, where each is given one.
+            runs: sources of the added runs, as they were typed.
+            weights: weights of all runs, if they are weighted.
 
         Raises:
-            BadInput: a parameter holds a value for each of the old runs and says nothing of the new ones.
+            BadInput: a parameter holds a value for each recorded run and none for the new ones.
         """
         total = len(self.runs) + len(runs)
         if isinstance(self.params.get("weights"), list) and not weights:
@@ -121,19 +117,23 @@ class MergeRecord(_Part):
                 found=", ".join(map(str, self.params["weights"])),
                 fix=f"give all {total} runs one: --weight, {total} times",
             )
-        if self.params.get("information"):
-            what, fix = "the recorded merge names the squared gradients of each of its runs", "merge all runs anew"
-            raise BadInput(what, found=len(self.runs), expected=total, fix=fix)
+        for key in find_method(self.method).run_files:
+            if self.params.get(key):
+                what = f"the recorded merge names files of each of its runs: `{key}`"
+                raise BadInput(what, found=len(self.runs), expected=total, fix="merge all runs from scratch")
         params = self.params | ({"weights": list(weights)} if weights else {})
         added = tuple(Run(name=run, source=run) for run in runs)
         return self.model_copy(update={"runs": (*self.runs, *added), "params": params, "further_sha256": {}})
 
 
 def read_record(path: str | Path) -> MergeRecord:
-    """The record of a written merge: merge.json, or the folder that it is in.
+    """Read the record of a written merge.
+
+    Args:
+        path: merge.json, or the folder that it is in.
 
     Raises:
-        BadInput: there is none, or it does not say what its inputs were.
+        BadInput: there is no record, or it lacks the hashes of its inputs.
     """
     file = Path(path) / RECORD if Path(path).is_dir() else Path(path)
     try:
@@ -145,16 +145,12 @@ def read_record(path: str | Path) -> MergeRecord:
         where = f"{file}, {'.'.join(map(str, first['loc']))}"
         raise BadInput("not the record of a merge", where=where, expected=first["msg"]) from None
     if not record.base_sha256 or not all(run.sha256 for run in record.runs):
-        raise BadInput(
-            "the record holds no hashes of its inputs",
-            where=file,
-            fix="merge anew",
-        )
+        raise BadInput("the record lacks the hashes of its inputs", where=file, fix="merge from scratch")
     return record
 
 
 def hashes_of(source: str, digest: Callable[[Path], str] = sha256) -> Hashes:
-    """File name → SHA-256 of what a base or a run is read from."""
+    """Return file name → SHA-256 of the files that a base or a run is read from."""
     return {name: digest(file) for name, file in input_files(source).items()}
 
 
@@ -167,14 +163,14 @@ def _compare(source: str, hashes: Hashes) -> None:
 def _require(where: str, expected: str | None, found: str | None) -> None:
     if expected != found:
         raise BadInput(
-            "an input is not what it was when it was merged",
+            "an input has changed since it was merged",
             where=where,
             expected=f"SHA-256 {expected}" if expected else "no such file",
             found=found or "no such file",
-            fix="restore it, or merge anew",
+            fix="restore it, or merge from scratch",
         )
 
 
 def as_json(record: MergeRecord, **facts: Mapping[str, Any] | None) -> dict[str, Any]:
-    """merge.json: the record, and what is known of the result."""
+    """Return the content of merge.json: the record and facts about the result."""
     return {**record.model_dump(mode="json"), **{key: value for key, value in facts.items() if value is not None}}

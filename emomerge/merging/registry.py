@@ -1,48 +1,112 @@
-"""The table of merge methods: a decorator whose target's signature is the method's configuration schema."""
+"""The registry of merge methods. The signature of a registered function is the schema of the method's parameters."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from emomerge.errors import BadInput
 from emomerge.merging.settings import EACH_RUN, EACH_TENSOR, setting_of
 
-Merged = Tensor | tuple[Tensor, Tensor]
-"""What a method makes of one tensor: τ_m (*shape), or τ_m and each run's mask (runs, *shape) of bool."""
+DEFAULT_METHOD = "tall-mask"
 
-Pass = Callable[..., dict[str, Any]]
-"""What returns further keyword arguments for a method's function."""
+Merged = Tensor | tuple[Tensor, Tensor]
+"""The merge of one tensor: τ_m (*shape), or τ_m and the mask of each run (runs, *shape) of bool."""
 
 Method = TypeVar("Method", bound=Callable[..., Merged])
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
+INPUTS = {
+    "function": {"deltas", "weights", "base", "name", "offset", "shape"},
+    "first_pass": {"vectors"},
+    "tensor_pass": {"rows", "weights", "base", "name", "shape"},
+    "native": {"stored", "figures", "weights"},
+    "localize": {"deltas", "weights", "base", "name", "shape"},
+}
+"""The arguments that the engine passes by itself to each kind of function."""
+
+BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+
 
 class Schema(BaseModel):
-    """What every method understands; each method's own parameters are added to it."""
+    """The parameters that every method has; those of its own are added."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, alias_generator=lambda name: name.rstrip("_"))
 
-    scale: setting_of(Finite, or_word=Literal["auto"]) | None = None  # type: ignore[valid-type]
+    scale: Annotated[
+        setting_of(Finite, or_word=Literal["auto"]) | None,  # type: ignore[valid-type]
+        Field(description="factor on the merged task vector; 1 by default; auto: chosen by held-out loss"),
+    ] = None
 
 
-class Setting(NamedTuple):
-    """How a parameter that may differ from tensor to tensor is resolved."""
+WEIGHTS: Any = Annotated[
+    list[setting_of(Finite)] | Literal["equal", "auto"] | None,  # type: ignore[misc]
+    Field(description="one weight per run; equal by default; auto: a softmax of the runs' held-out losses"),
+]
+
+
+class PerTensorParameter(NamedTuple):
+    """A parameter that may differ from tensor to tensor."""
 
     default: float
     each_run: bool
+    """Whether it may also differ from run to run."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Marks a parameter as the names of files or folders, one for each run: `Annotated[tuple[str, ...], RunFiles(find)]`.
+
+    Args:
+        find: the default for a run, given the run's source; None if it has none.
+    """
+
+    find: Callable[[str], Path | None]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A function that computes further arguments of a method, and the names of these; made by `provides`."""
+
+    function: Callable[..., dict[str, Any]]
+    provides: frozenset[str]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Call the function. Raises TypeError if it returns other names than it declares."""
+        found = self.function(*args, **kwargs)
+        if found.keys() != self.provides:
+            declared = ", ".join(sorted(self.provides))
+            raise TypeError(f"{self.function.__name__} provides {', '.join(sorted(found))}, but declares {declared}")
+        return found
+
+
+def provides(*names: str) -> Callable[[Callable[..., dict[str, Any]]], Pass]:
+    """Declare the arguments that a pass of a merge method returns."""
+    return lambda function: Pass(function, frozenset(names))
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a method, described for its users."""
+
+    name: str
+    type: str
+    default: Any
+    description: str
 
 
 @dataclass(frozen=True)
 class MergeMethod:
-    """A registered merge method."""
+    """A registered merge method; see `merge_method` for the fields that are not described here."""
 
     name: str
     function: Callable[..., Merged]
@@ -50,23 +114,57 @@ class MergeMethod:
     elementwise: bool
     relative_weights: bool
     tuned: bool
+    incremental: bool
+    needs_loss: bool
+    exact_runs: int | None
     first_pass: Pass | None
     tensor_pass: Pass | None
     native: Callable[..., tuple[Tensor, bool] | None] | None
+    localize: Callable[..., tuple[Tensor, Tensor]] | None
     advice: Callable[[dict[str, Any]], list[str]] | None
     schema: type[Schema]
-    settings: Mapping[str, Setting]
+    per_tensor: Mapping[str, PerTensorParameter]
     """The parameters that may differ from tensor to tensor."""
+    run_files: Mapping[str, RunFiles]
+    """The parameters that name files of the runs."""
 
     @property
-    def description(self) -> str:
-        """The formula, in one line."""
+    def formula(self) -> str:
+        """The first line of the function's docstring."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def family(self) -> str:
+        """The module that the method is defined in."""
+        return self.function.__module__.rpartition(".")[2]
 
     @property
     def takes_weights(self) -> bool:
         """Whether the runs can be weighted."""
-        return "weights" in inspect.signature(self.function).parameters
+        return "weights" in self.schema.model_fields
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All parameters that a user can set, by the names that a user types; those of the method itself first."""
+        accepted_by_all = self.schema.model_json_schema()["properties"]
+        return [
+            Parameter(name, " | ".join(dict.fromkeys(_accepted(accepted))), field.default, field.description or "")
+            for field in sorted(self.schema.model_fields.values(), key=lambda field: field.alias in ("scale", "weights"))
+            if (accepted := accepted_by_all[name := str(field.alias)])
+        ]
+
+    def input_files(self, params: Mapping[str, Any], runs: Iterable[str]) -> list[str]:
+        """The files and folders that the method reads besides the base and the runs.
+
+        Args:
+            params: the method's parameters, checked.
+            runs: the sources of the runs.
+        """
+        runs = list(runs)
+        found: list[str] = []
+        for key, files in self.run_files.items():
+            found += params.get(key) or [str(file) for run in runs if (file := files.find(run)) is not None]
+        return found
 
 
 METHODS: dict[str, MergeMethod] = {}
@@ -80,46 +178,75 @@ def merge_method(
     elementwise: bool = False,
     relative_weights: bool = True,
     tuned: bool = False,
+    incremental: bool = False,
+    needs_loss: bool = False,
+    exact_runs: int | None = None,
     first_pass: Pass | None = None,
     tensor_pass: Pass | None = None,
     native: Callable[..., tuple[Tensor, bool] | None] | None = None,
+    localize: Callable[..., tuple[Tensor, Tensor]] | None = None,
     advice: Callable[[dict[str, Any]], list[str]] | None = None,
 ) -> Callable[[Method], Method]:
-    """Register a function on one tensor as a merge method.
+    """Register a function that merges one tensor as a merge method.
 
-    The function takes what it names of `deltas` (runs, *shape), `weights` (runs,), `base` (*shape, θ₀ in the deltas'
-    dtype), the tensor's `name`, and `offset`, the place in the flat tensor of the first element given. A user can set its
-    keyword-only parameters that have a default, and those of its passes; those without one the passes return. Of a
-    parameter annotated `PerTensor` or `PerRun` it is given this tensor's number, or a tuple of each run's.
+    The first line of the function's docstring is the method's formula. Its arguments are looked up by name among the
+    inputs, `deltas` (runs, *shape), `weights` (runs,), `base` (θ₀, *shape, in the dtype of the deltas), the tensor's
+    `name` and `shape`, and `offset` (the index in the flat tensor of the first element passed); among the arguments that
+    the passes provide; and among the parameters. The parameters, which users can set, are the keyword-only arguments with
+    a default, of the function and of its passes. Their annotations are the types that values are checked against, and may
+    carry a one-line description: `Annotated[float, Field(gt=0, description="…")]`. A parameter annotated `PerTensor` or
+    `PerRun` arrives as the number for this tensor, or as a tuple with the number for each run.
 
     Args:
-        name: what the user types.
+        name: the name that users type.
         source: the publication.
-        elementwise: the function treats every element alike, so that it may be given flat pieces (runs, n) of a tensor.
-        relative_weights: weights are rescaled to a mean of 1; otherwise they are used as given.
-        tuned: where a held-out loss is at hand it chooses weights and scale, unless they are given.
-        first_pass: a function of all the task vectors (`TaskVectors`) and of parameters, which runs once before all
-            else. What it returns that is plain appears in the diagnostics. Parameters annotated `PerTensor` or `PerRun`
-            elsewhere it may take, without a default, as the numbers of every tensor by its name.
-        tensor_pass: a function of one tensor, which runs before the function is given that tensor. It takes what it names
-            of `rows` (the flat τ_t, a list of (n,)), `shape`, `weights`, `base` (n,), `name`, and parameters.
-        native: the same as the function for a whole tensor, compiled: of a `source` (`merging.native.Source`), `figures`, which
-            it adds up, `weights`, and parameters it makes τ_m and whether the method masks, or None where it cannot.
-        advice: warnings that the finished diagnostics call for.
+        elementwise: whether each element is merged by itself; the function then gets flat pieces (runs, n) of a tensor.
+        relative_weights: rescale weights to a mean of 1; otherwise they are passed as given.
+        tuned: choose weights and scale by held-out loss if one is available, unless they are given.
+        incremental: whether the parameters mean the same for any number of runs and nothing is chosen among the runs, so
+            that a merge can be extended by further runs without surprise.
+        needs_loss: whether the method cannot work without a held-out loss.
+        exact_runs: the only number of runs that can be merged, if there is one.
+        first_pass: called once, before everything else, with all task vectors (`vectors: TaskVectors`) and parameters. A
+            `PerTensor` or `PerRun` parameter of the method arrives as a mapping from tensor names to numbers if the pass
+            has no default for it. Plain values that it provides are reported in the diagnostics.
+        tensor_pass: called before the function for each tensor, with any of `rows` (the flat τ_t, a list of (n,)),
+            `shape`, `weights`, `base` (n,), `name`, parameters and arguments that the first pass provides.
+        native: compiled version of the function for a whole tensor. It takes any of `stored`
+            (`merging.native.StoredTensor`), `figures`, to which it adds, `weights` and the parameters, and returns τ_m and
+            whether the method masks; or None to fall back on the function.
+        localize: the reference R (n,) and the masks (runs, n) of the flat `deltas` (runs, n) of one tensor, for methods
+            that can restore each run from R and its mask.
+        advice: warnings for the user about finished diagnostics.
+
+    Raises:
+        TypeError: one of the functions takes an argument that nobody provides.
     """
 
     def register(function: Method) -> Method:
         fields = _parameters(first_pass) | _parameters(tensor_pass) | _parameters(function)
-        settings = {}
+        provided = {*fields}
+        _check_arguments(name, "first_pass", first_pass, provided)
+        provided |= first_pass.provides if first_pass else set()
+        _check_arguments(name, "tensor_pass", tensor_pass, provided)
+        _check_arguments(name, "native", native, provided)
+        provided |= tensor_pass.provides if tensor_pass else set()
+        _check_arguments(name, "localize", localize, provided)
+        _check_arguments(name, "function", function, provided)
+        per_tensor: dict[str, PerTensorParameter] = {}
+        run_files: dict[str, RunFiles] = {}
         for key, (hint, default) in fields.items():
-            kinds = {EACH_RUN, EACH_TENSOR} & set(getattr(hint, "__metadata__", ()))
-            if kinds:
-                settings[key] = Setting(default, EACH_RUN in kinds)
-                number = get_args(get_args(hint)[0])[0] if EACH_RUN in kinds else hint
-                fields[key] = (setting_of(number, each_run=EACH_RUN in kinds), default)
+            metadata, description = getattr(hint, "__metadata__", ()), _description(hint)
+            for mark in metadata:
+                if isinstance(mark, RunFiles):
+                    run_files[key] = mark
+            if EACH_RUN in metadata or EACH_TENSOR in metadata:
+                per_tensor[key] = PerTensorParameter(default, EACH_RUN in metadata)
+                number = get_args(get_args(hint)[0])[0] if EACH_RUN in metadata else hint
+                hint = setting_of(number, each_run=EACH_RUN in metadata)
+            fields[key] = (Annotated[hint, Field(description=description)], default)
         if "weights" in inspect.signature(function).parameters:
-            fields["weights"] = (list[setting_of(Finite)] | Literal["equal", "auto"] | None, None)  # type: ignore[misc]
-        schema = create_model(f"{name} parameters", __base__=Schema, **fields)
+            fields["weights"] = (WEIGHTS, None)
         METHODS[name] = MergeMethod(
             name,
             function,
@@ -127,12 +254,17 @@ def merge_method(
             elementwise,
             relative_weights,
             tuned,
+            incremental,
+            needs_loss,
+            exact_runs,
             first_pass,
             tensor_pass,
             native,
+            localize,
             advice,
-            schema,
-            settings,
+            create_model(f"{name} parameters", __base__=Schema, **fields),
+            per_tensor,
+            run_files,
         )
         return function
 
@@ -140,22 +272,22 @@ def merge_method(
 
 
 def find_method(name: str) -> MergeMethod:
-    """The method of that name. Raises BadInput that suggests the nearest known one."""
+    """Return the method of that name. Raises BadInput, which suggests the nearest known name."""
     if name not in METHODS:
         raise BadInput("unknown merge method", where=name, fix=_suggestion(name, sorted(METHODS)))
     return METHODS[name]
 
 
 def check_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """All parameters of a method, by the keyword that `merge` takes, checked and with defaults filled in.
+    """Check the parameters of a method and fill in defaults; the keys are the keyword arguments of `merge`.
 
     Args:
         method: the method's name.
-        params: the method's own parameters, `scale`, and `weights` where the method has them, as a recipe or a caller
-            writes them (`lambda` or `lambda_`).
+        params: the method's own parameters, `scale`, and `weights` if the method has them, as recipes and callers write
+            them (`lambda` or `lambda_`).
 
     Raises:
-        BadInput: an unknown method or parameter (suggests the nearest known one), or an impossible value.
+        BadInput: unknown method or parameter (the nearest known name is suggested), or a value that is not allowed.
     """
     schema = find_method(method).schema
     try:
@@ -171,26 +303,60 @@ def check_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
         raise BadInput("unknown merge parameter", where=where, fix=_suggestion(key, known))
     messages = [problem["msg"] for problem in problems if problem["loc"][0] == written]
     expected = " or ".join(dict.fromkeys(message.removeprefix("Input should be ") for message in messages))
-    raise BadInput("merge parameter not usable", where=where, expected=expected, found=repr(params.get(written)))
+    raise BadInput("invalid merge parameter", where=where, expected=expected, found=repr(params.get(written)))
 
 
 def select(function: Callable[..., Any], available: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the available arguments those that a function names."""
-    return {name: available[name] for name in inspect.signature(function).parameters if name in available}
+    """Select the arguments that a function takes by name from those available."""
+    return {name: available[name] for name in arguments_of(function) if name in available}
+
+
+def arguments_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of a function or of a pass."""
+    return inspect.signature(function.function if isinstance(function, Pass) else function).parameters
 
 
 def _parameters(function: Callable[..., Any] | None) -> dict[str, Any]:
-    """Annotation and default of every parameter a user can set."""
+    """Return annotation and default of every parameter that a user can set."""
     if function is None:
         return {}
-    hints = get_type_hints(function, include_extras=True)
+    hints = get_type_hints(function.function if isinstance(function, Pass) else function, include_extras=True)
     return {
         name: (hints[name], parameter.default)
-        for name, parameter in inspect.signature(function).parameters.items()
+        for name, parameter in arguments_of(function).items()
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
     }
 
 
-def _suggestion(name: str, known: list[str]) -> str:
+def _check_arguments(method: str, kind: str, function: Callable[..., Any] | None, provided: set[str]) -> None:
+    """Raise TypeError for an argument that is not an input, has no default, and is not provided by a pass."""
+    for name, argument in (arguments_of(function) if function else {}).items():
+        if argument.default is argument.empty and name not in INPUTS[kind] | provided:
+            raise TypeError(
+                f"merge method {method!r}: the argument `{name}` of its {kind.replace('_', ' ')} is not an input "
+                f"({', '.join(sorted(INPUTS[kind]))}), has no default, and is not provided by a pass"
+            )
+
+
+def _description(hint: Any) -> str | None:
+    """The first description in an annotation or in what it is made of."""
+    own = (mark.description for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, FieldInfo))
+    return next(filter(None, (*own, *map(_description, get_args(hint)))), None)
+
+
+def _accepted(schema: Mapping[str, Any]) -> Iterator[str]:
+    """The values that a JSON schema accepts, in words."""
+    for alternative in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
+        yield from _accepted(alternative)
+    yield from schema.get("enum", [schema["const"]] if "const" in schema else [])
+    kind = schema.get("type")
+    if kind in ("number", "integer"):
+        bounds = [f"{sign} {schema[key]}" for key, sign in BOUNDS.items() if key in schema]
+        yield " ".join([kind, ", ".join(bounds)]).strip()
+    elif kind in ("boolean", "array"):
+        yield {"boolean": "true | false", "array": "list"}[kind]
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"

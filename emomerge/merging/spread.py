@@ -57,7 +57,7 @@ class Spread:
     def _take(self, found: Shard | EmomergeError, plan: Plan, options: WriteOptions) -> str:
         if isinstance(found, EmomergeError):
             raise found
-        self._merged.note(found.figures, masking=found.masking)
+        self._merged.add_figures(found.figures, masking=found.masking)
         if options.loss is not None:
             options.loss.join(found.loss)
         if options.progress is not None:
@@ -76,4 +76,4 @@ def write_shard(
             digest = write_file(merged, plan, path, options._replace(loss=loss))
     except EmomergeError as error:
         return error
-    return Shard(digest, *merged.noted(plan), loss)
+    return Shard(digest, *merged.figures_of(plan), loss)

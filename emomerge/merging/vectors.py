@@ -13,20 +13,20 @@ from torch import Tensor
 
 from emomerge.checkpoints import Checkpoint, TensorInfo, working_dtype
 from emomerge.errors import BadInput
-from emomerge.merging.native import Source, open_source
+from emomerge.merging.native import StoredTensor, open_stored
 from emomerge.merging.thresholds import Bracket, sample_step
 from emomerge.native import in_parallel
 
 CHUNK = 2**17
-"""Elements of a piece: five runs' worth of them and a few temporaries stay in the cache."""
+"""Elements of a piece; five runs' pieces and a few temporaries fit into the cache."""
 
 Loss = Callable[[Checkpoint], float]
 Rule = Callable[[str, Tensor], Tensor]
 """(tensor name, deltas (runs, n)) → τ (n,), element by element."""
 
 
-class Displaced(Checkpoint):
-    """θ₀ + scale·τ, tensor by tensor, in τ's dtype; the base's own tensor where nothing moves."""
+class BasePlusDelta(Checkpoint):
+    """θ₀ + scale·τ, tensor by tensor, in τ's dtype; the base's own tensor if τ is zero."""
 
     def __init__(self, base: Checkpoint, *, scale: float = 1.0, source: str = "candidate") -> None:
         self.base = base
@@ -36,62 +36,62 @@ class Displaced(Checkpoint):
 
     @abstractmethod
     def tau(self, name: str) -> Tensor | None:
-        """The displacement of a tensor before scaling, or None where it does not move."""
+        """Return the delta of a tensor before scaling, or None if it is zero."""
 
     def names(self) -> tuple[str, ...]:
-        """The base's tensor names, sorted."""
+        """Return the base's tensor names, sorted."""
         return self.base.names()
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and dtype of the base's tensor, to which a writer rounds."""
+        """Return shape and dtype of the base's tensor, to which a writer rounds."""
         return self.base.info(name)
 
     def scale_of(self, name: str) -> float:
-        """The factor on a tensor's displacement."""
+        """Return the factor on a tensor's delta."""
         return self.scale
 
     def __getitem__(self, name: str) -> Tensor:
         return self.with_base(name, self.base)[0]
 
     def delta(self, name: str, base: Checkpoint) -> Tensor | None:
-        """scale·τ without the rounding of the sum, if `base` is the very base of this checkpoint."""
+        """Return scale·τ without the rounding of the sum, if `base` is this checkpoint's own base."""
         if base is not self.base:
             return super().delta(name, base)
         tau, scale = self.tau(name), self.scale_of(name)
         return tau if tau is None or scale == 1 else scale * tau
 
     def with_base(self, name: str, base: Checkpoint) -> tuple[Tensor, Tensor, Tensor | None]:
-        """θ₀ + scale·τ, θ₀ and scale·τ."""
+        """Return θ₀ + scale·τ, θ₀ and scale·τ."""
         if base is not self.base:
             return super().with_base(name, base)
         old, delta = base[name], self.delta(name, base)
         return (old, old, None) if delta is None else (old.to(delta.dtype, copy=True).add_(delta.to(old.device)), old, delta)
 
 
-class Candidate(Displaced):
-    """A merge that is only tried: τ from a function of the tensor's name."""
+class Candidate(BasePlusDelta):
+    """A merge to be evaluated, whose τ is a function of the tensor's name."""
 
     def __init__(self, base: Checkpoint, tau: Callable[[str], Tensor | None], *, scale: float = 1.0) -> None:
         super().__init__(base, scale=scale)
         self._tau = tau
 
     def tau(self, name: str) -> Tensor | None:
-        """What the function says."""
+        """Return the function's τ."""
         return self._tau(name)
 
 
 class TaskVectors:
-    """What merge methods work on: the runs' task vectors, and the held-out loss of anything built from them.
+    """The runs' task vectors, and the held-out loss of anything built from them.
 
     Args:
         base: θ₀.
         runs: θ_t, each with the base's floating tensors.
         labels: a name for each run.
-        held_out_loss: the loss of a checkpoint on held-out data, if it can be measured.
+        held_out_loss: function that measures the loss of a checkpoint on held-out data, if available.
         run_losses: the held-out loss of each single run, if known.
 
     Raises:
-        BadInput: a run lacks a floating tensor of the base, has another one, or one of another shape.
+        BadInput: a run lacks a floating tensor of the base, or has an additional one, or one of another shape.
     """
 
     def __init__(
@@ -110,9 +110,9 @@ class TaskVectors:
         for run, label in zip(self.runs, self.labels, strict=True):
             _check_headers(base, run, label)
         self.numel = sum(base.info(name).numel for name in self.names)
-        """Elements of one task vector."""
+        """Number of elements of one task vector."""
         self.dtype = working_dtype(*(theta.info(name).dtype for theta in (base, *runs) for name in self.names))
-        """The widest dtype that any of it has."""
+        """The widest dtype of any tensor."""
         self.weights: Mapping[str, tuple[float, ...]] = dict.fromkeys(self.names, (1.0,) * len(self.runs))
         """The weights of the runs, by tensor."""
         self.held_out_loss = held_out_loss
@@ -122,7 +122,7 @@ class TaskVectors:
         return len(self.runs)
 
     def deltas(self, name: str) -> list[Tensor | None]:
-        """Each run's τ of one tensor. Raises BadInput where one is not finite."""
+        """Return each run's τ of one tensor. Raises BadInput if one is not finite."""
         deltas = [run.delta(name, self.base) for run in self.runs]
         for label, delta in zip(self.labels, deltas, strict=True):
             if delta is not None and delta.numel() and not torch.stack(delta.aminmax()).isfinite().all():
@@ -130,66 +130,66 @@ class TaskVectors:
         return deltas
 
     def rows(self, name: str) -> list[Tensor] | None:
-        """Each run's τ of a tensor, flat, in the dtype of the arithmetic; None where none moved."""
+        """Return each run's τ of a tensor, flat, in the dtype of the arithmetic; None if no run moved it."""
         deltas = self.deltas(name)
         moved = [delta for delta in deltas if delta is not None and delta.numel()]
         if not moved:
             return None
         dtype = working_dtype(self.base.info(name).dtype, *(delta.dtype for delta in moved))
-        still = torch.zeros_like(moved[0])
-        return [(still if delta is None else delta).flatten().to(dtype) for delta in deltas]
+        zero = torch.zeros_like(moved[0])
+        return [(zero if delta is None else delta).flatten().to(dtype) for delta in deltas]
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """The runs' τ of a tensor in flat stacked pieces (runs, n); none if none moved."""
+        """Yield the runs' τ of a tensor in flat stacked pieces (runs, n); nothing if no run moved it."""
         rows = self.rows(name)
         if rows is not None:
             yield from (piece for _, piece in blocks(rows, CHUNK))
 
     def all_pieces(self) -> Iterator[tuple[str, Tensor]]:
-        """The flat pieces (runs, n) of every tensor that moved, with its name."""
+        """Yield the flat pieces (runs, n) of every tensor that moved, with its name."""
         for name in self.names:
             for piece in self.pieces(name):
                 yield name, piece
 
-    def source(self, name: str) -> Source | None:
-        """A tensor as it is stored, for compiled kernels; None where these cannot work on it."""
-        return open_source(name, self.base, self.runs, self.labels)
+    def stored(self, name: str) -> StoredTensor | None:
+        """Return a tensor as it is stored, for the compiled kernels; None if these do not support it."""
+        return open_stored(name, self.base, self.runs, self.labels)
 
     def kth_magnitude_native(self, ranks: Sequence[int]) -> Tensor | None:
-        """As `thresholds.kth_magnitude` over all tensors, float32, compiled.
+        """Compiled version of `thresholds.kth_magnitude` over all tensors, for float32.
 
-        None where a tensor is of another kind, or a sample misled the search.
+        Returns None if a tensor is not supported, or if a sample misled the search.
         """
         runs, step = range(len(self.runs)), sample_step(self.numel)
         samples: list[list[NDArray[np.int32]]] = [[] for _ in runs]
         if self.dtype != torch.float32 or not self.numel:
             return None
         for name in self.names:
-            if (source := self.source(name)) is None:
+            if (stored := self.stored(name)) is None:
                 return None
             for run in runs:
-                samples[run].append(source.sample(run, step))
+                samples[run].append(stored.sample(run, step))
         brackets = [Bracket.of(np.concatenate(some), rank, self.numel) for some, rank in zip(samples, ranks, strict=True)]
         for name in self.names:
-            if (source := self.source(name)) is not None:
-                in_parallel(lambda run: source.collect(run, brackets[run]), runs)
+            if (stored := self.stored(name)) is not None:
+                in_parallel(lambda run: stored.collect(run, brackets[run]), runs)
         found = [bracket.find(rank) for bracket, rank in zip(brackets, ranks, strict=True)]
         return None if None in found else torch.tensor([ranked.value for ranked in found if ranked])
 
     def weights_for(self, name: str, deltas: Tensor) -> Tensor:
-        """The weights of the runs (runs,) in a tensor, rounded to the deltas' dtype."""
+        """Return the weights of the runs (runs,) for a tensor, rounded to the deltas' dtype."""
         return deltas.new_tensor(self.weights[name])
 
-    def need_loss(self, what: str) -> Loss:
-        """The held-out loss. Raises BadInput, naming what is chosen by it, where there is none."""
+    def require_loss(self, what: str) -> Loss:
+        """Return the held-out loss. Raises BadInput, which names what would be chosen by it, if there is none."""
         if self.held_out_loss is None:
             raise BadInput(f"{what} is chosen by held-out loss, which needs data", fix="give a recipe with `--recipe`")
         return self.held_out_loss
 
     def run_losses(self, what: str) -> list[float]:
-        """The held-out loss of each single run, measured at most once. Raises BadInput where one is not finite."""
+        """Return the held-out loss of each single run, measured at most once. Raises BadInput if one is not finite."""
         if self._run_losses is None:
-            loss = self.need_loss(what)
+            loss = self.require_loss(what)
             self._run_losses = [float(loss(run)) for run in self.runs]
         for label, value in zip(self.labels, self._run_losses, strict=True):
             if not math.isfinite(value):
@@ -198,11 +198,11 @@ class TaskVectors:
 
     @property
     def known_run_losses(self) -> list[float] | None:
-        """The held-out loss of each single run, if it was given or measured already."""
+        """The held-out loss of each single run, if it was given or has been measured."""
         return None if self._run_losses is None else list(self._run_losses)
 
     def loss_of(self, rule: Rule, what: str) -> float:
-        """The held-out loss of θ₀ + rule(τ), from which `what` is chosen; NaN counts as infinite."""
+        """Return the held-out loss of θ₀ + rule(τ), by which `what` is chosen; NaN counts as infinite."""
 
         def tau(name: str) -> Tensor | None:
             if not merges(self.base.info(name)):
@@ -210,10 +210,10 @@ class TaskVectors:
             parts = [rule(name, piece) for piece in self.pieces(name)]
             return torch.cat(parts).view(self.base.info(name).shape) if parts else None
 
-        return finite_or_inf(self.need_loss(what)(Candidate(self.base, tau)))
+        return finite_or_inf(self.require_loss(what)(Candidate(self.base, tau)))
 
     def check_equal(self, name: str) -> None:
-        """A tensor that does not merge is the same in every run that has it. Raises BadInput otherwise."""
+        """Raise BadInput if a tensor that does not merge differs between the base and a run that has it."""
         for run, label in zip(self.runs, self.labels, strict=True):
             if name in run and not (run.info(name) == self.base.info(name) and _same_bytes(run[name], self.base[name])):
                 raise BadInput(
@@ -225,18 +225,18 @@ class TaskVectors:
 
 
 def blocks(rows: Sequence[Tensor], size: int) -> Iterator[tuple[int, Tensor]]:
-    """Flat tensors (n,) in stacked pieces (runs, size), each with the place of its first element."""
+    """Yield flat tensors (n,) in stacked pieces (runs, size), each with the offset of its first element."""
     for start in range(0, len(rows[0]), size):
         yield start, torch.stack([row[start : start + size] for row in rows])
 
 
 def merges(info: TensorInfo) -> bool:
-    """Whether a tensor merges: floats do, but not FP8, which means nothing without the scales stored beside it."""
+    """Return whether a tensor merges: floats do, except FP8, which needs the scales stored beside it."""
     return info.dtype.is_floating_point and info.dtype.itemsize > 1
 
 
 def finite_or_inf(loss: float) -> float:
-    """A loss that can be compared: NaN is worse than anything."""
+    """Make a loss comparable: NaN counts as infinite."""
     return math.inf if math.isnan(loss) else float(loss)
 
 
@@ -245,7 +245,7 @@ def _floating(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _check_headers(base: Checkpoint, run: Checkpoint, label: str) -> None:
-    """The run has the base's floating tensors, no others, each in the base's shape."""
+    """Check that the run has the base's floating tensors and no others, each in the base's shape."""
     present, ours, theirs = set(run.names()), dict.fromkeys(_floating(base)), _floating(run)
     for name in ours:
         where = f"{name} of run {label}"

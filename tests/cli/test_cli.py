@@ -170,10 +170,10 @@ def test_merge_with_a_recipe_chooses_by_its_validation_data(finished, tmp_path):
         assert (tmp_path / "soup" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     extended = call("merge", "--extend", tmp_path / "soup", out / "runs/airy-0", "-o", tmp_path / "more")
     assert extended.exit_code == 0
-    assert "greedy-soup depends on all runs at once: everything it chooses, it chooses anew" in extended.stderr
+    assert "greedy-soup depends on all runs at once and makes its choices from scratch" in extended.stderr
     recipe = (finished / "tiny.yaml").read_text()
     (finished / "tiny.yaml").write_text(recipe + "\n")
-    fails(call("merge", "--again", tmp_path / "soup", "-o", tmp_path / "third"), "tiny.yaml", "not what it was")
+    fails(call("merge", "--again", tmp_path / "soup", "-o", tmp_path / "third"), "tiny.yaml", "has changed")
     (finished / "tiny.yaml").write_text(recipe)
 
     assert call("merge", "--again", out / "merges/mean", "-o", tmp_path / "mean", "--quiet").exit_code == 0

@@ -68,7 +68,7 @@ def test_a_scale_without_a_loss_is_passed_over(base, make_runs, taus):
 
 
 def test_no_scale_with_a_loss_is_a_failure(base, make_runs, taus):
-    with pytest.raises(EmomergeError, match="finite at no scale"):
+    with pytest.raises(EmomergeError, match="not finite at any scale"):
         merge(base, make_runs(taus), method="mean", scale="auto", held_out_loss=lambda _: math.nan)
 
 

@@ -4,6 +4,7 @@ import torch
 from emomerge.checkpoints import MemoryCheckpoint, open_checkpoint, write_checkpoint
 from emomerge.errors import BadInput
 from emomerge.merging import check_params, merge, merge_method, registry
+from emomerge.merging.registry import provides
 
 
 class Watched(MemoryCheckpoint):
@@ -134,7 +135,7 @@ def test_a_value_that_is_not_finite_is_named(tensors, bad, method):
         ({"weights": [1.0, -1.0]}, "weights must have a positive sum"),
         ({"run_losses": [1.0, 2.0, 3.0]}, "`run_losses` does not fit the runs"),
         ({"names": ["x"]}, "`names` does not fit the runs"),
-        ({"names": ["x", "x"]}, "`names` names two runs alike"),
+        ({"names": ["x", "x"]}, "two runs have the same name in `names`"),
         ({"method": "tall-mask", "k": 3}, "more votes than runs: `k` of tall-mask; expected 0 to 2; found 3"),
     ],
 )
@@ -201,10 +202,76 @@ def test_checked_parameters_have_defaults_and_the_keywords_of_merge(tensors):
     assert torch.equal(merge(base, runs, **{"lambda": 0.3})["b"], merge(base, runs, lambda_=0.3)["b"])
 
 
-def test_every_method_says_what_it_is():
+def test_every_method_and_parameter_is_described():
     for method in registry.METHODS.values():
-        assert method.description.endswith(".")
+        assert method.formula.endswith(".")
         assert method.source
+        for parameter in method.parameters:
+            assert parameter.type, (method.name, parameter)
+            assert parameter.description, (method.name, parameter)
+
+
+def test_the_types_of_parameters_in_words():
+    types = {parameter.name: parameter.type for parameter in registry.METHODS["tall-mask"].parameters}
+    assert types == {
+        "lambda": "number ≥ 0 | auto",
+        "reference": "mean | sum | ties",
+        "k": "integer ≥ 0",
+        "scale": "number | auto | list",
+        "weights": "list | equal | auto",
+    }
+    assert registry.METHODS["ties"].parameters[-3].type == "number > 0, ≤ 1 | list"
+
+
+@provides("found")
+def find(vectors, *, number: float = 1.0):
+    return {"found": number}
+
+
+def first(vectors, unknown):
+    return {}
+
+
+def tensor(rows, offset):
+    return {}
+
+
+def compiled(stored, weights, figures, surprise):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("options", "argument", "kind"),
+    [
+        ({}, "found", "function"),
+        ({"first_pass": provides("found")(first)}, "unknown", "first pass"),
+        ({"first_pass": find, "tensor_pass": provides()(tensor)}, "offset", "tensor pass"),
+        ({"first_pass": find, "native": compiled}, "surprise", "native"),
+    ],
+)
+def test_an_argument_that_nobody_provides_is_refused_at_registration(options, argument, kind):
+    def function(deltas, name, *, found, factor=2.0):
+        return deltas[0]
+
+    with pytest.raises(TypeError, match=f"merge method 'wrong': the argument `{argument}` of its {kind} is not an input"):
+        merge_method("wrong", source="nobody", **options)(function)
+    assert "wrong" not in registry.METHODS
+
+
+def test_a_pass_returns_what_it_declares(monkeypatch, tensors):
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+
+    @provides("found", "more")
+    def forgetful(vectors):
+        return {"found": 1}
+
+    @merge_method("forgetful", source="nobody", first_pass=forgetful)
+    def function(deltas, *, found):
+        """One run."""
+        return deltas[0]
+
+    with pytest.raises(TypeError, match="forgetful provides found, but declares found, more"):
+        merge(MemoryCheckpoint(tensors), [MemoryCheckpoint(moved(tensors))], method="forgetful")
 
 
 def test_a_new_method_is_one_function(monkeypatch, tensors):

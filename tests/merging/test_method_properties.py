@@ -64,8 +64,8 @@ def test_slerp_ends_at_the_runs_and_keeps_the_length_between(merged_tau):
 
 
 @pytest.mark.parametrize("method", ["slerp", "nuslerp"])
-def test_a_great_circle_is_through_two_runs(merged_tau, method):
-    with pytest.raises(BadInput, match="slerp is of two runs; found 3; use karcher"):
+def test_methods_of_two_runs_refuse_other_numbers(merged_tau, method):
+    with pytest.raises(BadInput, match="slerp merges exactly 2 runs; found 3"):
         merged_tau([normal(i, 4) for i in range(3)], method)
 
 

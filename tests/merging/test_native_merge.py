@@ -13,7 +13,7 @@ import emomerge.merging.vectors as vectors
 from emomerge.checkpoints import MemoryCheckpoint, RoundingLoss, write_checkpoint
 from emomerge.errors import BadInput
 from emomerge.merging import merge
-from emomerge.merging.native import PIECE, open_source
+from emomerge.merging.native import PIECE, open_stored
 
 SHAPES = {"a": (300, 211), "b": (PIECE + 1,), "c": (1,), "d": (), "e": (0, 3), "f": (2, PIECE)}
 METHODS: list[tuple[str, dict[str, Any]]] = [
@@ -60,7 +60,7 @@ def both(monkeypatch: pytest.MonkeyPatch, *args: Any, **kwargs: Any) -> tuple[An
     """The merge by compiled kernels and by torch's operations."""
     compiled = merge(*args, **kwargs)
     values = {name: compiled[name] for name in compiled}, compiled.diagnostics()
-    monkeypatch.setattr(vectors, "open_source", lambda *_: None)
+    monkeypatch.setattr(vectors, "open_stored", lambda *_: None)
     plain = merge(*args, **kwargs)
     return values, ({name: plain[name] for name in plain}, plain.diagnostics())
 
@@ -78,7 +78,7 @@ def close(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize(("method", "params"), METHODS)
 def test_same_bits(method: str, params: dict[str, Any], kind: str, rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     base, runs = models(kind, rounded)
-    assert open_source("a", base, runs, ["0", "1", "2"]) is not None or pytest.skip("no C compiler")
+    assert open_stored("a", base, runs, ["0", "1", "2"]) is not None or pytest.skip("no C compiler")
     params = {key.replace("lambda", "lambda_"): value for key, value in params.items()}
     (ours, report), (theirs, other) = both(monkeypatch, base, runs, method=method, **params)
     for name, tensor in ours.items():

@@ -160,7 +160,7 @@ def test_a_changed_input_is_named(models):
     tensors = load_file("two/model.safetensors")
     tensors["b.bias"][0] += 1
     save_file(tensors, "two/model.safetensors")
-    fails(call("merge", "--again", "out", "-o", "again"), "two, model.safetensors", "not what it was")
+    fails(call("merge", "--again", "out", "-o", "again"), "two, model.safetensors", "has changed")
     assert not (models / "again").exists()
     (models / "base/model.safetensors").rename(models / "base/other.safetensors")
     fails(call("merge", "--again", "out", "-o", "again"), "base, model.safetensors", "found no such file")
@@ -174,7 +174,7 @@ def test_a_record_that_cannot_be_repeated(models):
     (models / "bad.json").write_text('{"method": "mean", "params": {}, "runs": []}')
     fails(call("merge", "--again", "bad.json", "-o", "x"), "not the record of a merge", "base")
     (models / "old.json").write_text('{"method": "mean", "params": {}, "base": "base", "runs": []}')
-    fails(call("merge", "--again", "old.json", "-o", "x"), "no hashes", "merge anew")
+    fails(call("merge", "--again", "old.json", "-o", "x"), "lacks the hashes", "merge from scratch")
 
 
 # Adapters from the command line.

@@ -304,7 +304,7 @@ def test_the_fit_knows_gradient_and_hessian():
     search = positioning.Search(lambda c: float(g @ c + c @ h @ c / 2))
     for c in 0.5 * normal(11, 40, 3).double():
         search.measure(c)
-    search.know(torch.ones(3, dtype=torch.float64), math.inf)
+    search.record(torch.ones(3, dtype=torch.float64), math.inf)
     model = positioning.fit(search, torch.diag(torch.tensor([1.0, 2, 4], dtype=torch.float64)), 0.5)
     units = torch.tensor([0.5, 1, 2], dtype=torch.float64)  # of c in a step of u
     torch.testing.assert_close(model.g, units * (g + h @ search.best), rtol=0.02, atol=0.02)

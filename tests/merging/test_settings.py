@@ -128,5 +128,5 @@ def test_density_of_each_run_and_tensor(exact_run):
     by_run = [{"run": 1, "value": 0.1}, {"run": 2, "value": 0.5}]
     report = merge(base, [run, run], method="ties", density=by_run).diagnostics()
     assert list(report["mask_density"].values()) == [0.15, 0.55]  # the paper keeps all that equal the threshold
-    with pytest.raises(BadInput, match=r"threshold over all of them.*trim: global; set trim: tensor"):
+    with pytest.raises(BadInput, match=r"threshold over all tensors needs one density.*trim: global; set trim: tensor"):
         merge(base, [run, run], method="ties", density=density)

@@ -1,16 +1,16 @@
-"""Multiple positioning: the runs are positions around one minimum, which is sought in the space that they span.
+"""Multiple positioning: treat the runs as positions around one minimum and search for it in the space that they span.
 
     θ = θ₀ + Σ_t c_t τ_t,  c = argmin L(c),  L the held-out loss
 
-L is a black box that is asked a few dozen times, so its gradient and its Hessian in the span come from a quadratic fitted to
-the losses that were measured, which a trust region keeps honest (Powell 2006; Conn, Gould and Toint 2000, chapter 9). The
-fit is made in coordinates u in which length is distance between weights, as long runs and runs that agree would hide what
-the others differ in:
+L is a black box that can be evaluated a few dozen times. Its gradient and Hessian in the span come from a quadratic fitted
+to the measured losses within a trust region (Powell 2006; Conn, Gould and Toint 2000, chapter 9). The fit uses coordinates
+u in which length is distance between weights; otherwise long runs, and runs that agree, would hide the differences
+between the others:
 
     c = c₀ + Bu,  BᵀGB = l²·I,  G = [⟨τ_s, τ_t⟩],  c₀ the best start, l = ‖Σ_t c₀_t τ_t‖
 
-Five coefficients can be fitted to chance: below about 500 validation rows the merge may be worse on new data than its best run
-(benchmarks/multi_positioning.py).
+Five coefficients can overfit: with fewer than about 500 validation rows the merge may be worse on new data than its best
+run (benchmarks/multi_positioning.py).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from emomerge.merging.native import Source
-from emomerge.merging.registry import merge_method
+from emomerge.merging.native import StoredTensor
+from emomerge.merging.registry import merge_method, provides
 from emomerge.merging.vectors import TaskVectors
 from emomerge.numerics.sums import gram, weighted_sum
 from emomerge.numerics.threads import one_thread
@@ -32,16 +32,16 @@ from emomerge.numerics.threads import one_thread
 if TYPE_CHECKING:
     from emomerge.merging.diagnostics import Figures
 
-Count = Annotated[int, Field(ge=0)]
+Evaluations = Annotated[int, Field(ge=0, description="held-out losses to measure at most, beyond those of the runs")]
 
 RADIUS = 0.2
-"""Of the first trust region, in units of the length of the start's task vector."""
+"""Initial radius of the trust region, in units of the length of the start's task vector."""
 COLLINEAR = 1e-4
-"""Directions with a smaller share of the start's energy are left out: coefficients in the hundreds would blow up rounding."""
+"""Directions with a smaller share of the start's energy are dropped: coefficients in the hundreds would amplify rounding."""
 RIDGE = 1e-3
-"""On the Hessian of the fit: what no loss has shown is flat."""
-ENOUGH = 1e-6
-"""A smaller share of the loss is not worth another measurement."""
+"""Ridge on the Hessian of the fit: directions without evidence of curvature count as flat."""
+MIN_GAIN = 1e-6
+"""Smallest predicted gain, as a share of the loss, that is worth another evaluation."""
 
 
 class Quadratic(NamedTuple):
@@ -56,21 +56,21 @@ class Quadratic(NamedTuple):
 
 
 class Search:
-    """The coefficients whose loss is known, and the loss of others."""
+    """The coefficients whose loss is known, and a function that measures others."""
 
     def __init__(self, loss: Callable[[Tensor], float]) -> None:
         self.loss = loss
         self.points: list[Tensor] = []
         self.losses: list[float] = []
 
-    def know(self, c: Tensor, loss: float) -> None:
-        """Take down the loss of coefficients."""
+    def record(self, c: Tensor, loss: float) -> None:
+        """Record the loss of coefficients."""
         self.points.append(c)
         self.losses.append(loss)
 
     def measure(self, c: Tensor) -> float:
-        """The loss of coefficients."""
-        self.know(c, self.loss(c))
+        """Measure, record and return the loss of coefficients."""
+        self.record(c, self.loss(c))
         return self.losses[-1]
 
     @property
@@ -80,25 +80,25 @@ class Search:
 
     @property
     def best(self) -> Tensor:
-        """Its coefficients; of equals the first."""
+        """The coefficients with the lowest loss; of equal ones the first."""
         return self.points[self.losses.index(self.lowest)]
 
 
-def choose_coefficients(vectors: TaskVectors, *, evaluations: Count = 40) -> dict[str, Any]:
-    """The c with the lowest held-out loss that is found from the best run, or from the mean where that is better.
+@provides("coefficients", "start", "measured_loss", "evaluations_used", "predicted_loss")
+def choose_coefficients(vectors: TaskVectors, *, evaluations: Evaluations = 40) -> dict[str, Any]:
+    """Search for the c with the lowest held-out loss, starting from the best run, or from the mean if that is better.
 
     Args:
         vectors: the runs' task vectors.
         evaluations: held-out losses to measure at most, beyond those of the runs and of the mean.
 
     Returns:
-        dict: `coefficients` of the runs; `start`, a run or "mean"; `measured_loss` of the coefficients, and the
-        `predicted_loss` where the quadratic led there; `evaluations_used`, beyond those of the runs.
+        dict: `coefficients` of the runs; `start`, a run or "mean"; `measured_loss` of the coefficients, and their
+        `predicted_loss`, None if no quadratic led there; `evaluations_used`, beyond those of the runs.
 
     Raises:
         BadInput: there is no held-out loss, or a run has none that is finite.
     """
-    vectors.need_loss("positioning")
     known, runs = vectors.run_losses("positioning"), len(vectors)
 
     def loss(c: Tensor) -> float:
@@ -106,18 +106,17 @@ def choose_coefficients(vectors: TaskVectors, *, evaluations: Count = 40) -> dic
 
     search = Search(loss)
     for c, run_loss in zip(torch.eye(runs, dtype=torch.float64), known, strict=True):
-        search.know(c, run_loss)
+        search.record(c, run_loss)
     if runs > 1:
         search.measure(torch.full((runs,), 1 / runs, dtype=torch.float64))
     start = (*vectors.labels, "mean")[search.losses.index(search.lowest)]
     predicted = descend(search, axes(inner_products(vectors), search.best), evaluations)
     found = {"coefficients": tuple(search.best.tolist()), "start": start, "measured_loss": search.lowest}
-    used = {"evaluations_used": len(search.losses) - runs}
-    return found | used | ({} if predicted is None else {"predicted_loss": predicted})
+    return {**found, "evaluations_used": len(search.losses) - runs, "predicted_loss": predicted}
 
 
 def inner_products(vectors: TaskVectors) -> Tensor:
-    """G = [⟨τ_s, τ_t⟩] (runs, runs), in float64."""
+    """Return G = [⟨τ_s, τ_t⟩] (runs, runs), in float64."""
     g = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
     for name in vectors.names:
         if (rows := vectors.rows(name)) is not None:
@@ -127,7 +126,7 @@ def inner_products(vectors: TaskVectors) -> Tensor:
 
 @one_thread()
 def axes(g: Tensor, start: Tensor) -> Tensor:
-    """B (runs, dimensions): orthogonal directions of the span, each as long as the task vector of the start, if that moved."""
+    """Return B (runs, dimensions): orthogonal directions of the span, as long as the start's task vector if that moved."""
     energies, directions = torch.linalg.eigh(g)
     energy = float(start @ g @ start) or float(g.diagonal().mean())
     moving = energies > COLLINEAR * energy
@@ -136,12 +135,12 @@ def axes(g: Tensor, start: Tensor) -> Tensor:
 
 
 def descend(search: Search, b: Tensor, evaluations: int) -> float | None:
-    """Look for a lower loss: first at c₀ ± r·b_i, then, while it gains, where the quadratic is lowest in ‖u − u_best‖ ≤ r.
+    """Search for a lower loss: at c₀ ± r·b_i, then, as long as it pays, at the quadratic's minimum in ‖u − u_best‖ ≤ r.
 
     The radius r grows and shrinks with how well the gain was predicted.
 
     Returns:
-        float | None: the loss that was predicted of the best; None where no quadratic led there.
+        float | None: the predicted loss of the best coefficients; None if no quadratic led there.
     """
     radius, predicted, start = RADIUS, None, search.best
     corners = [start + sign * radius * axis for axis in b.T for sign in (1, -1)]
@@ -152,7 +151,7 @@ def descend(search: Search, b: Tensor, evaluations: int) -> float | None:
         model = fit(search, b, radius)
         step = lowest_within(model, 1.0)
         gain = model.gain(step)
-        if gain <= ENOUGH * abs(lowest):
+        if gain <= MIN_GAIN * abs(lowest):
             break
         gained = lowest - search.measure(best + radius * (b @ step))
         if gained > 0:
@@ -166,7 +165,7 @@ def descend(search: Search, b: Tensor, evaluations: int) -> float | None:
 
 @one_thread()
 def fit(search: Search, b: Tensor, radius: float) -> Quadratic:
-    """The quadratic of (u − u_best)/r that is nearest to the losses, those nearby before all, with a ridge on H."""
+    """Fit a quadratic of (u − u_best)/r to the losses, weighted towards the nearest ones, with a ridge on H."""
     finite = [i for i, loss in enumerate(search.losses) if math.isfinite(loss)]
     u = (torch.stack([search.points[i] for i in finite]) - search.best) @ torch.linalg.pinv(b).T / radius
     losses = u.new_tensor([search.losses[i] for i in finite]) - search.lowest
@@ -185,7 +184,7 @@ def fit(search: Search, b: Tensor, radius: float) -> Quadratic:
 
 @one_thread()
 def lowest_within(model: Quadratic, radius: float) -> Tensor:
-    """argmin of m(u) over ‖u‖ ≤ radius: u = −(H + λI)⁻¹g, with λ ≥ 0 the least that makes H + λI positive and u short."""
+    """Minimize m(u) over ‖u‖ ≤ radius: u = −(H + λI)⁻¹g with the least λ ≥ 0 for which H + λI is positive and u fits."""
     curvatures, directions = torch.linalg.eigh(model.h)
     slopes = directions.T @ model.g
     low = max(0.0, -float(curvatures[0]))
@@ -199,7 +198,7 @@ def lowest_within(model: Quadratic, radius: float) -> Tensor:
 
 
 def positioning_advice(report: dict[str, Any]) -> list[str]:
-    """A merge that is one of its runs should not look like more."""
+    """Say so if the merge is just one of its runs."""
     params = report["params"]
     if sorted(params["coefficients"]) != [0.0] * (len(report["runs"]) - 1) + [1.0]:
         return []
@@ -207,9 +206,9 @@ def positioning_advice(report: dict[str, Any]) -> list[str]:
     return [f"no combination of the runs was better on held-out data than run {run}; the merge is that run"]
 
 
-def positioning_native(source: Source, figures: Figures, *, coefficients: tuple[float, ...]) -> tuple[Tensor, bool]:
-    """Compiled."""
-    return source.merge("linear", torch.tensor(coefficients), figures=figures), False
+def positioning_native(stored: StoredTensor, figures: Figures, *, coefficients: tuple[float, ...]) -> tuple[Tensor, bool]:
+    """Compiled version."""
+    return stored.merge("linear", torch.tensor(coefficients), figures=figures), False
 
 
 @merge_method(
@@ -217,9 +216,10 @@ def positioning_native(source: Source, figures: Figures, *, coefficients: tuple[
     source="muooon 2026; Powell 2006",
     elementwise=True,
     native=positioning_native,
+    needs_loss=True,
     first_pass=choose_coefficients,
     advice=positioning_advice,
 )
 def positioning(deltas: Tensor, *, coefficients: tuple[float, ...]) -> Tensor:
-    """Σ_t c_t τ_t with the c that a search by held-out loss finds, starting from the best run or the mean."""
+    """Σ_t c_t τ_t with the c found by a search on held-out loss, which starts from the best run or the mean."""
     return weighted_sum(deltas, deltas.new_tensor(coefficients))

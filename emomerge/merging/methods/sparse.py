@@ -1,4 +1,4 @@
-"""Sparsify the task vectors, then add them up or merge them as TIES does: DARE, DELLA, Breadcrumbs, SCE."""
+"""Sparsify the task vectors, then sum them or merge them as TIES does: DARE, DELLA, Breadcrumbs, SCE."""
 
 from __future__ import annotations
 
@@ -11,28 +11,36 @@ from torch import Tensor
 
 from emomerge.errors import BadInput
 from emomerge.merging.methods.ties import Aggregate, Density, Elect, consensus, each
-from emomerge.merging.registry import merge_method
+from emomerge.merging.registry import merge_method, provides
 from emomerge.merging.settings import PerRun, PerTensor
 from emomerge.merging.thresholds import Cut, largest
 from emomerge.merging.vectors import blocks
 from emomerge.numerics.seeds import key_of
 from emomerge.numerics.sums import PIECE, run_sum, total, weighted_sum
 
-Share = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0)]
-Sum = Literal["sum", "mean"]
-Rescale = Literal["unbiased", "l1", "none"]
-"""Divide by the probability of being kept; restore the L1 norm of each tensor; leave as it is."""
+KeepProbability = Annotated[float, Field(gt=0, le=1, description="probability of keeping an element")]
+Epsilon = Annotated[
+    float, Field(ge=0, lt=1, description="the probability runs from density − ε for the smallest element to density + ε")
+]
+Gamma = Annotated[float, Field(ge=0, lt=1, description="share of the largest elements to drop")]
+TopVariance = Annotated[float, Field(gt=0, le=1, description="share of the elements, those that vary most, to keep")]
+Seed = Annotated[int, Field(ge=0, description="seed of the random masks")]
+Sum = Annotated[Literal["sum", "mean"], Field(description="sum of the runs, or their weighted mean")]
+Rescale = Annotated[
+    Literal["unbiased", "l1", "none"],
+    Field(description="divide by the probability of being kept, restore each tensor's L1 norm, or do neither"),
+]
+RescaleNorm = Annotated[Literal["l1", "none"], Field(description="restore each tensor's L1 norm, or not")]
 
 
 def added(kept: Tensor, weights: Tensor, aggregate: Sum) -> Tensor:
-    """Σ_t w_t τ̂_t, or Σ_t w_t τ̂_t / Σ_t w_t."""
+    """Return Σ_t w_t τ̂_t, or Σ_t w_t τ̂_t / Σ_t w_t."""
     merged, whole = weighted_sum(kept, weights), run_sum(weights)
     return merged if aggregate == "sum" else merged / torch.where(whole == 0, 1, whole)
 
 
 def l1_share(rows: Sequence[Tensor], keep: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """The share of each run's L1 norm that `keep` (offset, τ (runs, n) → τ̂) leaves (runs, 1); 1 where that is nothing."""
+    """Return the share of each run's L1 norm that `keep` (offset, τ (runs, n) → τ̂) retains (runs, 1); 1 if that is zero."""
     before = after = torch.zeros(len(rows), dtype=torch.float64, device=rows[0].device)
     for offset, deltas in blocks(rows, PIECE):
         before, after = before + total(deltas.abs()), after + total(keep(offset, deltas).abs())
@@ -43,11 +51,14 @@ def l1_share(rows: Sequence[Tensor], keep: Callable[[int, Tensor], Tensor]) -> T
 
 
 def uniform(like: Tensor, name: str, run: int, seed: int, offset: int = 0) -> Tensor:
-    """Numbers in [0, 1) of 24 bits that depend on seed, run, tensor and element alone: a hash of these (lowbias32).
+    """Return 24-bit numbers in [0, 1) that depend only on seed, run, tensor and element: a hash of these (lowbias32).
 
     Args:
-        like: shape and device.
-        offset: the place of its first element in the flat tensor.
+        like: tensor with the shape and device of the result.
+        name: name of the tensor.
+        run: index of the run.
+        seed: seed of the masks.
+        offset: index of the first element in the flat tensor.
     """
     digest = key_of(seed, run, name)
     start, stride = (int.from_bytes(part, "little", signed=True) for part in (digest[:4], digest[4:]))
@@ -60,16 +71,17 @@ def uniform(like: Tensor, name: str, run: int, seed: int, offset: int = 0) -> Te
 
 
 def dropped(deltas: Tensor, name: str, offset: int, density: Sequence[float], seed: int) -> Tensor:
-    """Every element kept with the probability `density`, zero elsewhere."""
+    """Keep each element with the probability `density`, zero elsewhere."""
     rows = zip(deltas, density, strict=True)
     keep = [uniform(delta, name, run, seed, offset) < share for run, (delta, share) in enumerate(rows)]
     return torch.where(torch.stack(keep), deltas, 0)
 
 
+@provides("divisor")
 def dare_divisor(
-    rows: Sequence[Tensor], name: str, *, density: PerRun[Density] = 0.5, rescale: Rescale = "unbiased", seed: Seed = 0
+    rows: Sequence[Tensor], name: str, *, density: PerRun[KeepProbability] = 0.5, rescale: Rescale = "unbiased", seed: Seed = 0
 ) -> dict[str, Any]:
-    """What makes up for the dropped elements of each run (runs, 1)."""
+    """Return the divisor that compensates for the dropped elements of each run (runs, 1)."""
     shares = each(density, rows)
     if rescale == "l1":
         return {"divisor": l1_share(rows, lambda offset, deltas: dropped(deltas, name, offset, shares, seed))}
@@ -84,7 +96,7 @@ def dare_linear(
     offset: int,
     *,
     divisor: Tensor,
-    density: PerRun[Density] = 0.5,
+    density: PerRun[KeepProbability] = 0.5,
     aggregate: Sum = "sum",
     seed: Seed = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -101,12 +113,12 @@ def dare_ties(
     offset: int,
     *,
     divisor: Tensor,
-    density: PerRun[Density] = 0.5,
+    density: PerRun[KeepProbability] = 0.5,
     elect: Elect = "sum",
     aggregate: Aggregate = "mean",
     seed: Seed = 0,
 ) -> tuple[Tensor, Tensor]:
-    """DARE's τ̂_t joined as by TIES: an elected sign, then the average of what has it."""
+    """DARE's τ̂_t merged as by TIES: elect a sign, then average the values that have it."""
     kept = dropped(deltas, name, offset, each(density, deltas), seed) / divisor
     return consensus(kept, weights, elect=elect, aggregate=aggregate), kept != 0
 
@@ -115,7 +127,7 @@ def dare_ties(
 
 
 def probabilities(delta: Tensor, density: float, epsilon: float) -> Tensor:
-    """Of being kept: from density − ε for the smallest magnitude of a row to density + ε for the largest."""
+    """Return the probability of keeping each element: density − ε for the smallest of a row to density + ε for the largest."""
     if density == 1:
         return torch.ones_like(delta)
     if not epsilon < density < 1 - epsilon:
@@ -132,7 +144,7 @@ def probabilities(delta: Tensor, density: float, epsilon: float) -> Tensor:
 def pruned(
     deltas: Tensor, name: str, density: Sequence[float], epsilon: Sequence[float], rescale: Rescale, seed: int
 ) -> Tensor:
-    """MAGPRUNE: every element kept with a probability that grows with its rank in its row, rescaled."""
+    """MAGPRUNE: keep each element with a probability that grows with its rank in its row, and rescale."""
     merged = []
     for run, (delta, share, half) in enumerate(zip(deltas, density, epsilon, strict=True)):
         probability = probabilities(delta, share, half)
@@ -149,14 +161,14 @@ def della(
     weights: Tensor,
     name: str,
     *,
-    density: PerRun[Density] = 0.5,
-    epsilon: PerRun[Share] = 0.15,
+    density: PerRun[KeepProbability] = 0.5,
+    epsilon: PerRun[Epsilon] = 0.15,
     rescale: Rescale = "unbiased",
     elect: Elect = "sum",
     aggregate: Aggregate = "mean",
     seed: Seed = 0,
 ) -> tuple[Tensor, Tensor]:
-    """MAGPRUNE's τ̂_t, which keep an element the likelier (density ± ε) the larger it is in its row, joined as by TIES."""
+    """MAGPRUNE's τ̂_t, which favour the larger elements of a row (probability density ± ε), merged as by TIES."""
     kept = pruned(deltas, name, each(density, deltas), each(epsilon, deltas), rescale, seed)
     return consensus(kept, weights, elect=elect, aggregate=aggregate), kept != 0
 
@@ -167,8 +179,8 @@ def della_linear(
     weights: Tensor,
     name: str,
     *,
-    density: PerRun[Density] = 0.5,
-    epsilon: PerRun[Share] = 0.15,
+    density: PerRun[KeepProbability] = 0.5,
+    epsilon: PerRun[Epsilon] = 0.15,
     rescale: Rescale = "unbiased",
     aggregate: Sum = "sum",
     seed: Seed = 0,
@@ -181,14 +193,15 @@ def della_linear(
 # ---------------------------------------------------------------------------------------------------------- breadcrumbs
 
 
+@provides("tails", "divisor")
 def cut_tails(
     rows: Sequence[Tensor],
     *,
     density: PerRun[Density] = 0.9,
-    gamma: PerRun[Share] = 0.01,
-    rescale: Literal["l1", "none"] = "none",
+    gamma: PerRun[Gamma] = 0.01,
+    rescale: RescaleNorm = "none",
 ) -> dict[str, Any]:
-    """Of each tensor ⌊density·n⌋ elements below the ⌊γ·n⌋ largest, or as few of these as leave enough."""
+    """Keep ⌊density·n⌋ elements of each tensor below its ⌊γ·n⌋ largest, or below fewer of these if not enough remain."""
     n = len(rows[0])
     counts = [int(share * n) for share in each(density, rows)]
     upper = [min(count + int(share * n), n) for count, share in zip(counts, each(gamma, rows), strict=True)]
@@ -198,7 +211,7 @@ def cut_tails(
 
 
 def without(deltas: Tensor, offset: int, tails: tuple[Cut, Cut]) -> Tensor:
-    """What is among the elements of the first cut and not of the second; zero elsewhere."""
+    """Keep the elements inside the first cut and outside the second, zero elsewhere."""
     inside, above = (cut.mask(deltas, offset) for cut in tails)
     return torch.where(inside & ~above, deltas, 0)
 
@@ -209,7 +222,7 @@ def without(deltas: Tensor, offset: int, tails: tuple[Cut, Cut]) -> Tensor:
 def breadcrumbs(
     deltas: Tensor, weights: Tensor, offset: int, *, tails: tuple[Cut, Cut], divisor: Tensor, aggregate: Sum = "sum"
 ) -> tuple[Tensor, Tensor]:
-    """Σ_t w_t τ̂_t, where τ̂_t lacks the share γ of largest elements and the smallest; `mean` divides by Σ w_t."""
+    """Σ_t w_t τ̂_t, where τ̂_t lacks the share γ of the largest elements and the smallest; `mean` divides by Σ w_t."""
     kept = without(deltas, offset, tails) / divisor
     return added(kept, weights, aggregate), kept != 0
 
@@ -227,7 +240,7 @@ def breadcrumbs_ties(
     elect: Elect = "sum",
     aggregate: Aggregate = "mean",
 ) -> tuple[Tensor, Tensor]:
-    """The τ̂_t of Breadcrumbs joined as by TIES."""
+    """The τ̂_t of Breadcrumbs merged as by TIES."""
     kept = without(deltas, offset, tails) / divisor
     return consensus(kept, weights, elect=elect, aggregate=aggregate), kept != 0
 
@@ -236,13 +249,14 @@ def breadcrumbs_ties(
 
 
 def variance(deltas: Tensor) -> Tensor:
-    """Over the runs, (1, n)."""
+    """Return the variance over the runs (1, n)."""
     centre = run_sum(deltas) / len(deltas)
     return (run_sum((delta - centre).square() for delta in deltas) / len(deltas)).unsqueeze(0)
 
 
-def select_and_weigh(rows: Sequence[Tensor], *, density: PerTensor[Density] = 1.0) -> dict[str, Any]:
-    """The elements that vary most, and the share of each run in their energy Σ τ̂_t²."""
+@provides("cut", "energies")
+def select_and_weigh(rows: Sequence[Tensor], *, density: PerTensor[TopVariance] = 1.0) -> dict[str, Any]:
+    """Select the elements that vary most, and compute the share of each run in their energy Σ τ̂_t²."""
     cut = None
     if density < 1:
         whole = torch.cat([variance(deltas)[0] for _, deltas in blocks(rows, PIECE)])
@@ -255,12 +269,12 @@ def select_and_weigh(rows: Sequence[Tensor], *, density: PerTensor[Density] = 1.
 
 
 def selected(deltas: Tensor, offset: int, cut: Cut | None) -> Tensor:
-    """What varies enough, zero elsewhere."""
+    """Keep the elements that vary enough, zero elsewhere."""
     return deltas if cut is None else torch.where(cut.mask(variance(deltas), offset), deltas, 0)
 
 
 @merge_method("sce", source="Wan et al. 2024", elementwise=True, tensor_pass=select_and_weigh)
 def sce(deltas: Tensor, offset: int, *, cut: Cut | None, energies: Tensor) -> tuple[Tensor, Tensor]:
-    """Select the share `density` that varies most over the runs, weight runs by energy Σ τ̂_t², erase minority signs."""
+    """Keep the share `density` that varies most over the runs, weight runs by energy Σ τ̂_t², erase minority signs."""
     kept = selected(deltas, offset, cut)
     return consensus(kept, energies, elect="sum", aggregate="mean"), kept != 0

@@ -1,4 +1,4 @@
-"""Methods on the singular vectors of matrices; any other tensor gets the mean."""
+"""Methods on the singular vectors of matrices; other tensors get the mean."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emomerge.numerics.threads import one_thread
 
 
 class Svd(NamedTuple):
-    """u (rows, rank), s (rank,), v (columns, rank): what of u·diag(s)·vᵀ is more than rounding."""
+    """u (rows, rank), s (rank,), v (columns, rank): the part of u·diag(s)·vᵀ above rounding error."""
 
     u: Tensor
     s: Tensor
@@ -22,7 +22,7 @@ class Svd(NamedTuple):
 
 
 def svd(matrix: Tensor) -> Svd:
-    """The singular values above max(shape)·eps·σ₁, and their vectors."""
+    """Return the singular values above max(shape)·eps·σ₁, and their vectors."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     rank = int((s > max(matrix.shape) * torch.finfo(s.dtype).eps * s[:1]).count_nonzero())
     return Svd(u[:, :rank], s[:rank], vh[:rank].mT)
@@ -30,7 +30,7 @@ def svd(matrix: Tensor) -> Svd:
 
 @merge_method("tsv", source="Gargiulo et al. 2025")
 def tsv(deltas: Tensor, weights: Tensor) -> Tensor:
-    """Σ_t of each run's first ⌊min(shape)/N⌋ singular triples, the vectors of all runs made orthonormal together.
+    """Σ_t of each run's first ⌊min(shape)/N⌋ singular triples, the vectors of all runs orthonormalized together.
 
     [U₁ … U_N] and [V₁ … V_N] are replaced by their nearest orthonormal matrices.
     """
@@ -46,14 +46,14 @@ def tsv(deltas: Tensor, weights: Tensor) -> Tensor:
 
 
 def orthonormal(vectors: Tensor) -> Tensor:
-    """The orthonormal columns nearest to these (Procrustes): P·Qᵀ of the SVD P·diag(σ)·Qᵀ."""
+    """Return the nearest orthonormal columns (Procrustes): P·Qᵀ of the SVD P·diag(σ)·Qᵀ."""
     p, _, q = svd(vectors)
     return p @ q.mT
 
 
 @merge_method("iso-c", source="Marczak et al. 2025")
 def iso_c(deltas: Tensor, weights: Tensor) -> Tensor:
-    """σ̄·U·Vᵀ of Σ_t w_t τ_t = U·diag(σ)·Vᵀ, σ̄ the mean of σ: the same length in every direction that the runs use."""
+    """σ̄·U·Vᵀ of Σ_t w_t τ_t = U·diag(σ)·Vᵀ, σ̄ the mean of σ: equal length in every direction that the runs use."""
     if deltas.ndim != 3:
         return mean(deltas, weights)
     with one_thread():

@@ -1,4 +1,4 @@
-"""Averages on the sphere: directions are averaged as directions, lengths as lengths.
+"""Averages on the sphere: directions and lengths are averaged separately.
 
 The points are the task vectors (`origin: base`) or the runs' weights θ_t themselves (`origin: zero`). All of these are
 combinations Σ c_t x_t whose coefficients follow from the inner products of the points.
@@ -14,22 +14,30 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from emomerge.errors import BadInput
-from emomerge.merging.registry import Finite, merge_method
+from emomerge.merging.registry import merge_method, provides
 from emomerge.merging.settings import PerTensor
-from emomerge.merging.vectors import TaskVectors
 from emomerge.numerics.sums import gram, run_sum, weighted_sum
 
-Origin = Literal["base", "zero"]
-Along = Literal["tensor", "row", "column", "filter"]
-"""What one vector is: the tensor, what lies along its last dimension or its first, or what has one place in the first."""
+Origin = Annotated[
+    Literal["base", "zero"], Field(description="what the points are: task vectors (base) or the runs' weights (zero)")
+]
+VectorKind = Literal["tensor", "row", "column", "filter"]
+"""One vector is the whole tensor, a slice along its last or along its first dimension, or all elements at one index of the
+first dimension."""
+Along = Annotated[
+    Literal["tensor", "row", "column"],
+    Field(description="what is interpolated: whole tensors, or vectors along the last (row) or first (column) dimension"),
+]
+
+FilterWise = Annotated[bool, Field(description="one t for each index of the first dimension instead of one per tensor")]
+Position = Annotated[float, Field(allow_inf_nan=False, description="0 is the first run, 1 the second")]
 
 COLLINEAR = 0.9995
-"""Where |cos| exceeds it, slerp is the straight line."""
+"""slerp is linear if |cos| exceeds this."""
 
 
-def products(rows: Sequence[Tensor], base: Tensor | None, shape: tuple[int, ...], along: Along = "tensor") -> Tensor:
-    """Inner products (vectors, runs, runs) of the points: of τ_t, or with a `base` of θ_t."""
+def products(rows: Sequence[Tensor], base: Tensor | None, shape: tuple[int, ...], along: VectorKind = "tensor") -> Tensor:
+    """Return the inner products (vectors, runs, runs) of the points: τ_t, or with a `base` θ_t."""
 
     def vectors(x: Tensor) -> Tensor:
         if along == "tensor" or not shape:
@@ -39,8 +47,8 @@ def products(rows: Sequence[Tensor], base: Tensor | None, shape: tuple[int, ...]
     return gram([vectors(row) for row in rows], None if base is None else vectors(base))
 
 
-def spread(factors: Tensor, offset: int, n: int, shape: tuple[int, ...], along: Along) -> Tensor:
-    """Factors (…, vectors) for the elements from a place on (…, n)."""
+def expand(factors: Tensor, offset: int, n: int, shape: tuple[int, ...], along: VectorKind) -> Tensor:
+    """Expand factors of vectors (…, vectors) to the n elements from `offset` on (…, n)."""
     if factors.shape[-1] == 1:
         return factors
     place = torch.arange(offset, offset + n, device=factors.device)
@@ -50,14 +58,14 @@ def spread(factors: Tensor, offset: int, n: int, shape: tuple[int, ...], along: 
 
 
 def combined(deltas: Tensor, base: Tensor, coefficients: Tensor, origin: Origin) -> Tensor:
-    """Σ_t c_t x_t as a task vector, of x_t = τ_t or θ_t; coefficients (runs, n) or (runs, 1)."""
+    """Return Σ_t c_t x_t as a task vector, x_t = τ_t or θ_t; coefficients (runs, n) or (runs, 1)."""
     if origin == "base":
         return weighted_sum(deltas, coefficients)
     return weighted_sum(base + deltas, coefficients) - base
 
 
 def cosines(inner: Tensor) -> Tensor:
-    """Of vectors whose inner products (…, runs, runs) are given; 0 with a vector of length zero."""
+    """Return cosines from inner products (…, runs, runs); 0 for a vector of length zero."""
     norms = inner.diagonal(dim1=-2, dim2=-1).sqrt()
     lengths = norms.unsqueeze(-1) * norms.unsqueeze(-2)
     return torch.where(lengths > 0, inner / lengths, 0).clamp(-1, 1)
@@ -66,8 +74,9 @@ def cosines(inner: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- model-stock
 
 
-def stock_ratio(rows: Sequence[Tensor], shape: tuple[int, ...], *, filter_wise: bool = False) -> dict[str, Any]:
-    """t = N·c/(1+(N−1)c) of each vector, c the mean cosine of two runs; 0 at the pole, and 1 for a single run."""
+@provides("t")
+def stock_ratio(rows: Sequence[Tensor], shape: tuple[int, ...], *, filter_wise: FilterWise = False) -> dict[str, Any]:
+    """Return t = N·c/(1+(N−1)c) of each vector, c the mean cosine of two runs; 0 at the pole, 1 for a single run."""
     runs = len(rows)
     if runs == 1:
         return {"t": rows[0].new_ones(1)}
@@ -80,51 +89,46 @@ def stock_ratio(rows: Sequence[Tensor], shape: tuple[int, ...], *, filter_wise: 
 @merge_method("model-stock", source="Jang et al. 2024", elementwise=True, tensor_pass=stock_ratio)
 def model_stock(deltas: Tensor, offset: int, shape: tuple[int, ...], *, t: Tensor) -> Tensor:
     """t·τ̄, t = N·c/(1+(N−1)c), c the mean cosine of two runs, for each tensor (or each row of it, `filter_wise`)."""
-    return spread(t, offset, deltas.shape[1], shape, "filter") * (run_sum(deltas) / len(deltas))
+    return expand(t, offset, deltas.shape[1], shape, "filter") * (run_sum(deltas) / len(deltas))
 
 
 # ---------------------------------------------------------------------------------------------------------------- slerp
 
 
-def need_two_runs(vectors: TaskVectors) -> dict[str, Any]:
-    """A great circle goes through two points."""
-    if len(vectors) != 2:
-        raise BadInput("slerp is of two runs", found=len(vectors), fix="use karcher or multislerp for more")
-    return {}
-
-
 def great_circle(cosine: Tensor, t: Tensor | float, straight: Tensor) -> Tensor:
-    """The coefficients (2, vectors) sin((1−t)Ω)/sin Ω and sin(tΩ)/sin Ω; 1−t and t where it is `straight`."""
+    """Return the coefficients (2, vectors) sin((1−t)Ω)/sin Ω and sin(tΩ)/sin Ω; 1−t and t where `straight`."""
     angle = torch.where(straight, 0, cosine).acos()
     first = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / angle.sin())
     second = torch.where(straight, t, (t * angle).sin() / angle.sin())
     return torch.stack([first, second])
 
 
-def through_two(
-    rows: Sequence[Tensor], base: Tensor, shape: tuple[int, ...], *, t: PerTensor[Finite] = 0.5, origin: Origin = "base"
+@provides("coefficients")
+def slerp_coefficients(
+    rows: Sequence[Tensor], base: Tensor, shape: tuple[int, ...], *, t: PerTensor[Position] = 0.5, origin: Origin = "base"
 ) -> dict[str, Any]:
-    """slerp's coefficients."""
+    """Return the coefficients of both points."""
     cosine = cosines(products(rows, base if origin == "zero" else None, shape))[:, 0, 1]
     return {"coefficients": great_circle(cosine, t, cosine.abs() > COLLINEAR).to(rows[0].dtype)}
 
 
-@merge_method("slerp", source="Shoemake 1985", elementwise=True, first_pass=need_two_runs, tensor_pass=through_two)
+@merge_method("slerp", source="Shoemake 1985", elementwise=True, exact_runs=2, tensor_pass=slerp_coefficients)
 def slerp(deltas: Tensor, base: Tensor, *, coefficients: Tensor, origin: Origin = "base") -> Tensor:
     """sin((1−t)Ω)/sin Ω·x₁ + sin(tΩ)/sin Ω·x₂, Ω the angle of the two runs; a line where |cos Ω| > 0.9995."""
     return combined(deltas, base, coefficients, origin)
 
 
-def by_weight(
+@provides("coefficients")
+def nuslerp_coefficients(
     rows: Sequence[Tensor],
     weights: Tensor,
     base: Tensor,
     shape: tuple[int, ...],
     *,
-    along: Literal["tensor", "row", "column"] = "tensor",
+    along: Along = "tensor",
     origin: Origin = "base",
 ) -> dict[str, Any]:
-    """nuslerp's coefficients, of each vector."""
+    """Return the coefficients of both points, for each vector."""
     whole = run_sum(weights)
     t = torch.where(whole.abs() < 1e-6, 0.5, weights[1] / whole).double()
     cosine = cosines(products(rows, base if origin == "zero" else None, shape, along))[:, 0, 1]
@@ -132,7 +136,7 @@ def by_weight(
 
 
 @merge_method(
-    "nuslerp", source="mergekit", elementwise=True, relative_weights=False, first_pass=need_two_runs, tensor_pass=by_weight
+    "nuslerp", source="mergekit", elementwise=True, relative_weights=False, exact_runs=2, tensor_pass=nuslerp_coefficients
 )
 def nuslerp(
     deltas: Tensor,
@@ -142,45 +146,46 @@ def nuslerp(
     shape: tuple[int, ...],
     *,
     coefficients: Tensor,
-    along: Literal["tensor", "row", "column"] = "tensor",
+    along: Along = "tensor",
     origin: Origin = "base",
 ) -> Tensor:
-    """slerp at t = w₂/(w₁+w₂), of whole tensors or of each vector along the last dimension (row) or the first (column)."""
-    return combined(deltas, base, spread(coefficients, offset, deltas.shape[1], shape, along), origin)
+    """slerp at t = w₂/(w₁+w₂), of whole tensors or of the vectors along their last (row) or first (column) dimension."""
+    return combined(deltas, base, expand(coefficients, offset, deltas.shape[1], shape, along), origin)
 
 
 # -------------------------------------------------------------------------------------------------- karcher, multislerp
 
 
-def towards_all(
+@provides("coefficients")
+def karcher_mean(
     rows: Sequence[Tensor],
     weights: Tensor,
     base: Tensor,
     shape: tuple[int, ...],
     *,
     origin: Origin = "base",
-    max_iter: Annotated[int, Field(ge=0)] = 100,
-    tol: Annotated[float, Field(gt=0)] = 1e-7,
+    max_iter: Annotated[int, Field(ge=0, description="largest number of steps of the gradient descent")] = 100,
+    tol: Annotated[float, Field(gt=0, description="length of a step that ends the descent")] = 1e-7,
 ) -> dict[str, Any]:
-    """karcher's coefficients."""
+    """Return the coefficients of all points."""
     inner = products(rows, base if origin == "zero" else None, shape)[0].cpu()
     return {"coefficients": karcher_coefficients(inner, weights.cpu().double(), max_iter, tol).to(rows[0]).unsqueeze(1)}
 
 
-@merge_method("karcher", source="Karcher 1977; Grove and Karcher 1973", elementwise=True, tensor_pass=towards_all)
+@merge_method("karcher", source="Karcher 1977; Grove and Karcher 1973", elementwise=True, tensor_pass=karcher_mean)
 def karcher(deltas: Tensor, base: Tensor, weights: Tensor, *, coefficients: Tensor, origin: Origin = "base") -> Tensor:
-    """The point of the sphere with the least squared angle to the runs' directions, as long as the runs on average."""
+    """The direction with the least mean squared angle to the runs', at their mean length (Karcher mean)."""
     return combined(deltas, base, coefficients, origin)
 
 
 def karcher_coefficients(inner: Tensor, weights: Tensor, max_iter: int, tol: float) -> Tensor:
-    """Gradient descent on the sphere in the span of the points, from their normalised mean; steps below `tol` end it.
+    """Descend the gradient on the sphere in the span of the points, from their normalized mean, until a step is below `tol`.
 
-    Directions m = Σ_t c_t u_t are kept as their coefficients c (runs,); antipodes, where no mean is unique, are left out.
+    Directions m = Σ_t c_t u_t are represented by their coefficients c (runs,). Antipodes are ignored: their mean is not unique.
     """
     norms, cosine = inner.diagonal().sqrt(), cosines(inner)
-    live = norms > 0
-    alpha = torch.where(live, weights, 0)
+    moved = norms > 0
+    alpha = torch.where(moved, weights, 0)
     if not alpha.any():
         return torch.zeros_like(alpha)
     alpha = alpha / alpha.sum()
@@ -188,7 +193,7 @@ def karcher_coefficients(inner: Tensor, weights: Tensor, max_iter: int, tol: flo
     def length(c: Tensor) -> Tensor:
         return (c * (cosine * c).sum(1)).sum().clamp(min=0).sqrt()
 
-    c = alpha / length(alpha) if length(alpha) >= tol else torch.where(live.cumsum(0) == 1, live.double(), 0)
+    c = alpha / length(alpha) if length(alpha) >= tol else torch.where(moved.cumsum(0) == 1, moved.double(), 0)
     for _ in range(max_iter):
         dots = (cosine * c).sum(1).clamp(-1, 1)
         angle = dots.acos()
@@ -200,13 +205,14 @@ def karcher_coefficients(inner: Tensor, weights: Tensor, max_iter: int, tol: flo
         c = size.cos() * c + size.sin() / size * step
         c = c / length(c)
     scale = (weights / weights.sum() * norms).sum()
-    return torch.where(live, scale * c / norms, 0)
+    return torch.where(moved, scale * c / norms, 0)
 
 
-def mean_direction(
+@provides("coefficients")
+def multislerp_coefficients(
     rows: Sequence[Tensor], weights: Tensor, base: Tensor, shape: tuple[int, ...], *, origin: Origin = "base"
 ) -> dict[str, Any]:
-    """multislerp's coefficients."""
+    """Return the coefficients of all points."""
     inner = products(rows, base if origin == "zero" else None, shape)[0].cpu()
     norms, alpha = inner.diagonal().sqrt(), weights.cpu().double() / len(weights)
     length = (alpha * (cosines(inner) * alpha).sum(1)).sum().clamp(min=0).sqrt()
@@ -214,11 +220,11 @@ def mean_direction(
     return {"coefficients": (directed if length >= 1e-8 else alpha).to(rows[0]).unsqueeze(1)}
 
 
-@merge_method("multislerp", source="mergekit", elementwise=True, tensor_pass=mean_direction)
+@merge_method("multislerp", source="mergekit", elementwise=True, tensor_pass=multislerp_coefficients)
 def multislerp(deltas: Tensor, base: Tensor, weights: Tensor, *, coefficients: Tensor, origin: Origin = "base") -> Tensor:
     """The mean direction Σ w_t u_t/‖Σ w_t u_t‖ at the mean length Σ w_t‖x_t‖; the plain mean where directions cancel.
 
-    mergekit adds one step in the tangent space at that direction, which is zero: Σ w_t (u_t − ⟨u_t, m⟩m) has no part
-    across m.
+    mergekit adds one step in the tangent space at that direction, which is always zero: Σ w_t (u_t − ⟨u_t, m⟩m) has no
+    component orthogonal to m.
     """
     return combined(deltas, base, coefficients, origin)

@@ -1,4 +1,4 @@
-"""TALL-masks: localize what matters to each run, keep what enough runs agree on."""
+"""TALL-masks: localize the weights that matter to each run, keep those that enough runs agree on."""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ from torch import Tensor
 
 from emomerge.errors import BadInput
 from emomerge.merging.methods.ties import ties, trim_and_elect
-from emomerge.merging.native import Source
-from emomerge.merging.registry import merge_method
+from emomerge.merging.native import StoredTensor
+from emomerge.merging.registry import merge_method, provides
 from emomerge.merging.vectors import TaskVectors
 from emomerge.numerics.sums import weighted_sum
 
 if TYPE_CHECKING:
     from emomerge.merging.diagnostics import Figures
 
-Lambda = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Votes = Annotated[int, Field(ge=0)]
-Reference = Literal["mean", "sum", "ties"]
+Lambda = Annotated[
+    Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"],
+    Field(description="λ of the masks; the larger, the fewer weights; auto: chosen for each run by held-out loss"),
+]
+Votes = Annotated[int, Field(ge=0, description="number of runs whose masks must agree on a weight")]
+Reference = Annotated[
+    Literal["mean", "sum", "ties"],
+    Field(description="task vector R that the masks are measured against and applied to"),
+]
 
 LAMBDAS = (0.2, 0.3, 0.4, 0.5, 0.6)
-"""What λ: auto chooses from."""
+"""The candidates of λ: auto."""
 
 
 def reference_vector(deltas: Tensor, weights: Tensor, reference: Reference, survey: Mapping[str, Any]) -> Tensor:
-    """R: the (weighted) mean τ̄, the sum S = N·τ̄, or TIES(20 %, sum)."""
+    """Return R: the (weighted) mean τ̄, the sum S = N·τ̄, or TIES(20 %, sum)."""
     if reference == "ties":
         return ties(deltas, torch.ones_like(weights), 0, **survey)[0]
     total = weighted_sum(deltas, weights)
@@ -37,21 +43,22 @@ def reference_vector(deltas: Tensor, weights: Tensor, reference: Reference, surv
 
 
 def ties_of_a_fifth(vectors: TaskVectors) -> dict[str, Any]:
-    """What `ties` needs to know for a sum of the largest 20 %."""
+    """Compute the arguments of `ties` for a sum of the largest 20 %."""
     density = dict.fromkeys(vectors.names, (0.2,) * len(vectors))
     found = trim_and_elect(vectors, density=density, aggregate="sum")
     return {key: value for key, value in found.items() if key in ("cut", "elect", "aggregate", "majority")}
 
 
-def localize(deltas: Tensor, reference: Tensor, lambda_: Tensor | float) -> Tensor:
-    """The weights that matter to a run: |τ_t| > λ·|R − τ_t|, strictly."""
+def mask_of(deltas: Tensor, reference: Tensor, lambda_: Tensor | float) -> Tensor:
+    """Return the mask of a run, the weights that matter to it: |τ_t| > λ·|R − τ_t|, strictly."""
     return deltas.abs() > lambda_ * (reference - deltas).abs()
 
 
-def settle_lambdas(
-    vectors: TaskVectors, *, lambda_: Lambda | Literal["auto"] = 0.4, reference: Reference = "mean", k: Votes = 2
+@provides("votes", "survey", "lambdas")
+def choose_lambdas(
+    vectors: TaskVectors, *, lambda_: Lambda = 0.4, reference: Reference = "mean", k: Votes = 2
 ) -> dict[str, Any]:
-    """λ of each run; `auto` is the λ whose masked reconstruction θ₀ + mask_t ⊙ R has the lowest held-out loss."""
+    """Return λ of each run; `auto`: the λ whose reconstruction θ₀ + mask_t ⊙ R has the lowest held-out loss."""
     runs = len(vectors)
     if k > max(runs, 2):
         raise BadInput("more votes than runs", where="`k` of tall-mask", expected=f"0 to {runs}", found=k)
@@ -63,7 +70,7 @@ def settle_lambdas(
     def loss(run: int, candidate: float) -> float:
         def reconstruction(name: str, deltas: Tensor) -> Tensor:
             r = reference_vector(deltas, vectors.weights_for(name, deltas), reference, survey)
-            return torch.where(localize(deltas[run], r, candidate), r, 0)
+            return torch.where(mask_of(deltas[run], r, candidate), r, 0)
 
         return vectors.loss_of(reconstruction, "lambda: auto")
 
@@ -71,7 +78,7 @@ def settle_lambdas(
 
 
 def tall_mask_advice(report: dict[str, Any]) -> list[str]:
-    """Runs on one task agree, and a mask that removes what they agree on removes the best of the merge."""
+    """Warn about masks that remove the weights on which all runs agree, the strongest signal of runs on one task."""
     critical, lambdas = report["lambda_crit"], report["params"]["lambdas"]
     shown = "λ " + ", ".join(f"{value:g}" for value in sorted(set(lambdas)))
     warnings = []
@@ -90,13 +97,21 @@ def tall_mask_advice(report: dict[str, Any]) -> list[str]:
 
 
 def tall_mask_native(
-    source: Source, weights: Tensor, figures: Figures, *, lambdas: tuple[float, ...], votes: int, reference: Reference
+    stored: StoredTensor, weights: Tensor, figures: Figures, *, lambdas: tuple[float, ...], votes: int, reference: Reference
 ) -> tuple[Tensor, bool] | None:
-    """Compiled, but for the reference that is itself a merge."""
+    """Compiled version, except for the reference that is itself a merge."""
     if reference == "ties":
         return None
     options = (votes, reference == "mean")
-    return source.merge("tall-mask", weights, numbers=torch.tensor(lambdas), options=options, figures=figures), True
+    return stored.merge("tall-mask", weights, numbers=torch.tensor(lambdas), options=options, figures=figures), True
+
+
+def localize(
+    deltas: Tensor, weights: Tensor, *, lambdas: tuple[float, ...], survey: Mapping[str, Any], reference: Reference
+) -> tuple[Tensor, Tensor]:
+    """Return R and the mask of each run."""
+    r = reference_vector(deltas, weights, reference, survey)
+    return r, mask_of(deltas, r, deltas.new_tensor(lambdas).unsqueeze(1))
 
 
 @merge_method(
@@ -105,7 +120,9 @@ def tall_mask_native(
     elementwise=True,
     native=tall_mask_native,
     tuned=True,
-    first_pass=settle_lambdas,
+    incremental=True,
+    localize=localize,
+    first_pass=choose_lambdas,
     advice=tall_mask_advice,
 )
 def tall_mask(
@@ -118,6 +135,5 @@ def tall_mask(
     reference: Reference = "mean",
 ) -> tuple[Tensor, Tensor]:
     """keep ⊙ R where at least k masks |τ_t| > λ·|R − τ_t| agree; R is the runs' mean, sum or TIES."""
-    r = reference_vector(deltas, weights, reference, survey)
-    masks = localize(deltas, r, deltas.new_tensor(lambdas).unsqueeze(1))
+    r, masks = localize(deltas, weights, lambdas=lambdas, survey=survey, reference=reference)
     return torch.where(masks.sum(dim=0) >= votes, r, 0), masks

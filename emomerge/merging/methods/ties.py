@@ -1,4 +1,4 @@
-"""TIES: trim the task vectors, elect a sign for each element, merge what agrees with it. Three published dialects."""
+"""TIES: trim the task vectors, elect a sign for each element, merge the values that have it. Three published variants."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from emomerge.errors import BadInput
-from emomerge.merging.native import AGGREGATE, ELECT, Source
-from emomerge.merging.registry import merge_method
+from emomerge.merging.native import AGGREGATE, ELECT, StoredTensor
+from emomerge.merging.registry import merge_method, provides
 from emomerge.merging.settings import PerRun, constant
 from emomerge.merging.thresholds import Cut, kth_magnitude, largest
 from emomerge.merging.vectors import TaskVectors, blocks
@@ -20,71 +20,87 @@ from emomerge.numerics.sums import PIECE, run_sum
 if TYPE_CHECKING:
     from emomerge.merging.diagnostics import Figures
 
-Density = Annotated[float, Field(gt=0, le=1)]
-Trim = Literal["global", "tensor", "touched"]
-Elect = Literal["sum", "weighted", "count"]
-Aggregate = Literal["mean", "count", "sum", "max"]
+Density = Annotated[float, Field(gt=0, le=1, description="share of each task vector's elements to keep")]
+Preset = Annotated[
+    Literal["paper", "mergekit", "peft"],
+    Field(description="the implementation to follow; trim, elect, draw and aggregate override its parts"),
+]
+Trim = Annotated[
+    Literal["global", "tensor", "touched"],
+    Field(description="apply the density to the whole task vector, to each tensor, or to the weights that the run moved"),
+]
+Elect = Annotated[
+    Literal["sum", "weighted", "count"],
+    Field(description="elect the sign of the sum of values, of their weighted sum, or of most values"),
+]
+Draw = Annotated[
+    Literal["majority", "plus"],
+    Field(description="sign where the election is a draw: the one that most elements elected, or plus"),
+]
+Aggregate = Annotated[
+    Literal["mean", "count", "sum", "max"],
+    Field(description="of the values that have the elected sign: weighted mean, sum / number, sum, or largest"),
+]
 
 
-class Dialect(NamedTuple):
-    """How one implementation reads the paper."""
+class Variant(NamedTuple):
+    """One implementation's reading of the paper."""
 
     trim: Trim
-    """Over what the density is taken: the whole task vector, each tensor, or the weights that the run moved."""
     at_least: int
     """Elements of a tensor that `trim: tensor` always keeps."""
     elect: Elect
-    """The sign of Σ τ̂_t, of Σ w_t τ̂_t, or of the count of signs."""
-    draw: Literal["majority", "plus"]
-    """Where that is zero: the sign that most coordinates elected (minus in a draw of these), or plus."""
+    draw: Draw
+    """`majority` is minus if as many elements elected plus as minus."""
     aggregate: Aggregate
     """Over the agreeing runs: Σ w τ̂ / Σ w, Σ w τ̂ / their number, Σ w τ̂, or the largest w τ̂."""
 
 
 PRESETS = {
-    "paper": Dialect("global", 1, "sum", "majority", "mean"),
-    "mergekit": Dialect("tensor", 1, "weighted", "plus", "mean"),
-    "peft": Dialect("tensor", 0, "sum", "plus", "count"),
+    "paper": Variant("global", 1, "sum", "majority", "mean"),
+    "mergekit": Variant("tensor", 1, "weighted", "plus", "mean"),
+    "peft": Variant("tensor", 0, "sum", "plus", "count"),
 }
 
 
+@provides(*Variant._fields, "cut", "majority")
 def trim_and_elect(
     vectors: TaskVectors,
     *,
     density: Mapping[str, tuple[float, ...]],
-    preset: Literal["paper", "mergekit", "peft"] = "paper",
+    preset: Preset = "paper",
     trim: Trim | None = None,
     elect: Elect | None = None,
-    draw: Literal["majority", "plus"] | None = None,
+    draw: Draw | None = None,
     aggregate: Aggregate | None = None,
 ) -> dict[str, Any]:
-    """The dialect; what of each task vector is kept, if that is decided for all tensors at once; the majority's sign."""
+    """Resolve the variant; find the cut, if it is made for all tensors at once, and the sign of the majority."""
     given: dict[str, Any] = {"trim": trim, "elect": elect, "draw": draw, "aggregate": aggregate}
-    dialect = PRESETS[preset]._replace(**{knob: value for knob, value in given.items() if value is not None})
-    found: dict[str, Any] = {**dialect._asdict(), "cut": None, "majority": 1}
-    if dialect.trim != "tensor":
-        found["cut"] = cut_globally(vectors, _one_density(density, dialect.trim, len(vectors)), dialect.trim)
-    if dialect.draw == "majority":
+    variant = PRESETS[preset]._replace(**{part: value for part, value in given.items() if value is not None})
+    found: dict[str, Any] = {**variant._asdict(), "cut": None, "majority": 1}
+    if variant.trim != "tensor":
+        found["cut"] = cut_globally(vectors, _one_density(density, variant.trim, len(vectors)), variant.trim)
+    if variant.draw == "majority":
         balance = torch.zeros((), dtype=torch.float64)
         for name in vectors.names:
-            if found["cut"] and (source := vectors.source(name)):
+            if found["cut"] and (stored := vectors.stored(name)):
                 balance = balance + balance_native(
-                    source, vectors.weights_for(name, torch.empty(0)), found["cut"], dialect.elect
+                    stored, vectors.weights_for(name, torch.empty(0)), found["cut"], variant.elect
                 )
                 continue
             rows = vectors.rows(name) or []
-            cut = found["cut"] or cut_tensor(rows, density=density[name], cut=None, at_least=dialect.at_least)["cut"]
+            cut = found["cut"] or cut_tensor(rows, density=density[name], cut=None, at_least=variant.at_least)["cut"]
             for offset, deltas in blocks(rows, PIECE) if rows else ():
-                votes = ballots(trimmed(deltas, offset, cut), vectors.weights_for(name, deltas), dialect.elect)
+                votes = ballots(trimmed(deltas, offset, cut), vectors.weights_for(name, deltas), variant.elect)
                 balance = balance + run_sum(votes).sign().sum(dtype=torch.float64)
         found["majority"] = int(balance.sign())
     return found
 
 
 def cut_globally(vectors: TaskVectors, densities: Sequence[float], trim: Trim) -> Cut:
-    """What reaches the (d − ⌊d·K⌋)-th smallest |τ_t|, K the density; the smallest of all where that is the 0-th.
+    """Cut each τ_t at its (d − ⌊d·K⌋)-th smallest magnitude, K the density; at the smallest of all if that is the 0-th.
 
-    d counts the elements of the task vector (`global`), or those the run moved (`touched`).
+    d is the number of elements of the task vector (`global`), or of those that the run moved (`touched`).
     """
 
     def pieces() -> Iterable[Tensor]:
@@ -103,8 +119,9 @@ def cut_globally(vectors: TaskVectors, densities: Sequence[float], trim: Trim) -
     return Cut(threshold.unsqueeze(1))
 
 
+@provides("cut")
 def cut_tensor(rows: Sequence[Tensor], *, density: PerRun[Density] = 0.2, cut: Cut | None, at_least: int) -> dict[str, Any]:
-    """Of one tensor exactly ⌊density·n⌋ elements, unless the cut is made already."""
+    """Keep exactly ⌊density·n⌋ elements of one tensor, unless the cut is made already."""
     if cut is not None or not rows:
         return {"cut": cut}
     n = len(rows[0])
@@ -112,19 +129,19 @@ def cut_tensor(rows: Sequence[Tensor], *, density: PerRun[Density] = 0.2, cut: C
 
 
 def trimmed(deltas: Tensor, offset: int, cut: Cut) -> Tensor:
-    """τ̂_t: what the cut leaves, zero elsewhere."""
+    """Return τ̂_t: the elements inside the cut, zero elsewhere."""
     return torch.where(cut.mask(deltas, offset), deltas, 0)
 
 
 def ballots(kept: Tensor, weights: Tensor, elect: Elect) -> Iterable[Tensor]:
-    """What each run puts into the election of the sign."""
+    """Return each run's vote in the election of the sign."""
     if elect == "weighted":
         return (weight * delta for weight, delta in zip(weights, kept, strict=True))
     return kept.sign() if elect == "count" else kept
 
 
 def consensus(kept: Tensor, weights: Tensor, *, elect: Elect, aggregate: Aggregate, majority: int = 1) -> Tensor:
-    """Join the elements whose sign is the elected one (`majority` where the election is a draw)."""
+    """Merge the elements that have the elected sign (`majority` where the election is a draw)."""
     balance = run_sum(ballots(kept, weights, elect))
     positive = balance >= 0 if majority > 0 else balance > 0
     merged, share = torch.zeros_like(balance), torch.zeros_like(balance)
@@ -137,7 +154,7 @@ def consensus(kept: Tensor, weights: Tensor, *, elect: Elect, aggregate: Aggrega
 
 
 def ties_advice(report: dict[str, Any]) -> list[str]:
-    """A global threshold that is zero trims nothing."""
+    """Warn if a global threshold of zero trims nothing."""
     density, kept = report["params"]["density"], report.get("mask_density")
     if report["params"]["trim"] != "global" or not kept or not isinstance(density, float):
         return []
@@ -145,18 +162,18 @@ def ties_advice(report: dict[str, Any]) -> list[str]:
         return []
     return [
         f"ties trimmed nothing: no run moved more than the {density:.0%} of the weights that it may keep, "
-        "and the sign is elected by all of them; trim: touched keeps that share of the weights that moved"
+        "so all of them elect the sign; trim: touched keeps that share of the weights that moved"
     ]
 
 
-def balance_native(source: Source, weights: Tensor, cut: Cut, elect: Elect) -> int:
-    """Coordinates that elect plus, less those that elect minus, compiled."""
+def balance_native(stored: StoredTensor, weights: Tensor, cut: Cut, elect: Elect) -> int:
+    """Compiled count of the elements that elect plus, minus those that elect minus."""
     last = None if cut.last is None else cut.last.flatten()
-    return source.balance(weights, numbers=cut.threshold.flatten(), last=last, elect=ELECT[elect])
+    return stored.balance(weights, numbers=cut.threshold.flatten(), last=last, elect=ELECT[elect])
 
 
 def ties_native(
-    source: Source,
+    stored: StoredTensor,
     weights: Tensor,
     figures: Figures,
     *,
@@ -167,14 +184,14 @@ def ties_native(
     aggregate: Aggregate,
     majority: int,
 ) -> tuple[Tensor, bool] | None:
-    """Compiled."""
-    cut = cut or source.largest([max(int(share * source.numel), at_least) for share in each(density, weights)])
+    """Compiled version."""
+    cut = cut or stored.largest([max(int(share * stored.numel), at_least) for share in each(density, weights)])
     if cut is None:
         return None
     last = None if cut.last is None else cut.last.flatten()
     options = (ELECT[elect], AGGREGATE[aggregate], majority)
     numbers = cut.threshold.flatten()
-    return source.merge("ties", weights, numbers=numbers, last=last, options=options, figures=figures), True
+    return stored.merge("ties", weights, numbers=numbers, last=last, options=options, figures=figures), True
 
 
 @merge_method(
@@ -192,21 +209,21 @@ def ties(
 ) -> tuple[Tensor, Tensor]:
     """Trim each τ_t to its largest elements, elect a sign sgn(Σ_t τ̂_t), and average the w_t τ̂_t that have it.
 
-    `preset` chooses a dialect (`PRESETS`), each part of which can be set on its own. The weights are taken as given.
+    `preset` selects a variant (`PRESETS`), each part of which can be overridden. The weights are used as given.
     """
     kept = trimmed(deltas, offset, cut)
     return consensus(kept, weights, elect=elect, aggregate=aggregate, majority=majority), kept != 0
 
 
 def each(numbers: float | Sequence[float], runs: Sequence[Tensor] | Tensor) -> Sequence[float]:
-    """One number for each run."""
+    """Return one number for each run."""
     return [numbers] * len(runs) if isinstance(numbers, int | float) else numbers
 
 
 def _one_density(density: Mapping[str, tuple[float, ...]], trim: Trim, runs: int) -> tuple[float, ...]:
     if density and constant(density) is None:
         raise BadInput(
-            "a density for each tensor has no meaning for a threshold over all of them",
+            "a threshold over all tensors needs one density for all of them",
             where="`density` of ties",
             found=f"trim: {trim}",
             fix="set trim: tensor, or one density for all tensors",
