@@ -322,7 +322,7 @@ def _parameters(function: Callable[..., Any] | None) -> dict[str, Any]:
         return {}
     hints = get_type_hints(function.function if isinstance(function, Pass) else function, include_extras=True)
     return {
-        name: (hints[name], parameter.default)
+        name: (hints.get(name, Any), parameter.default)
         for name, parameter in arguments_of(function).items()
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
     }
