@@ -1,8 +1,8 @@
-"""Compiling a room's kernels.c once on this machine, with its C compiler, as torch.compile and Triton do with theirs.
+"""Compile a kernels.c once per machine with its C compiler, as torch.compile and Triton do with theirs.
 
-torch has no kernel for these formulas, and one operation after another reads every tensor from memory several times. Without
-a C compiler, or with EMOMERGE_NATIVE=0 in the environment, every caller has a path through torch's own operations: slower,
-with the same results up to rounding.
+torch has no kernel for these formulas, and a sequence of its operations reads every tensor from memory several times. Without a
+C compiler, or with EMOMERGE_NATIVE=0 in the environment, callers use torch's own operations: slower, with the same results up
+to rounding. `status` says which path is in use.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,38 +36,76 @@ FLAGS = [
     "-fPIC",
 ]
 if platform.machine() in ("x86_64", "AMD64"):
-    FLAGS.append("-mprefer-vector-width=512")  # 8 % faster where there is AVX-512, without effect elsewhere
+    FLAGS.append("-mprefer-vector-width=512")  # 8 % faster with AVX-512, no effect elsewhere
 PLAIN_FLAGS = ["-O3", "-ffp-contract=off", "-shared", "-fPIC"]
-"""For compilers that do not know the others, as some do not know -march=native on ARM."""
+"""For compilers that reject some of FLAGS, such as -march=native on ARM."""
 
 Item = TypeVar("Item")
 
 
-@cache
+class Build(NamedTuple):
+    """A compiled library, or None and the reason why torch's own operations are used instead."""
+
+    library: ctypes.CDLL | None
+    compiler: str = ""
+    reason: str = ""
+
+
 def library(source: Path, *defines: str) -> ctypes.CDLL | None:
-    """The compiled source, from the cache if it is there; None where it cannot be had.
+    """Return the compiled source, or None if it is not available; compiles on first use and caches on disk.
 
     Args:
-        source: a file of C.
-        defines: what the preprocessor is to know, such as `REAL=float`.
+        source: a C file.
+        defines: preprocessor definitions, such as `REAL=float`.
     """
+    return build(source, *defines).library
+
+
+def status(source: Path, *defines: str) -> str:
+    """Return which path is in use for a source: the compiler that built it, or torch and the reason; builds it if need be."""
+    found = build(source, *defines)
+    if found.library is None:
+        return f"torch ({found.reason})"
+    with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
+        answer = subprocess.run([found.compiler, "--version"], capture_output=True, text=True, timeout=10)
+        return f"compiled by {found.compiler} ({answer.stdout.splitlines()[0]})"
+    return f"compiled by {found.compiler}"
+
+
+@cache
+def build(source: Path, *defines: str) -> Build:
+    """Compile a source, or load it from the cache; see `library`. A compiler that fails causes one warning."""
     name, *arguments = os.environ.get("CC", "").split() or ["cc"]  # CC may be `ccache gcc`
     compiler = shutil.which(name)
-    if compiler is None or os.environ.get("EMOMERGE_NATIVE") == "0":
-        return None
-    command = [compiler, *arguments, *(f"-D{define}" for define in defines)]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        key = "\n".join([*command, *FLAGS, _processor(), source.read_text()])
-        file = f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-        folder = _cache_folder()
-        if folder and (folder / file).exists():
-            with contextlib.suppress(OSError):  # damaged, or of another system that shares the disk: made anew
-                return ctypes.CDLL(str(folder / file))
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = Path(scratch) / file
-            _compile(command, source, built)
-            return ctypes.CDLL(str(built.replace(folder / file) if folder else built))
-    return None
+    if os.environ.get("EMOMERGE_NATIVE") == "0":
+        return Build(None, reason="EMOMERGE_NATIVE=0")
+    if compiler is None:
+        return Build(None, reason=f"no C compiler: {name} not found")
+    try:
+        command = [compiler, *arguments, *(f"-D{define}" for define in defines)]
+        return Build(_load_or_compile(command, source), compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or b""
+        reason = (
+            f"{compiler} failed on {source}: {' '.join((said.decode(errors='replace').strip() or str(error)).split())[:200]}"
+        )
+        warnings.warn(
+            f"{reason}; torch's own operations are used, which are slower (EMOMERGE_NATIVE=0 silences this)", stacklevel=3
+        )
+        return Build(None, reason=reason)
+
+
+def _load_or_compile(command: list[str], source: Path) -> ctypes.CDLL:
+    key = "\n".join([*command, *FLAGS, _processor(), source.read_text()])
+    file = f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    folder = _cache_folder()
+    if folder and (folder / file).exists():
+        with contextlib.suppress(OSError):  # damaged, or from another system that shares the disk: compile again
+            return ctypes.CDLL(str(folder / file))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = Path(scratch) / file
+        _compile(command, source, built)
+        return ctypes.CDLL(str(built.replace(folder / file) if folder else built))
 
 
 def _compile(command: list[str], source: Path, built: Path) -> None:
@@ -78,7 +117,7 @@ def _compile(command: list[str], source: Path, built: Path) -> None:
 
 
 def _cache_folder() -> Path | None:
-    """Where compiled code is kept; None for a user without a home, or on a disk that is read only."""
+    """Return the folder for compiled code; None for a user without a home directory, or on a read-only disk."""
     with contextlib.suppress(OSError, RuntimeError):
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emomerge"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -87,7 +126,7 @@ def _cache_folder() -> Path | None:
 
 
 def in_parallel(work: Callable[[Item], object], parts: Sequence[Item]) -> None:
-    """Do the parts at the same time, the first on this thread. Compiled code lets the others run."""
+    """Run `work` on all parts at the same time, the first on this thread. Compiled code releases the interpreter lock."""
     others = [_threads().submit(work, part) for part in parts[1:]]
     work(parts[0])
     for other in others:
@@ -95,17 +134,17 @@ def in_parallel(work: Callable[[Item], object], parts: Sequence[Item]) -> None:
 
 
 def pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    """A C array of the tensors' addresses; the caller keeps the tensors alive."""
+    """Return a C array of the tensors' addresses; the caller must keep the tensors alive."""
     return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
 
 
 def longs(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_long]:
-    """A C array of long."""
+    """Return a C array of long."""
     return (ctypes.c_long * len(numbers))(*numbers)
 
 
 def threads() -> int:
-    """As many as torch uses."""
+    """Return the number of threads that torch uses."""
     return torch.get_num_threads()
 
 
@@ -119,7 +158,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def _processor() -> str:
-    """What -march=native depends on: a cache on a shared disk serves several machines."""
+    """Return what -march=native depends on, since a cache on a shared disk serves several machines."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

@@ -16,8 +16,12 @@ from emomerge.errors import BadInput
 from emomerge.optim import OPTIMIZERS
 from emomerge.optim.base import EmoOptimizer
 
-build = native.library.__wrapped__  # without its memory of earlier calls
 pytestmark = pytest.mark.usefixtures("compiler")
+
+
+def build(*args):
+    """The library, without memory of earlier calls."""
+    return native.build.__wrapped__(*args).library
 
 
 @pytest.fixture
@@ -71,13 +75,41 @@ def test_a_compiler_that_does_not_know_every_flag(source: Path, tmp_path: Path, 
     assert answer(source) == 42
 
 
-@pytest.mark.parametrize("cc", ["false", "no-such-compiler", "true"])
-def test_a_compiler_that_does_not_work(source: Path, cc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cc", ["false", "true"])
+def test_a_compiler_that_does_not_work_causes_a_warning(source: Path, cc: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", cc)
-    assert answer(source) is None
+    with pytest.warns(UserWarning, match=rf"{cc} failed on .*kernels\.c"):
+        assert answer(source) is None
 
 
-def test_a_damaged_cache_is_made_anew(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_with_an_error_is_reported_in_one_line_and_once(source: Path) -> None:
+    source.write_text("int answer(void) {")
+    native.build.cache_clear()
+    with pytest.warns(UserWarning, match="kernels.c.*error") as caught:
+        assert native.library(source) is None is native.library(source)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    assert native.status(source).startswith("torch (")
+    native.build.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"), [("CC", "no-such-compiler", "no-such-compiler not found"), ("EMOMERGE_NATIVE", "0", "=0")]
+)
+@pytest.mark.filterwarnings("error")
+def test_the_status_says_which_path_is_used_and_why(
+    source: Path, variable: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native.build.cache_clear()
+    assert native.status(source, "ANSWER=42").startswith("compiled by /")
+    native.build.cache_clear()
+    monkeypatch.setenv(variable, value)
+    assert native.library(source, "ANSWER=42") is None
+    assert reason in native.status(source, "ANSWER=42")
+    native.build.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:.*failed on:UserWarning")
+def test_a_damaged_cache_is_compiled_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(native, "_compile", lambda command, source, built: built.write_bytes(b"half of a lib"))
         assert answer(source) is None
