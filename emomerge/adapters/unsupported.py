@@ -41,28 +41,38 @@ FAMILIES = (
     Family(
         "LyCORIS adapter (LoHa, LoKr, OFT, DoRA, …)",
         re.compile(
-            r"lycoris_.+|.+\.(hada_[wt][12](_[ab])?|lokr_([wt][12])(_[ab])?|dora_scale|oft_(blocks|diag|R)|boft_\w+)(\..+)?"
+            r"lycoris_.+|.+\.(hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|dora_scale|oft_(blocks|diag|R)|boft_\w+)(\..+)?"
         ),
         _COMFY_FIX,
     ),
     Family("kohya-ss LoRA", re.compile(rf"{_KOHYA_PREFIX}|.+\.lora_(up|down|mid)(\.weight)?"), _DIFFUSERS_FIX),
     Family(
         "diffusers LoRA",
-        re.compile(r".+(\.lora_[AB](\.\w+)?\.weight|[._]lora\.(up|down)\.weight|\.lora_linear_layer\.(up|down)\.weight)"),
+        re.compile(
+            r"(unet|prior|transformer\w*|text_encoder\w*|diffusion_model)\..+\.lora_[AB](\.\w+)?\.weight"
+            r"|.+([._]lora|\.lora_linear_layer)\.(up|down)\.weight"
+        ),
         _DIFFUSERS_FIX,
     ),
-    Family("ComfyUI difference file", re.compile(r".+\.(diff|diff_b|diff_m|set_weight)"), _COMFY_FIX),
+    Family(
+        "LoRA without a configuration",
+        re.compile(r".+\.lora_(embedding_)?[AB](\.\w+)?(\.weight)?"),
+        f"load it in PEFT with its rank and alpha, save_pretrained, and give that folder (with {CONFIG})",
+    ),
+    Family("ComfyUI difference file", re.compile(r".+\.(diff(_[bm])?|set_weight)"), _COMFY_FIX),
 )
 """The first family with a matching tensor names the file."""
-_COMPANION = re.compile(r"base_model\.model\.(?!.*\bbase_layer\b).+|bundle_emb\..+|.+\.(alpha|diff|diff_b|w_norm|b_norm)")
+_COMPANION = re.compile(
+    r"base_model\.model\.(?!.*\bbase_layer\b).+|bundle_emb\..+|.+\.(alpha|diff(_[bm])?|set_weight|[wb]_norm)"
+)
 """Tensors that accompany an adapter's own, such as a retrained head."""
 
 
 def family_of(checkpoint: Checkpoint) -> Family | None:
     """Return the family of adapter files that a checkpoint belongs to, or None if it is a model.
 
-    Some models contain LoRA factors beside their weights (Phi-4-multimodal, jina-embeddings-v3). A file is an adapter only
-    if most of its elements are in tensors that adapters consist of.
+    Some models contain LoRA factors beside their weights (Phi-4-multimodal, jina-embeddings-v3), so a file counts as an
+    adapter only if most of its elements are in tensors that adapters consist of.
     """
     found: Family | None = None
     ours = total = 0
@@ -80,6 +90,6 @@ def family_of(checkpoint: Checkpoint) -> Family | None:
 
 
 def refuse_adapter(checkpoint: Checkpoint, *, where: object) -> None:
-    """Raise BadInput, naming the family, if a checkpoint is an adapter file."""
+    """Raise BadInput, naming the family, if a checkpoint is an adapter file that no format reads."""
     if (family := family_of(checkpoint)) is not None:
-        raise BadInput(f"not a whole model but a {family.name}", where=where, fix=family.fix)
+        raise BadInput(f"neither a model nor an adapter that emomerge reads: a {family.name}", where=where, fix=family.fix)
