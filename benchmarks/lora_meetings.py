@@ -16,6 +16,7 @@ import argparse
 import shutil
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,11 +32,10 @@ from emomerge.checkpoints import Checkpoint, load_into
 from emomerge.experiment.pipeline import Pipeline
 from emomerge.merging import merge
 from emomerge.recipe import Runs, load_recipe
-from emomerge.training import RunDir, initial_weights, planned_runs, rounds, train_locally, train_runs
+from emomerge.training import RunDir, planned_runs, rounds, train_locally, train_runs
 from emomerge.training.state import load_state, of_kind
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "digits.yaml"
-CPU = torch.device("cpu")
 mean_of_factors = rounds.mean_weights
 
 
@@ -74,13 +74,9 @@ class Study:
         runs = Runs(**fields, seeds=tuple(self.seeds), rounds=number)
         recipe = made.recipe.model_copy(update={"runs": runs})
         specs, folder = planned_runs(recipe), self.cache / f"{meeting}-{number}"
-        execute = partial(
-            train_locally, recipe, folder=folder, base_hash=made.base_hash,
-            task=made.task, data=made.data, base_folder=made.space.base, device=CPU,
-        )  # fmt: skip
-        initial = partial(initial_weights, recipe, task=made.task, base_folder=made.space.base)
+        context = replace(made.context, recipe=recipe, folder=folder).using(made.task, made.data)
         rounds.mean_weights = MEETINGS[meeting]
-        train_runs(recipe, specs, folder, made.base_hash, execute=execute, initial=initial)
+        train_runs(context, specs, partial(train_locally, context))
         return [
             self._compare([RunDir(folder / spec.name).artefact for spec in specs if spec.seed == seed]) for seed in self.seeds
         ]

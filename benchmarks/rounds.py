@@ -23,6 +23,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,8 +37,8 @@ from emomerge.checkpoints import Checkpoint, load_into, open_checkpoint
 from emomerge.experiment.pipeline import Pipeline
 from emomerge.merging import merge
 from emomerge.recipe import FAMILY, Recipe, Runs, load_recipe
-from emomerge.training import RunDir, RunSpec, initial_weights, planned_runs, train_locally, train_runs
-from emomerge.training.live import build_optimizer
+from emomerge.training import RunDir, RunSpec, planned_runs, train_locally, train_runs
+from emomerge.training.run import build_optimizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ADAPTATIONS = {"mild": ["task.transform={}", "base.prepare.steps=300"], "strong": []}
@@ -47,7 +48,6 @@ CHANGES: list[Setting] = [
     {"outer": {"momentum": 0.9}}, {"data_order": "same"}, {"preset": "v3.8"}, {"max_grad_norm": 1.0}, {"max_grad_norm": 0.3},
     {"lr": 6.0}, {"cooldown": 0.5}, {"cooldown": 0.25},
 ]  # fmt: skip
-CPU = torch.device("cpu")
 Setting = dict[str, Any]
 """Fields of `runs`."""
 
@@ -119,12 +119,8 @@ class Study:
 
     def _execute(self, recipe: Recipe, specs: Sequence[RunSpec], folder: Path) -> None:
         made = self.pipeline
-        execute = partial(
-            train_locally, recipe, folder=folder, base_hash=made.base_hash,
-            task=made.task, data=made.data, base_folder=made.space.base, device=CPU,
-        )  # fmt: skip
-        initial = partial(initial_weights, recipe, task=made.task, base_folder=made.space.base)
-        train_runs(recipe, specs, folder, made.base_hash, execute=execute, initial=initial)
+        context = replace(made.context, recipe=recipe, folder=folder).using(made.task, made.data)
+        train_runs(context, specs, partial(train_locally, context))
 
     @torch.inference_mode()
     def loss(self, checkpoint: Checkpoint) -> Loss:

@@ -31,7 +31,7 @@ from torch import nn
 
 from emomerge.recipe import Recipe, parse_recipe
 from emomerge.tasks import Split, Task, TaskData
-from emomerge.training import RunSpec, planned_runs, train_locally
+from emomerge.training import Context, RunSpec, planned_runs, train_locally
 
 CONTENDERS = ("stacked", "sequential", "peft", "one")
 LENGTH, WARM = 16, 5
@@ -86,10 +86,8 @@ def our_runs(task: RandomSentences, recipe: Recipe) -> tuple[torch.Tensor, float
 
     said: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        train_locally(
-            recipe, planned_runs(recipe), Path(folder), "", task=task, data=task.load_data(), base_folder=Path(folder),
-            device=torch.device("cpu"), on_step=on_step, say=said.append,
-        )  # fmt: skip
+        context = Context(recipe, Path(folder), "", Path(folder)).using(task, task.load_data())
+        train_locally(context, planned_runs(recipe), on_step=on_step, say=said.append)
     expected = [float(found[1]) for line in said if (found := re.search(r"([\d.]+) times faster", line))]
     seconds = [ended[name] - started[name] for name in ended]
     total = seconds[0] if recipe.runs.parallel == "stacked" else sum(seconds, torch.zeros(2))

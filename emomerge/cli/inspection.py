@@ -23,7 +23,7 @@ from emomerge.errors import BadInput
 from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import load_recipe
 from emomerge.training import holder_of
-from emomerge.training.runs import round_ends
+from emomerge.training.plan import round_ends
 
 PIECE = 2**20
 """Elements compared at a time."""

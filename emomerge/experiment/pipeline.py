@@ -21,6 +21,7 @@ from emomerge.adapters import open_run
 from emomerge.checkpoints import Checkpoint, RoundingLoss, atomic, model_checkpoint, open_checkpoint, write_checkpoint
 from emomerge.errors import BadInput, RunFailed
 from emomerge.experiment.assessment import assess
+from emomerge.experiment.controls import adamw_members, long_adamw_runs, long_run
 from emomerge.experiment.measure import Artefact, Measurer
 from emomerge.experiment.workspace import Workspace, external_sources, files_below, local_files, stopwatch
 from emomerge.merging import check_params, merge
@@ -32,6 +33,7 @@ from emomerge.recipe import Merge, Recipe
 from emomerge.reporting import model_card, png, write_report
 from emomerge.tasks import Images, Task, TaskData, Texts, make_task
 from emomerge.training import (
+    Context,
     Engine,
     Ranks,
     RunDir,
@@ -40,14 +42,12 @@ from emomerge.training import (
     choose_device,
     fit,
     follow,
-    initial_weights,
     planned_runs,
     run_inputs,
     train_in_workers,
     train_locally,
     train_runs,
 )
-from emomerge.training.controls import adamw_members, long_adamw_runs, long_run
 
 Results = dict[str, Any]
 
@@ -126,7 +126,7 @@ class Pipeline:
     def follow(self) -> None:
         """What all ranks but the first do: take the steps of every run with it."""
         if self.ranks is not None:
-            follow(self.ranks, self.recipe, task=self.task, data=lambda: self.data, device=self.device)
+            follow(self.ranks, self.task, lambda: self.data)
 
     def restart(self) -> None:
         """Forget everything that an earlier run of a recipe left in the folder."""
@@ -210,21 +210,11 @@ class Pipeline:
 
         def execute(pieces: Sequence[RunSpec]) -> None:
             if self.engine is not None:
-                train_in_workers(
-                    self.engine, self.recipe, pieces, self.space.runs, self.base_hash,
-                    base_folder=self.space.base, on_step=on_step,
-                )  # fmt: skip
-                return
-            train_locally(
-                self.recipe, pieces, self.space.runs, self.base_hash,
-                task=self.task, data=self.data, base_folder=self.space.base, device=self.device, ranks=self.ranks,
-                on_step=on_step, say=self.display.say,
-            )  # fmt: skip
+                train_in_workers(self.engine, self.context, pieces, on_step)
+            else:
+                train_locally(self.context, pieces, ranks=self.ranks, on_step=on_step, say=self.display.say)
 
-        def initial(spec: RunSpec) -> dict[str, torch.Tensor]:
-            return initial_weights(self.recipe, spec, self.task, self.space.base)
-
-        train_runs(self.recipe, specs, self.space.runs, self.base_hash, execute=execute, initial=initial)
+        train_runs(self.context, specs, execute)
 
     def train_controls(self) -> None:
         """The rivals that a merge must beat, those of them that the recipe wants: runs of equal total compute, and others."""
@@ -426,6 +416,12 @@ class Pipeline:
     def base(self) -> Checkpoint:
         """The base's weights."""
         return open_checkpoint(self.space.base)
+
+    @property
+    def context(self) -> Context:
+        """What all runs share, once the base is made."""
+        context = Context(self.recipe, self.space.base, self.base_hash, self.space.runs)
+        return context.using(self.task, self.data)
 
     @cached_property
     def measurer(self) -> Measurer:

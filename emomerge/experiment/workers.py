@@ -18,7 +18,7 @@ from emomerge.probing.ledger import Ledger
 from emomerge.progress import Display
 from emomerge.recipe import Recipe
 from emomerge.tasks import make_task
-from emomerge.training import Engine, attempt, choose_device, do_in_workers
+from emomerge.training import Engine, catch_errors, choose_device, run_in_workers
 
 DIRECTIONS = 4
 """Of one share."""
@@ -73,7 +73,7 @@ def spread(engine: Engine, measurer: Measurer, wanted: Sequence[tuple[Artefact, 
     line = display.line("probe in workers", len(shares))
     jobs = {f"{share.metric} of {share.artefact.name}, {share.ledger.stem}": share for share in shares}
     try:
-        do_in_workers(engine, evaluate, jobs, over=lambda name: line.add(1, name.partition(",")[0]))
+        run_in_workers(engine, evaluate, jobs, on_end=lambda name: line.add(1, name.partition(",")[0]))
     finally:
         for file in sorted(folder.glob("*.jsonl")):
             measurer.ledger.take_over(Ledger(file))
@@ -99,7 +99,7 @@ def shares_of(measurer: Measurer, artefact: Artefact, metrics: Sequence[str], kn
 
 def evaluate(share: Share) -> EmomergeError | None:
     """What a worker does with a share. Returns why it could not be evaluated, or None."""
-    return attempt(f"{share.metric} of {share.artefact.name}", share.working_directory, lambda: _evaluate(share))
+    return catch_errors(f"{share.metric} of {share.artefact.name}", share.working_directory, lambda: _evaluate(share))
 
 
 def _evaluate(share: Share) -> None:

@@ -18,7 +18,7 @@ from emomerge.checkpoints import atomic
 from emomerge.errors import BadInput
 from emomerge.numerics.hashing import digest
 from emomerge.recipe import Custom, Recipe
-from emomerge.training.runs import sizes_agree
+from emomerge.training.run_dir import sizes_agree
 
 
 class Workspace:

@@ -1,4 +1,4 @@
-"""What is trained of a model: a LoRA adapter (PEFT) or every floating parameter; and how the result is kept on disk."""
+"""Making a model trainable, by a LoRA adapter (PEFT) or in full, and saving the result."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from emomerge.recipe import Full, Lora
 
 
 def adapt(model: nn.Module, adapter: Lora | Full, *, task_type: str | None, head: str | None, seed: int) -> nn.Module:
-    """The model with what is to be trained marked by `requires_grad`.
+    """Return the model with `requires_grad` set on the parameters to train.
 
-    The adapter's initial weights depend on `seed` alone, so that runs which share a training seed start from one point.
+    The adapter's initial weights depend on `seed` alone, so that all runs of a training seed start from the same point.
 
     Args:
         model: the base, changed in place.
-        adapter: what to train.
-        task_type: PEFT's name of the task, which decides how it treats heads; None for models PEFT has no name for.
-        head: a freshly initialised module that is trained whole beside the adapter and saved with it, if there is one.
+        adapter: the recipe's `adapter`.
+        task_type: PEFT's name of the task, which decides how it treats heads; None if PEFT has no name for it.
+        head: name of a freshly initialized module to train in full and save with the adapter, if any.
         seed: training seed.
 
     Raises:
@@ -54,12 +54,12 @@ def adapt(model: nn.Module, adapter: Lora | Full, *, task_type: str | None, head
 
 
 def save_adapted(model: nn.Module, folder: Path, *, base_folder: Path) -> None:
-    """Write what was trained, replacing `folder`: a PEFT adapter, or a dense checkpoint that loads with `from_pretrained`."""
+    """Write the trained weights, replacing `folder`: a PEFT adapter, or a dense checkpoint for `from_pretrained`."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
         if not base_folder.is_dir():
-            raise BadInput("the base is gone", where=base_folder, fix="put it back; the same command resumes")
+            raise BadInput("the base folder is missing", where=base_folder, fix="put it back; the same command resumes")
         write_checkpoint(model_checkpoint(model, source=str(folder)), folder, files_from=base_folder, force=True)
         return
     for config in model.peft_config.values():
@@ -67,4 +67,4 @@ def save_adapted(model: nn.Module, folder: Path, *, base_folder: Path) -> None:
     with atomic.new_folder(folder, force=True) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
-        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the report says what this is
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty template; the report stage writes a model card

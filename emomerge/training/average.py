@@ -1,4 +1,4 @@
-"""An average of the weights inside one run: EMA, or LAWA (Kaddour 2022; Izmailov et al. 2018 without its schedule)."""
+"""Weight averaging within a run: EMA, or LAWA (Kaddour 2022; Izmailov et al. 2018 without its schedule)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 from emomerge.checkpoints import working_dtype
 from emomerge.recipe import Ema, Lawa
-from emomerge.training.sharded import cut_like
+from emomerge.training.sharded import shard_like
 
 
 class WeightAverage:
     """θ̄ ← θ̄ + w·(θ − θ̄) after every step: w = 1/n (LAWA), or (1 − d)/(1 − dⁿ) (EMA without bias) at the n-th term.
 
-    Averaged is whatever floats, running means of layers included. Of a LoRA adapter it is the factors: mean(B)·mean(A) keeps
-    rank and PEFT's form and is what is done in practice, while the mean of B·A would need the rank of all terms together. The
-    two differ by the covariance of B and A along the averaged steps, which is small where both move little.
+    All floating-point tensors are averaged, including running means of layers. A LoRA adapter is averaged factor by factor:
+    mean(B)·mean(A) keeps the rank and PEFT's form, while the mean of B·A would need the sum of all ranks. The two differ by the
+    covariance of B and A over the averaged steps, which is small if both move little.
 
     Args:
-        how: the recipe's choice.
-        learnt: the tensors to follow, by name.
-        start, end: the steps before and at the end of the round in which it is taken.
+        how: the recipe's `runs.average`.
+        learnt: the tensors to average, by name.
+        start, end: first and last step of the round in which the average is taken.
     """
 
     def __init__(self, how: Ema | Lawa, learnt: Mapping[str, Tensor], start: int, end: int) -> None:
@@ -33,14 +33,16 @@ class WeightAverage:
         """θ̄ by name, in float32 or wider; empty before the first term."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from the θ̄ of a checkpoint."""
+        """Restore θ̄ from a checkpoint."""
         self.tensors = {
-            name: cut_like(tensors[name].to(tensor.device), tensor) for name, tensor in self._learnt.items() if name in tensors
+            name: shard_like(tensors[name].to(tensor.device), tensor)
+            for name, tensor in self._learnt.items()
+            if name in tensors
         }
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after a step, counted from 1 over the whole run."""
+        """Add the weights after a step, counted from 1 over the whole run."""
         terms = step - self._before
         if terms < 1:
             return

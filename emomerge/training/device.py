@@ -1,4 +1,4 @@
-"""Which device a recipe means, on the machine that asks."""
+"""Resolve a recipe's device on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from emomerge.errors import BadInput
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device of a recipe's `device`; `auto` takes an accelerator if there is one. Raises BadInput for others."""
+    """Return the torch device for a recipe's `device`; `auto` picks an accelerator if there is one.
+
+    Raises:
+        BadInput: there is no such device.
+    """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return torch.device("cpu") if accelerator is None else accelerator

@@ -1,4 +1,4 @@
-"""What starts workers for runs: processes of this machine, Ray tasks, Slurm jobs. All retrying is left to who submits."""
+"""Engines that start workers: local processes, Ray tasks, Slurm jobs. Retrying is left to the caller."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ EngineName = Literal["local", "ray", "slurm"]
 
 
 class Submitted(Protocol):
-    """A call that some worker makes."""
+    """A call submitted to a worker."""
 
     def done(self) -> bool:
-        """Whether it is over, well or not."""
+        """Return whether it has ended, successfully or not."""
         ...
 
     def result(self) -> Any:
-        """What the call returned. Raises whatever the engine raises where the worker was lost."""
+        """Return the result of the call. Raises an exception of the engine's own if the worker was lost."""
         ...
 
     def cancel(self) -> None:
-        """End the worker."""
+        """Stop the worker."""
         ...
 
 
 class Engine(Protocol):
-    """What starts workers."""
+    """Starts workers."""
 
     max_parallel: int | None
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Submitted:
-        """Let a worker call a function of a module with arguments that can be pickled."""
+        """Call a module-level function in a worker, with picklable arguments."""
         ...
 
 
 def open_engine(name: EngineName, *, max_parallel: int | None, settings: Mapping[str, Any], folder: Path) -> Engine | None:
-    """What starts workers; None for one run after the other in this process.
+    """Return an engine; None if the work is done one piece after the other in this process.
 
     Args:
         name: local, ray or slurm.
-        max_parallel: workers at a time (default: local one, else as many as there are runs).
-        settings: for ray the options of a task (`num_cpus`, `num_gpus`, …), for slurm submitit's parameters
-            (`slurm_partition`, `timeout_min`, …).
-        folder: where Slurm's scripts and logs go.
+        max_parallel: workers at a time (default: local 1, else unlimited).
+        settings: for ray, task options (`num_cpus`, `num_gpus`, …); for slurm, submitit parameters (`slurm_partition`,
+            `timeout_min`, …).
+        folder: for Slurm's scripts and logs.
 
     Raises:
-        BadInput: the engine is not installed, or does not know a setting.
+        BadInput: the engine is not installed or rejects a setting.
     """
     if name == "ray":
         return Ray(max_parallel, settings)
@@ -71,7 +71,7 @@ def open_engine(name: EngineName, *, max_parallel: int | None, settings: Mapping
 
 
 class Local:
-    """Processes of this machine, which share its cores.
+    """Processes on this machine, which share its cores.
 
     Args:
         max_parallel: processes at a time.
@@ -80,7 +80,7 @@ class Local:
     def __init__(self, max_parallel: int) -> None:
         self.max_parallel: int | None = max_parallel
         self._threads = max(1, torch.get_num_threads() // max_parallel)
-        # Forked from a server that has only imported things, so that a worker is there at once.
+        # Forked from a server that has done the imports, so that workers start quickly.
         linux = sys.platform == "linux"
         self._context = multiprocessing.get_context("forkserver") if linux else multiprocessing.get_context("spawn")
         self._context.set_forkserver_preload(["emomerge.training", "transformers", "peft"])
@@ -114,7 +114,7 @@ class _Process:
 
 
 def _in_process(sender: Connection, threads: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started us is interrupted as well, and ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted as well and stops this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     sender.send(function(*args))
@@ -128,11 +128,11 @@ def _end_with_parent() -> None:
 
 
 class Ray:
-    """Tasks on a Ray cluster: the one that RAY_ADDRESS names or that runs here, else one started on this machine.
+    """Tasks on a Ray cluster: the one named by RAY_ADDRESS or running here, else one started on this machine.
 
     Args:
-        max_parallel: tasks at a time; None lets Ray decide by its resources.
-        settings: options of a task.
+        max_parallel: tasks at a time; None leaves it to Ray's resources.
+        settings: task options.
     """
 
     def __init__(self, max_parallel: int | None, settings: Mapping[str, Any]) -> None:
@@ -146,7 +146,7 @@ class Ray:
         try:
             self._options = ray.remote(_call).options(**{"num_cpus": 1, "max_retries": 0, **settings})
         except (TypeError, ValueError) as error:
-            raise BadInput("Ray does not take these settings", found=error) from None
+            raise BadInput("Ray rejects these settings", found=error) from None
         if not ray.is_initialized():
             ray.init(logging_level="ERROR", log_to_driver=False)
 
@@ -174,7 +174,7 @@ class _RayTask:
 
 
 class Slurm:
-    """Jobs submitted to Slurm by submitit; one that meets its time limit is requeued, as its run resumes by itself.
+    """Jobs submitted to Slurm by submitit. A job that reaches its time limit is requeued, and its run resumes.
 
     Args:
         max_parallel: jobs at a time; None submits all at once.
@@ -195,7 +195,7 @@ class Slurm:
         self.max_parallel = max_parallel
         self._submitit, self._call, self._folder = submitit, Requeued(), folder.absolute()
         self._parameters = {"name": "emomerge", "timeout_min": 24 * 60, **settings}
-        with tempfile.TemporaryDirectory() as scratch:  # what is wrong is said before anything is written
+        with tempfile.TemporaryDirectory() as scratch:  # report errors before anything is written
             self._open(Path(scratch))
 
     def _open(self, folder: Path) -> Any:

@@ -1,8 +1,8 @@
-"""Who works in a run directory: one process at a time, on whichever machine of a shared file system.
+"""Leases of run directories: one process at a time works in a directory, across all machines of a shared file system.
 
-The lease is a file, created atomically, that names host and process and is touched every few seconds. It ends with its
-process, at once where that ran on the same machine, and else when others have seen no heartbeat for `DURATION` by their own
-clock, so that clocks need not agree.
+A lease is a file, created atomically, that names host and process and is touched every few seconds. It ends with its process:
+immediately on the same machine; on others, once they have seen no heartbeat for `DURATION` by their own clock, so that clocks
+need not agree.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DURATION, HEARTBEAT = 120.0, 15.0
 
 
 class LeaseLost(EmomergeError):
-    """This process stood still for so long that another one took its run directory over."""
+    """This process paused for so long that another one took over its run directory."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Holder:
 
 @contextlib.contextmanager
 def leased(folder: Path) -> Iterator[Callable[[], None]]:
-    """Hold a directory while the block runs, waiting for whoever has it.
+    """Hold a directory while the block runs, after waiting for any other holder.
 
     Yields:
-        A check for the block to make before it writes; raises LeaseLost where the directory is no longer ours.
+        A function to call before writing; raises LeaseLost if the directory has been taken over.
     """
     with atomic.translate_os_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def leased(folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def holder_of(folder: Path) -> Holder | None:
-    """Who works in a directory; None where nobody does, or whoever did is known to be dead."""
+    """Return the process that works in a directory; None if there is none or it is known to be dead."""
     owner = _lease(folder).owner
     try:
         heartbeat = max(0.0, time.time() - (folder / ".lease").stat().st_mtime)
@@ -73,7 +73,7 @@ def holder_of(folder: Path) -> Holder | None:
         return None
     if owner is None or heartbeat > DURATION:
         return None
-    host = owner.hostname.partition("?")[0]  # what follows names the container
+    host = owner.hostname.partition("?")[0]  # the rest names the container
     if host == socket.gethostname() and not atomic.is_alive(owner.pid):
         return None
     return Holder(host, owner.pid, heartbeat)

@@ -1,4 +1,4 @@
-"""Which rows each step sees, and what its dropout draws: functions of seed and step alone, so that resuming needs no memory."""
+"""The order of training rows: a function of seed and step alone, so that resuming needs no saved state."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from emomerge.numerics.seeds import generator_of
 
 
 class BatchOrder:
-    """An endless stream of row numbers, reshuffled each epoch; batches may straddle two epochs.
+    """An endless stream of row numbers, reshuffled each epoch. A batch may span two epochs.
 
     Args:
-        rows: rows of the training split.
-        batch_size: rows a batch.
-        key: what the order depends on; equal keys give equal orders.
+        rows: number of rows of the training split.
+        batch_size: rows per batch.
+        key: seed of the order; equal keys give equal orders.
     """
 
     def __init__(self, rows: int, batch_size: int, *key: object) -> None:
@@ -30,7 +30,7 @@ class BatchOrder:
         return torch.randperm(self.rows, generator=generator)
 
     def batch(self, number: int) -> Tensor:
-        """Row numbers (batch_size,) of a batch, counted from 0 over the whole run."""
+        """Return the row numbers (batch_size,) of a batch, counted from 0 over the whole run."""
         first = number * self.batch_size
         epochs = range(first // self.rows, (first + self.batch_size - 1) // self.rows + 1)
         stream = torch.cat([self._epoch(epoch) for epoch in epochs])

@@ -1,4 +1,4 @@
-"""Training the small base of a demonstration: plain AdamW with cosine decay, nothing of ours."""
+"""Training the small base of a demonstration with torch's AdamW and cosine decay."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def fit(
     """Train a model in place and leave it in eval mode.
 
     Args:
-        model: on the device it is trained on.
-        task, data: what it learns.
+        model: the model, on the device to train on.
+        task, data: the task to train on.
         prepare: steps, batch size, peak learning rate and seed.
-        on_step: called with the step, from 1, and its loss.
+        on_step: called with the step, counted from 1, and its loss.
 
     Raises:
-        EmomergeError: the weights did not stay finite.
+        EmomergeError: the weights became NaN or infinite.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=prepare.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, prepare.steps)
@@ -49,5 +49,5 @@ def fit(
             on_step(step + 1, float(loss.detach()))
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         rate = prepare.learning_rate
-        raise EmomergeError(f"the base did not survive its training with learning_rate {rate:g}; choose a smaller one")
+        raise EmomergeError(f"training the base diverged with learning_rate {rate:g}; choose a smaller one")
     model.eval()

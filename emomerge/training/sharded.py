@@ -1,4 +1,4 @@
-"""Tensors that FSDP2 has cut over the ranks (DTensors): whole on disk, so that any number of ranks resumes from them."""
+"""Tensors sharded over ranks by FSDP2 (DTensors). On disk they are unsharded, so that any number of ranks can resume."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; a collective where it is cut."""
+def unshard(tensor: Tensor) -> Tensor:
+    """Return the full tensor; a collective operation if it is sharded."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
 
-def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has whole, if `like` is cut."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's shard of a full tensor if `like` is sharded, else the tensor itself."""
     if not hasattr(like, "full_tensor"):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(like, DTensor)
-    part: Tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return part
+    shard: Tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return shard
 
 
-def cut_state(optimizer: Optimizer, state: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """State of parameters by their numbers, cut as the optimizer would have made it for them."""
+def shard_state(optimizer: Optimizer, state: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Shard an optimizer's state, by parameter index, as the optimizer itself would have initialized it."""
     parameters = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     for index, values in state.items():
         p, group = parameters[index]
@@ -35,5 +35,5 @@ def cut_state(optimizer: Optimizer, state: dict[int, dict[str, Any]]) -> dict[in
         fresh = optimizer.init_state(p, group) if hasattr(optimizer, "init_state") else {}
         for key, value in values.items():
             if isinstance(value, Tensor) and value.dim() > 0:
-                values[key] = cut_like(value, fresh.get(key, p))
+                values[key] = shard_like(value, fresh.get(key, p))
     return state

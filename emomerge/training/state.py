@@ -1,4 +1,4 @@
-"""Files of a run in progress: tensors, and what is none as JSON in the metadata; one safetensors file, replaced whole."""
+"""Checkpoint files of a run in progress: one safetensors file with tensors, and a JSON header in its metadata."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from emomerge.checkpoints import atomic
 from emomerge.errors import BadInput
-from emomerge.training.sharded import whole
+from emomerge.training.sharded import unshard
 
 
 def save_state(file: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write both, replacing `file`; a collective where tensors are cut over ranks."""
-    contiguous = {name: whole(tensor.detach()).contiguous() for name, tensor in tensors.items()}
+    """Write tensors and header, replacing `file`; a collective operation if tensors are sharded over ranks."""
+    contiguous = {name: unshard(tensor.detach()).contiguous() for name, tensor in tensors.items()}
     with atomic.translate_os_error(file), atomic.new_path(file, force=True) as temporary:
         save_file(contiguous, temporary, metadata={"state": json.dumps(header)})
 
 
 def load_header(file: Path, inputs: str) -> dict[str, Any] | None:
-    """The header alone; None if there is no such file, or it was made of other inputs. Raises BadInput: damaged."""
+    """Return the header; None if there is no file or it has other inputs. Raises BadInput if the file is damaged."""
     found = load_state(file, inputs, kinds=())
     return found[0] if found else None
 
@@ -32,11 +32,11 @@ def load_header(file: Path, inputs: str) -> dict[str, Any] | None:
 def load_state(
     file: Path, inputs: str | None = None, kinds: Collection[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Header and tensors; None if there is no such file, or it was made of other inputs.
+    """Return header and tensors; None if there is no file or it has other inputs.
 
     Args:
-        inputs: what the header has to say of its inputs, if anything.
-        kinds: only tensors of these kinds, which are the first parts of their names; by default all.
+        inputs: the inputs hash that the header must have; None accepts any.
+        kinds: load only tensors whose names begin with `<kind>.`; by default all.
 
     Raises:
         BadInput: the file is damaged.
@@ -50,12 +50,12 @@ def load_state(
                 return None
             names = [name for name in opened.keys() if kinds is None or name.partition(".")[0] in kinds]  # noqa: SIM118
             return header, {name: opened.get_tensor(name) for name in names}
-    except Exception as error:  # safetensors raises its own type, which says nothing of the file
+    except Exception as error:  # safetensors raises its own type, whose message does not name the file
         raise BadInput(
-            "the run's checkpoint cannot be read", where=file, found=error, fix="delete it to train this run anew"
+            "the run's checkpoint cannot be read", where=file, found=error, fix="delete it to train this run from scratch"
         ) from None
 
 
 def of_kind(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The tensors of a kind, by the rest of their names."""
+    """Return the tensors named `<kind>.…`, without that prefix."""
     return {name.removeprefix(f"{kind}."): tensor for name, tensor in tensors.items() if name.startswith(f"{kind}.")}

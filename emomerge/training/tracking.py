@@ -1,4 +1,4 @@
-"""Where the steps of runs are logged besides metrics.jsonl: TensorBoard, wandb or trackio, through accelerate's trackers."""
+"""Logging of steps to TensorBoard, wandb or trackio through accelerate's trackers, in addition to metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 from emomerge.errors import BadInput
 from emomerge.recipe import Recipe
-from emomerge.training.runs import RunDir, RunSpec
+from emomerge.training.plan import RunSpec
+from emomerge.training.run_dir import RunDir
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises BadInput where the package of a tracker is not installed."""
+    """Raise BadInput if the package of a tracker is not installed."""
     if not names:
         return
     from accelerate.tracking import get_available_trackers
@@ -25,12 +26,12 @@ def check_trackers(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def tracked(recipe: Recipe, spec: RunSpec, run: RunDir) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Open a run in each of the recipe's trackers at its first step; close them all after the block.
+    """Open a run in each of the recipe's trackers at its first step, and close them after the block.
 
-    TensorBoard's files are in the run's directory; to wandb and trackio the recipe's name is the project.
+    TensorBoard files are written to the run's directory. For wandb and trackio the recipe's name is the project.
 
     Yields:
-        What logs a row of metrics, under the names that metrics.jsonl has: `rate` is emoPulse, the effective learning rate.
+        A function that logs one row of metrics.jsonl under the same names; `rate` is emoPulse, the effective learning rate.
     """
     opened: list[Any] = []
 
@@ -51,7 +52,7 @@ def tracked(recipe: Recipe, spec: RunSpec, run: RunDir) -> Iterator[Callable[[di
 def _open(name: str, recipe: Recipe, spec: RunSpec, run: RunDir, step: int) -> Any:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    if name == "tensorboard":  # rows of a killed process that are written again count once
+    if name == "tensorboard":  # rows that a resumed run writes again replace the old ones
         options = {"run_name": "tensorboard", "logging_dir": run.path, "purge_step": step}
     else:
         options = {"run_name": recipe.name, "name": spec.name, "resume": "allow"}

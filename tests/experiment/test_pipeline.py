@@ -13,13 +13,13 @@ from emomerge.adapters import open_run
 from emomerge.checkpoints import load_into, open_checkpoint
 from emomerge.cli.inspection import status_of
 from emomerge.errors import BadInput, RunFailed
+from emomerge.experiment.controls import long_adamw_runs
 from emomerge.experiment.measure import Measurer
 from emomerge.experiment.pipeline import Pipeline, load_results
 from emomerge.experiment.workspace import Workspace
 from emomerge.merging import merge
 from emomerge.recipe import parse_recipe
 from emomerge.training import RunDir
-from emomerge.training.controls import long_adamw_runs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,11 +115,11 @@ def test_only_what_changed_is_done_again(finished, tiny_recipe, tmp_path):
 KILLS = {
     "base": ("torch.optim.AdamW.step", 7),
     "base, before its stamp": ("emomerge.experiment.workspace.Workspace.write_stamp", 1),
-    "run 1": ("emomerge.training.runs.RunDir.append_metrics", 3),
-    "run 2": ("emomerge.training.runs.RunDir.append_metrics", 6 + 1),
-    "run 3": ("emomerge.training.runs.RunDir.append_metrics", 12 + 6),
-    "run 4, between weights and state": ("emomerge.training.runs.RunDir.write_state", 3 * 5 + 3),
-    "run 5": ("emomerge.training.runs.RunDir.append_metrics", 24 + 4),
+    "run 1": ("emomerge.training.run_dir.RunDir.append_metrics", 3),
+    "run 2": ("emomerge.training.run_dir.RunDir.append_metrics", 6 + 1),
+    "run 3": ("emomerge.training.run_dir.RunDir.append_metrics", 12 + 6),
+    "run 4, between weights and state": ("emomerge.training.run_dir.RunDir.write_state", 3 * 5 + 3),
+    "run 5": ("emomerge.training.run_dir.RunDir.append_metrics", 24 + 4),
     "merge, in a file": ("emomerge.merging.MergedCheckpoint.__getitem__", 30),
     "merge, before its stamp": ("emomerge.experiment.workspace.Workspace.write_stamp", 3),
     "probe, early": ("emomerge.probing.ledger.Ledger.ask", 300),

@@ -96,7 +96,7 @@ class Over:
 def test_the_same_figures_although_workers_die(given, tmp_path, monkeypatch):
     recipe, root, here = given
     engine = Dying(monkeypatch)
-    monkeypatch.setattr("emomerge.training.executors.POLL", 0)
+    monkeypatch.setattr("emomerge.training.workers.POLL", 0)
     assert probe(recipe, root, tmp_path / "there", engine) == here
     per_model = 2 * 2 + 3  # six directions of two metrics in shares of four and two; three other metrics
     assert len({share.ledger for share in engine.shares}) == 2 * per_model < len(engine.shares)
@@ -114,7 +114,7 @@ def test_the_same_figures_although_workers_die(given, tmp_path, monkeypatch):
 
 def test_the_same_weights_twice_are_one_workers_share(given, tmp_path, monkeypatch):
     recipe, root, _ = given
-    monkeypatch.setattr("emomerge.training.executors.POLL", 0)
+    monkeypatch.setattr("emomerge.training.workers.POLL", 0)
     engine = Dying(monkeypatch)
     probe_models(recipe, [str(root / "base")], root / "base", tmp_path / "there", Display(quiet=True), ["gaussian"], engine)
     assert len({share.ledger for share in engine.shares}) == 2
@@ -124,7 +124,7 @@ def test_the_same_weights_twice_are_one_workers_share(given, tmp_path, monkeypat
 
 def test_what_is_wrong_is_told_and_nothing_is_lost(given, tmp_path, monkeypatch):
     recipe, root, here = given
-    monkeypatch.setattr("emomerge.training.executors.POLL", 0)
+    monkeypatch.setattr("emomerge.training.workers.POLL", 0)
     engine = Dying(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(Measurer, "_hessian", lambda self, artefact: 1 / 0)

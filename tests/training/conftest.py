@@ -8,6 +8,7 @@ import torch
 from emomerge.checkpoints import model_checkpoint, write_checkpoint
 from emomerge.recipe import parse_recipe
 from emomerge.tasks import make_task
+from emomerge.training import Context
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +38,16 @@ def base_folder(digits, tmp_path_factory):
     task.save_processor(files)
     write_checkpoint(model_checkpoint(model, source="base"), folder, files_from=files)
     return folder
+
+
+@pytest.fixture
+def context(digits, base_folder, tmp_path):
+    """Make a context of the digits recipe with some fields changed; its runs lie below the test's own folder."""
+
+    def context(folder="runs", *, task=None, base_hash="b", **changes):
+        recipe, own_task, data = digits
+        updated = {k: getattr(recipe, k).model_copy(update=v) if isinstance(v, dict) else v for k, v in changes.items()}
+        changed = Context(recipe.model_copy(update=updated), base_folder, base_hash, tmp_path / folder)
+        return changed.using(task or own_task, data)
+
+    return context

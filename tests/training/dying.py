@@ -5,13 +5,13 @@ import signal
 from pathlib import Path
 
 from emomerge.training import RunDir
-from emomerge.training.executors import work
+from emomerge.training.execute import train_job
 
 STEP = 25
 
 
-def work_and_die_once(marker, job):
-    """`work`, which ends as `kill -9` does after a step of the run cats-0, the first time."""
+def train_and_die_once(marker, job):
+    """`train_job`, which ends as `kill -9` does after a step of the run cats-0, the first time."""
     append = RunDir.append_metrics
 
     def append_metrics(run, row):
@@ -22,6 +22,6 @@ def work_and_die_once(marker, job):
 
     RunDir.append_metrics = append_metrics
     try:
-        return work(job)
+        return train_job(job)
     finally:
         RunDir.append_metrics = append

@@ -5,11 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from dying import work_and_die_once
+from dying import train_and_die_once
 
 from emomerge.errors import BadInput
-from emomerge.training import RunDir, open_engine, planned_runs, train_in_workers, train_locally
+from emomerge.training import Context, RunDir, open_engine, planned_runs, train_in_workers, train_locally
 
 pytestmark = pytest.mark.cluster
 
@@ -49,16 +48,17 @@ def test_the_same_adapters_as_in_one_process(digits, base_folder, tmp_path, monk
     )
     recipe = recipe.model_copy(update={"runs": runs})
     specs = planned_runs(recipe)
-    options = {"task": task, "data": data, "device": torch.device("cpu")}
-    train_locally(recipe, specs, tmp_path / "here", "b", base_folder=base_folder, **options)
+    train_locally(Context(recipe, base_folder, "b", tmp_path / "here").using(task, data), specs)
     begun = []
     with cluster() as settings:
         engine = open_engine(name, max_parallel=2, settings=settings, folder=tmp_path / "slurm")
         submit = engine.submit
         monkeypatch.setattr(
-            engine, "submit", lambda work, job: begun.append(job.spec.name) or submit(work_and_die_once, tmp_path / "dead", job)
+            engine,
+            "submit",
+            lambda work, job: begun.append(job.spec.name) or submit(train_and_die_once, tmp_path / "dead", job),
         )
-        train_in_workers(engine, recipe, specs, tmp_path / "there", "b", base_folder=base_folder)
+        train_in_workers(engine, Context(recipe, base_folder, "b", tmp_path / "there"), specs)
     assert sorted(begun) == ["cats-0", "cats-0", "sens-0", "void-0"]
     for spec in specs:
         run = RunDir(tmp_path / "there" / spec.name)

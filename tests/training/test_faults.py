@@ -21,7 +21,7 @@ from PIL import Image
 from emomerge.checkpoints import atomic
 from emomerge.cli import main
 from emomerge.tasks import ImageClassificationTask
-from emomerge.training import RunDir, planned_runs, train_locally
+from emomerge.training import Context, RunDir, planned_runs, train_locally
 
 FAMILY = ["sens-0", "airy-0", "cats-0", "tion-0", "void-0"]
 CHILDREN = multiprocessing.get_context("forkserver") if hasattr(os, "fork") else None
@@ -44,10 +44,7 @@ def kill_after(seconds):
 
 def train_here(recipe, spec, folder, base_folder, on_step=lambda spec, row: None):
     task = ImageClassificationTask(recipe.task)
-    train_locally(
-        recipe, [spec], folder, "b",
-        task=task, data=task.load_data(recipe.base), base_folder=base_folder, device=torch.device("cpu"), on_step=on_step,
-    )  # fmt: skip
+    train_locally(Context(recipe, base_folder, "b", folder).using(task, task.load_data(recipe.base)), [spec], on_step=on_step)
 
 
 @pytest.mark.skipif(CHILDREN is None, reason="needs fork")

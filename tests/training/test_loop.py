@@ -15,25 +15,18 @@ class Stop(Exception):
 
 
 @pytest.fixture
-def train(digits, base_folder, tmp_path):
-    recipe, task, data = digits
-
-    def train(name="sens-0", folder="runs", stop_after=None, task=task, inputs="i", **changes):
-        updated = {k: getattr(recipe, k).model_copy(update=v) if isinstance(v, dict) else v for k, v in changes.items()}
-        changed = recipe.model_copy(update=updated)
+def train(context):
+    def train(name="sens-0", folder="runs", stop_after=None, task=None, inputs="i", **changes):
+        made = context(folder, task=task, base_hash=inputs, **changes)
         optimizer, seed = name.split("-")
-        run = RunDir(tmp_path / folder / name)
 
         def on_step(spec, row):
             if row["step"] == stop_after:
                 raise Stop
 
-        spec = RunSpec(name, optimizer, int(seed), changed.runs.steps)
-        train_run(
-            changed, spec, run, inputs,
-            task=task, data=data, base_folder=base_folder, device=torch.device("cpu"), on_step=on_step,
-        )  # fmt: skip
-        return run
+        spec = RunSpec(name, optimizer, int(seed), made.recipe.runs.steps)
+        train_run(made, spec, on_step)
+        return made.run_dir(spec)
 
     return train
 
@@ -165,17 +158,15 @@ def test_a_non_finite_loss_ends_the_run_with_step_and_rows_and_keeps_its_checkpo
     assert run.state["sha256"] == train(folder="whole").state["sha256"]
 
 
-def test_the_other_runs_go_on(digits, base_folder, tmp_path):
-    recipe, task, data = digits
+def test_the_other_runs_go_on(digits, context, tmp_path):
+    recipe, task, _ = digits
     specs = planned_runs(recipe)[:3]
     broken = Poisoned(task, 7)  # six steps of the first run, then the second one's second step
     with pytest.raises(RunFailed, match="run airy-0 failed"):
-        train_locally(
-            recipe, specs[:2], tmp_path, "b", task=broken, data=data, base_folder=base_folder, device=torch.device("cpu")
-        )
+        train_locally(context(".", task=broken), specs[:2])
     states = {spec.name: RunDir(tmp_path / spec.name).state["state"] for spec in specs[:2]}
     assert states == {"sens-0": "done", "airy-0": "failed"}
-    train_locally(recipe, specs, tmp_path, "b", task=task, data=data, base_folder=base_folder, device=torch.device("cpu"))
+    train_locally(context("."), specs)
     assert all(RunDir(tmp_path / s.name).is_done(run_inputs(recipe, s, "b")) for s in specs)
 
 
@@ -201,9 +192,10 @@ def test_an_adapter_that_fits_no_module_is_refused(train):
 
 def test_a_run_is_done_only_with_its_files_and_inputs(train):
     run = train()
-    assert run.is_done("i")
+    inputs = run.state["inputs"]
+    assert run.is_done(inputs)
     assert not run.is_done("other")
     file = next(run.artefact.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
-    assert not run.is_done("i")
-    assert not RunDir(run.path / "nowhere").is_done("i")
+    assert not run.is_done(inputs)
+    assert not RunDir(run.path / "nowhere").is_done(inputs)

@@ -14,8 +14,7 @@ from emomerge.recipe import Full, Outer, Runs
 from emomerge.training import (
     RunDir,
     RunSpec,
-    initial_weights,
-    live,
+    TrainingRun,
     planned_runs,
     rounds,
     run_inputs,
@@ -23,8 +22,8 @@ from emomerge.training import (
     train_runs,
 )
 from emomerge.training.loop import adapted_model, batch_order, micro_batches
+from emomerge.training.plan import round_ends
 from emomerge.training.rounds import nesterov
-from emomerge.training.runs import round_ends
 
 CPU = torch.device("cpu")
 
@@ -34,23 +33,15 @@ class Stop(Exception):
 
 
 @pytest.fixture
-def train(digits, base_folder, tmp_path):
-    recipe, task, data = digits
+def train(digits, context):
+    recipe, task, _ = digits
 
     def train(folder="runs", on_step=lambda spec, row: None, task=task, adapter=recipe.adapter, **options):
         runs = Runs(**{"steps": 12, "batch_size": 8, "optimizers": ("sens", "cats", "void"), "lr": 20.0, **options})
-        changed = recipe.model_copy(update={"runs": runs, "adapter": adapter})
-        specs = planned_runs(changed)
-
-        def execute(pieces):
-            train_locally(
-                changed, pieces, tmp_path / folder, "b",
-                task=task, data=data, base_folder=base_folder, device=CPU, on_step=on_step,
-            )  # fmt: skip
-
-        initial = partial(initial_weights, changed, task=task, base_folder=base_folder)
-        train_runs(changed, specs, tmp_path / folder, "b", execute=execute, initial=initial)
-        return [RunDir(tmp_path / folder / spec.name) for spec in specs]
+        made = context(folder, task=task, runs=runs, adapter=adapter)
+        specs = planned_runs(made.recipe)
+        train_runs(made, specs, partial(train_locally, made, on_step=on_step))
+        return [made.run_dir(spec) for spec in specs]
 
     return train
 
@@ -71,13 +62,14 @@ def test_rounds_share_the_steps_evenly(steps, rounds):
 
 
 @pytest.mark.parametrize("outer", [None, Outer(momentum=0.5, lr=0.8)])
-def test_rounds_are_what_they_say(train, digits, base_folder, outer):
+def test_rounds_match_a_plain_loop(train, digits, context, outer):
     """Against the plainest loop: all models in memory, torch's SGD between the rounds."""
     runs = train(adapter=Full(kind="full"), rounds=3, outer=outer)
     recipe, task, data = digits
-    recipe = recipe.model_copy(update={"adapter": Full(kind="full"), "runs": Runs(batch_size=8)})
+    plain = context(adapter=Full(kind="full"), runs=Runs(batch_size=8))
+    recipe = plain.recipe
     specs = [RunSpec(name, name, 0, 12) for name in ("sens", "cats", "void")]
-    models = [adapted_model(recipe, spec, task, base_folder).train() for spec in specs]
+    models = [adapted_model(plain, spec).train() for spec in specs]
     meeting = [p.detach().clone().requires_grad_(True) for p in models[0].parameters()]
     sgd = torch.optim.SGD(meeting, lr=outer.lr, momentum=outer.momentum, nesterov=True) if outer else None
     optimizers = [
@@ -139,9 +131,9 @@ def test_killed_again_and_again_in_every_round_they_end_with_the_same_bits(train
         return watched
 
     watched = with_events(rounds.save_state)
-    for module in ("runs", "rounds"):
+    for module in ("run_dir", "rounds"):
         monkeypatch.setattr(f"emomerge.training.{module}.save_state", watched)
-    monkeypatch.setattr(live.TrainingRun, "finish", with_events(live.TrainingRun.finish))
+    monkeypatch.setattr(TrainingRun, "finish", with_events(TrainingRun.finish))
     for attempt in range(100):
         left = 6 + attempt % 5
         try:

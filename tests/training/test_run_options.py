@@ -4,9 +4,9 @@ import torch
 from emomerge.checkpoints import open_checkpoint
 from emomerge.merging import merge
 from emomerge.recipe import Ema, Full, Lawa, Runs
-from emomerge.training import RunDir, RunSpec, train_run
+from emomerge.training import RunSpec, train_run
 from emomerge.training.average import WeightAverage
-from emomerge.training.live import TrainingRun, damping
+from emomerge.training.run import TrainingRun, damping
 
 
 class Stop(Exception):
@@ -14,19 +14,15 @@ class Stop(Exception):
 
 
 @pytest.fixture
-def train(digits, base_folder, tmp_path):
-    recipe, task, data = digits
+def train(digits, context):
+    recipe, task, _ = digits
 
     def train(name="sens-0", folder="runs", on_step=lambda spec, row: None, task=task, adapter=recipe.adapter, **options):
         runs = Runs(**{"steps": 6, "batch_size": 8, "lr": 20.0, **options})
-        changed = recipe.model_copy(update={"runs": runs, "adapter": adapter})
-        run = RunDir(tmp_path / folder / name)
         spec = RunSpec(name, name.partition("-")[0], 0, runs.steps)
-        train_run(
-            changed, spec, run, "i",
-            task=task, data=data, base_folder=base_folder, device=torch.device("cpu"), on_step=on_step,
-        )  # fmt: skip
-        return run
+        made = context(folder, task=task, runs=runs, adapter=adapter)
+        train_run(made, spec, on_step)
+        return made.run_dir(spec)
 
     return train
 

@@ -9,7 +9,7 @@ from emomerge.checkpoints import open_checkpoint
 from emomerge.errors import BadInput, RunFailed
 from emomerge.recipe import FAMILY, parse_recipe
 from emomerge.tasks import Split, Task, TaskData
-from emomerge.training import RunDir, planned_runs, run_inputs, train_locally
+from emomerge.training import Context, RunDir, planned_runs, run_inputs, train_locally
 from emomerge.training.stacked import Unstackable, estimate
 
 LONGEST, VOCABULARY = 7, 40
@@ -142,10 +142,7 @@ def train(folder, task, recipe, specs=None, **options):
     """Train a recipe's runs; returns their directories."""
     torch.set_num_threads(1)
     specs = specs or planned_runs(recipe)
-    train_locally(
-        recipe, specs, folder, "b",
-        task=task, data=task.load_data(), base_folder=folder, device=torch.device("cpu"), **options,
-    )  # fmt: skip
+    train_locally(Context(recipe, folder, "b", folder).using(task, task.load_data()), specs, **options)
     return [RunDir(folder / spec.name) for spec in specs]
 
 
@@ -322,7 +319,7 @@ def test_a_run_that_meets_a_nan_fails_alone(tmp_path):
 
 REFUSED = {
     "between.*mixes the rows of a batch": (Bags, lambda: Bag(nn.BatchNorm1d(8)), {"lora": {"targets": ["out"]}}),
-    "other results for the rows of all runs": (Bags, lambda: Bag(Centred()), {"lora": {"targets": ["out"]}}),
+    "different results for the rows of all runs": (Bags, lambda: Bag(Centred()), {"lora": {"targets": ["out"]}}),
     "full fine-tuning": (Sentences, bert, {"lora": None}),
 }
 

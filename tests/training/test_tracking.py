@@ -3,7 +3,6 @@
 from typing import ClassVar
 
 import pytest
-import torch
 
 from emomerge.errors import BadInput
 from emomerge.experiment.pipeline import Pipeline
@@ -12,16 +11,13 @@ from emomerge.training import RunDir, planned_runs, train_locally
 
 
 @pytest.fixture
-def train(digits, base_folder, tmp_path):
-    recipe, task, data = digits
+def train(digits, context, tmp_path):
+    recipe = digits[0]
 
     def train(*names, on_step=lambda spec, row: None):
         runs = recipe.runs.model_copy(update={"log_with": names, "optimizers": ("sens", "void"), "parallel": "sequential"})
         changed = recipe.model_copy(update={"runs": runs})
-        train_locally(
-            changed, planned_runs(changed), tmp_path, "b",
-            task=task, data=data, base_folder=base_folder, device=torch.device("cpu"), on_step=on_step,
-        )  # fmt: skip
+        train_locally(context(".", runs=runs), planned_runs(changed), on_step=on_step)
         return {name: list(RunDir(tmp_path / name).metrics()) for name in ("sens-0", "void-0")}
 
     return train

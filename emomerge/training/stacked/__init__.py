@@ -1,10 +1,10 @@
-"""Several adapters trained at once: one frozen base, one forward and one backward pass for all runs.
+"""Training several adapters at once: one frozen base, one forward and one backward pass for all runs.
 
 model.py        the trained layers, with the weights of all runs
-losses.py       each run's own loss from the rows that are its own
+losses.py       each run's own loss, from its own rows
 randomness.py   each run's own dropout
-estimate.py     whether it pays
-loop.py         training
+estimate.py     expected speed and memory
+loop.py         the training loop
 """
 
 from __future__ import annotations

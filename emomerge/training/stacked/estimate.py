@@ -1,5 +1,5 @@
-"""What stacking is expected to bring and to cost: the same on every start but for the free memory, so that resuming decides
-as before."""
+"""Estimates of the speed and memory of a stack. Apart from free memory they are the same on every start, so that a resumed
+run decides as before."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from emomerge.training.stacked.model import StackedModel, Unstackable
 
 
 class Machine(NamedTuple):
-    """What passes cost, forward and backward together."""
+    """Cost model of a forward and backward pass."""
 
     call: float
-    """Seconds for a trained layer, with what stands around it, however few its rows."""
+    """Seconds for a trained layer and its surroundings, independent of the number of rows."""
     weights: float
-    """Bytes of weights a second that a pass reads."""
+    """Bytes of weights read per second."""
     flops: float
-    """Floating-point operations a second of large matrix products."""
+    """Floating-point operations per second of large matrix products."""
     activations: float
-    """Bytes a second of what is kept in between: normalisation, attention, activation functions."""
+    """Bytes of stored activations per second: normalization, attention, activation functions."""
     update: float
-    """Seconds for the optimizer's part of a trained layer."""
+    """Seconds for the optimizer step of a trained layer."""
 
 
 CPU = Machine(2.2e-4, 4.8e9, 1.9e11, 8.5e8, 4e-5)
-"""Fitted to one core of a server, BERT of 6 layers, hidden 64 to 384, 16 to 256 tokens a run."""
+"""Fitted to one core of a server, BERT of 6 layers, hidden 64 to 384, 16 to 256 tokens per run."""
 ACCELERATOR = Machine(2.2e-4, 5e11, 2e13, 2e11, 4e-5)
-"""A guess."""
+"""Not measured."""
 IN_PIECES = 1.2
-"""How much longer matrix products take in the pieces of one run."""
+"""How much longer matrix products take on the rows of a single run."""
 WORTHWHILE = 1.15
-"""How many times faster it must be: the memory of several runs is not free, and the estimate is no better than a tenth."""
+"""The speedup required: the memory of several runs has its price, and the estimate is accurate to about 10 %."""
 MARGIN = 2.3
-"""Memory of training over that of a pass's activations: intermediate results, and what the allocator cannot use again while
-batches change their width. Measured with MiniLM on movie reviews: 1.7 GB for .75, and .49 for .19 of one run."""
+"""Memory of training over that of a pass's activations: intermediate results, and fragmentation as batches change their width.
+Measured with MiniLM on movie reviews: 1.7 GB for 0.75 GB of activations, and 0.49 GB for 0.19 GB of one run."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of training some runs in one pass, against one by one.
+    """Training some runs in one pass, compared to one by one.
 
     Attributes:
-        runs: how many.
-        faster: how many times less time it takes.
-        activations: bytes that the backward pass of all runs needs.
-        alone: bytes that it needs of one run.
-        free: bytes that are free.
+        runs: number of runs.
+        faster: the speedup.
+        activations: bytes stored for the backward pass of all runs.
+        alone: bytes stored for that of one run.
+        free: bytes of free memory.
     """
 
     runs: int
@@ -71,11 +71,11 @@ class Estimate:
 
     @property
     def memory(self) -> float:
-        """Bytes that training needs beside the weights."""
+        """Bytes that training needs in addition to the weights."""
         return self.activations * MARGIN
 
     def check(self) -> None:
-        """Raises Unstackable where it would not fit into memory, or not be faster."""
+        """Raise Unstackable if the stack would not fit into memory or would not be faster."""
         if self.memory > self.free:
             need, free = _size(self.memory), _size(self.free)
             raise Unstackable(f"{self.runs} runs in one pass need an estimated {need}, and {free} are free")
@@ -86,26 +86,26 @@ class Estimate:
 def estimate(
     stack: StackedModel, sample: Inputs, sample_rows: int, batch_rows: int, stacked: AbstractContextManager[object]
 ) -> Estimate:
-    """An estimate from two forward passes.
+    """Estimate speed and memory from two forward passes.
 
     Args:
-        stack: in training mode.
-        sample: what the model is called with.
-        sample_rows: how many rows of each run that are.
-        batch_rows: how many rows a micro-batch of a run has.
-        stacked: within it dropout draws as in training, where runs may share what is drawn.
+        stack: the runs, in training mode.
+        sample: inputs of the model.
+        sample_rows: rows of each run in the sample.
+        batch_rows: rows of each run in a micro-batch.
+        stacked: context in which dropout draws as in training, where runs may share numbers.
     """
     device = next(iter(stack.stacks.values())).device
-    of_a_run = batch_rows / (stack.runs * sample_rows)
+    share = batch_rows / (stack.runs * sample_rows)
     with FlopCounterMode(display=False) as flops:
-        alone = activation_bytes(stack.model, sample) * of_a_run
+        alone = activation_bytes(stack.model, sample) * share
     with stacked:
-        together = activation_bytes(stack.model, sample) * of_a_run * stack.runs
+        together = activation_bytes(stack.model, sample) * share * stack.runs
     machine = CPU if device.type == "cpu" else ACCELERATOR
     layers = (layer for layer in stack.model.modules() if not isinstance(layer, nn.Embedding))
     weights = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters(recurse=False))
     once = stack.layers * machine.call + 2 * weights / machine.weights
-    products = 2 * flops.get_total_flops() * of_a_run / machine.flops  # frozen weights need no gradient
+    products = 2 * flops.get_total_flops() * share / machine.flops  # frozen weights need no gradient
     update = stack.layers * machine.update
     one_by_one = stack.runs * (once + IN_PIECES * products + alone / machine.activations + update)
     at_once = once + stack.runs * (products + update) + together / machine.activations
@@ -113,7 +113,7 @@ def estimate(
 
 
 def activation_bytes(model: nn.Module, inputs: Inputs) -> int:
-    """What a forward pass keeps for the backward pass, without the weights."""
+    """Return the bytes that a forward pass stores for the backward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -124,17 +124,17 @@ def activation_bytes(model: nn.Module, inputs: Inputs) -> int:
         return t
 
     with saved_tensors_hooks(note, lambda t: t):
-        output = model(*inputs[0], **inputs[1])  # kept alive, so that no address is seen twice
+        output = model(*inputs[0], **inputs[1])  # kept alive, so that no address is reused
     del output
     return sum(kept.values())
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device."""
+    """Return the free memory of a device in bytes."""
     from accelerate.utils import get_max_memory
 
-    place = device.type if device.type in ("cpu", "mps") else device.index or 0
-    return int(get_max_memory()[place])
+    key = device.type if device.type in ("cpu", "mps") else device.index or 0
+    return int(get_max_memory()[key])
 
 
 def _size(number: float) -> str:

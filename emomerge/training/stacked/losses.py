@@ -1,4 +1,4 @@
-"""The losses of several runs from one forward pass: the task's own loss on each run's rows of the output."""
+"""Losses of several runs from one forward pass: the task's own loss on each run's rows of the output."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def model_inputs(task: Task, model: nn.Module, batch: Batch) -> Inputs:
-    """Arguments with which `task.loss` calls the model on a batch.
+    """Return the arguments with which `task.loss` calls the model on a batch.
 
     Raises:
-        Unstackable: it does not call it.
+        Unstackable: the loss does not call the model.
     """
     try:
-        task.loss(_Listener(model), batch)  # type: ignore[arg-type]
+        task.loss(_Recorder(model), batch)  # type: ignore[arg-type]
     except _Called as call:
         return call.inputs
     raise Unstackable("the task's loss does not call the model")
 
 
 def stack_inputs(inputs: Sequence[Inputs], rows: int) -> Inputs:
-    """The arguments of all runs as those of one call: rows one run after the other, all else as in the first run."""
+    """Join the arguments of all runs: tensors of rows are concatenated, others come from the first run."""
 
     def join(first: Any, *others: Any) -> Any:
         if isinstance(first, Tensor) and first.dim() and first.shape[0] == rows:
@@ -41,16 +41,18 @@ def stack_inputs(inputs: Sequence[Inputs], rows: int) -> Inputs:
 
 
 def run_loss(task: Task, model: nn.Module, output: Any, run: int, rows: int, batch: Batch) -> Tensor:
-    """The task's loss of one run, a scalar.
+    """Return the task's scalar loss of one run.
 
     Args:
-        output: what the model gave for the rows of all runs.
-        run: which run, from 0.
-        rows: rows of one run.
-        batch: this run's.
+        task: the task.
+        model: the stacked model.
+        output: the model's output for the rows of all runs.
+        run: index of the run.
+        rows: rows per run.
+        batch: this run's batch.
 
     Raises:
-        Unstackable: the task wants a figure that the model gave for all rows together, or calls it twice.
+        Unstackable: the task reads a scalar that the model computed over the rows of all runs, or calls the model twice.
     """
 
     def part(x: Any) -> Any:
@@ -58,7 +60,7 @@ def run_loss(task: Task, model: nn.Module, output: Any, run: int, rows: int, bat
             return x
         return x[run * rows : (run + 1) * rows] if x.dim() else None
 
-    loss = task.loss(_Answer(model, tree_map(part, output)), batch)  # type: ignore[arg-type]
+    loss = task.loss(_Replay(model, tree_map(part, output)), batch)  # type: ignore[arg-type]
     if loss is None:
         raise Unstackable("the task takes its loss from the model's output, which is over the rows of all runs")
     return loss
@@ -66,15 +68,15 @@ def run_loss(task: Task, model: nn.Module, output: Any, run: int, rows: int, bat
 
 @torch.no_grad()
 def check_rows_apart(stack: StackedModel, inputs: Inputs, rows: int) -> None:
-    """Compare the stack, with weights shaken at random, with its first and its last run alone.
+    """Compare the stack, with randomly perturbed weights, to its first and last run computed on their own.
 
     Args:
-        stack: left as it was, in training mode.
-        inputs: of the whole stack.
-        rows: of each run.
+        stack: restored afterwards, and left in training mode.
+        inputs: the model's inputs for all runs.
+        rows: rows per run.
 
     Raises:
-        Unstackable: they differ: something in the model mixes rows, or has them elsewhere than on dimension 0.
+        Unstackable: the results differ, so the model mixes rows or does not have them on dimension 0.
     """
     model, total = stack.model, stack.runs * rows
 
@@ -90,13 +92,13 @@ def check_rows_apart(stack: StackedModel, inputs: Inputs, rows: int) -> None:
                 alone = model(*args, **kwargs)
             pairs = zip(tree_leaves(tree_map(lambda x, run=run: part(x, run), together)), tree_leaves(alone), strict=True)
             if not all(_alike(a, b) for a, b in pairs):
-                raise Unstackable("the model gives other results for the rows of all runs than for those of each")
+                raise Unstackable("the model gives different results for the rows of all runs than for those of each run")
     model.train()
 
 
 @torch.no_grad()
 def check_loss(task: Task, stack: StackedModel, inputs: Inputs, rows: int, batch: Batch) -> None:
-    """Take the first run's loss from the stack once. Raises Unstackable as `run_loss` does."""
+    """Compute the first run's loss from the stack once. Raises Unstackable as `run_loss` does."""
     run_loss(task, stack.model, stack.model(*inputs[0], **inputs[1]), 0, rows, batch)
 
 
@@ -107,14 +109,14 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 class _Called(BaseException):
-    """Ends a task's loss where it calls the model; no task may swallow it."""
+    """Raised where a task's loss calls the model; a BaseException, so that tasks do not catch it."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
 
 
-class _Listener:
-    """Stands for a model, to learn what it is called with."""
+class _Recorder:
+    """Stands in for a model to capture the arguments it is called with."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -126,8 +128,8 @@ class _Listener:
         raise _Called((args, kwargs))
 
 
-class _Answer(_Listener):
-    """Stands for a model that has already been called."""
+class _Replay(_Recorder):
+    """Stands in for a model that has already been called."""
 
     def __init__(self, model: nn.Module, output: Any) -> None:
         super().__init__(model)

@@ -1,4 +1,4 @@
-"""One frozen model with the trained weights of several runs: row block i of every batch goes through the weights of run i."""
+"""A frozen model with the trained weights of several runs: the i-th block of rows of a batch goes through run i's weights."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from emomerge.errors import EmomergeError
 
 
 class Unstackable(EmomergeError):
-    """Why runs cannot share their forward and backward passes."""
+    """The runs cannot share their forward and backward passes."""
 
 
 class StackedModel:
-    """An adapted model whose trained layers hold the weights of all runs at once.
+    """An adapted model whose trained layers hold the weights of all runs.
 
-    `model` then takes the rows of all runs, one run after the other on dimension 0. Frozen layers see one large batch; a
-    trained layer multiplies each run's rows by that run's weights, batched.
+    `model` takes the rows of all runs, concatenated on dimension 0. Frozen layers see one large batch; a trained layer
+    multiplies each run's rows by that run's weights in one batched product.
 
     Args:
         model: an adapted model, changed in place.
-        starts: the trained weights that each run starts from, by their names in the model.
+        starts: each run's initial trained weights, by their names in the model.
 
     Raises:
-        Unstackable: a layer mixes rows, or its trained weights are not a layer of their own.
+        Unstackable: a layer mixes rows, or trained weights do not form a layer of their own.
     """
 
     def __init__(self, model: nn.Module, starts: Sequence[Mapping[str, Tensor]]) -> None:
@@ -47,31 +47,31 @@ class StackedModel:
             self._replace(path, {own: name for name, own in names.items()})
 
     def parameters_of(self, run: int) -> dict[str, nn.Parameter]:
-        """The weights of one run by name: views of the stacks, for its optimizer."""
+        """Return the weights of one run by name: views of the stacks, for its optimizer."""
         return self._parameters[run]
 
     @property
     def layers(self) -> int:
-        """How many layers are trained."""
+        """Number of trained layers."""
         return len(self._replaced)
 
     def share_gradients(self) -> None:
-        """Give every run's parameters their part of the gradients, as views; None where no backward pass came by."""
+        """Set the gradients of every run's parameters to views of the stacks' gradients, or None if not computed."""
         for name, gradient in self._gradients.items():
-            if gradient.met != (self._parameters[0][name].grad is not None):
-                parts = gradient.total.unbind() if gradient.met else [None] * self.runs
+            if gradient.computed != (self._parameters[0][name].grad is not None):
+                parts = gradient.total.unbind() if gradient.computed else [None] * self.runs
                 for parameters, part in zip(self._parameters, parts, strict=True):
                     parameters[name].grad = part
 
     def drop_gradients(self) -> None:
-        """Begin the next step. The memory stays, and so do the views of it."""
+        """Zero the gradients for the next step, keeping their memory and the views of it."""
         torch._foreach_zero_([gradient.total for gradient in self._gradients.values()])
         for gradient in self._gradients.values():
-            gradient.met = False
+            gradient.computed = False
 
     @contextmanager
     def as_run(self, run: int) -> Iterator[None]:
-        """Within the block the model has its own layers, with the weights of one run."""
+        """Within the block, the model has its original layers with the weights of one run."""
         for parent, name, layer, _ in self._replaced:
             parent._modules[name] = layer
         own = dict(self.model.named_parameters())
@@ -86,7 +86,7 @@ class StackedModel:
 
     @contextmanager
     def shaken(self) -> Iterator[None]:
-        """Within the block random numbers are added to all trained weights."""
+        """Within the block, random numbers are added to all trained weights."""
         kept = [stack.detach().clone() for stack in self.stacks.values()]
         generator = torch.Generator().manual_seed(0)
         for stack in self.stacks.values():
@@ -101,7 +101,7 @@ class StackedModel:
         layer, stacks = self.model.get_submodule(path), {own: self.stacks[name] for own, name in names.items()}
         stacked: nn.Module
         if set(stacks) == {A, B} and is_plain(layer):
-            stacked = StackedLora(layer, stacks[A], stacks[B], self._gradients[names[A]], self._gradients[names[B]])
+            stacked = StackedLora(layer, stacks[A], stacks[B], (self._gradients[names[A]], self._gradients[names[B]]))
         elif type(layer) is nn.Linear:
             stacked = StackedLinear(**stacks)
         elif any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in layer.modules()):
@@ -118,7 +118,7 @@ A, B = "lora_A.default.weight", "lora_B.default.weight"
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is x Wᵀ + b plus two factors, W frozen in floats."""
+    """Return whether a layer is x Wᵀ + b plus LoRA factors, with W frozen and not quantized."""
     from peft.tuners import lora
     from transformers.pytorch_utils import Conv1D
 
@@ -128,53 +128,53 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 class Gradient:
-    """The gradient of a stack, added up in place: a product goes right there, without a tensor of its own.
+    """The gradient of a stack, accumulated in place: products are added to it without a temporary tensor.
 
     Args:
-        stack: its `.grad` becomes `total`.
+        stack: the stacked parameter, whose `.grad` becomes `total`.
     """
 
     def __init__(self, stack: nn.Parameter) -> None:
         self.total = stack.grad = torch.zeros_like(stack)
-        self.met = False
-        """Whether a backward pass has come by."""
-        stack.register_post_accumulate_grad_hook(self._meet)
+        self.computed = False
+        """Whether a backward pass has added to it."""
+        stack.register_post_accumulate_grad_hook(self._note)
 
     def add_product(self, x: Tensor, y: Tensor, scale: float) -> None:
         """Add s·x_i y_i for each run i: (runs, m, k), (runs, k, n)."""
-        self.met = True
+        self.computed = True
         if x.dtype == self.total.dtype:
             self.total.baddbmm_(x, y, alpha=scale)
         else:
             self.total.add_(torch.bmm(x, y), alpha=scale)
 
-    def _meet(self, stack: Tensor) -> None:
-        self.met = True
+    def _note(self, stack: Tensor) -> None:
+        self.computed = True
 
 
 class StackedLora(nn.Module):
-    """A linear layer with LoRA: the frozen product of all rows at once, and each run's own two factors.
+    """A linear layer with LoRA: one frozen product for all rows, and each run's own two factors.
 
     Args:
         layer: the adapted layer.
         a: (runs, r, in).
         b: (runs, out, r).
-        gradient_a, gradient_b: where their gradients go.
+        gradients: those of `a` and `b`.
     """
 
-    def __init__(self, layer: Any, a: nn.Parameter, b: nn.Parameter, gradient_a: Gradient, gradient_b: Gradient) -> None:
+    def __init__(self, layer: Any, a: nn.Parameter, b: nn.Parameter, gradients: tuple[Gradient, Gradient]) -> None:
         super().__init__()
         self.base_layer, self.dropout = layer.base_layer, layer.lora_dropout["default"]
         self.a, self.b = a, b
         weight, bias = layer.base_layer.weight, layer.base_layer.bias
-        self._tensors = weight, bias, a.detach(), b  # in a tuple, which costs less to ask for than a module's parameters
+        self._tensors = weight, bias, a.detach(), b  # reading a tuple is faster than reading a module's parameters
         self._transposed = not isinstance(layer.base_layer, nn.Linear)  # Conv1D of GPT-2: (in, out)
         self._drops = not isinstance(self.dropout, nn.Identity)
-        self._how = gradient_a, gradient_b, layer.scaling["default"]
+        self._gradients, self._scale = gradients, layer.scaling["default"]
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight, which some models look at."""
+        """The frozen weight, which some models read."""
         weight: Tensor = self.base_layer.weight
         return weight
 
@@ -184,26 +184,28 @@ class StackedLora(nn.Module):
         check_rows(x, a.shape[0])
         if self._transposed:
             weight = weight.t()
-        tensors: tuple[Tensor | None, ...] = (x, self.dropout(x) if self._drops else None, weight, bias, a, b)
+        tensors: tuple[Tensor | None, ...] = (x, self.dropout(x) if self._drops else None, b, weight, bias, a)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
-        y: Tensor = LoraProduct.apply(*tensors, *self._how)  # type: ignore[no-untyped-call]
+        y: Tensor = LoraProduct.apply(*tensors[:3], (*tensors[3:], self._scale), self._gradients)  # type: ignore[no-untyped-call]
         return y
 
 
 class LoraProduct(torch.autograd.Function):
     """y_i = x_i Wᵀ + b + s·x̃_i A_iᵀ B_iᵀ for each run i, where x̃ is x after LoRA's dropout, or None for x itself.
 
-    The gradients of A and B go where they are to be added up, and not through autograd, which needs B alone to come by.
+    The gradients of A and B are accumulated directly rather than through autograd. B is a differentiable input only so that
+    the output requires a gradient.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
-        gradient_a: Gradient, gradient_b: Gradient, scale: float,
+        ctx: Any, x: Tensor, dropped: Tensor | None, b: Tensor,
+        others: tuple[Tensor, Tensor | None, Tensor, float], gradients: tuple[Gradient, Gradient],
     ) -> Tensor:  # fmt: skip
-        """(runs·rows, …, in) → (runs·rows, …, out)."""
+        """(runs·rows, …, in) → (runs·rows, …, out). `others` are W, the bias, A and s."""
+        weight, bias, a, scale = others
         runs, _, width = a.shape
         flat = x.reshape(-1, width)
         rows = (flat if dropped is None else dropped.reshape(-1, width)).view(runs, -1, width)
@@ -211,12 +213,12 @@ class LoraProduct(torch.autograd.Function):
         down = torch.bmm(rows, a.mT)
         y.view(runs, -1, y.shape[1]).baddbmm_(down, b.mT, alpha=scale)
         ctx.save_for_backward(rows, down, weight, a, b)
-        ctx.gradients, ctx.scale, ctx.apart, ctx.shape = (gradient_a, gradient_b), scale, dropped is not None, x.shape
+        ctx.gradients, ctx.scale, ctx.apart, ctx.shape = gradients, scale, dropped is not None, x.shape
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and x̃; those of A and B are added where they belong."""
+        """Return the gradients of x and x̃, and accumulate those of A and B."""
         rows, down, weight, a, b = ctx.saved_tensors
         gradient_a, gradient_b = ctx.gradients
         width = weight.shape[0]
@@ -232,7 +234,7 @@ class LoraProduct(torch.autograd.Function):
             of_x = of_x.view(ctx.shape)
         if ctx.apart and ctx.needs_input_grad[1]:
             of_dropped = torch.bmm(of_down.mul_(ctx.scale), a).view(ctx.shape)
-        return of_x, of_dropped, None, None, None, None, None, None, None
+        return of_x, of_dropped, None, None, None
 
 
 class StackedLinear(nn.Module):
@@ -257,11 +259,11 @@ class StackedLinear(nn.Module):
 
 
 class StackedLayer(nn.Module):
-    """Any other layer, once for each run.
+    """Any other layer, applied once for each run.
 
     Args:
-        layer: what is applied to the rows of a run, the dimension 0 of its only argument.
-        stacks: its trained parameters (runs, *shape) by their names in the layer.
+        layer: takes one tensor whose dimension 0 counts rows.
+        stacks: the layer's trained parameters (runs, *shape) by their names in the layer.
     """
 
     def __init__(self, layer: nn.Module, stacks: Mapping[str, nn.Parameter]) -> None:
@@ -278,16 +280,16 @@ class StackedLayer(nn.Module):
 
 
 def check_rows(x: Tensor, runs: int) -> None:
-    """Refuse what has no rows of each run."""
+    """Raise Unstackable unless the rows divide evenly among the runs."""
     if x.shape[0] % runs:
-        raise Unstackable(f"a trained layer sees {x.shape[0]} rows, which are not those of {runs} runs")
+        raise Unstackable(f"a trained layer sees {x.shape[0]} rows, which do not divide among {runs} runs")
 
 
 def trained_layers(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Path of each layer with trained parameters → {name of the parameter in the model: name in the layer}.
+    """Return, for each layer with trained parameters, its path → {parameter name in the model: name in the layer}.
 
     Raises:
-        Unstackable: trained parameters lie beside other layers, so that no one layer applies them.
+        Unstackable: a module has trained parameters of its own beside sub-layers.
     """
     found: dict[str, dict[str, str]] = {}
     for name, p in model.named_parameters():
@@ -297,12 +299,12 @@ def trained_layers(model: nn.Module) -> dict[str, dict[str, str]]:
     trained = {name for names in found.values() for name in names}
     for path, names in found.items():
         if not path or any(name.startswith(f"{path}.") for name in trained - set(names)):
-            raise Unstackable(f"{path or 'the model'} has trained weights of its own beside layers")
+            raise Unstackable(f"{path or 'the model'} has trained weights of its own beside sub-layers")
     return found
 
 
 def _owner(model: nn.Module, name: str) -> tuple[str, str]:
-    """The layer that a parameter belongs to, and its name in there; both factors of a LoRA belong to the adapted layer."""
+    """Return the layer that a parameter belongs to and its name there. LoRA factors belong to the adapted layer."""
     path = name.removesuffix(f".{A}").removesuffix(f".{B}")
     if path == name:
         path = name.rpartition(".")[0]
@@ -312,7 +314,7 @@ def _owner(model: nn.Module, name: str) -> tuple[str, str]:
 
 
 def check_layers(model: nn.Module) -> None:
-    """Refuse layers that mix rows, and adapters that are more than two factors.
+    """Check that no layer mixes rows and that every adapter is a plain pair of factors.
 
     Raises:
         Unstackable: names the layer.
@@ -324,6 +326,6 @@ def check_layers(model: nn.Module) -> None:
             raise Unstackable(f"{path} ({type(layer).__name__}) mixes the rows of a batch")
         if isinstance(layer, lora.LoraLayer):
             if layer.lora_variant:
-                raise Unstackable(f"{path} is no plain LoRA")
+                raise Unstackable(f"{path} is not plain LoRA")
             if not isinstance(layer, lora.Linear | lora.Embedding):
                 raise Unstackable(f"{path} is an adapted {type(layer.get_base_layer()).__name__}")

@@ -1,4 +1,4 @@
-"""Dropout of several runs in one forward pass: each run draws what it would draw alone."""
+"""Dropout for several runs in one forward pass: each run draws the numbers it would draw on its own."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Shape = tuple[int, ...]
 
 
 class Streams:
-    """Where each run stands in its random numbers; all draw from the device's default generator, in turns.
+    """The random number streams of all runs, which take turns in using the device's default generator.
 
     Args:
-        keys: one for each run; runs of equal keys draw the same and share a stream.
-        device: whose default generator is used.
+        keys: one for each run; runs with equal keys share a stream.
+        device: the device whose default generator is used.
     """
 
     def __init__(self, keys: Sequence[object], device: torch.device) -> None:
@@ -35,7 +35,7 @@ class Streams:
         self._last: tuple[int, list[Tensor]] = (0, [])
 
     def start(self, begin: Callable[[int], None]) -> None:
-        """Seed every stream by `begin(run)` of its leader, which may already draw."""
+        """Seed every stream by calling `begin` with its leader, which may already draw numbers."""
         states = []
         for run in self.leaders:
             begin(run)
@@ -44,11 +44,11 @@ class Streams:
         self._go(0, states)
 
     def draw(self, runs: Sequence[int], sample: Callable[[int, int], Tensor]) -> list[Tensor]:
-        """`sample(run, position)` of these runs, from where their streams stand; then all streams move on.
+        """Return `sample(run, position)` of the given runs, each drawn from its own stream, and advance all streams.
 
         Args:
-            runs: at least one of each stream.
-            sample: draws; is also told how many times has been drawn since the start.
+            runs: at least one run of each stream.
+            sample: draws from the default generator; `position` counts the draws since the start.
         """
         position, before = self._now()
         if len(runs) == 1:
@@ -62,11 +62,11 @@ class Streams:
         return found
 
     def _now(self) -> tuple[int, list[Tensor]]:
-        """Position and states; gradient checkpointing has put the generator back to where the first stream once was."""
+        """Return position and states, also after gradient checkpointing has reset the generator to an earlier state."""
         now = self._generator.get_rng_state()
         if len(self.leaders) == 1:
             return 0, [now]
-        position, states = self._last  # for the others, if a layer has drawn that is not covered
+        position, states = self._last  # of the other streams, if a function that is not covered has drawn numbers
         return self._passed.get(now.numpy().tobytes(), (position, [now, *states[1:]]))
 
     def _go(self, position: int, states: list[Tensor]) -> None:
@@ -76,29 +76,29 @@ class Streams:
 
 @dataclass
 class Widths:
-    """By how much each run's rows are narrower alone than in a batch padded for all, and what that changes.
+    """How much narrower each stream's batch would be on its own than padded for all, and the effect on its draws.
 
     Attributes:
         narrower: columns, for each stream.
-        slopes: for each draw since the start, how each size of what is drawn changes with a column.
+        slopes: for each draw since the start, the change of each dimension of the drawn shape per column.
     """
 
     narrower: Sequence[int]
     slopes: Sequence[Sequence[Shape]] = ()
 
     def alone(self, stream: int, position: int, which: int, shape: Shape) -> Shape:
-        """The shape that a tensor of this run has when the run is alone."""
+        """Return the shape that a draw would have if the run were trained on its own."""
         cut = self.narrower[stream]
         if not cut or position >= len(self.slopes):
             return shape
         slopes = self.slopes[position][which]
-        if slopes[0]:  # rows and columns in one dimension
+        if slopes[0]:  # one dimension mixes rows and columns
             return shape
         return tuple(size - slope * cut for size, slope in zip(shape, slopes, strict=True))
 
 
 def slopes(wide: Sequence[Sequence[Shape]], narrow: Sequence[Sequence[Shape]]) -> list[list[Shape]]:
-    """Of the shapes of two passes, whose batches differ by one column; none if a pass draws now more, now less often."""
+    """Return slopes from the shapes of two passes whose batches differ by one column; empty if the draws do not match."""
     if len(wide) != len(narrow):
         return []
     return [
@@ -109,37 +109,37 @@ def slopes(wide: Sequence[Sequence[Shape]], narrow: Sequence[Sequence[Shape]]) -
 
 @contextmanager
 def runwise_dropout(streams: Streams, rows: int, widths: Widths) -> Iterator[list[Sequence[Shape]]]:
-    """Within it (forward and backward, for checkpointed layers) dropout on the rows of all runs draws by run.
+    """Within the block, dropout draws its numbers run by run. Checkpointed layers need it in the backward pass as well.
 
-    Covered are the functions below, by whatever layer they are called; others draw for the batch as a whole. They are
-    exchanged where torch keeps them: a TorchFunctionMode costs as much as a small layer's arithmetic, and ends at `backward`.
+    The functions below are covered, whichever layer calls them; others draw for the batch as a whole. They are replaced in
+    torch's modules: a TorchFunctionMode costs as much as a small layer's arithmetic and does not reach into `backward`.
 
     Args:
-        streams: of all runs.
+        streams: those of all runs.
         rows: rows of one run.
-        widths: of the batch.
+        widths: the widths of the batch.
 
-    Returns:
-        The shapes of one run's part of what is drawn, draw by draw.
+    Yields:
+        The shapes of one run's part of each draw, in order.
     """
     drawing = _Drawing(streams, rows, widths)
-    places: list[tuple[Any, str, Callable[..., Tensor]]] = [
+    patches: list[tuple[Any, str, Callable[..., Tensor]]] = [
         *((F, name, partial(drawing.dropout, getattr(F, name))) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d")),
         (F, "scaled_dot_product_attention", partial(drawing.attention, F.scaled_dot_product_attention)),
         (torch, "rand", partial(drawing.rand, torch.rand)),  # stochastic depth
     ]
-    own = [getattr(module, name) for module, name, _ in places]
+    original = [getattr(module, name) for module, name, _ in patches]
     try:
-        for module, name, function in places:
+        for module, name, function in patches:
             setattr(module, name, function)
         yield drawing.shapes
     finally:
-        for (module, name, _), function in zip(places, own, strict=True):
+        for (module, name, _), function in zip(patches, original, strict=True):
             setattr(module, name, function)
 
 
 class _Drawing:
-    """Random functions of torch for the rows of all runs. `function` is torch's own, the other arguments are its."""
+    """Replacements for torch's random functions. `function` is the original, and the other arguments are those passed to it."""
 
     def __init__(self, streams: Streams, rows: int, widths: Widths) -> None:
         self.streams, self.rows, self.widths = streams, rows, widths
@@ -148,7 +148,7 @@ class _Drawing:
         self._dropout = F.dropout
 
     def dropout(self, function: Any, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """x times noise, which depends on the shape of x alone: runs of one stream share it."""
+        """Multiply x by noise, which depends on the shape of x alone, so that runs of one stream share it."""
         if not training or p == 0.0:
             return input
         if not self._is_stacked(input):
@@ -168,7 +168,7 @@ class _Drawing:
         self, function: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
         dropout_p: float = 0.0, *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        """Draws within a fused kernel, so each run is a call of its own; on the CPU there is none, and one call serves all."""
+        """Call fused kernels, which draw internally, once per run; on the CPU, compute all runs at once."""
         if not dropout_p:
             together: Tensor = function(query, key, value, attn_mask, dropout_p, *args, **kwargs)
             return together
@@ -194,7 +194,7 @@ class _Drawing:
     def _plain_attention(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, scale: float | None
     ) -> Tensor:
-        """What torch computes on the CPU: dropout of the attention weights as of any tensor."""
+        """Compute what torch computes on the CPU, with ordinary dropout of the attention weights."""
         shape = (len(query) // self.runs, query.shape[1], query.shape[2], key.shape[2])
         self.shapes.append([shape])
 
@@ -204,11 +204,11 @@ class _Drawing:
 
         factors = self._of_runs(self.streams.draw(self.streams.leaders, noise))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        out: Tensor = NoisyAttention.apply(query, key, value, mask, factors, scale)  # type: ignore[no-untyped-call]
+        out: Tensor = NoisyAttention.apply(query, key, value, factors, (mask, scale))  # type: ignore[no-untyped-call]
         return out
 
     def rand(self, function: Any, *size: Any, **kwargs: Any) -> Tensor:
-        """One number a row for stochastic depth, or whatever else is asked for."""
+        """Draw one number per row, as stochastic depth does; other shapes are drawn for the batch as a whole."""
         shape = tuple(size[0]) if len(size) == 1 and isinstance(size[0], Sequence) else size
         if shape[:1] != (self.runs * self.rows,):
             return self._leading(lambda: function(*size, **kwargs))
@@ -218,32 +218,33 @@ class _Drawing:
         ).flatten(0, 1)
 
     def _leading(self, draw: Callable[[], Tensor]) -> Tensor:
-        """What has no rows is drawn as the first run draws it."""
+        """Draw a tensor without rows as the first run would draw it."""
         self.shapes.append([])
         return self.streams.draw(self.streams.leaders, lambda *_: draw())[0]
 
     def _of_runs(self, of_streams: Sequence[Tensor], expand: bool = False) -> Tensor:
-        """(runs, …) from a tensor for each stream, or (…) if there is but one."""
+        """Return (runs, …) from one tensor (…) per stream, or (…) if there is only one stream."""
         if len(of_streams) == 1 and not expand:
             return of_streams[0]
         return torch.stack([of_streams[stream] for stream in self.streams.of_run])
 
     def _is_stacked(self, x: Tensor) -> bool:
-        """Whether dimension 0 counts the rows of all runs."""
+        """Return whether dimension 0 counts the rows of all runs."""
         return x.dim() > 0 and x.shape[0] % (self.runs * self.rows) == 0
 
 
 class NoisyAttention(torch.autograd.Function):
-    """softmax(s·QKᵀ + mask) ⊙ noise times V, in as few passes over the weights as there can be."""
+    """(softmax(s·QKᵀ + mask) ⊙ noise) V, with as few passes over the attention weights as possible."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, noise: Tensor, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, noise: Tensor, options: tuple[Tensor | None, float]
     ) -> Tensor:
         """(rows, heads, to, d), (rows, heads, of, d), (rows, heads, of, e) → (rows, heads, to, e).
 
-        The noise has the shape of the weights, (rows, heads, to, of), or is that of one run for all.
+        The noise has the shape of the weights, (rows, heads, to, of), or is that of one run for all; `options` are mask and s.
         """
+        mask, scale = options
         q, k, v = (t.reshape(-1, *t.shape[2:]) for t in (query, key, value))
         scores = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale).view(*query.shape[:3], -1)
         if mask is None:
@@ -257,7 +258,7 @@ class NoisyAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of Q, K and V."""
+        """Return the gradients of Q, K and V."""
         q, k, v, p, noise = ctx.saved_tensors
         g = grads[0].reshape(-1, *grads[0].shape[2:])
         of_v = torch.bmm(times(p, noise).view(-1, *p.shape[2:]).mT, g)
@@ -266,30 +267,30 @@ class NoisyAttention(torch.autograd.Function):
         shape = grads[0].shape[:2]
         return (
             torch.bmm(of_scores, k).unflatten(0, shape), torch.bmm(of_scores.mT, q).unflatten(0, shape),
-            of_v.unflatten(0, shape), None, None, None,
+            of_v.unflatten(0, shape), None, None,
         )  # fmt: skip
 
 
 def is_plain_attention(query: Tensor, mask: Tensor | None, scale: float | None = None, **options: Any) -> bool:
-    """Whether attention with dropout is what torch's documentation says, step by step, with nothing beside."""
+    """Return whether torch would compute attention with dropout step by step, as in its documentation."""
     plain = query.is_cpu and query.dim() == 4 and query.dtype in (torch.float32, torch.float64)
     learnt = mask is not None and mask.requires_grad
     return plain and not learnt and not any(options.values()) and not torch.is_autocast_enabled("cpu")
 
 
 def times(x: Tensor, noise: Tensor) -> Tensor:
-    """x times the noise of some of its rows, which all others share."""
+    """Multiply x by noise given for one block of its rows and shared by the others."""
     return (x.view(-1, *noise.shape[-4:]) * noise).view_as(x)
 
 
 def corner(x: Tensor, shape: Shape) -> Tensor:
-    """The first elements of x along every dimension."""
+    """Return the first elements of x along every dimension."""
     for dim, size in enumerate(shape):
         x = x.narrow(dim, 0, size)
     return x
 
 
 def padded(x: Tensor, shape: Shape) -> Tensor:
-    """x and as many ones behind it, along every dimension, as make up the shape; padding is seen by nobody."""
+    """Pad x with ones at the end of every dimension to the given shape; padded positions have no effect."""
     missing = [wanted - size for wanted, size in zip(shape, x.shape, strict=True)]
     return F.pad(x, [end for size in reversed(missing) for end in (0, size)], value=1.0) if any(missing) else x

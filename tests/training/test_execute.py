@@ -13,14 +13,24 @@ from pathlib import Path
 
 import filelock
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner
-from dying import work_and_die_once
+from dying import train_and_die_once
 
 from emomerge.cli import main
 from emomerge.errors import BadInput, RunFailed
-from emomerge.training import RunDir, executors, holder_of, lease, open_engine, planned_runs, train_in_workers, train_locally
+from emomerge.training import (
+    Context,
+    RunDir,
+    execute,
+    holder_of,
+    lease,
+    open_engine,
+    planned_runs,
+    train_in_workers,
+    train_locally,
+    workers,
+)
 from emomerge.training.lease import LeaseLost, leased
 
 CHILDREN = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
@@ -38,8 +48,7 @@ def here(recipe, digits, base_folder, tmp_path):
 
     def here(recipe=recipe):
         _, task, data = digits
-        options = {"task": task, "data": data, "base_folder": base_folder, "device": torch.device("cpu")}
-        train_locally(recipe, planned_runs(recipe), tmp_path / "here", "b", **options)
+        train_locally(Context(recipe, base_folder, "b", tmp_path / "here").using(task, data), planned_runs(recipe))
         return hashes(recipe, tmp_path / "here")
 
     return here
@@ -83,12 +92,10 @@ class Call:
 
 @pytest.fixture
 def train(recipe, base_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(executors, "POLL", 0.01)
+    monkeypatch.setattr(workers, "POLL", 0.01)
 
     def train(engine, recipe=recipe, base_folder=base_folder, **options):
-        train_in_workers(
-            engine, recipe, planned_runs(recipe), tmp_path / "runs", "b", base_folder=base_folder, **options
-        )  # fmt: skip
+        train_in_workers(engine, Context(recipe, base_folder, "b", tmp_path / "runs"), planned_runs(recipe), **options)
         return hashes(recipe, tmp_path / "runs")
 
     return train
@@ -100,7 +107,7 @@ def test_processes_end_with_the_same_bits_even_if_one_is_killed(train, recipe, h
     engine = open_engine("local", max_parallel=2, settings={}, folder=tmp_path)
     begun, seen, submit = [], {}, engine.submit
     monkeypatch.setattr(
-        engine, "submit", lambda work, job: begun.append(job.spec.name) or submit(work_and_die_once, tmp_path / "dead", job)
+        engine, "submit", lambda work, job: begun.append(job.spec.name) or submit(train_and_die_once, tmp_path / "dead", job)
     )
     assert train(engine, recipe, on_step=lambda spec, row: seen.update({spec.name: row["step"]})) == here(recipe)
     assert sorted(begun) == ["cats-0", "cats-0", "sens-0"]
@@ -139,7 +146,7 @@ def test_runs_that_shall_share_a_pass_are_no_work_for_workers(train, recipe):
 
 
 def test_a_mistake_of_ours_in_a_worker_is_told_and_not_tried_again(train, monkeypatch, capsys):
-    monkeypatch.setattr(executors, "train_run", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(execute, "train_run", lambda *args, **options: 1 / 0)
     engine = Synchronous()
     with pytest.raises(RunFailed, match="run sens-0 failed: ZeroDivisionError: division by zero"):
         train(engine)
@@ -260,21 +267,21 @@ def test_who_gives_no_sign_of_life_is_replaced_and_notices(held, tmp_path, monke
 
 def test_whoever_comes_second_waits_and_finds_the_run_done(digits, base_folder, tmp_path, monkeypatch):
     recipe, task, data = digits
-    options = {"task": task, "data": data, "base_folder": base_folder, "device": torch.device("cpu")}
+    context = Context(recipe, base_folder, "b", tmp_path).using(task, data)
     spec = planned_runs(recipe)[0]
-    entered, real = [], executors.leased
+    entered, real = [], execute.leased
 
     @contextlib.contextmanager
     def others_first(folder):  # another process had the lease, and has trained the run when it is ours
         if not entered:
             entered.append(folder)
-            train_locally(recipe, [spec], tmp_path, "b", **options)
+            train_locally(context, [spec])
         with real(folder) as check:
             yield check
 
-    monkeypatch.setattr(executors, "leased", others_first)
+    monkeypatch.setattr(execute, "leased", others_first)
     steps = []
-    train_locally(recipe, [spec], tmp_path, "b", on_step=lambda *step: steps.append(step), **options)
+    train_locally(context, [spec], on_step=lambda *step: steps.append(step))
     assert entered
     assert not steps
 
@@ -282,7 +289,7 @@ def test_whoever_comes_second_waits_and_finds_the_run_done(digits, base_folder, 
 def test_a_lost_lease_stops_the_run_and_it_is_taken_up_again(digits, base_folder, tmp_path, monkeypatch):
     recipe, task, data = digits
     spec, lost = planned_runs(recipe)[0], []
-    real = executors.leased
+    real = execute.leased
 
     @contextlib.contextmanager
     def losing(folder):
@@ -297,9 +304,9 @@ def test_a_lost_lease_stops_the_run_and_it_is_taken_up_again(digits, base_folder
 
             yield lose
 
-    monkeypatch.setattr(executors, "leased", losing)
-    options = {"task": task, "data": data, "base_folder": base_folder, "device": torch.device("cpu")}
-    train_locally(recipe, [spec], tmp_path, "b", **options)
+    monkeypatch.setattr(execute, "leased", losing)
+    context = Context(recipe, base_folder, "b", tmp_path).using(task, data)
+    train_locally(context, [spec])
     assert lost
     assert RunDir(tmp_path / spec.name).state["state"] == "done"
     assert [row["step"] for row in RunDir(tmp_path / spec.name).metrics()] == [1, 2, 3, 4, 5, 6]

@@ -1,10 +1,9 @@
-"""One run while it is trained: all that belongs to it alone between backward pass and artefact, whichever loop drives it."""
+"""A run during training: its optimizer, metrics, checkpoints and result, independent of the loop that drives it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -15,37 +14,41 @@ from emomerge.errors import BadInput, NonFiniteLossError, RunFailed
 from emomerge.optim import OPTIMIZERS
 from emomerge.optim.base import EmoOptimizer
 from emomerge.recipe import Recipe
+from emomerge.training.adamw import AdamWCosine
 from emomerge.training.adapt import save_adapted
 from emomerge.training.average import WeightAverage
-from emomerge.training.rival import AdamWCosine
-from emomerge.training.rounds import load_meeting
-from emomerge.training.runs import RunDir, RunSpec, file_sizes
-from emomerge.training.sharded import cut_like, cut_state
+from emomerge.training.context import Context
+from emomerge.training.plan import RunSpec
+from emomerge.training.run_dir import RunDir, file_sizes, load_round_start
+from emomerge.training.sharded import shard_like, shard_state
 from emomerge.training.state import load_state, of_kind
 
 StepHook = Callable[[RunSpec, dict[str, Any]], None]
 """Called after every step with the run and its row of metrics."""
 
 
+def ignore_step(spec: RunSpec, row: dict[str, Any]) -> None:
+    """Do nothing after a step."""
+
+
 class TrainingRun:
-    """Optimizer, metrics, checkpoints and artefact of one run. A loop gives it losses and gradients:
+    """Optimizer, metrics, checkpoints and result of one run. A training loop gives it losses and gradients:
 
-        live = TrainingRun(recipe, spec, run, inputs, trained=parameters, buffers=buffers)
-        while live.unfinished:
-            ...                         # loss and backward, on the rows of step live.step + 1
-            live.observe(loss)          # of every micro-batch
-            live.take_step(rows, seconds)
-            ...                         # the gradients are dropped
-        live.finish(model, base_folder)
+        run = TrainingRun(context, spec, trained=parameters, buffers=buffers)
+        while run.unfinished:
+            ...                         # forward and backward pass on the rows of step run.step + 1
+            run.observe(loss)           # for every micro-batch
+            run.take_step(rows, seconds)
+            ...                         # zero the gradients
+        run.finish(model)
 
-    Its checkpoints are the same for every loop: tensors under the names given here.
+    Every loop writes the same checkpoints, with tensors under the names given here.
 
     Args:
-        recipe, spec: what is trained.
-        run: where it is kept.
-        inputs: hash of what decides the result; a checkpoint of other inputs is not resumed.
-        trained: the parameters by their names in the adapted model, in its order; changed in place if there is a checkpoint.
-        buffers: what layers update on the way (running means), by name.
+        context, spec: the run. A checkpoint of other inputs is not resumed.
+        trained: the trained parameters by their names in the adapted model, in its order; overwritten from a checkpoint.
+        buffers: buffers that layers update in training (running means), by name.
+        run_dir: where the run is kept, by default `context.run_dir(spec)`.
         on_step: called after every step.
 
     Raises:
@@ -54,21 +57,23 @@ class TrainingRun:
 
     def __init__(
         self,
-        recipe: Recipe,
+        context: Context,
         spec: RunSpec,
-        run: RunDir,
-        inputs: str,
         *,
         trained: Mapping[str, nn.Parameter],
         buffers: Mapping[str, Tensor],
-        on_step: StepHook = lambda spec, row: None,
+        run_dir: RunDir | None = None,
+        on_step: StepHook = ignore_step,
     ) -> None:
-        self.recipe, self.spec, self.run, self.inputs = recipe, spec, run, inputs
+        self.context, self.recipe, self.spec = context, context.recipe, spec
+        self.run = run = run_dir or context.run_dir(spec)
+        self.inputs = inputs = context.run_inputs(spec)
+        recipe = context.recipe
         self.learnt: dict[str, Tensor] = {**trained, **buffers}
-        """What the run changes, by name."""
+        """Parameters and buffers that training changes, by name."""
         self.optimizer = build_optimizer(list(trained.values()), recipe, spec)
         self.step = 0
-        """How much of the budget is used."""
+        """Steps taken so far."""
         self._trained = list(trained.values())
         self._buffers = list(buffers)
         how = recipe.runs.average if spec.end == spec.steps and spec.rate is None else None
@@ -76,7 +81,7 @@ class TrainingRun:
         self._losses: list[Tensor] = []
         self._on_step = on_step
         run.path.mkdir(parents=True, exist_ok=True)
-        for leftover in run.path.glob(".tmp*"):  # safetensors' own, of a process that was killed while it wrote
+        for leftover in run.path.glob(".tmp*"):  # written by safetensors in a process that was killed
             leftover.unlink(missing_ok=True)
         self._resume()
         run.restart_metrics(self.step)
@@ -87,23 +92,23 @@ class TrainingRun:
 
     @property
     def unfinished(self) -> bool:
-        """Whether a step is still to be taken, in this round."""
+        """Whether this round has steps left."""
         return self.step < self.spec.end
 
     def observe(self, loss: Tensor) -> None:
-        """Note the loss of a micro-batch of the coming step, a scalar."""
+        """Record the scalar loss of one micro-batch of the next step."""
         self.optimizer.observe(loss)
         self._losses.append(loss.detach())
 
     def take_step(self, rows: Tensor, seconds: float) -> None:
-        """One step from the gradients in the parameters; its metrics; a checkpoint if one is due.
+        """Take one step from the gradients in the parameters, write its metrics, and a checkpoint if one is due.
 
         Args:
-            rows: row numbers of the last micro-batch, for the error.
-            seconds: what the forward and backward passes took.
+            rows: row numbers of the last micro-batch, for the error message.
+            seconds: duration of the forward and backward passes.
 
         Raises:
-            RunFailed: the loss is NaN or infinite; names step and rows. The last good checkpoint stays.
+            RunFailed: the loss is NaN or infinite; names step and rows. The last good checkpoint is kept.
         """
         started = time.perf_counter()
         runs = self.recipe.runs
@@ -134,25 +139,25 @@ class TrainingRun:
         self._losses.clear()
         return {**figures, "step": self.step, "loss": sum(losses) / len(losses), "seconds": round(seconds, 6)}
 
-    def keep_snapshot(self, model: nn.Module, base_folder: Path) -> None:
-        """Keep the weights on the way, if the run is asked for them after this step; arguments as for `finish`."""
+    def keep_snapshot(self, model: nn.Module) -> None:
+        """Save the weights if the run keeps a snapshot after this step; `model` as for `finish`."""
         if self.step not in self.spec.snapshots:
             return
         device = next(iter(self.learnt.values())).device
-        save_adapted(model.cpu(), self.run.snapshot(self.step), base_folder=base_folder)
+        save_adapted(model.cpu(), self.run.snapshot(self.step), base_folder=self.context.base_folder)
         model.to(device)
 
-    def finish(self, model: nn.Module, base_folder: Path) -> None:
-        """Write the artefact and mark the run as done; at the end of a round before the last, nothing is written yet.
+    def finish(self, model: nn.Module) -> None:
+        """Write the result and mark the run as done. At the end of a round before the last one, nothing is written yet.
 
         Args:
-            model: the adapted model on the CPU, with this run's weights in it under the names of `trained`.
-            base_folder: where the base is, which the artefact names or takes its configuration from.
+            model: the adapted model on the CPU, holding this run's weights under the names of `trained`.
         """
+        base_folder = self.context.base_folder
         if self.spec.end < self.spec.steps:
             self.run.write_state(state="waiting")
             return
-        self.run.squared_gradients.unlink(missing_ok=True)  # of a run of other inputs
+        self.run.squared_gradients.unlink(missing_ok=True)  # left by a run of other inputs
         if self._artefact == "model" and isinstance(self.optimizer, EmoOptimizer):
             key = OPTIMIZERS[self.spec.optimizer].squared_gradients
             if key is not None:
@@ -161,7 +166,7 @@ class TrainingRun:
         save_adapted(model, folders[0], base_folder=base_folder)
         if self._average is not None:
             folders.append(self.run.path / f"{self._artefact}-average")
-            put(model, self._average.tensors)
+            copy_into(model, self._average.tensors)
             save_adapted(model, folders[1], base_folder=base_folder)
         weights = {file.name: atomic.sha256(file) for file in sorted((self.run.path / self._used).rglob("*.safetensors"))}
         rows = list(self.run.metrics())
@@ -182,7 +187,7 @@ class TrainingRun:
 
     @property
     def _used(self) -> str:
-        """The folder that is merged and probed."""
+        """The folder that is merged and measured."""
         how = self.recipe.runs.average
         return f"{self._artefact}-average" if self.spec.rate is None and how and how.use == "average" else self._artefact
 
@@ -192,7 +197,7 @@ class TrainingRun:
         self.run.write_state(state="failed", error=text)
         raise RunFailed(f"run {self.spec.name} failed: {text}; its last good checkpoint is kept in {self.run.path}") from None
 
-    # Checkpoints: weights, average and optimizer tensors; its scalars are in the header.
+    # Checkpoints hold the tensors of weights, average and optimizer; the optimizer's scalars are in the header.
 
     def _save_checkpoint(self) -> None:
         state = self.optimizer.state_dict()
@@ -214,7 +219,7 @@ class TrainingRun:
         self.run.write_state(step=self.step)
 
     def _resume(self) -> None:
-        """Continue from the checkpoint, with the weights of the meeting at the beginning of a round."""
+        """Load the checkpoint; at the start of a round, its weights are replaced by those the round starts from."""
         found = load_state(self.run.checkpoint, self.inputs)
         if found is None or not self.spec.start <= found[0]["step"] <= self.spec.end:
             if self.spec.start:
@@ -222,36 +227,36 @@ class TrainingRun:
                 raise BadInput("the checkpoint of the round before is missing", where=where, fix="run the same command again")
             return
         header, tensors = found
-        met = header["step"] == self.spec.start > 0
-        weights = load_meeting(self.run, self.spec) if met else of_kind(tensors, "model")
+        at_round_start = header["step"] == self.spec.start > 0
+        weights = load_round_start(self.run, self.spec) if at_round_start else of_kind(tensors, "model")
         state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header["scalars"].items()}
         for name, tensor in of_kind(tensors, "optimizer").items():
             index, _, key = name.partition(".")
             state.setdefault(int(index), {})[key] = tensor
         with torch.no_grad():
             for name, tensor in self.learnt.items():
-                tensor.copy_(cut_like(weights[name], tensor))
-        self.optimizer.load_state_dict({"state": cut_state(self.optimizer, state), "param_groups": header["groups"]})
+                tensor.copy_(shard_like(weights[name], tensor))
+        self.optimizer.load_state_dict({"state": shard_state(self.optimizer, state), "param_groups": header["groups"]})
         if self._average is not None:
             self._average.load(of_kind(tensors, "average"))
         self.step = int(header["step"])
 
 
 def damping(cooldown: float, step: int, steps: int) -> float:
-    """The factor of the rate after `step` of `steps` steps: 1, then linearly to 0 over the last share `cooldown` of them."""
+    """Return the rate's factor after `step` of `steps` steps: 1, then linear to 0 over the last fraction `cooldown` of them."""
     return min(1.0, (steps - step) / (cooldown * steps)) if cooldown else 1.0
 
 
-def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the parameters and buffers of their names."""
-    places: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def copy_into(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the parameters and buffers of the same names."""
+    targets: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            places[name].copy_(tensor)
+            targets[name].copy_(tensor)
 
 
 def build_optimizer(parameters: list[nn.Parameter], recipe: Recipe, spec: RunSpec) -> EmoOptimizer | AdamWCosine:
-    """The run's optimizer, one of the family or its rival, as the recipe asks for it."""
+    """Return the run's optimizer with the recipe's options."""
     runs, name = recipe.runs, spec.optimizer
     if spec.rate is not None:
         return AdamWCosine(parameters, lr=spec.rate, steps=spec.steps, weight_decay=recipe.rival.weight_decay)
@@ -267,10 +272,10 @@ def build_optimizer(parameters: list[nn.Parameter], recipe: Recipe, spec: RunSpe
 
 
 def squared_gradients(model: nn.Module, optimizer: EmoOptimizer, key: str) -> MemoryCheckpoint:
-    """Return F of the method `fisher`: v/(1 − β₂ˢ) of every floating tensor, under its name on disk.
+    """Return v/(1 − β₂ˢ) of every floating-point tensor under its name on disk: F of the merge method `fisher`.
 
-    v is the optimizer's state `key`; tensors that were not trained get zeros. Only for full fine-tuning: the v of an adapter
-    belongs to its factors and says nothing about the weights.
+    v is the optimizer's state `key`; tensors that were not trained are zero. For full fine-tunes only: an adapter's v belongs
+    to its factors.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     learnt: dict[Tensor, Tensor] = {}

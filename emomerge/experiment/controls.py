@@ -1,13 +1,13 @@
-"""The controls that are trained: rivals of the merge that had as many steps as all its runs together."""
+"""Training plans of the controls: runs with as many steps as all merged runs together, and others."""
 
 from __future__ import annotations
 
 from emomerge.recipe import Recipe
-from emomerge.training.runs import RunSpec
+from emomerge.training import RunSpec
 
 
 def long_run(recipe: Recipe, best: RunSpec) -> RunSpec:
-    """The optimizer of a single run with the steps of all; on the way it leaves what `loss-matched` and `swa` are made of."""
+    """Return the run of one optimizer with the steps of all runs, with the snapshots that `loss-matched` and `swa` need."""
     steps, kept = total_steps(recipe), recipe.rival.snapshots
     wanted = {"loss-matched", "swa"} & set(recipe.controls)
     snapshots = tuple(sorted({max(1, steps * k // kept) for k in range(1, kept + 1)})) if wanted else ()
@@ -15,7 +15,7 @@ def long_run(recipe: Recipe, best: RunSpec) -> RunSpec:
 
 
 def long_adamw_runs(recipe: Recipe, seed: int) -> list[RunSpec]:
-    """AdamW with cosine decay and the steps of all runs, once for each peak rate."""
+    """Return AdamW runs with cosine decay and the steps of all runs, one for each peak rate."""
     steps = total_steps(recipe)
     return [
         RunSpec(f"long-adamw-{rate:g}-{seed}", "adamw", seed, steps, control="adamw-long-run", rate=rate)
@@ -24,7 +24,7 @@ def long_adamw_runs(recipe: Recipe, seed: int) -> list[RunSpec]:
 
 
 def adamw_members(recipe: Recipe, seed: int, rate: float) -> list[RunSpec]:
-    """As many AdamW runs of the runs' own length as there are optimizers, in different orders of the data, to be averaged."""
+    """Return AdamW runs to be averaged: as many and as long as the merged runs, each with another order of the data."""
     steps = recipe.runs.steps
     return [
         RunSpec(f"adamw-{rate:g}-{k}-{seed}", "adamw", seed, steps, control="adamw-average", rate=rate, member=k)
@@ -33,5 +33,5 @@ def adamw_members(recipe: Recipe, seed: int, rate: float) -> list[RunSpec]:
 
 
 def total_steps(recipe: Recipe) -> int:
-    """Steps of all runs of one training seed together."""
+    """Return the number of steps of all runs of one training seed together."""
     return recipe.runs.steps * len(recipe.runs.optimizers)

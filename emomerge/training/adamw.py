@@ -1,4 +1,4 @@
-"""The optimizer everybody else would have used: AdamW whose rate falls along a cosine, the rival in the controls."""
+"""AdamW with cosine decay, the optimizer of the AdamW controls."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from emomerge.errors import NonFiniteLossError
 
 
 class AdamWCosine(torch.optim.AdamW):
-    """torch's AdamW with η_t = η·(1 + cos(π·t/T))/2, t = 0 … T − 1, in the shape of an emo optimizer: it observes losses.
+    """torch's AdamW with η_t = η·(1 + cos(π·t/T))/2, t = 0 … T − 1, behind the interface of the emo optimizers.
 
     Args:
-        parameters: what is trained.
+        parameters: the parameters to train.
         lr: the peak rate η.
-        steps: the budget T.
+        steps: the step budget T.
         weight_decay: decoupled (Loshchilov & Hutter 2019).
     """
 
@@ -28,14 +28,14 @@ class AdamWCosine(torch.optim.AdamW):
         self._losses: list[Tensor] = []
 
     def observe(self, loss: Tensor) -> None:
-        """A micro-batch's loss, which decides nothing but whether the step is taken."""
+        """Record a micro-batch's loss, which is only checked for being finite."""
         self._losses.append(loss.detach())
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step.
+        """Take one step.
 
         Raises:
-            NonFiniteLossError: an observed loss is NaN or infinite; weights and state are as they were.
+            NonFiniteLossError: an observed loss is NaN or infinite; weights and state are unchanged.
         """
         losses, self._losses = self._losses, []
         if losses and not bool(torch.isfinite(torch.stack(losses)).all()):
@@ -49,9 +49,9 @@ class AdamWCosine(torch.optim.AdamW):
 
     @property
     def pulse(self) -> AdamWCosine:
-        """Itself: what an emo optimizer's pulse tells a log, this one tells too."""
+        """This optimizer, which provides the `figures` that an emo optimizer's pulse provides."""
         return self
 
     def figures(self) -> dict[str, Any]:
-        """What a log wants to know of the last step."""
+        """Return the metrics of the last step."""
         return {"rate": self.param_groups[0]["lr"]}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from emomerge.errors import NonFiniteLossError
-from emomerge.training.rival import AdamWCosine
+from emomerge.training.adamw import AdamWCosine
 
 
 def test_it_is_adamw_under_torchs_cosine_schedule():

@@ -1,0 +1,149 @@
+"""Training the runs of a recipe: stacked or one by one in this process, or each run in a worker.
+
+A run is trained under the lease of its directory and continues from the files found there. Who starts it, how often and where
+therefore makes no difference: it is trained once, to the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from emomerge.errors import BadInput, EmomergeError, RunFailed
+from emomerge.training.context import Context, Job
+from emomerge.training.engines import Engine
+from emomerge.training.lease import LeaseLost, leased
+from emomerge.training.loop import train_run
+from emomerge.training.plan import RunSpec
+from emomerge.training.ranks import Ranks, take_steps
+from emomerge.training.run import StepHook, ignore_step
+from emomerge.training.stacked import Unstackable, prepare_stack, train_stacked
+from emomerge.training.tracking import tracked
+from emomerge.training.workers import catch_errors, raise_together, run_in_workers
+
+Say = Callable[[str], None]
+
+
+def train_locally(
+    context: Context,
+    specs: Sequence[RunSpec],
+    *,
+    ranks: Ranks | None = None,
+    on_step: StepHook = ignore_step,
+    say: Say = lambda line: None,
+) -> None:
+    """Train runs in this process, each to the end of its round. Runs that have reached it are skipped.
+
+    Args:
+        context: the recipe and its folders.
+        specs: the runs.
+        ranks: the processes that take the steps together, of which this is the first; None if it is alone.
+        on_step: called after every step.
+        say: receives one line on how the runs are trained, if the recipe leaves that open.
+
+    Raises:
+        EmomergeError: a run could not be trained; raised after all others are. With several ranks, errors that the other
+            ranks cannot notice are raised at once.
+    """
+    failures: dict[RunSpec, EmomergeError] = {}
+    if ranks is None and context.recipe.runs.parallel != "sequential":
+        failures = _train_stacked(context, specs, on_step, say)
+    for spec in [spec for spec in specs if spec not in failures]:
+        try:
+            _train_leased(context, spec, ranks, on_step)
+        except EmomergeError as error:
+            if ranks is not None and not isinstance(error, RunFailed):
+                raise
+            if isinstance(error, BadInput):
+                with contextlib.suppress(BadInput):  # the disk may be full
+                    context.run_dir(spec).write_state(state="failed", error=str(error))
+            failures[spec] = error
+    raise_together(list(failures.values()))
+
+
+def _train_stacked(context: Context, specs: Sequence[RunSpec], on_step: StepHook, say: Say) -> dict[RunSpec, EmomergeError]:
+    """Train all runs that are not done in one stack, holding their leases; return the errors of those that failed.
+
+    Does nothing if they cannot be stacked, or raises BadInput if the recipe requires it. The stack includes runs that already
+    wait at the end of their round: its shape decides the last bits of the results.
+    """
+    while True:
+        stack = [spec for spec in specs if not context.is_done(spec)]
+        if len(stack) < 2 or all(context.has_reached(spec) for spec in specs):
+            return {}
+        try:
+            passes = prepare_stack(context, stack, say)
+        except Unstackable as reason:
+            if context.recipe.runs.parallel == "stacked":
+                raise BadInput("the runs cannot share a pass", found=reason, fix="use runs.parallel: auto") from None
+            say(f"one run after the other: {reason}")
+            return {}
+        with contextlib.suppress(LeaseLost), contextlib.ExitStack() as held:
+            checks = [held.enter_context(leased(context.run_dir(spec).path)) for spec in stack]
+            logs = {spec: held.enter_context(tracked(context.recipe, spec, context.run_dir(spec))) for spec in stack}
+            if any(context.is_done(spec) for spec in stack):  # another process finished it in the meantime
+                continue
+
+            def checked(spec: RunSpec, row: dict[str, Any], checks: Any = checks, logs: Any = logs) -> None:
+                for check in checks:
+                    check()
+                logs[spec](row)
+                on_step(spec, row)
+
+            return train_stacked(passes, on_step=checked)
+
+
+def _train_leased(context: Context, spec: RunSpec, ranks: Ranks | None, on_step: StepHook) -> None:
+    """Train one run while holding its lease. If another process takes the lease over, wait for that one and look again."""
+    run = context.run_dir(spec)
+    while not context.has_reached(spec):
+        lost = contextlib.suppress(LeaseLost) if ranks is None else contextlib.nullcontext()
+        with lost, leased(run.path) as check, tracked(context.recipe, spec, run) as log:
+            if context.has_reached(spec):  # another process trained it in the meantime
+                return
+
+            def checked(spec: RunSpec, row: dict[str, Any]) -> None:
+                check()
+                log(row)
+                on_step(spec, row)
+
+            if ranks is not None:
+                job = Job(context, spec)
+                ranks.announce(job)
+                take_steps(ranks, job, on_step=checked)
+            train_run(context, spec, checked)
+
+
+def train_in_workers(engine: Engine, context: Context, specs: Sequence[RunSpec], on_step: StepHook = ignore_step) -> None:
+    """Train runs as `train_locally` does, each in a worker. A run whose worker is lost is started again.
+
+    Args:
+        engine: starts the workers, at most `engine.max_parallel` at a time.
+        context: the recipe and its folders, which the workers share.
+        specs: the runs.
+        on_step: called with the latest step of each run whenever there is a new one.
+
+    Raises:
+        BadInput: the recipe requires stacked runs.
+        EmomergeError: a run could not be trained; raised after all others are.
+    """
+    if context.recipe.runs.parallel == "stacked":
+        raise BadInput("runs that share a pass are trained by one process", fix="use runs.parallel: auto, or no executor")
+    jobs = {f"run {spec.name}": Job(context, spec) for spec in specs if not context.has_reached(spec)}
+    shown: dict[str, int] = {}
+
+    def poll(name: str) -> None:
+        spec = jobs[name].spec
+        row = context.run_dir(spec).last_metrics()
+        if row is not None and row["step"] != shown.get(name):
+            shown[name] = row["step"]
+            on_step(spec, row)
+
+    run_in_workers(engine, train_job, jobs, poll)
+
+
+def train_job(job: Job) -> EmomergeError | None:
+    """Train one run in a worker. Returns the error if it could not be trained."""
+    where = job.context.working_directory
+    return catch_errors(f"run {job.spec.name}", where, lambda: train_locally(job.context, [job.spec]))

@@ -1,0 +1,138 @@
+"""Run directories: the state, metrics and trained weights of one run on disk.
+
+runs/sens-0/
+  run.json                 state, figures, hashes; `artefact` names the folder with the result
+  metrics.jsonl            one row per step: loss, emoPulse and its components
+  adapter/ or model/       the result (PEFT adapter or dense weights) once the run is done
+  adapter-average/ …       the same for the weights averaged within the run, if the recipe sets `runs.average`
+  fisher.safetensors       mean squared gradients of a full fine-tune, read by the merge method `fisher`
+  snapshots/step-00120/    of a control: adapter or dense weights after a step
+  checkpoint.safetensors   where a killed run resumes or the next round starts; removed once the run is done
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from emomerge.checkpoints import atomic
+from emomerge.errors import BadInput
+from emomerge.training.plan import RunSpec
+from emomerge.training.state import load_state, of_kind, save_state
+
+
+class RunDir:
+    """The directory of one run. Every file is replaced atomically, so a kill leaves either the old or the new version."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / "checkpoint.safetensors"
+        self.squared_gradients = path / "fisher.safetensors"
+        self._state_file = path / "run.json"
+        self._metrics_file = path / "metrics.jsonl"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The contents of run.json; empty for a run that never started."""
+        try:
+            state = json.loads(self._state_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def write_state(self, **fields: Any) -> None:
+        """Update run.json with `fields`."""
+        atomic.write_json(self._state_file, {**self.state, **fields})
+
+    def is_done(self, inputs: str) -> bool:
+        """Return whether a finished result of exactly these inputs is here, with every file at its recorded size."""
+        state = self.state
+        if state.get("state") != "done" or state.get("inputs") != inputs:
+            return False
+        return sizes_agree(self.path, state.get("sizes", {}))
+
+    def has_reached(self, inputs: str, spec: RunSpec) -> bool:
+        """Return whether the run is trained to `spec.end`: the end of the run, or of a round before the last one."""
+        if spec.end == spec.steps:
+            return self.is_done(inputs)
+        state = self.state
+        at_end = state.get("inputs") == inputs and state.get("step") == spec.end and state.get("state") != "failed"
+        return at_end and self.checkpoint.exists()
+
+    @property
+    def artefact(self) -> Path:
+        """The folder with the trained adapter or dense weights."""
+        return self.path / str(self.state["artefact"])
+
+    def snapshot(self, step: int) -> Path:
+        """Return the folder with a control's weights after a step."""
+        return self.path / "snapshots" / f"step-{step:06d}"
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of metrics.jsonl, without a last line that a kill cut short."""
+        try:
+            lines = self._metrics_file.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+    def save_checkpoint(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Replace the checkpoint."""
+        save_state(self.checkpoint, tensors, header)
+
+    def last_metrics(self) -> dict[str, Any] | None:
+        """Return the last complete row of metrics.jsonl, reading only the end of the file; None if there is none."""
+        try:
+            with self._metrics_file.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+                lines = file.read().split(b"\n")
+        except FileNotFoundError:
+            return None
+        row: dict[str, Any] | None = json.loads(lines[-2]) if len(lines) > 1 else None
+        return row
+
+    def restart_metrics(self, after_step: int) -> None:
+        """Drop the rows after a step (0 drops all), since a resumed run writes them again."""
+        kept = [row for row in self.metrics() if row["step"] <= after_step]
+        atomic.write_text(self._metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl."""
+        with atomic.translate_os_error(self._metrics_file), self._metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file below a folder, by relative path."""
+    return {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def sizes_agree(folder: Path, sizes: Mapping[str, int]) -> bool:
+    """Return whether every named file exists and has the given size in bytes."""
+    try:
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except OSError:
+        return False
+
+
+def round_start_file(run: RunDir, spec: RunSpec) -> Path:
+    """Return the file with the weights that the runs of a training seed start their next round from."""
+    return run.path.parent / f"meeting-{spec.seed}.safetensors"
+
+
+def load_round_start(run: RunDir, spec: RunSpec) -> dict[str, Tensor]:
+    """Return the weights that a run's round starts from, by name. Raises BadInput if they are missing."""
+    file = round_start_file(run, spec)
+    found = load_state(file, kinds=("model",))
+    if found is None or found[0]["step"] != spec.start:
+        raise BadInput("the weights that the round starts from are missing", where=file, fix="run the same command again")
+    return of_kind(found[1], "model")
