@@ -1,4 +1,4 @@
-"""Where a module's tensor is in the base: names in memory and on disk, with and without a head."""
+"""Map the names of modules in memory to the tensor names of a base on disk, with and without a head."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from emomerge.checkpoints import Checkpoint, disk_names
 
 
 class BaseNames:
-    """Finds tensors of a base by the name that they have in a live model of it.
+    """Find tensors of a base by their names in a live model.
 
-    Adapters carry module names; the base carries those of the disk. Where they differ, the base's `config.json` is
-    built as a model without data, once, to learn how transformers renames.
+    Adapters use module names, a base the names on disk. If they differ, a model without data is built once from the base's
+    `config.json` to learn how transformers renames them. Without transformers, only names that are equal up to a leading prefix
+    are found.
     """
 
     def __init__(self, base: Checkpoint) -> None:
@@ -29,7 +30,7 @@ class BaseNames:
         self._by_tail = _index_by_tail(base.names())
 
     def find(self, name: str) -> str | None:
-        """The base's name of a module tensor: the same, else as transformers renames it, else by a leading prefix."""
+        """Return the base's name of a module tensor: equal, renamed by transformers, or with another prefix; or None."""
         if name in self._base:
             return name
         renamed = [self._disk[variant] for variant in _variants(name, self._disk, self._disk_by_tail)]
@@ -41,17 +42,17 @@ class BaseNames:
         return None
 
     def live_name(self, name: str) -> str:
-        """The name in a live model of a tensor of the base; its own where the model is not known."""
+        """Return the name of a base tensor in a live model; its own name if the model is unknown."""
         found = _variants(name, self._from_disk, self._from_disk_by_tail)
         return self._from_disk[found[0]] if len(found) == 1 else name
 
     def module(self, name: str) -> nn.Module | None:
-        """The module of that name in a model of the base's configuration, without data; None where that is unknown."""
+        """Return the module of that name in a model of the base's configuration, without data; None if it is unknown."""
         found = _variants(name, self._modules, self._modules_by_tail)
         return self._modules[found[0]] if len(found) == 1 else None
 
     def tied_partner(self, name: str) -> str | None:
-        """The module tensor that transformers ties to this one, such as a language model's head to its embedding."""
+        """Return the module tensor that transformers ties to this one, such as a language model's head to its embedding."""
         ties: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
         for head, embedding in ties.items():
             for this, other in ((head, embedding), (embedding, head)):
@@ -61,7 +62,7 @@ class BaseNames:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The base's `config.json`; empty where there is none."""
+        """The base's `config.json`; empty if there is none."""
         path = self._base.folder / "config.json" if self._base.folder is not None else None
         if path is None or not path.is_file():
             return {}
@@ -73,9 +74,9 @@ class BaseNames:
 
     @cached_property
     def without_conv1d(self) -> bool:
-        """Whether no layer of the base is a Conv1D, which keeps (in, out), as transformers' source of the model says.
+        """Whether no layer of the base is a Conv1D, which stores (in, out), according to transformers' source of the model.
 
-        Read, not imported, which would take seconds; False where it builds on other models.
+        The source is read, not imported, which would take seconds; False if it builds on other models.
         """
         kind = str(self.config.get("model_type"))
         package = find_spec("transformers")
@@ -84,10 +85,15 @@ class BaseNames:
         source = Path(package.submodule_search_locations[0]) / "models" / kind / f"modeling_{kind}.py"
         return source.is_file() and not re.search(r"Conv1D|AutoModel|from \.\.\w", source.read_text(encoding="utf-8"))
 
+    @property
+    def needs_transformers(self) -> bool:
+        """Whether names of this base cannot be resolved only because transformers is not installed."""
+        return "model_type" in self.config and find_spec("transformers") is None
+
     @cached_property
     def model(self) -> nn.Module | None:
-        """A model of the base's configuration on the meta device; None where transformers does not know it."""
-        if "model_type" not in self.config:
+        """A model of the base's configuration on the meta device; None if transformers does not know it or is not installed."""
+        if "model_type" not in self.config or self.needs_transformers:
             return None
         import transformers
 
@@ -98,7 +104,7 @@ class BaseNames:
                 architecture = transformers.AutoModel.from_config
             with torch.device("meta"):
                 model: nn.Module = architecture(config)
-        except (ValueError, OSError, KeyError, AttributeError, ImportError):  # a configuration of someone's own code
+        except (ValueError, OSError, KeyError, AttributeError, ImportError):  # the configuration of a custom model
             return None
         return model
 
@@ -128,7 +134,7 @@ class BaseNames:
 
 
 def _variants(name: str, names: Container[str], by_tail: dict[str, list[str]]) -> list[str]:
-    """Which of `names` are `name`, or else differ by one leading component such as `bert.`"""
+    """Return `name` if it is among `names`, else those of `names` that differ by one leading component such as `bert.`."""
     if name in names:
         return [name]
     head, _, tail = name.partition(".")
@@ -137,7 +143,7 @@ def _variants(name: str, names: Container[str], by_tail: dict[str, list[str]]) -
 
 
 def _index_by_tail(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by what follows their first component; numbered ones, of a sequence of layers, are no prefix."""
+    """Index names by the rest after their first component; a number, as in a sequence of layers, is not a prefix."""
     index: dict[str, list[str]] = defaultdict(list)
     for name in names:
         head, _, tail = name.partition(".")

@@ -20,33 +20,33 @@ from emomerge.errors import BadInput
 from emomerge.numerics.hashing import sha256 as sha256
 
 _SERIAL = itertools.count()
-_TROUBLE = {
-    errno.ENOSPC: ("the disk is full", "free some space or choose another place"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another place"),
-    errno.EFBIG: ("the file system takes no file this large", "choose a smaller --max-shard-size"),
-    errno.EACCES: ("no permission to write", "choose another place"),
-    errno.EPERM: ("no permission to write", "choose another place"),
-    errno.EROFS: ("the file system is read-only", "choose another place"),
+_ERRORS = {
+    errno.ENOSPC: ("the disk is full", "free some space or choose another path"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another path"),
+    errno.EFBIG: ("the file system does not support files this large", "choose a smaller --max-shard-size"),
+    errno.EACCES: ("no permission to write", "choose another path"),
+    errno.EPERM: ("no permission to write", "choose another path"),
+    errno.EROFS: ("the file system is read-only", "choose another path"),
     errno.ENAMETOOLONG: ("the file name is too long", "choose a shorter one"),
-    errno.EEXIST: ("a part of the path is a file", "choose another place"),
-    errno.ENOTDIR: ("a part of the path is a file", "choose another place"),
+    errno.EEXIST: ("a parent of the path is a file", "choose another path"),
+    errno.ENOTDIR: ("a parent of the path is a file", "choose another path"),
 }
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 file so that readers see the old text or the new one, never a part."""
+    """Write a UTF-8 file so that readers see the old text or the new text, never a part of it."""
     with translate_os_error(path), new_path(Path(path), force=True) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | Path, obj: Any) -> None:
-    """`write_text` of an object as indented JSON."""
+    """Write an object as indented JSON; see `write_text`."""
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
 def new_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `out` when the block ends well and vanishes when it does not.
+    """Yield a temporary sibling folder that becomes `out` if the block succeeds and is removed if it fails.
 
     Raises:
         BadInput: `out` exists and `force` is not given, or the disk cannot take it.
@@ -58,8 +58,8 @@ def new_folder(out: str | Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_path(out: Path, *, force: bool) -> Iterator[Path]:
-    """The name of a temporary sibling of `out`, for a file or a folder that the caller makes; see `new_folder`."""
-    _clean_up_after_the_killed(out)
+    """Yield the name of a temporary sibling of `out`, for a file or folder that the caller creates; see `new_folder`."""
+    _remove_leftovers(out)
     refuse_existing(out, force=force)
     missing = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     temporary = out.with_name(f".{out.name}.{socket.gethostname()}-{os.getpid()}-{next(_SERIAL)}.tmp")
@@ -78,18 +78,18 @@ def new_path(out: Path, *, force: bool) -> Iterator[Path]:
 
 
 def refuse_existing(out: Path, *, force: bool) -> None:
-    """Raise BadInput where `out` exists and may not be replaced."""
+    """Raise BadInput if `out` exists and may not be replaced."""
     if not os.path.lexists(out):
         return
     if not force:
-        raise BadInput("the output exists already", where=out, fix="choose another place or give --force")
-    if out.is_dir() and any(place.resolve().is_relative_to(out.resolve()) for place in (Path.cwd(), Path.home())):
-        raise BadInput("refusing to replace a folder that one works in", where=out, fix="choose another place")
+        raise BadInput("the output already exists", where=out, fix="choose another path or give --force")
+    if out.is_dir() and any(folder.resolve().is_relative_to(out.resolve()) for folder in (Path.cwd(), Path.home())):
+        raise BadInput("refusing to replace the working directory or the home directory", where=out, fix="choose another path")
 
 
 def replace(src: Path, dst: Path) -> None:
-    """Rename `src` to `dst`, taking the place of what is there. Every rename of the product happens here."""
-    if dst.is_dir() and not dst.is_symlink():  # the system replaces files in one step, but no folder that has contents
+    """Rename `src` to `dst`, replacing what is there. All renames of the package go through this function."""
+    if dst.is_dir() and not dst.is_symlink():  # the system replaces files in one step, but not folders that have contents
         old = src.with_suffix(".old")
         dst.rename(old)
         try:
@@ -106,19 +106,19 @@ def replace(src: Path, dst: Path) -> None:
 
 @contextlib.contextmanager
 def translate_os_error(where: str | Path, *, needed: int | None = None) -> Iterator[None]:
-    """Turn what the operating system says of a full disk, of quotas and of permissions into BadInput.
+    """Turn the operating system's errors about a full disk, quotas and permissions into BadInput.
 
     Args:
         where: the output that the message names.
-        needed: bytes that the whole output takes, if known.
+        needed: size of the whole output in bytes, if known.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = _errno(error)
-        if number not in _TROUBLE:
+        if number not in _ERRORS:
             raise
-        what, fix = _TROUBLE[number]
+        what, fix = _ERRORS[number]
         full = number in (errno.ENOSPC, errno.EDQUOT)
         raise BadInput(
             what,
@@ -130,7 +130,7 @@ def translate_os_error(where: str | Path, *, needed: int | None = None) -> Itera
 
 
 def _errno(error: OSError | SafetensorError) -> int | None:
-    """The system's number of an error; safetensors only writes it into its message."""
+    """Return the system's error number; safetensors only mentions it in its message."""
     if isinstance(error, OSError):
         return error.errno
     written = re.search(r"os error (\d+)", str(error))
@@ -138,21 +138,21 @@ def _errno(error: OSError | SafetensorError) -> int | None:
 
 
 def require_space(out: Path, needed: int) -> None:
-    """Raise BadInput where the disk that `out` goes to has fewer than `needed` bytes free."""
+    """Raise BadInput if the disk of `out` has fewer than `needed` bytes free."""
     free = free_space(out)
     if free < needed:
-        what, fix = _TROUBLE[errno.ENOSPC]
+        what, fix = _ERRORS[errno.ENOSPC]
         raise BadInput(what, where=out, expected=f"{size(needed)} of space", found=f"{size(free)} free", fix=fix)
 
 
 def free_space(path: Path) -> int:
-    """Free bytes of the disk that `path` is on or would be made on."""
-    existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    """Return the free bytes of the disk that `path` is on or would be created on."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     return shutil.disk_usage(existing).free
 
 
 def size(nbytes: int) -> str:
-    """A number of bytes for people: 1.5 GB."""
+    """Format a number of bytes for people: 1.5 GB."""
     value, units = float(nbytes), iter(("bytes", "kB", "MB", "GB", "TB"))
     unit = next(units)
     while value >= 1000 and unit != "TB":
@@ -160,8 +160,8 @@ def size(nbytes: int) -> str:
     return f"{value:.3g} {unit}"
 
 
-def _clean_up_after_the_killed(out: Path) -> None:
-    """Remove temporaries that killed processes of this machine left of `out`; put back an `out` they had set aside."""
+def _remove_leftovers(out: Path) -> None:
+    """Remove temporaries of `out` that killed processes of this machine left; restore an `out` that they had moved aside."""
     if not out.parent.is_dir():
         return
     pattern = re.compile(re.escape(f".{out.name}.{socket.gethostname()}-") + r"(\d+)-\d+\.(tmp|old)")
@@ -176,7 +176,7 @@ def _clean_up_after_the_killed(out: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine is there."""
+    """Return whether a process of this machine is running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -195,7 +195,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync_tree(path: Path) -> None:
-    """Bring a file, or a folder with all it holds, to the disk."""
+    """Flush a file, or a folder and everything in it, to the disk."""
     if path.is_dir():
         for child in path.iterdir():
             _sync_tree(child)
@@ -207,7 +207,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)

@@ -1,12 +1,13 @@
-"""Names of a live model's tensors on disk.
+"""The names on disk of a live model's tensors.
 
 transformers renames modules between disk and memory: a ViT's `vit.encoder.layer.0.attention.attention.query.weight` is
-`vit.layers.0.attention.q_proj.weight` in the module. Checkpoints always carry the names of the disk.
+`vit.layers.0.attention.q_proj.weight` in the module. Checkpoints always use the names on disk.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -18,21 +19,19 @@ from emomerge.errors import BadInput
 
 
 def disk_names(model: nn.Module) -> dict[str, str]:
-    """Name in the module → name on disk, for every tensor of `model.state_dict()`; the same where nothing is renamed.
+    """Return name in the module → name on disk, for every tensor of `model.state_dict()`.
 
-    Where saving would reshape or join tensors (fused experts), the whole model keeps its module names, which
-    transformers loads as well.
+    If saving would reshape or join tensors (fused experts), the whole model keeps its module names, which transformers loads as
+    well. The names are the same for a model that is not of transformers.
     """
     state = model.state_dict()
     same = {name: name for name in state}
-    if not hasattr(model, "_weight_conversions") and not hasattr(model, "config"):
+    transformers = sys.modules.get("transformers")  # imported already if the model is one of its own
+    if transformers is None or not hasattr(model, "config") or not isinstance(model, transformers.PreTrainedModel):
         return same
-    from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
 
-    if not isinstance(model, PreTrainedModel):
-        return same
-    # Stand-ins without data: whatever transformers hands back unchanged was only renamed.
+    # Stand-ins without data: a tensor that transformers returns unchanged was only renamed.
     stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     module_names = {id(tensor): name for name, tensor in stand_ins.items()}
     on_disk = revert_weight_conversion(model, dict(stand_ins))
@@ -42,7 +41,7 @@ def disk_names(model: nn.Module) -> dict[str, str]:
 
 
 def model_checkpoint(model: nn.Module, *, source: str) -> MemoryCheckpoint:
-    """The weights of a live model under their names on disk, persistent buffers included, tied tensors once.
+    """Return the weights of a live model by their names on disk, with persistent buffers, and tied tensors once.
 
     The tensors share the model's memory: write or clone them before the model changes.
     """
@@ -52,11 +51,11 @@ def model_checkpoint(model: nn.Module, *, source: str) -> MemoryCheckpoint:
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy every tensor of a checkpoint into a live model, in place, one at a time, in the parameters' dtypes.
+    """Copy every tensor of a checkpoint into a live model, in place, one at a time, cast to the parameters' dtypes.
 
     Raises:
-        BadInput: the checkpoint lacks a tensor, has one that the model does not know, or one of another shape. The
-            model is then unchanged.
+        BadInput: the checkpoint lacks a tensor, has one that the model lacks, or one of another shape. The model is then
+            unchanged.
     """
     state, to_disk = model.state_dict(), disk_names(model)
     pairs: dict[str, str] = {}
@@ -76,7 +75,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
     for name, found in pairs.items():
         if checkpoint.info(found).shape != tuple(state[name].shape):
             raise BadInput(
-                "tensor of another shape than the model's",
+                "a tensor has another shape than the model's",
                 where=f"{checkpoint.source}, {found}",
                 expected=tuple(state[name].shape),
                 found=checkpoint.info(found).shape,
@@ -87,7 +86,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _aliases(model: nn.Module, state: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names of each distinct tensor, the one it is saved under first: not a name that transformers ties to another."""
+    """Return the names of each distinct tensor, first the one it is saved under: one not tied to another by transformers."""
     ties = getattr(model, "all_tied_weights_keys", None)
     tied = set(ties) if isinstance(ties, Mapping) else set()
     groups: dict[object, list[str]] = defaultdict(list)
@@ -100,8 +99,8 @@ def _aliases(model: nn.Module, state: Mapping[str, Tensor]) -> list[list[str]]:
 def _refuse_difference(checkpoint: Checkpoint, missing: list[str], unexpected: list[str]) -> None:
     if missing or unexpected:
         parts = [
-            f"{len(names)} {what} (such as {names[0]})"
-            for names, what in ((missing, "missing"), (unexpected, "unexpected"))
+            f"{len(names)} {kind} (such as {names[0]})"
+            for names, kind in ((missing, "missing"), (unexpected, "unexpected"))
             if names
         ]
         raise BadInput(

@@ -217,3 +217,28 @@ def test_a_model_that_contains_lora_factors_is_a_model(weight: str, tmp_path: Pa
     assert open_dense(tmp_path).names() == open_checkpoint(tmp_path).names()
     tensors.pop(f"{module}.{weight}")
     assert family_of(MemoryCheckpoint(tensors)) is not None
+
+
+def test_a_model_of_several_parts_is_merged_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tensors = {"mid.weight": torch.randn(6, 4), "mid.bias": torch.randn(6)}
+    for number, folder in enumerate(map(Path, ("base", "a", "b"))):
+        for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+            (folder / part).mkdir(parents=True)
+            (folder / part / "config.json").write_text("{}")
+            save_file({name: tensor + number for name, tensor in tensors.items()}, folder / part / f"{stem}.safetensors")
+        (folder / "model_index.json").write_text('{"unet": ["d", "U"], "text_encoder": ["t", "C"]}')
+    result = CliRunner().invoke(main, ["merge", "base", "a", "b", "--method", "mean", "-o", "out"])
+    assert result.exit_code == 0, result.output
+    merged = open_dense("out")
+    assert merged.names() == open_dense("base").names()
+    for part in ("unet", "text_encoder"):
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(merged[f"{part}/{name}"], tensor + 1.5)
+    files = ["text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"]
+    record = json.loads(Path("out/merge.json").read_text())
+    assert list(record["base_sha256"]) == list(record["runs"][0]["sha256"]) == files
+    assert Path("out/unet/config.json").is_file() and Path("out/model_index.json").is_file()
+    again = CliRunner().invoke(main, ["merge", "--again", "out/merge.json", "-o", "again"])
+    assert again.exit_code == 0, again.output
+    assert all(Path("again", file).read_bytes() == Path("out", file).read_bytes() for file in files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -122,6 +123,17 @@ def test_an_adapter_of_another_model_is_refused_even_if_unmatched_keys_are_allow
         bake(BASE, tmp_path, allow_unmatched=True)
 
 
+def test_without_transformers_equal_names_are_found_and_others_name_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "vocab_size": 6}))
+    base = MemoryCheckpoint(dict(BASE), source="the base", folder=tmp_path)
+    assert bake(base, adapter(tmp_path, factors("layer"))).touched() == ("net.layer.weight",)
+    with pytest.raises(BadInput, match=r"another model.*pip install 'emomerge\[train\]'"):
+        bake(base, adapter(tmp_path, factors("other.thing")))
+    with pytest.raises(BadInput, match=r"matches no base tensor(?!.*pip)"):
+        bake(base, adapter(tmp_path, factors() | factors("other.thing")))
+
+
 def test_shapes_are_compared(tmp_path):
     message = refusal(adapter(tmp_path, factors(out=5)))
     assert "expected (5, 4)" in message
@@ -154,8 +166,8 @@ def test_layers_whose_lora_is_no_change_of_a_weight_are_refused(tmp_path):
     assert "MultiheadAttention" in refusal(adapter(tmp_path, factors("net.attention", out=12)))
 
 
-def test_a_quantised_base_is_refused(tmp_path):
-    assert "quantised" in refusal(adapter(tmp_path, factors("net.codes")))
+def test_a_quantized_base_is_refused(tmp_path):
+    assert "quantized" in refusal(adapter(tmp_path, factors("net.codes")))
 
 
 def test_other_lora_tensors_are_refused(tmp_path):

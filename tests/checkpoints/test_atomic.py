@@ -163,7 +163,7 @@ def test_an_output_set_aside_by_a_killed_process_is_put_back(tmp_path, monkeypat
     write_checkpoint(SOME, tmp_path / "out")
     monkeypatch.setattr(atomic_module, "is_alive", lambda pid: pid != 123456)
     (tmp_path / "out").rename(tmp_path / f".out.{atomic_module.socket.gethostname()}-123456-0.old")
-    with pytest.raises(BadInput, match="exists already"):
+    with pytest.raises(BadInput, match="already exists"):
         write_checkpoint(SOME, tmp_path / "out")
     assert left(tmp_path) == ["out"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from emomerge.checkpoints import MemoryCheckpoint, open_checkpoint, write_checkpoint
-from emomerge.errors import BadInput
+from emomerge.errors import BadInput, MissingExtra
 
 
 def refusal(source: object, **options: object) -> str:
@@ -160,3 +161,9 @@ def test_the_links_of_the_hub_cache_are_followed(sharded):
         path.rename(cache / "blobs" / str(i))
         (snapshot / path.name).symlink_to(Path("../../blobs") / str(i))
     assert open_checkpoint(snapshot).names() == ("a", "b", "c")
+
+
+def test_a_hub_id_without_huggingface_hub_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingExtra, match=r"org/model is not a local path.*huggingface_hub.*emomerge\[train\]"):
+        open_checkpoint("org/model")

@@ -1,8 +1,8 @@
-"""PEFT's LoRA folders (`adapter_config.json`, `adapter_model.safetensors`): what they do to each tensor of a base.
+"""Read PEFT's LoRA folders: the change of each base tensor.
 
     Δ = s·BA,  s = α/r, or α/√r with rsLoRA        (Hu et al. 2021; Kalajdzievski 2023)
 
-PEFT's own `merge` is the reference; everything whose effect is not this formula or a replacement is refused by name.
+PEFT's own `merge` is the reference; any adapter with an effect other than this formula or a replacement is refused by name.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from emomerge.errors import BadInput
 
 _FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.default)?(?:\.(weight|bias))?")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
-_INITS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
-# Fields that are read here, or that no longer matter once training is over. Any other that is set changes the formula.
+_INITS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base unchanged
+# Fields that are read here, or that only matter in training. Any other field that is set changes the formula.
 _UNDERSTOOD = frozenset(
     """
     alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config exclude_modules
@@ -42,28 +42,28 @@ _UNDERSTOOD = frozenset(
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A LoRA pair of the file and the tensor of the live model that it belongs to."""
+class _Pair:
+    """A pair of factors in the file, and the tensor of the live model that it changes."""
 
     module: str
     tensor: str
     key: str
-    """The key of the file that errors name."""
+    """Its key in the file, for error messages."""
     embedding: bool = False
     parameter: bool = False
-    """Whether it was given by `target_parameters`."""
+    """Whether `target_parameters` names the tensor."""
 
 
 def read_peft(folder: Path, base: Checkpoint, *, allow_unmatched: bool = False) -> dict[str, Change]:
-    """Read a PEFT LoRA folder: base tensor name → its change, computed when it is called.
+    """Read a PEFT LoRA folder; see `AdapterFormat.read`.
 
     Args:
-        folder: the adapter, with `adapter_config.json` and `adapter_model.safetensors`.
-        base: the model that it was trained on; its own names, or those of its live modules, or with or without a head.
-        allow_unmatched: leave out, with a warning, what finds no tensor in the base.
+        folder: the adapter.
+        base: the model that it was trained on. Its tensors may have the names on disk or in memory, with or without a head.
+        allow_unmatched: skip adapter keys that match no base tensor, with a warning.
 
     Raises:
-        BadInput: the adapter is damaged, of another kind or model, or does what one LoRA formula cannot express.
+        BadInput: the adapter is damaged, of another kind or model, or not expressible by the LoRA formula.
     """
     return _Reader(Path(folder), base, allow_unmatched).changes()
 
@@ -81,10 +81,10 @@ class _Reader:
         self.tensors = open_weights(folder)
 
     def changes(self) -> dict[str, Change]:
-        """All changes; see `read_peft`."""
+        """Return all changes; see `read_peft`."""
         factors: dict[tuple[str, bool], dict[str, str]] = defaultdict(dict)
         changes: dict[str, Change] = {}
-        for key in sorted(self.tensors, key=lambda key: "modules_to_save" in key):  # which win over a trained bias
+        for key in sorted(self.tensors, key=lambda key: "modules_to_save" in key):  # these override a trained bias
             name = key.removeprefix(PREFIX)
             if not all_finite(self.tensors[key]):
                 raise BadInput("NaN or infinity in an adapter", where=f"{self.file}, {key}", fix="train it again")
@@ -94,7 +94,7 @@ class _Reader:
             elif match := _TOKENS.fullmatch(name):
                 self._add_token_rows(changes, match[1], key)
             elif ".lora_" in name:
-                raise BadInput("a kind of LoRA that cannot be baked yet", where=f"{self.file}, {key}")
+                raise BadInput("this kind of LoRA is not supported", where=f"{self.file}, {key}")
             else:
                 self._add_replacement(changes, _without_wrappers(name), key)
         for (module, embedding), keys in sorted(factors.items()):
@@ -109,7 +109,7 @@ class _Reader:
         changes[name] = Change(change.replace or earlier.replace, change.delta or earlier.delta)
 
     def _add_replacement(self, changes: dict[str, Change], tensor: str, key: str) -> None:
-        """Enter a tensor that takes the place of the base's."""
+        """Add a tensor that replaces one of the base."""
         name = self._find(tensor, key)
         if name is None:
             return
@@ -119,41 +119,41 @@ class _Reader:
         self._add(changes, name, key, Change(replace=lambda _: value))
 
     def _add_low_rank(self, changes: dict[str, Change], module: str, embedding: bool, keys: dict[str, str]) -> None:
-        """Enter s·BA of one module, and s·b of its bias."""
+        """Add s·BA of one module, and s·b of its bias."""
         key = next(iter(keys.values()))
         for factor in ("A", "B"):
             if factor not in keys:
                 raise BadInput("a LoRA factor is missing", where=f"{self.file}, {module}", expected=f"lora_{factor}", found=key)
-        place = self._place(module, embedding, keys["A"])
-        name = self._find(place.tensor, place.key)
+        pair = self._pair(module, embedding, keys["A"])
+        name = self._find(pair.tensor, pair.key)
         if name is None:
             return
-        scale = self._scale(place, self._rank(place, name, keys))
-        self._add(changes, name, place.key, Change(delta=self._low_rank(place, name, keys, scale)))
+        scale = self._scale(pair, self._rank(pair, name, keys))
+        self._add(changes, name, pair.key, Change(delta=self._low_rank(pair, name, keys, scale)))
         if embedding:
-            self._refuse_tied(place.tensor, name, key)
-        bias_name = self._find(f"{place.module}.bias", keys["bias"]) if "bias" in keys else None
+            self._refuse_tied(pair.tensor, name, key)
+        bias_name = self._find(f"{pair.module}.bias", keys["bias"]) if "bias" in keys else None
         if bias_name is not None:
             bias = self.tensors[keys["bias"]]
             self._require_shape(bias_name, keys["bias"], tuple(bias.shape))
             self._add(changes, bias_name, keys["bias"], Change(delta=lambda dtype: bias.to(dtype) * scale))
 
-    def _place(self, module: str, embedding: bool, key: str) -> _Place:
-        """The tensor that a pair of factors belongs to."""
+    def _pair(self, module: str, embedding: bool, key: str) -> _Pair:
+        """Return the tensor that a pair of factors changes."""
         plain = _without_wrappers(module)
         depth = sum(1 for _ in takewhile("base_layer".__eq__, reversed(module.split("."))))
         parameters = self._target_parameters(plain)
-        if parameters:  # several parameters of one module wrap each other, the first defined innermost
+        if parameters:  # the wrappers of several parameters are nested, the first defined innermost
             if depth >= len(parameters):
-                raise BadInput("a parameter that target_parameters does not name", where=f"{self.file}, {key}")
-            return _Place(plain, f"{plain}.{parameters[-1 - depth]}", key, parameter=True)
+                raise BadInput("target_parameters does not name this parameter", where=f"{self.file}, {key}")
+            return _Pair(plain, f"{plain}.{parameters[-1 - depth]}", key, parameter=True)
         if f"{plain}.weight" not in self.base and self.names.find(f"{plain}.in_proj_weight") is not None:
-            # PEFT 0.21 adds the output projection's Δ twice, so what such an adapter means depends on its version
+            # PEFT 0.21 adds Δ of the output projection twice, so the effect of such an adapter depends on the version
             raise BadInput("LoRA of nn.MultiheadAttention cannot be baked", where=f"{self.file}, {key}")
-        return _Place(plain, f"{plain}.weight", key, embedding=embedding)
+        return _Pair(plain, f"{plain}.weight", key, embedding=embedding)
 
     def _target_parameters(self, module: str) -> list[str]:
-        """Parameters of a module that `target_parameters` names, in the order of their definition."""
+        """Return the parameters of a module that `target_parameters` names, in the order of their definition."""
         targets = self.config.get("target_parameters") or []
         last = {
             target.rpartition(".")[2]
@@ -166,68 +166,71 @@ class _Reader:
             return [name for name, _ in live.named_parameters(recurse=False) if name in last]
         if len(last) > 1:
             raise BadInput(
-                "the order of the adapter's target_parameters is not known",
+                "the order of the adapter's target_parameters is unknown",
                 where=f"{self.file}, {module}",
                 fix="put the base's config.json beside its weights",
             )
         return sorted(last)
 
-    def _rank(self, place: _Place, name: str, keys: dict[str, str]) -> int:
-        """r of a place, from PEFT's own patterns, checked against the factors."""
-        rank = int(self._pattern("rank_pattern", "r", place))
-        experts = self._experts(place, name)
+    def _rank(self, pair: _Pair, name: str, keys: dict[str, str]) -> int:
+        """Return r of a pair by PEFT's patterns, checked against the factors."""
+        rank = int(self._pattern("rank_pattern", "r", pair))
+        experts = self._experts(pair, name)
         found = self.tensors.info(keys["A"]).shape[0]
         other = self.tensors.info(keys["B"]).shape[1]
-        if found != other and len(self.base.info(name).shape) > 2 and not place.parameter:
-            raise BadInput("LoRA of a grouped convolution is no change of its weight", where=f"{self.file}, {place.key}")
+        if found != other and len(self.base.info(name).shape) > 2 and not pair.parameter:
+            raise BadInput("LoRA of a grouped convolution is not a change of its weight", where=f"{self.file}, {pair.key}")
         if not found == other == rank * experts:
             raise BadInput(
-                "a LoRA factor of another rank than the adapter's configuration",
-                where=f"{self.file}, {place.key}",
+                "a LoRA factor has another rank than the adapter's configuration says",
+                where=f"{self.file}, {pair.key}",
                 expected=rank * experts,
                 found=f"{found} rows of A, {other} columns of B",
             )
         return rank
 
-    def _scale(self, place: _Place, rank: int) -> float:
-        alpha = self._pattern("alpha_pattern", "lora_alpha", place)
+    def _scale(self, pair: _Pair, rank: int) -> float:
+        alpha = self._pattern("alpha_pattern", "lora_alpha", pair)
         return float(alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank)
 
-    def _pattern(self, patterns: str, default: str, place: _Place) -> Any:
-        """The value of the first pattern that is the module's name or its end, as in `peft.utils.get_pattern_key`."""
-        target = place.tensor if place.parameter else place.module
+    def _pattern(self, patterns: str, default: str, pair: _Pair) -> Any:
+        """Return the value of the first pattern that matches the module's name or its end (`peft.utils.get_pattern_key`)."""
+        target = pair.tensor if pair.parameter else pair.module
         for pattern, value in (self.config.get(patterns) or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", target):
                 return value
         return self.config[default]
 
-    def _experts(self, place: _Place, name: str) -> int:
+    def _experts(self, pair: _Pair, name: str) -> int:
         shape = self.base.info(name).shape
-        return shape[0] if place.parameter and len(shape) == 3 else 1
+        return shape[0] if pair.parameter and len(shape) == 3 else 1
 
-    def _low_rank(self, place: _Place, name: str, keys: dict[str, str], scale: float) -> Callable[[torch.dtype], Tensor]:
-        """Δ = s·BA in the layout of the base tensor."""
+    def _low_rank(self, pair: _Pair, name: str, keys: dict[str, str], scale: float) -> Callable[[torch.dtype], Tensor]:
+        """Return a function that computes Δ = s·BA in the layout of the base tensor."""
         a, b = self.tensors[keys["A"]], self.tensors[keys["B"]]
         shape = self.base.info(name).shape
-        if place.parameter and len(shape) == 3:
-            return self._expert_delta(place, name, a, b, scale)
+        if pair.parameter and len(shape) == 3:
+            return self._expert_delta(pair, name, a, b, scale)
         if a.ndim > 2:  # convolutions: B is 1×1, so that BA has the kernel of A
-            self._require_shape(name, place.key, (b.shape[0], *a.shape[1:]))
+            self._require_shape(name, pair.key, (b.shape[0], *a.shape[1:]))
             return lambda dtype: product(a.flatten(1), b.flatten(1), scale, dtype).reshape(shape)
         out_in = (b.shape[0], a.shape[1])
-        transposed = place.embedding or self._is_transposed(place, shape, out_in)
-        self._require_shape(name, place.key, out_in[::-1] if transposed else out_in)
+        transposed = pair.embedding or self._is_transposed(pair, shape, out_in)
+        self._require_shape(name, pair.key, out_in[::-1] if transposed else out_in)
         if transposed:
             return lambda dtype: product(a, b, scale, dtype).T
         return lambda dtype: product(a, b, scale, dtype)
 
-    def _expert_delta(self, place: _Place, name: str, a: Tensor, b: Tensor, scale: float) -> Callable[[torch.dtype], Tensor]:
-        """Δ of stacked experts. A (experts·r, in), B (out, r·experts) → (experts, out, in) or (experts, in, out)."""
+    def _expert_delta(self, pair: _Pair, name: str, a: Tensor, b: Tensor, scale: float) -> Callable[[torch.dtype], Tensor]:
+        """Return a function that computes Δ of stacked experts.
+
+        A (experts·r, in), B (out, r·experts) → (experts, out, in) or (experts, in, out).
+        """
         shape = self.base.info(name).shape
         outs, ins, experts = b.shape[0], a.shape[1], shape[0]
-        live = self.names.module(place.module) if outs == ins else None
+        live = self.names.module(pair.module) if outs == ins else None
         in_out = getattr(live, "is_transposed", False) if outs == ins else shape == (experts, ins, outs)
-        self._require_shape(name, place.key, (experts, ins, outs) if in_out else (experts, outs, ins))
+        self._require_shape(name, pair.key, (experts, ins, outs) if in_out else (experts, outs, ins))
 
         def delta(dtype: torch.dtype) -> Tensor:
             stack = b.to(dtype).reshape(outs, -1, experts).permute(2, 0, 1) @ a.to(dtype).reshape(experts, -1, ins)
@@ -235,17 +238,17 @@ class _Reader:
 
         return delta
 
-    def _is_transposed(self, place: _Place, shape: tuple[int, ...], out_in: tuple[int, int]) -> bool:
-        """Whether the base keeps (in, out), as GPT-2's Conv1D does. The file's flag is that of its last module only."""
+    def _is_transposed(self, pair: _Pair, shape: tuple[int, ...], out_in: tuple[int, int]) -> bool:
+        """Return whether the base stores (in, out), as GPT-2's Conv1D does. The file's flag describes its last module only."""
         if out_in[0] != out_in[1]:
             return shape == out_in[::-1]
         if self.names.without_conv1d:
             return False
-        live = self.names.module(place.module)
+        live = self.names.module(pair.module)
         return type(live).__name__ == "Conv1D" if live is not None else bool(self.config.get("fan_in_fan_out"))
 
     def _add_token_rows(self, changes: dict[str, Change], module: str, key: str) -> None:
-        """Enter rows of an embedding, those of `trainable_token_indices`, that take the place of the base's."""
+        """Add the rows of an embedding, given by `trainable_token_indices`, that replace those of the base."""
         name = self._find(f"{module}.weight", key)
         if name is None:
             return
@@ -257,7 +260,7 @@ class _Reader:
         fits = isinstance(indices, list) and all(type(i) is int and 0 <= i < vocabulary for i in indices)
         if not fits or tuple(rows.shape) != (len(indices or ()), *features):
             raise BadInput(
-                "token rows that do not fit trainable_token_indices or the base",
+                "the token rows do not match trainable_token_indices or the base",
                 where=f"{self.file}, {key}",
                 expected=f"rows of {self.base.info(name).shape} at {indices}",
                 found=tuple(rows.shape),
@@ -271,32 +274,37 @@ class _Reader:
         self._add(changes, name, key, Change(replace=replace))
 
     def _find(self, tensor: str, key: str) -> str | None:
-        """The base's name of a module tensor; None, and noted, where it has none and that is allowed."""
+        """Return the base's name of a module tensor; None, after noting the key as unmatched, if there is none."""
         name = self.names.find(tensor)
         if name is None:
             if self.config.get("ensure_weight_tying") and self.names.tied_partner(tensor):
-                return None  # the partner's own entry says the same
+                return None  # the partner has an entry of its own with the same content
             self.unmatched.append(key)
             return None
         dtype = self.base.info(name).dtype
         if not dtype.is_floating_point or dtype.itemsize == 1:
             raise BadInput(
-                "the base tensor is quantised",
+                "the base tensor is quantized",
                 where=f"{self.base.source}, {name}",
                 found=dtype,
-                fix="bake into the unquantised base",
+                fix="bake into the unquantized base",
             )
         return name
 
     def _report_unmatched(self, *, nothing_matched: bool) -> None:
         if not self.unmatched:
             return
+        fix = "give the base that the adapter was trained on"
+        if not nothing_matched:
+            fix += ", or --allow-unmatched to skip them"
+        elif self.names.needs_transformers:
+            fix = "pip install 'emomerge[train]', so that names can be resolved; or " + fix
         error = BadInput(
-            "the adapter is of another model" if nothing_matched else "an adapter key finds no base tensor",
+            "the adapter is of another model" if nothing_matched else "an adapter key matches no base tensor",
             where=f"{self.file}, {self.unmatched[0]}",
             expected=f"a tensor of {self.base.source}",
             found="none for any key" if nothing_matched else f"none for {len(self.unmatched)} of its tensors",
-            fix="give the adapter's own base" + ("" if nothing_matched else ", or --allow-unmatched to leave them out"),
+            fix=fix,
         )
         if nothing_matched or not self.allow_unmatched:
             raise error
@@ -306,7 +314,7 @@ class _Reader:
         found = self.base.info(name).shape
         if found != wanted:
             raise BadInput(
-                "the base tensor has another shape than the adapter",
+                "the base tensor has another shape than the adapter expects",
                 where=f"{self.file}, {key}",
                 expected=wanted,
                 found=f"{found} in {name} of {self.base.source}",
@@ -314,14 +322,14 @@ class _Reader:
             )
 
     def _refuse_tied(self, tensor: str, name: str, key: str) -> None:
-        """A live adapter changes one of two tied tensors; a dense checkpoint has only one tensor for both."""
+        """Refuse to change one of two tied tensors, as a live adapter does: a dense checkpoint has only one tensor for both."""
         shape, config = self.base.info(name).shape, self.names.config
         if self.config.get("ensure_weight_tying") or len(shape) != 2 or shape[0] != config.get("vocab_size"):
             return
         partner = self.names.tied_partner(tensor)
         if partner is not None and self.names.find(partner) is None:
             raise BadInput(
-                "the base ties this tensor to another, which the adapter leaves alone",
+                "the base ties this tensor to another, which the adapter does not change",
                 where=f"{self.file}, {key}",
                 found=f"tied to {partner}",
                 fix="train with ensure_weight_tying=True or untie the base first",
@@ -329,17 +337,17 @@ class _Reader:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`adapter_config.json` of a LoRA that one formula expresses.
+    """Return the configuration of an adapter, after checking that the LoRA formula expresses it.
 
     Raises:
-        BadInput: it is missing, no JSON, or has a field that changes what the adapter does.
+        BadInput: it is not JSON, or a field says that the adapter has another effect.
     """
     path, config = folder / CONFIG, load_config(folder)
     if "peft_type" not in config:
-        raise BadInput("not PEFT's configuration", where=path, expected="peft_type")
+        raise BadInput("not a PEFT configuration", where=path, expected="peft_type")
     if config["peft_type"] != "LORA":
         raise BadInput(
-            "a kind of adapter that cannot be baked yet",
+            "this kind of adapter is not supported",
             where=f"{path}, peft_type",
             expected="LORA",
             found=config["peft_type"],
@@ -349,19 +357,19 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise BadInput("not a positive number", where=f"{path}, {field}", found=config.get(field))
     if config.get("init_lora_weights", True) not in _INITS:
         raise BadInput(
-            "this initialisation changed the base",
+            "this initialization changed the base",
             where=f"{path}, init_lora_weights",
             found=config["init_lora_weights"],
-            fix="save with PEFT's path_initial_model_for_weight_conversion, which turns it into plain LoRA",
+            fix="save it with PEFT's path_initial_model_for_weight_conversion, which converts it into plain LoRA",
         )
     for field, value in config.items():
         if value and field not in _UNDERSTOOD:
-            raise BadInput("a kind of LoRA that cannot be baked yet", where=f"{path}, {field}", found=value)
+            raise BadInput("this kind of LoRA is not supported", where=f"{path}, {field}", found=value)
     return config
 
 
 def open_weights(folder: Path) -> Checkpoint:
-    """The tensors of an adapter folder."""
+    """Open the tensors of an adapter folder. Raises BadInput if they are missing or a pickle."""
     path = folder / WEIGHTS
     pickle = folder / "adapter_model.bin"
     if not path.is_file() and pickle.is_file():
@@ -369,7 +377,7 @@ def open_weights(folder: Path) -> Checkpoint:
             "the adapter is a pickle, which is never loaded",
             where=pickle,
             expected=WEIGHTS,
-            fix="load it in PEFT where you trust it, and save_pretrained",
+            fix="if you trust it, load it in PEFT and save_pretrained",
         )
     if not path.is_file():
         raise BadInput("the adapter's weights are missing", where=path)
@@ -380,6 +388,6 @@ def open_weights(folder: Path) -> Checkpoint:
 
 
 def _without_wrappers(name: str) -> str:
-    """A module's own name, without what PEFT puts around it."""
+    """Return a module's own name, without the components that PEFT's wrappers add."""
     wrappers: Iterable[str] = ("base_layer", "modules_to_save", "original_module")
     return ".".join(part for part in name.split(".") if part not in wrappers)
