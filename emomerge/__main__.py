@@ -1,4 +1,4 @@
-"""The command line in a process of its own: the console script, and `python -m emomerge`, which torchrun starts."""
+"""Entry point of the console script and of `python -m emomerge`, which torchrun starts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from emomerge.cli import main
 
 
 def entry() -> None:
-    """Run the command and end the process with its exit status."""
-    gc.set_threshold(50_000)  # importing torch makes objects by the million and hardly any garbage
+    """Run the command and exit with its status."""
+    gc.set_threshold(50_000)  # importing torch creates millions of objects and little garbage
     try:
         main(prog_name="emomerge")
     except SystemExit as end:
@@ -23,7 +23,7 @@ def entry() -> None:
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(end.code)  # what Python does else, taking torch's modules apart one by one, takes half a second
+        os._exit(end.code)  # tearing down torch's modules would take half a second
 
 
 if __name__ == "__main__":

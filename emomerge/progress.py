@@ -1,4 +1,4 @@
-"""What people see while the work goes on: one line a stage or run, with what matters of it."""
+"""Progress display: one line per stage or run."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ class Line:
         self._progress, self._task = progress, task
 
     def at(self, done: float, note: str = "") -> None:
-        """Show how much is done, and a note beside it."""
+        """Set the completed amount and a note."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, note=note)
 
     def add(self, amount: float = 1, note: str | None = None) -> None:
-        """Move on by an amount."""
+        """Advance by an amount."""
         if self._progress is not None and self._task is not None:
             extra: dict[str, Any] = {} if note is None else {"note": note}
             self._progress.update(self._task, advance=amount, **extra)
 
 
 class Display:
-    """A progress display on the standard error stream; silent when asked to be.
+    """A progress display on standard error.
 
     Args:
-        quiet: show nothing but errors.
+        quiet: show nothing.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -42,7 +42,7 @@ class Display:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """Within the block, lines are shown live."""
+        """Show lines live within the block."""
         columns = (
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description}"),
@@ -58,11 +58,11 @@ class Display:
                 self._progress = None
 
     def line(self, title: str, total: float | None, note: str = "") -> Line:
-        """A new line of the display, for `total` pieces of work."""
+        """Add a line for `total` units of work."""
         if self._progress is None:
             return Line(None, None)
         return Line(self._progress, self._progress.add_task(title, total=total, note=note))
 
     def say(self, text: str) -> None:
-        """One line of text."""
+        """Print one line of text."""
         self.console.print(text, highlight=False, markup=False)

@@ -1,7 +1,7 @@
-"""What all commands share: the group that they register with, how they fail, and the options that several of them have.
+"""The click group of all commands, their error handling, and the options that several of them share.
 
-Exit status: 0 done, 1 a failure inside the work, 2 bad input. Heavy libraries are imported inside the commands, so that
-`--help` answers at once.
+Exit status: 0 done, 1 failure inside the work, 2 bad input. Heavy libraries are imported inside the commands, so that
+`--help` is fast.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Command(click.Command):
         self.example = example
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Print the example as it is typed."""
+        """Append the example."""
         if self.example:
             with formatter.section("Example"):
                 for line in self.example.strip().splitlines():
@@ -48,7 +48,7 @@ def _fail(error: EmomergeError) -> NoReturn:
 
 @contextlib.contextmanager
 def _explained(where: Path) -> Iterator[None]:
-    """`translate_os_error`, imported, and torch with it, only where there is an error."""
+    """Apply `translate_os_error`, which imports torch, only if there is an error."""
     try:
         yield
     except Exception:
@@ -82,34 +82,34 @@ set_option = click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=
 stacking_option = click.option(
     "--parallel",
     type=click.Choice(["auto", "stacked", "sequential"]),
-    help="All adapters in one pass over the base, or one run after the other (default: the recipe's runs.parallel).",
+    help="Train all adapters in one pass over the base, or one run after the other (default: the recipe's runs.parallel).",
 )
 rounding_option = click.option(
     "--rounding",
     type=click.Choice(["nearest", "stochastic"]),
     default="nearest",
     show_default=True,
-    help="To bfloat16 and float16: to the nearest value, or up or down at random, exact in the mean (see --seed).",
+    help="Rounding to bfloat16 and float16: to the nearest value, or up or down at random and unbiased (see --seed).",
 )
 executor_option = functools.partial(
     click.option, "--executor", type=click.Choice(["local", "ray", "slurm"]), default="local", show_default=True
 )
 parallel_option = click.option(
-    "--max-parallel", type=click.IntRange(min=1), help="Workers at a time (default: local one, elsewhere all)."
+    "--max-parallel", type=click.IntRange(min=1), help="Workers at a time (default: local 1, else unlimited)."
 )
 setting_option = click.option(
     "--executor-set",
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="What the executor shall know: num_gpus=1 for Ray's tasks; slurm_partition=gpu, timeout_min=60 for submitit.",
+    help="An option for the executor: num_gpus=1 for Ray tasks; slurm_partition=gpu or timeout_min=60 for submitit.",
 )
 log_option = click.option(
     "--log-with",
     "trackers",
     multiple=True,
     type=click.Choice(["tensorboard", "wandb", "trackio"]),
-    help="Log every step there as well; short for --set runs.log_with=[…].",
+    help="Also log every step there; short for --set runs.log_with=[…].",
 )
 force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
 
@@ -117,7 +117,7 @@ force_option = click.option("--force", is_flag=True, help="Replace an output tha
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="emomerge")
 def main() -> None:
-    """Train five short runs with loss-driven learning rates, merge them into one model, and measure what that brings.
+    """Train five short runs with loss-driven learning rates, merge them into one model, and measure the result.
 
     Start with `emomerge run digits`, which needs no download.
     """
@@ -130,9 +130,9 @@ def command(name: str, example: str, *, extras: Sequence[str] = ()) -> Callable[
     """Register a function as a command of `main`; errors become one line, and its help ends with the example.
 
     Args:
-        name: of the command.
-        example: one or several command lines.
-        extras: extras of emomerge without whose packages the command does not start.
+        name: name of the command.
+        example: one or more command lines.
+        extras: extras of emomerge that the command requires.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
@@ -142,7 +142,7 @@ def command(name: str, example: str, *, extras: Sequence[str] = ()) -> Callable[
 
 
 def engine_of(folder: Path, executor: EngineName, max_parallel: int | None, settings: Sequence[str]) -> Engine | None:
-    """Open the engine that --executor, --max-parallel and --executor-set describe; None where this process does the work."""
+    """Return the engine described by --executor, --max-parallel and --executor-set; None if this process does the work."""
     import yaml
 
     from emomerge.experiment.workspace import Workspace
@@ -155,3 +155,8 @@ def engine_of(folder: Path, executor: EngineName, max_parallel: int | None, sett
             raise BadInput("--executor-set wants KEY=VALUE", found=repr(setting))
         given[key] = yaml.safe_load(text)
     return open_engine(executor, max_parallel=max_parallel, settings=given, folder=Workspace(folder).slurm)
+
+
+def default_out(name: str) -> Path:
+    """Return the output folder of a recipe where none is given."""
+    return Path("out") / name

@@ -1,17 +1,13 @@
-"""What a path holds, what two checkpoints differ in, and how far an output folder has come."""
+"""Describe a checkpoint or adapter, and compare two of them tensor by tensor."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from torch import Tensor
 
@@ -20,13 +16,9 @@ from emomerge.adapters.unsupported import family_of
 from emomerge.checkpoints import Checkpoint, open_checkpoint
 from emomerge.checkpoints.atomic import size
 from emomerge.errors import BadInput
-from emomerge.experiment.pipeline import Pipeline
-from emomerge.recipe import load_recipe
-from emomerge.training import holder_of
-from emomerge.training.plan import round_ends
 
 PIECE = 2**20
-"""Elements compared at a time."""
+"""Number of elements compared at a time."""
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -55,11 +47,13 @@ def _open(path: str) -> Checkpoint:
 
 
 def show_description(found: dict[str, Any]) -> Table:
-    """`describe` for people."""
+    """Return the table that shows a description."""
     table = Table(show_header=False, box=None)
     for key, value in found.items():
         if key == "bytes":
             value = size(value)
+        elif key == "kernels":
+            value = "; ".join(f"{user}: {path}" for user, path in value.items())
         elif key == "dtypes":
             value = ", ".join(f"{count} × {dtype}" for dtype, count in value.items())
         elif isinstance(value, list):
@@ -69,19 +63,18 @@ def show_description(found: dict[str, Any]) -> Table:
 
 
 def compare(path: str, other: str, *, base: str | None = None) -> dict[str, Any]:
-    """What `other` differs in from `path`, tensor by tensor, the largest difference first.
+    """Compare two models or adapters tensor by tensor.
 
     Args:
         path: a checkpoint, adapter or run directory, A.
-        other: another one, B; beside a checkpoint it may be an adapter of that.
-        base: what both started from: then their task vectors are compared instead of themselves. Without it two adapters are
-            compared by their factors.
+        other: another one, B; if A is a checkpoint, B may be an adapter of it.
+        base: base of both, to compare their task vectors. Without it, two adapters are compared by their factors.
 
     Returns:
-        `only_here`, `only_there`: names; `shapes`: name → both shapes where they differ; `equal`: how many tensors are the
-        same; `changed`: figures of each other one; `all`: of these together. Figures: `norm` = ‖B − A‖, `relative` =
-        ‖B − A‖/‖A‖, `cosine` of A and B, `sign_agreement`: of elements that are zero in neither, the share of one sign, and
-        `density`: the share of elements that differ. None is what has no value.
+        `only_here`, `only_there`: names; `shapes`: name → both shapes if they differ; `equal`: number of equal tensors;
+        `changed`: figures of each tensor that differs, the largest difference first; `all`: figures over all of these.
+        Figures: `norm` = ‖B − A‖; `relative` = ‖B − A‖/‖A‖; `cosine` of A and B; `sign_agreement`: fraction with equal sign
+        among elements that are nonzero in both; `density`: fraction of elements that differ. Undefined figures are None.
     """
     here, there, origin = _open_pair(path, other, base)
     shared = [name for name in here if name in there]
@@ -112,7 +105,7 @@ def _open_pair(path: str, other: str, base: str | None) -> tuple[Checkpoint, Che
         return open_run(origin, path), open_run(origin, other), origin
     adapters = [is_adapter(artefact_of(place)) for place in (path, other)]
     if adapters == [True, False]:
-        raise BadInput("an adapter against a model", where=path, fix="name the model first, or what both started from: --base")
+        raise BadInput("an adapter against a model", where=path, fix="name the model first, or give their base with --base")
     here = _open(path)
     return here, (_open(other) if all(adapters) else open_run(here, other)), None
 
@@ -124,21 +117,21 @@ class _Comparison:
     elements: int = 0
     different: int = 0
     alike: int = 0
-    """Elements of one sign."""
+    """Elements with equal sign."""
     signed: int = 0
-    """Elements that are zero in neither."""
+    """Elements that are nonzero in both."""
     difference: float = 0.0
     squares: tuple[float, float] = (0.0, 0.0)
     product: float = 0.0
 
     def add(self, other: _Comparison) -> None:
-        """Take in the sums over other elements."""
+        """Add the sums over other elements."""
         for key in ("elements", "different", "alike", "signed", "difference", "product"):
             setattr(self, key, getattr(self, key) + getattr(other, key))
         self.squares = (self.squares[0] + other.squares[0], self.squares[1] + other.squares[1])
 
     def figures(self) -> dict[str, float | None]:
-        """See `compare`."""
+        """Return the figures described in `compare`."""
         here, there = map(math.sqrt, self.squares)
         norm, both = math.sqrt(self.difference), here * there
         return {
@@ -151,7 +144,7 @@ class _Comparison:
 
 
 def _compare(here: Checkpoint, there: Checkpoint, origin: Checkpoint | None, name: str) -> _Comparison | None:
-    """The sums of one tensor; None where both are the same."""
+    """Return the sums over one tensor; None if both are equal."""
     if origin is None:
         difference, a = there.delta(name, here), here[name]
     else:
@@ -174,7 +167,7 @@ def _compare(here: Checkpoint, there: Checkpoint, origin: Checkpoint | None, nam
 
 
 def _displacement(checkpoint: Checkpoint, origin: Checkpoint, name: str) -> Tensor:
-    """τ of a tensor; one that the base lacks starts from zero."""
+    """Return the task vector τ of one tensor; a tensor that the base lacks counts from zero."""
     if name not in origin or origin.info(name).shape != checkpoint.info(name).shape:
         return checkpoint[name]
     delta = checkpoint.delta(name, origin)
@@ -182,9 +175,9 @@ def _displacement(checkpoint: Checkpoint, origin: Checkpoint, name: str) -> Tens
 
 
 def show_comparison(found: dict[str, Any], *, top: int = 0) -> Table:
-    """`compare` for people; only so many tensors, or all where `top` is 0."""
-    what = f"{found['there']} against {found['here']}" + (f", both from {found['base']}" if found["base"] else "")
-    table = Table(title=f"{what}: {len(found['changed'])} tensors differ, {found['equal']} are equal")
+    """Return the table that shows a comparison: the `top` tensors, or all if it is 0."""
+    title = f"{found['there']} against {found['here']}" + (f", both from {found['base']}" if found["base"] else "")
+    table = Table(title=f"{title}: {len(found['changed'])} tensors differ, {found['equal']} are equal")
     figures = {"norm": "‖B − A‖", "relative": "/‖A‖", "cosine": "cosine", "sign_agreement": "signs agree", "density": "differ"}
     table.add_column("tensor", overflow="fold")
     for heading in figures.values():
@@ -206,56 +199,10 @@ def show_comparison(found: dict[str, Any], *, top: int = 0) -> Table:
     return table
 
 
-def status_of(folder: Path) -> dict[str, Any]:
-    """Runs and stages of an output folder, as far as they have come."""
-    if not (folder / "recipe.yaml").is_file():
-        raise BadInput("not an output folder of emomerge", where=folder, expected="a folder with recipe.yaml")
-    pipeline = Pipeline(load_recipe(folder / "recipe.yaml"), folder)
-    runs, ends = [], round_ends(pipeline.recipe.runs)
-    for spec in [*pipeline.specs, *(spec for spec in pipeline.possible_rivals() if pipeline.run_dir(spec).state)]:
-        run = pipeline.run_dir(spec)
-        last = max(run.metrics(), key=lambda row: int(row["step"]), default={})
-        state = "done" if pipeline.run_is_done(spec) else run.state.get("state", "waiting")
-        holder = None if state == "done" else holder_of(run.path)
-        if holder is not None:
-            state = "running"
-        elif state == "running":
-            state = "stopped"
-        rounds = (
-            {"round": 1 + sum(last.get("step", 0) > end for end in ends), "rounds": len(ends)} if spec.role == "run" else {}
-        )
-        runs.append(
-            {"name": spec.name, "state": state, "steps": spec.steps, "error": run.state.get("error")}
-            | {"step": last.get("step", 0), "loss": last.get("loss"), "rate": last.get("rate")}
-            | rounds
-            | {"worker": None if holder is None else asdict(holder)}
-        )
-    busy = pipeline.space.is_busy() or any(run["worker"] for run in runs)
-    return {"folder": str(folder), "busy": busy, "runs": runs, "stages": pipeline.stages()}
+def kernels() -> dict[str, str]:
+    """Return which implementation the optimizers and merge methods use: compiled kernels, or torch and the reason."""
+    from emomerge.merging import native as merging
+    from emomerge.native import status
+    from emomerge.optim import native as optim
 
-
-def show_status(found: dict[str, Any]) -> Table:
-    """`status_of` for people."""
-    table = Table(
-        title=found["folder"],
-        caption="stages: " + ", ".join(f"{stage} {'done' if done else 'to do'}" for stage, done in found["stages"].items()),
-    )
-    for heading in ("run", "state", "step", "loss", "emoPulse", "worker", ""):
-        table.add_column(heading, justify="right" if heading in ("step", "loss", "emoPulse") else "left")
-    for run in found["runs"]:
-        loss, rate = (f"{run[key]:{form}}" if run[key] is not None else "–" for key, form in (("loss", ".4f"), ("rate", ".2e")))
-        where = f", round {run['round']} of {run['rounds']}" if run.get("rounds", 1) > 1 and run["state"] != "done" else ""
-        worker = "{host} {pid}, {heartbeat:.0f} s ago".format(**run["worker"]) if run["worker"] else ""
-        steps = f"{run['step']}/{run['steps']}"
-        table.add_row(run["name"], run["state"] + where, steps, loss, rate, worker, run["error"] or "")
-    return table
-
-
-def watch_status(folder: Path, console: Console, every: float = 1.0) -> None:
-    """Show `status_of` until nobody works in the folder, looking again every so many seconds."""
-    found = status_of(folder)
-    with Live(show_status(found), console=console, auto_refresh=False) as live:
-        while found["busy"]:
-            time.sleep(every)
-            found = status_of(folder)
-            live.update(show_status(found), refresh=True)
+    return {"optimizers": status(optim.KERNELS, optim.REALS[torch.float32]), "merging": status(merging.KERNELS)}

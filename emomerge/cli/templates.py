@@ -1,4 +1,4 @@
-"""The recipes that come with emomerge, by their names."""
+"""The recipes that come with emomerge."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from emomerge.recipe import Recipe, load_recipe
 
 
 def templates() -> dict[str, Path]:
-    """Name → file of the recipes that come with emomerge (in the package, or beside it in a checkout)."""
+    """Return the bundled recipes, name → file, in the package or beside it in a checkout."""
     package = Path(__file__).parents[1]
     folders = [package / "recipes", package.parent / "recipes"]
     return {file.stem: file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
 
 
 def template_file(name: str) -> Path:
-    """Its file.
+    """Return the file of a bundled recipe.
 
     Raises:
         BadInput: there is none of that name.
@@ -29,7 +29,7 @@ def template_file(name: str) -> Path:
 
 
 def open_recipe(recipe: str, overrides: Sequence[str]) -> Recipe:
-    """A recipe from a file, or one of ours by its name.
+    """Read a recipe from a file, or a bundled one by its name.
 
     Raises:
         BadInput: see `load_recipe`.

@@ -11,7 +11,7 @@ import torch
 
 from emomerge.adapters import open_run
 from emomerge.checkpoints import load_into, open_checkpoint
-from emomerge.cli.inspection import status_of
+from emomerge.cli.status import status_of
 from emomerge.errors import BadInput, RunFailed
 from emomerge.experiment.controls import long_adamw_runs
 from emomerge.experiment.measure import Measurer

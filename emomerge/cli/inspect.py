@@ -1,0 +1,62 @@
+"""The commands `inspect` and `status`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from emomerge.cli.command import command, json_option, out_path, quiet_option
+from emomerge.cli.printing import console
+from emomerge.errors import BadInput
+
+
+@command(
+    "inspect",
+    """
+    emomerge inspect out/digits/base out/digits/runs/sens-0
+    emomerge inspect run-a run-b --base base --top 10
+    """,
+)  # fmt: skip
+@click.argument("path")
+@click.argument("other", required=False)
+@click.option("--base", help="Base of PATH and OTHER: compare their task vectors instead of their weights.")
+@click.option("--top", type=click.IntRange(min=0), default=40, show_default=True, help="Tensors to show; 0 shows all.")
+@quiet_option
+@json_option
+def inspect(path: str, other: str | None, base: str | None, top: int, quiet: bool, as_json: bool) -> None:
+    """Describe PATH, a checkpoint or an adapter; with OTHER, list the tensors that differ, the largest difference first."""
+    from emomerge.cli.inspection import compare, describe, kernels, show_comparison, show_description
+
+    if other is None:
+        if base is not None:
+            raise BadInput("--base belongs to a comparison", found=base, fix="name two paths")
+        described = {**describe(path), "kernels": kernels()}
+        click.echo(json.dumps(described, indent=2)) if as_json else console().print(show_description(described))
+    else:
+        compared = compare(path, other, base=base)
+        click.echo(json.dumps(compared, indent=2)) if as_json else console().print(show_comparison(compared, top=top))
+
+
+@command("status", "emomerge status out/digits --watch")
+@click.argument("folder", type=out_path)
+@click.option("--watch", is_flag=True, help="Keep updating the table while a process works in FOLDER.")
+@quiet_option
+@json_option
+def status(folder: Path, watch: bool, quiet: bool, as_json: bool) -> None:
+    """Show the runs and stages in FOLDER: their progress, and the machine and process that trains each run."""
+    if watch and not as_json:
+        from emomerge.cli.status import watch_status
+
+        watch_status(folder, console())
+    else:
+        print_status(folder, as_json)
+
+
+def print_status(folder: Path, as_json: bool) -> None:
+    """Print the runs and stages of an output folder."""
+    from emomerge.cli.status import show_status, status_of
+
+    found = status_of(folder)
+    click.echo(json.dumps(found, indent=2)) if as_json else console().print(show_status(found))

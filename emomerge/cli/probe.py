@@ -1,0 +1,96 @@
+"""The commands `probe` and `report`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from emomerge.cli.command import (
+    command,
+    default_out,
+    engine_of,
+    executor_option,
+    force_option,
+    json_option,
+    out_path,
+    parallel_option,
+    quiet_option,
+    set_option,
+    setting_option,
+)  # fmt: skip
+from emomerge.cli.printing import console
+
+if TYPE_CHECKING:
+    from emomerge.training.engines import EngineName
+
+
+@command(
+    "probe",
+    """
+    emomerge probe recipes/digits.yaml out/digits/merges/tall-mask out/digits/runs/sens-0 -o probed
+    emomerge probe recipes/digits.yaml out/digits/merges/tall-mask -o probed --preset full --executor ray
+    """,
+    extras=("train",),
+)  # fmt: skip
+@click.argument("recipe")
+@click.argument("models", nargs=-1, required=True)
+@click.option("-o", "--out", type=out_path, required=True, help="Folder for the results and the ledger of evaluations.")
+@click.option("--base", help="The base of the models (default: the base that `emomerge run RECIPE` made).")
+@click.option("--preset", type=click.Choice(["quick", "standard", "full"]), help="How much to measure (default: the recipe's).")
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    type=click.Choice(["gaussian", "curve", "adaptive", "hessian", "basin", "barriers", "worst-case", "plane", "surface"]),
+    help="Measure only this, in addition to losses, gradient norm and distance; repeatable (default: those of the preset). "
+    "barriers: between all MODELS; plane: through the base and the first two.",
+)
+@set_option
+@executor_option(help="Where models are measured: in this process, or split over workers by metric and direction.")
+@parallel_option
+@setting_option
+@quiet_option
+@json_option
+def probe(
+    recipe: str, models: Sequence[str], out: Path, base: str | None, preset: str | None, metrics: Sequence[str],
+    overrides: Sequence[str], executor: EngineName, max_parallel: int | None, settings: Sequence[str], quiet: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Measure MODELS (checkpoints, adapters or run directories) on RECIPE's data: losses and sharpness."""
+    from emomerge.cli.templates import open_recipe
+    from emomerge.experiment.assessment import probe_models
+    from emomerge.progress import Display
+    from emomerge.reporting import figures_table
+
+    parsed = open_recipe(recipe, [*overrides, *([f"probe.preset={preset}"] if preset else [])])
+    base_folder = Path(base) if base else default_out(parsed.name) / "base"
+    engine = engine_of(out, executor, max_parallel, settings)
+    results = probe_models(parsed, list(models), base_folder, out, Display(quiet=quiet), metrics or None, engine)
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    else:
+        screen = console()
+        screen.print(figures_table(results, screen.width))
+
+
+@command("report", "emomerge report out/digits -o digits.html", extras=("report",))
+@click.argument("folder", type=out_path)
+@click.option("-o", "--out", type=out_path, help="The page to write (default: FOLDER/report.html).")
+@force_option
+@quiet_option
+def report(folder: Path, out: Path | None, force: bool, quiet: bool) -> None:
+    """Write the report of the results that `emomerge run` left in FOLDER."""
+    from emomerge.checkpoints import atomic
+    from emomerge.experiment.pipeline import load_results
+    from emomerge.reporting import write_report
+
+    results = load_results(folder)
+    if out is not None:
+        atomic.refuse_existing(out, force=force)
+    page = write_report(results, out or folder / "report.html")
+    if not quiet:
+        click.echo(str(page))
