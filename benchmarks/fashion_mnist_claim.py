@@ -28,7 +28,7 @@ from emomerge import recipe
 from emomerge.optim import OPTIMIZERS
 from emomerge.optim.base import EmoOptimizer
 from emomerge.optim.pulse import PRESETS
-from emomerge.tasks.image_classification import ImageClassificationTask
+from emomerge.tasks.image_classification import ImageClassification, ImageClassificationTask
 
 CLAIM = 0.30
 BATCH = 64
@@ -41,7 +41,7 @@ Images = tuple[Tensor, Tensor]
 def read(folder: Path) -> tuple[Images, Images]:
     """All 60,000 training images and the 10,000 test images."""
     test = next(folder.glob("t10k-images-idx3-ubyte*"), folder / "t10k-images-idx3-ubyte.gz")
-    section = recipe.ImageClassification(
+    section = ImageClassification(
         kind="image-classification", train=str(folder), validation=str(test), test=str(test)
     )  # nothing is held out of the training images
     base = recipe.Base(prepare=recipe.Prepare(model="mlp"))

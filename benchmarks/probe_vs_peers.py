@@ -46,7 +46,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emomerge import recipe
 from emomerge.probing import Perturbable, hessian, rms
-from emomerge.tasks.image_classification import ImageClassificationTask
+from emomerge.tasks.image_classification import ImageClassification, ImageClassificationTask
 from emomerge.tasks.models import build
 
 WITHIN = 0.005
@@ -80,7 +80,7 @@ def cnn() -> nn.Module:
 
 
 def prepare(kind: Any, folder: Path) -> tuple[nn.Module, list[Batch]]:
-    section = recipe.ImageClassification(kind="image-classification", train=str(folder))
+    section = ImageClassification(kind="image-classification", train=str(folder))
     settings = recipe.Prepare(model="vit", hidden=64, layers=4, patch_size=7)
     data = ImageClassificationTask(section).load_data(recipe.Base(prepare=settings)).train
     torch.manual_seed(0)

@@ -30,7 +30,8 @@ from rich.table import Table
 from torch import nn
 
 from emomerge.recipe import Recipe, parse_recipe
-from emomerge.tasks import Split, Task, TaskData
+from emomerge.tasks import Split, TaskData
+from emomerge.tasks.pretrained import TransformersTask
 from emomerge.training import Context, RunSpec, planned_runs, train_locally
 
 CONTENDERS = ("stacked", "sequential", "peft", "one")
@@ -39,7 +40,7 @@ LIMITS = {(128, 16): 3.5, (128, 64): 3.5, (384, 64): 1.7}
 """How many times less CPU we hold ourselves to, against five PEFT loops; and a peak of at most 1.6 times one run's."""
 
 
-class RandomSentences(Task):
+class RandomSentences(TransformersTask):
     """Two classes of random tokens: the cost of training does not depend on what is learnt."""
 
     kind = "random"

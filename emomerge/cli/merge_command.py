@@ -69,7 +69,7 @@ def _split_overrides(method: str, overrides: Sequence[str], recipe: str | None) 
 def _evaluator(recipe: str, overrides: Sequence[str], base: Any) -> tuple[Any, list[Path]]:
     """Validation loss of any weights, by a recipe's task; and the local files that decide it."""
     from emomerge.experiment.measure import Measurer
-    from emomerge.experiment.workspace import external_sources, local_files
+    from emomerge.experiment.workspace import local_files
     from emomerge.tasks import make_task
     from emomerge.training import choose_device
 
@@ -79,7 +79,7 @@ def _evaluator(recipe: str, overrides: Sequence[str], base: Any) -> tuple[Any, l
     task = make_task(parsed.task)
     data = task.load_data(parsed.base)
     measurer = Measurer(parsed, task, data, base, base.folder, "base", choose_device(parsed.device), None)
-    return measurer.held_out_loss, local_files([recipe, *external_sources(parsed)])
+    return measurer.held_out_loss, local_files([recipe, *parsed.external_sources()])
 
 
 def asked_for(

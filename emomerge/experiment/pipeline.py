@@ -23,7 +23,7 @@ from emomerge.errors import BadInput, RunFailed
 from emomerge.experiment.assessment import assess
 from emomerge.experiment.controls import adamw_members, long_adamw_runs, long_run
 from emomerge.experiment.measure import Artefact, Measurer
-from emomerge.experiment.workspace import Workspace, external_sources, files_below, local_files, stopwatch
+from emomerge.experiment.workspace import Workspace, files_below, local_files, stopwatch
 from emomerge.merging import check_params, merge
 from emomerge.merging.record import MergeRecord, Output, Run, as_json
 from emomerge.numerics.hashing import digest
@@ -317,7 +317,7 @@ class Pipeline:
         loss = RoundingLoss(self.base)
 
         def papers() -> dict[str, str]:
-            decided_by = local_files([str(self.space.recipe), *external_sources(self.recipe)])
+            decided_by = local_files([str(self.space.recipe), *self.recipe.external_sources()])
             asked = self._merge_record(spec, artefacts).with_hashes(decided_by)
             record = as_json(asked, rounding_loss=loss.figures(), diagnostics=merged.diagnostics())
             record |= {"name": name, "dtype": spec.dtype, "inputs": inputs, "emomerge": version("emomerge")}

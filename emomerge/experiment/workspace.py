@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from emomerge.checkpoints import atomic
 from emomerge.errors import BadInput
 from emomerge.numerics.hashing import digest
-from emomerge.recipe import Custom, Recipe
+from emomerge.recipe import Recipe
 from emomerge.training.run_dir import sizes_agree
 
 
@@ -121,7 +121,7 @@ class Workspace:
 
     def input_hash(self, recipe: Recipe) -> str:
         """Hash of what comes from outside the recipe: data files and a local base model."""
-        return digest([self._fingerprint(Path(source).expanduser()) or source for source in external_sources(recipe)])
+        return digest([self._fingerprint(Path(source).expanduser()) or source for source in recipe.external_sources()])
 
     def _fingerprint(self, path: Path) -> str | None:
         """Content hash of a file or folder; None where there is none (a Hub or datasets id).
@@ -149,17 +149,6 @@ class Workspace:
         if fresh and self.out.exists():
             atomic.write_json(memory_file, memory)
         return digest(found)
-
-
-def external_sources(recipe: Recipe) -> list[str]:
-    """Everything the recipe names that may be a path, and the label files beside IDX images."""
-    base, task = recipe.base.prepare.train if recipe.base.prepare else recipe.base.model, recipe.task
-    if isinstance(task, Custom):
-        options = [*task.options.values(), *(recipe.base.prepare.options.values() if recipe.base.prepare else ())]
-        files = [value for value in options if isinstance(value, str) and Path(value).expanduser().is_file()]
-        return [s for s in (base, task.function.rpartition(":")[0]) if s is not None] + files
-    named = [s for s in (base, task.train, task.validation, task.test) if s is not None]
-    return named + [s.replace("images-idx3", "labels-idx1") for s in named if "images-idx3" in s]
 
 
 def local_files(sources: Iterable[str]) -> list[Path]:

@@ -1,30 +1,27 @@
-"""What is learnt: one file a task, one entry here."""
+"""Tasks: their data, models and losses. One file per task, one entry each in `emomerge.tasks.table`.
+
+Names are imported when they are first used: the recipe reads the table without importing torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from emomerge import recipe
-from emomerge.tasks.base import Batch, Images, RowFigures, Split, Task, TaskData, Texts
-from emomerge.tasks.causal_lm import CausalLanguageModelTask
-from emomerge.tasks.custom import CustomTask
-from emomerge.tasks.flow_matching import FlowMatchingTask
-from emomerge.tasks.image_classification import ImageClassificationTask
-from emomerge.tasks.text_classification import TextClassificationTask
+if TYPE_CHECKING:
+    from emomerge.tasks.base import Batch as Batch
+    from emomerge.tasks.base import Images as Images
+    from emomerge.tasks.base import RowFigures as RowFigures
+    from emomerge.tasks.base import Split as Split
+    from emomerge.tasks.base import Task as Task
+    from emomerge.tasks.base import TaskData as TaskData
+    from emomerge.tasks.base import Texts as Texts
+    from emomerge.tasks.table import make_task as make_task
 
-__all__ = ["TASKS", "Batch", "Images", "RowFigures", "Split", "Task", "TaskData", "Texts", "make_task"]
-
-TASKS: dict[str, Callable[[Any], Task]] = {
-    TextClassificationTask.kind: TextClassificationTask,
-    ImageClassificationTask.kind: ImageClassificationTask,
-    CausalLanguageModelTask.kind: CausalLanguageModelTask,
-    FlowMatchingTask.kind: FlowMatchingTask,
-    CustomTask.kind: CustomTask,
-}
-"""The recipe's `task.kind` → what builds the task from its section."""
+__all__ = ["Batch", "Images", "RowFigures", "Split", "Task", "TaskData", "Texts", "make_task"]
 
 
-def make_task(section: recipe.Task) -> Task:
-    """The task that a recipe's section describes."""
-    return TASKS[section.kind](section)
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.table" if name == "make_task" else f"{__name__}.base"), name)

@@ -1,65 +1,108 @@
-"""The next token: plain text, completions of prompts, or chats; a tokenizer; and any causal language model."""
+"""Causal language modelling: plain text, prompt and completion, or chats; a tokenizer; and any causal language model."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
-import math
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from emomerge import recipe
 from emomerge.checkpoints import working_dtype
 from emomerge.errors import BadInput
 from emomerge.numerics.seeds import cpu_seed
-from emomerge.recipe import LanguageColumns
 from emomerge.tasks import sources
-from emomerge.tasks.base import Batch, RowFigures, Split, Task, TaskData, Texts, predictive_entropy
-from emomerge.tasks.pretrained import input_length, load_complete, load_config, load_tokenizer, quiet, reload_complete
-from emomerge.tasks.tables import ENDINGS, read_rows
-from emomerge.tasks.text_classification import TextSplit
+from emomerge.tasks.base import Batch, RowFigures, Split, TaskData, Texts, inputs_of, predictive_entropy
+from emomerge.tasks.pretrained import load_complete, load_config, load_tokenizer, quiet
+from emomerge.tasks.rows import ENDINGS, read_rows
+from emomerge.tasks.text import TextSplit, TextTask, check_vocabulary
+
+
+class LanguageColumns(recipe.Section):
+    """Columns of one of three forms: plain text, prompt and completion, or chat messages."""
+
+    text: str | int | None = None
+    """All of it is learned; the column `text` if no column is named."""
+    prompt: str | int | None = None
+    """Read but not learned."""
+    completion: str | int | None = None
+    messages: str | None = None
+    """A list of `{role, content}`, formatted by the tokenizer's chat template; only the assistant's turns are learned."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("`prompt` and `completion` come together")
+        if sum(column is not None for column in (self.text, self.prompt, self.messages)) > 1:
+            raise ValueError("give `text`, or `prompt` and `completion`, or `messages`")
+        return self
+
+
+class CausalLanguageModel(recipe.DataSection):
+    """Section `task` of a recipe that predicts the next token.
+
+    Data are TSV, CSV, JSONL, plain text (documents are the files of a folder, or the paragraphs of a file), a `datasets` id, or
+    `python-docs` and `python-code`, which come with Python.
+    """
+
+    networks: ClassVar = {"llama": ("train", "vocabulary")}
+
+    kind: Literal["causal-lm"]
+    columns: LanguageColumns = LanguageColumns()
+    max_length: int = Field(256, ge=4)
+    """Tokens per row. Longer plain text continues in another row; longer prompts and chats are truncated."""
+    packing: Literal["none", "separate", "joined"] = "none"
+    """How documents share rows. `none`: one per row. `separate`: several, each with its own positions and without attention to
+    the others (the base is tested for this). `joined`: one stream with an end token between documents and attention
+    across them."""
+
+    def for_base(self, prepare: recipe.Prepare) -> Self:
+        """Return the task on the text that the prepared base learns from."""
+        if prepare.train is None:
+            return self
+        return self.model_copy(update={"train": prepare.train, "validation": None, "test": None, "limit": None})
+
 
 UNLEARNT = -100
-"""Label of a token that is read and not predicted; transformers' and torch's convention."""
+"""Label of a token that is read but not predicted, by the convention of transformers and torch."""
 _TEXT_ENDINGS = (".txt", ".md", ".rst", ".py")
 _SAMPLES, _PROMPT, _CONTINUATION = 4, 24, 64
 
 
 class Tokens(NamedTuple):
-    """A document, or a piece of one: ids, and for each what is to be predicted there (the id itself, or UNLEARNT)."""
+    """A document or a piece of one: token ids, and for each its label (the id itself, or UNLEARNT)."""
 
     ids: list[int]
     labels: list[int]
 
     @property
-    def learns(self) -> bool:
-        """Whether anything is predicted; the first token has nothing before it to be predicted from."""
+    def has_targets(self) -> bool:
+        """Whether any token is predicted; the first one cannot be, as nothing precedes it."""
         return any(label != UNLEARNT for label in self.labels[1:])
 
 
-class CausalLanguageModelTask(Task):
-    """Cross-entropy of the next token, by a transformers causal language model; every token weighs the same.
+class CausalLanguageModelTask(TextTask):
+    """Cross-entropy of the next token, by a causal language model of transformers; every token has the same weight."""
 
-    Args:
-        section: the recipe's `task`.
-    """
-
-    kind = "causal-lm"
+    section_class = CausalLanguageModel
+    section: CausalLanguageModel
+    auto_class = "AutoModelForCausalLM"
     peft_task_type = "CAUSAL_LM"
+    perplexity = True
 
-    def __init__(self, section: recipe.CausalLanguageModel) -> None:
-        self.section = section
-        self._tokenizer: Any = None
+    def __init__(self, section: CausalLanguageModel) -> None:
+        super().__init__(section)
         self._prompts: list[list[int]] = []
 
     def load_data(self, base: recipe.Base) -> TaskData:
-        """Read, split, tokenise and pack all documents; see `Task.load_data`."""
+        """Read, split, tokenize and pack all documents; see `Task.load_data`."""
         section = self.section
         given = {"train": section.train, "validation": section.validation, "test": section.test}
         documents = {role: _read(source, role, section.columns) for role, source in given.items() if source is not None}
@@ -70,8 +113,8 @@ class CausalLanguageModelTask(Task):
 
         self._tokenizer = load_tokenizer(base) if base.prepare is None else _trained_tokenizer(base.prepare, section)
         config = None if base.prepare is not None else load_config(base).get_text_config()
-        length = input_length(section, self._tokenizer, config)
-        encode = _Encoder(self._tokenizer, section.columns, getattr(config, "vocab_size", math.inf))
+        length = self._max_length(config)
+        encode = _Encoder(self._tokenizer, section.columns, config)
         encoded = {role: [encode(document) for document in parts[role]] for role in given}
         pieces = {role: self._pieces(encoded[role], length, given[role] or section.train) for role in given}
         self._prompts = [_prompt(document, length) for document in encoded["test"][:_SAMPLES]]
@@ -79,18 +122,18 @@ class CausalLanguageModelTask(Task):
         return TaskData(**splits, classes=(), summary=self._summary(encoded, pieces, splits))
 
     def _pieces(self, documents: Sequence[Tokens], length: int, source: str) -> list[Tokens]:
-        """Documents in pieces that fit a row: plain text goes on in the next piece, other forms are cut off."""
+        """Cut documents into pieces that fit a row: plain text continues in the next piece, other forms are truncated."""
         plain = _form(self.section.columns) == "text"
         if self.section.packing == "joined":
             pieces = _slices(_joined(documents), length)
         else:
             cut = [piece for document in documents for piece in _slices(document, length)[: None if plain else 1]]
-            # Nothing in its row comes before a piece's first token, or only what it must not see.
+            # Nothing in the row precedes a piece's first token, except other documents that it must not see.
             pieces = [Tokens(ids, [UNLEARNT, *labels[1:]]) for ids, labels in cut]
-        kept = [piece for piece in pieces if piece.learns]
+        kept = [piece for piece in pieces if piece.has_targets]
         if not kept:
             raise BadInput(
-                "nothing to learn", where=source, expected=f"documents with something to predict within {length} tokens"
+                "nothing to learn", where=source, expected=f"documents with a token to predict among the first {length}"
             )
         return kept
 
@@ -103,7 +146,7 @@ class CausalLanguageModelTask(Task):
         if self.section.packing == "joined":
             return Split(_padded(pieces, length, pad))
         rows = [[pieces[number] for number in row] for row in pack([len(piece.ids) for piece in pieces], length)]
-        # The padding counts from 0 too: it is one more document that nobody sees.
+        # Positions restart at the padding too, which makes it one more document that the others do not see.
         positions = [[p for n in [*(len(t.ids) for t in row), length] for p in range(n)][:length] for row in rows]
         return Split({**_padded([_joined(row) for row in rows], length, pad), "position_ids": torch.tensor(positions)})
 
@@ -118,64 +161,49 @@ class CausalLanguageModelTask(Task):
         return f"{text}; {train} rows to train, {validation} to validate, {test} to test"
 
     def new_model(self, base: recipe.Base, data: TaskData) -> nn.Module:
-        """The base as it is, or a new small Llama; see `Task.new_model`."""
-        from transformers import AutoModelForCausalLM
-
-        from emomerge.tasks import models
-
+        """Return the base unchanged, or a new small Llama; see `Task.new_model`."""
         if base.prepare is not None:
+            from emomerge.tasks import models
+
             return models.build_llama(base.prepare, self._tokenizer, positions=self.section.max_length)
-        model = load_complete(AutoModelForCausalLM, base)
+        model = load_complete(self.loader, base)
         if self.section.packing == "separate":
-            _check_blind(model, data.train, str(base.model))
+            _check_separation(model, data.train, str(base.model))
         return model
 
-    def save_processor(self, folder: str | Path) -> None:
-        """Write the tokenizer's files."""
-        if self._tokenizer is None:
-            raise RuntimeError("load_data comes before save_processor")
-        self._tokenizer.save_pretrained(str(folder))
-
-    def reload_model(self, folder: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
-        """A saved causal language model; see `Task.reload_model`."""
-        from transformers import AutoModelForCausalLM
-
-        return reload_complete(AutoModelForCausalLM, folder, trust_remote_code)
-
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Scores (rows, tokens, vocabulary) of the token after each."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        scores: Tensor = model(**inputs, use_cache=False).logits  # with a cache, packed documents would see each other
+        """Return the scores (rows, tokens, vocabulary) of the token after each."""
+        scores: Tensor = model(**inputs_of(batch), use_cache=False).logits  # a cache would let packed documents attend
         return scores
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the batch's learnt tokens in nats: a scalar, fp32 also under autocast."""
+        """Return the mean cross-entropy over the batch's learned tokens in nats: a scalar, float32 even under autocast."""
         logits, targets = self._predictions(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=UNLEARNT)
 
     def row_figures(self, model: nn.Module, batch: Batch) -> RowFigures:
-        """Means over each row's learnt tokens, weighted by their number; see `Task.row_figures`."""
+        """Return means over each row's learned tokens, weighted by their number; see `Task.row_figures`."""
         logits, targets = self._predictions(model, batch)
-        learnt = (targets != UNLEARNT).to(logits.dtype)
-        weight = learnt.sum(dim=1)
+        learned = (targets != UNLEARNT).to(logits.dtype)
+        weight = learned.sum(dim=1)
         loss = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=UNLEARNT, reduction="none")
         correct = (logits.argmax(dim=-1) == targets).to(logits.dtype)
-        means = [(figure * learnt).sum(dim=1) / weight for figure in (loss, correct, predictive_entropy(logits))]
+        means = [(figure * learned).sum(dim=1) / weight for figure in (loss, correct, predictive_entropy(logits))]
         return RowFigures(means[0], weight, *means[1:])
 
     def _predictions(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits (rows, tokens − 1, vocabulary), and the token each is to predict (rows, tokens − 1)."""
+        """Return logits (rows, tokens − 1, vocabulary) and their target tokens (rows, tokens − 1)."""
         logits = self.logits(model, batch)[:, :-1]
         return logits.to(working_dtype(logits.dtype)), batch["labels"][:, 1:]
 
     def samples(self, model: nn.Module) -> Texts:
-        """Continuations of the first test documents, drawn at temperature 0.8 with one seed for all models."""
+        """Return continuations of the first test documents, sampled at temperature 0.8 with one seed for all models."""
         device = next(model.parameters()).device
         texts = []
         for prompt in self._prompts:
             ids = torch.tensor([prompt], device=device)
             with quiet(), cpu_seed(0), torch.inference_mode():
-                drawn = model.generate(  # type: ignore[operator]  # of transformers' models
+                drawn = model.generate(  # type: ignore[operator]  # a method of transformers models
                     input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=_CONTINUATION,
                     do_sample=True, temperature=0.8, top_k=50, top_p=1.0, pad_token_id=self._tokenizer.pad_token_id,
                 )  # fmt: skip
@@ -185,7 +213,15 @@ class CausalLanguageModelTask(Task):
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: each item goes into the fullest bin it fits. Returns the item numbers of each bin."""
+    """Pack items into bins by best-fit decreasing: each goes into the fullest bin that has room for it.
+
+    Args:
+        lengths: of the items, each at most `capacity`.
+        capacity: of a bin.
+
+    Returns:
+        the item numbers of each bin.
+    """
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (space left, bin), ascending
     for number in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
@@ -208,7 +244,7 @@ def _slices(tokens: Tokens, length: int) -> list[Tokens]:
 
 
 def _padded(rows: Sequence[Tokens], width: int, pad: int) -> dict[str, Tensor]:
-    """Rows as tensors (rows, width), padded on the right: what stands left of a token is then its own text."""
+    """Return rows as tensors (rows, width), padded on the right, so that no padding precedes a token."""
     ids = torch.full((len(rows), width), pad)
     labels = torch.full((len(rows), width), UNLEARNT)
     for row, tokens in enumerate(rows):
@@ -218,13 +254,13 @@ def _padded(rows: Sequence[Tokens], width: int, pad: int) -> dict[str, Tensor]:
 
 
 def _prompt(document: Tokens, length: int) -> list[int]:
-    """What a sample continues: the prompt, cut on the left where it is long, or the first words of a plain text."""
+    """Return the start that a sample continues: the prompt, truncated on the left, or the first words of a plain text."""
     first = next((place for place, label in enumerate(document.labels) if label != UNLEARNT), len(document.ids))
     return document.ids[:first][-length:] or document.ids[: min(_PROMPT, (len(document.ids) + 1) // 2)]
 
 
-def _check_blind(model: nn.Module, train: Split, source: str) -> None:
-    """Whether a document's predictions stay the same when the one before it in its row is another; BadInput if not."""
+def _check_separation(model: nn.Module, train: Split, source: str) -> None:
+    """Check that a document's predictions do not depend on the document before it in the row."""
     ids = train.batch([0])["input_ids"][:, :8]
     half = ids.shape[1] // 2
     other = torch.cat([(ids[:, :half] == 0).long(), ids[:, half:]], dim=1)  # differs everywhere, whatever the vocabulary
@@ -232,12 +268,12 @@ def _check_blind(model: nn.Module, train: Split, source: str) -> None:
     try:
         with torch.inference_mode():
             one, two = (model(input_ids=row, position_ids=positions, use_cache=False).logits[:, half:] for row in (ids, other))
-        blind = torch.allclose(one, two, rtol=1e-4, atol=1e-4)
+        separate = torch.allclose(one, two, rtol=1e-4, atol=1e-4)
     except (TypeError, ValueError):  # a model that takes no positions
-        blind = False
-    if not blind:
+        separate = False
+    if not separate:
         fix = "set task.packing to joined or none"
-        raise BadInput("in this base, packed documents see each other", where=source, fix=fix)
+        raise BadInput("packed documents attend to each other in this base", where=source, fix=fix)
 
 
 # Tokens
@@ -248,16 +284,16 @@ def _form(columns: LanguageColumns) -> str:
 
 
 class _Encoder:
-    """Documents → Tokens, with the tokenizer's own start token, where it has one, and an end token.
+    """Encode documents with the tokenizer's start token, if it has one, and an end token.
 
     Args:
         tokenizer: of the base.
-        columns: say which form documents have.
-        vocabulary: token ids that the base knows.
+        columns: determine the form of the documents.
+        config: of the base; None if the base is still to be built.
     """
 
-    def __init__(self, tokenizer: Any, columns: LanguageColumns, vocabulary: float) -> None:
-        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+    def __init__(self, tokenizer: Any, columns: LanguageColumns, config: Any) -> None:
+        self.tokenizer, self.config = tokenizer, config
         if tokenizer.eos_token_id is None:
             raise BadInput("the base's tokenizer has no end token")
         self.start = tokenizer("")["input_ids"][:1] if tokenizer.bos_token_id in tokenizer("")["input_ids"] else []
@@ -271,10 +307,7 @@ class _Encoder:
     def __call__(self, document: Document) -> Tokens:
         with quiet():
             tokens = self.encode(*document.cells, document.where)
-        if tokens.ids and max(tokens.ids) >= self.vocabulary:
-            raise BadInput(
-                "the tokenizer gives tokens the base has not", expected=f"ids below {self.vocabulary}", found=max(tokens.ids)
-            )
+        check_vocabulary(max(tokens.ids, default=-1), self.config)
         return tokens
 
     def _ids(self, text: Any, where: str) -> list[int]:
@@ -293,13 +326,13 @@ class _Encoder:
         return Tokens(read + learnt, [UNLEARNT] * len(read) + learnt)
 
     def _chat(self, messages: Any, where: str) -> Tokens:
-        """The assistant's turns are found as what the template adds to the turns before: prefixes of one another."""
+        """Find the assistant's turns as what the template appends to the text of the turns before."""
         turns = messages if isinstance(messages, list) else []
         if not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) and "role" in turn for turn in turns):
             turns = []
         answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers:
-            raise BadInput("no chat", where=where, expected="a list of {role, content} with an assistant's turn")
+            raise BadInput("not a chat", where=where, expected="a list of {role, content} with an assistant's turn")
         ids = self._templated(turns, where)
         labels = [UNLEARNT] * len(ids)
         for number in answers:
@@ -315,13 +348,13 @@ class _Encoder:
     def _templated(self, turns: list[Any], where: str, **options: Any) -> list[int]:
         try:
             ids: list[int] = self.tokenizer.apply_chat_template(turns, return_dict=False, **options)
-        except Exception as error:  # templates raise errors of their own making
-            raise BadInput("the chat template refuses these turns", where=where, found=error) from None
+        except Exception as error:  # templates raise their own errors
+            raise BadInput("the chat template rejects these turns", where=where, found=error) from None
         return ids
 
 
-def _trained_tokenizer(prepare: recipe.Prepare, section: recipe.CausalLanguageModel) -> Any:
-    """A byte-level BPE of the text that a prepared base learns."""
+def _trained_tokenizer(prepare: recipe.Prepare, section: CausalLanguageModel) -> Any:
+    """Train a byte-level BPE on the text that a prepared base learns from."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -343,14 +376,14 @@ def _trained_tokenizer(prepare: recipe.Prepare, section: recipe.CausalLanguageMo
 
 
 class Document(NamedTuple):
-    """One document: its text, its prompt and completion, or its messages, and where it is from."""
+    """One document: its text, its prompt and completion, or its messages, and where it comes from."""
 
     cells: tuple[Any, ...]
     where: str
 
 
 def _read(source: str, role: str, columns: LanguageColumns) -> list[Document]:
-    """All documents of a file, a folder, a data set, or what comes with Python."""
+    """Read all documents of a file, a folder, a data set or a bundled text."""
     path = Path(source).expanduser()
     texts: Iterable[tuple[str, str]]
     if not path.exists() and source in _BUNDLED:
@@ -384,17 +417,17 @@ def _read_text(path: Path) -> str:
 
 
 def _python_docs() -> list[tuple[str, str]]:
-    """The language reference that `help()` shows: about 80 topics."""
+    """Return the language reference that `help()` shows: about 80 topics."""
     from pydoc_data.topics import topics
 
     return [(text, f"python-docs, {name}") for name, text in sorted(topics.items())]
 
 
 def _python_code() -> list[tuple[str, str]]:
-    """The modules of the standard library that are one file."""
+    """Return the top-level modules of the standard library."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return [(text, str(file)) for file in files if (text := _read_text(file)).strip()]
 
 
 _BUNDLED = {"python-docs": _python_docs, "python-code": _python_code}
-"""Text that comes with every Python, under its licence."""
+"""Texts that come with every Python, under its license."""

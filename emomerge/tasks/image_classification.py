@@ -1,101 +1,44 @@
-"""Images into classes: scikit-learn's digits, IDX files, folders of PNG and JPEG, or a `datasets` id."""
+"""Image classification, by a classifier of transformers or one of the small networks of `base.prepare`."""
 
 from __future__ import annotations
 
-import gzip
-import math
-import re
-import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from emomerge import recipe
-from emomerge.checkpoints import write_json
 from emomerge.errors import BadInput
-from emomerge.recipe import ImageColumns, Transform
-from emomerge.tasks import sources
-from emomerge.tasks.base import Split, Task, TaskData
-from emomerge.tasks.pretrained import load_classifier, load_config, load_preprocessor, reload_complete
+from emomerge.tasks.base import TaskData
+from emomerge.tasks.images import ImageTask, LabelledImages
+from emomerge.tasks.pretrained import load_classifier
 
 
-class ImageClassificationTask(Task):
-    """Cross-entropy of a transformers image classifier, or of one of the small models of `base.prepare`.
+class ImageClassification(LabelledImages):
+    """Section `task` of a recipe that classifies images."""
 
-    Args:
-        section: the recipe's `task`.
-    """
+    networks: ClassVar = {"mlp": ("transform",), "cnn": ("transform",), "vit": ("transform",)}
 
-    kind = "image-classification"
+    kind: Literal["image-classification"]
 
-    def __init__(self, section: recipe.LabelledImages) -> None:
-        self.section = section
-        self._input: ImageInput | None = None
 
-    def load_data(self, base: recipe.Base) -> TaskData:
-        """Read, split, resize, transform and normalise all images; see `Task.load_data`."""
-        section = self.section
-        given = {"train": section.train, "validation": section.validation, "test": section.test}
-        given["test"] = section.test or _bundled_test(section.train)
-        images = {role: _open(source, role, section.columns) for role, source in given.items() if source is not None}
-        classes = sources.distinct_classes(images["train"].labels)
-        labels = {role: _numbers(part, classes) for role, part in images.items()}
+class ImageClassificationTask(ImageTask):
+    """Cross-entropy of an image classifier of transformers, or of one of the small networks of `base.prepare`."""
 
-        picks = sources.split_rows(
-            len(labels["train"]), section, validation=given["validation"] is None, test=given["test"] is None
-        )
-        rows = dict(zip(given, picks, strict=True))
-        sources.check_classes(labels["train"][rows["train"]], classes, section.train)
-        raw = images["train"].read(rows["train"])
-        self._input = image_input(base, section, raw)
-        splits = {}
-        for role in given:
-            own = role if role in images else "train"
-            picked = rows[role] if own == "train" else torch.arange(len(labels[own]))
-            pixels = raw if role == "train" else images[own].read(picked)
-            fields = {
-                "pixel_values": self._input.prepare(pixels, section.transform, images[own].source),
-                "labels": labels[own][picked],
-            }
-            splits[role] = Split(fields)
-        summary = sources.summarise(list(splits.values()), classes)
-        return TaskData(**splits, classes=classes, summary=summary)
+    section_class = ImageClassification
+    auto_class = "AutoModelForImageClassification"
 
     def new_model(self, base: recipe.Base, data: TaskData) -> nn.Module:
-        """An image classifier on the base, or a new small model; see `Task.new_model`."""
-        from transformers import AutoModelForImageClassification
+        """Return an image classifier on the base, or a new small network; see `Task.new_model`."""
+        if base.prepare is None:
+            model: nn.Module = load_classifier(self.loader, base, data.classes)
+            self._check_takes(model, data, base)
+            return model
 
         from emomerge.tasks import models
 
-        if base.prepare is None:
-            model: nn.Module = load_classifier(AutoModelForImageClassification, base, data.classes)
-            self._check_takes(model, data, base)
-            return model
         _, channels, size, _ = data.train.batch([0])["pixel_values"].shape
         return models.build(base.prepare, channels=channels, image_size=size, classes=data.classes)
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Model inputs back as uint8 (rows, channels, side, side); after `load_data`."""
-        if self._input is None:
-            raise RuntimeError("load_data comes before pixels")
-        return self._input.pixels(images)
-
-    def save_processor(self, folder: str | Path) -> None:
-        """Write `preprocessor_config.json`. The recipe's transform is the task's, not the model's, and is not in it."""
-        if self._input is None:
-            raise RuntimeError("load_data comes before save_processor")
-        write_json(Path(folder) / "preprocessor_config.json", self._input.config())
-
-    def reload_model(self, folder: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
-        """A saved image classifier; see `Task.reload_model`."""
-        from transformers import AutoModelForImageClassification
-
-        return reload_complete(AutoModelForImageClassification, folder, trust_remote_code)
 
     def _check_takes(self, model: nn.Module, data: TaskData, base: recipe.Base) -> None:
         try:
@@ -104,269 +47,3 @@ class ImageClassificationTask(Task):
         except (ValueError, RuntimeError) as error:
             shape = "×".join(map(str, data.train.batch([0])["pixel_values"].shape[1:]))
             raise BadInput(f"the base does not take images of {shape}", where=base.model, found=error) from None
-
-
-# What the model takes
-
-Images = Tensor | Sequence[Tensor]
-"""(rows, channels, height, width), or (channels, height, width) each; uint8, or float in [0, 1]."""
-
-
-@dataclass(frozen=True)
-class ImageInput:
-    """The form of images that a model takes.
-
-    Attributes:
-        size: pixels a side.
-        channels: 1 or 3 as a rule.
-        mean, std: of each channel, or of all; images become (x − mean)/std.
-        processor: name of the transformers class that does the same.
-    """
-
-    size: int
-    channels: int
-    mean: tuple[float, ...] = (0.5,)
-    std: tuple[float, ...] = (0.5,)
-    processor: str = "ViTImageProcessor"
-
-    def prepare(self, images: Images, transform: Transform, source: str) -> Tensor:
-        """float32 (rows, channels, size, size): resized, repeated over channels, transformed, normalised."""
-        blocks = torch.split(images, 1024) if isinstance(images, Tensor) else [image[None] for image in images]
-        pixels = torch.empty(len(images), self.channels, self.size, self.size)
-        done = 0
-        for block in blocks:
-            pixels[done : done + len(block)] = self._fit(block, source)
-            done += len(block)
-        if transform.rotate:
-            pixels = torch.rot90(pixels, transform.rotate // 90, dims=(2, 3)).contiguous()
-        if transform.invert:
-            torch.sub(1, pixels, out=pixels)
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        return pixels.sub_(mean).div_(std)
-
-    def _fit(self, images: Tensor, source: str) -> Tensor:
-        """(rows, c, h, w) → (rows, 1 or channels, size, size) in [0, 1]."""
-        if images.shape[1] not in (1, self.channels):
-            raise BadInput("colour images for a model of grey ones", where=source, expected=f"{self.channels} channels")
-        unit = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
-        if unit.shape[2:] == (self.size, self.size):
-            return unit
-        return F.interpolate(unit, (self.size, self.size), mode="bilinear", antialias=True).clamp_(0, 1)
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """What `prepare` normalised, as uint8 (rows, channels, size, size)."""
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        return (images.cpu() * std + mean).clamp(0, 1).mul(255).round().byte()
-
-    def config(self) -> dict[str, Any]:
-        """The contents of a `preprocessor_config.json` of transformers."""
-        return {
-            "image_processor_type": self.processor,
-            "do_resize": True,
-            "size": {"height": self.size, "width": self.size},
-            "resample": 2,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(self.mean) * (self.channels // len(self.mean)),
-            "image_std": list(self.std) * (self.channels // len(self.std)),
-        }
-
-
-def image_input(base: recipe.Base, section: recipe.LabelledImages, images: Images) -> ImageInput:
-    """The form that the base takes: after its `preprocessor_config.json` and configuration, else that of the images.
-
-    Raises:
-        BadInput: the images are not square and no size is given, or the base's files do not agree.
-    """
-    height, width = images[0].shape[-2:]
-    own_channels = images.shape[1] if isinstance(images, Tensor) else max(len(image) for image in images)
-    found = {} if base.prepare else load_preprocessor(base)
-    config = None if base.prepare else load_config(base)
-    side = section.image_size or _side(found) or getattr(config, "image_size", None) or height
-    if not isinstance(side, int) or (side == height != width and not section.image_size):
-        raise BadInput(
-            "no square size for the images",
-            where=section.train,
-            found=f"{width}×{height} pixels",
-            fix="set task.image_size",
-        )
-    channels = getattr(config, "num_channels", None) or own_channels
-    if not found:
-        return ImageInput(side, channels)
-    normalised, scale = found.get("do_normalize", True), 255 * found.get("rescale_factor", 1 / 255)
-    scale = 1.0 if math.isclose(scale, 1, rel_tol=1e-3) else scale
-    mean, std = (
-        tuple(float(value) / scale for value in found.get(key, [default])) if normalised else (default / scale,)
-        for key, default in (("image_mean", 0.0), ("image_std", 1.0))
-    )
-    if {len(mean), len(std)} - {1, channels}:
-        raise BadInput("preprocessor_config.json does not fit the base", where=base.model, expected=f"{channels} means")
-    return ImageInput(side, channels, mean, std, found.get("image_processor_type", ImageInput.processor))
-
-
-def _side(preprocessor: dict[str, Any]) -> Any:
-    """Pixels a side that a `preprocessor_config.json` asks for; None if it does not say."""
-    cropped = preprocessor.get("do_center_crop") and preprocessor.get("crop_size")
-    size = cropped or preprocessor.get("size")
-    if not isinstance(size, dict):
-        return size
-    return size.get("height") or size.get("shortest_edge")
-
-
-# Where images come from
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Labelled images that are read when they are asked for.
-
-    Attributes:
-        source: for messages.
-        labels: of all images, as text.
-        read: row numbers → images.
-    """
-
-    source: str
-    labels: list[str]
-    read: Callable[[Tensor], Images]
-
-
-def _open(source: str, role: str, columns: ImageColumns) -> _Source:
-    if source == "digits":
-        return _digits()
-    path = sources.local_path(source)
-    if path is None:
-        return _hub(source, role, columns)
-    if path.is_file():
-        return _idx(path)
-    found = _idx_in(path, "t10k" if role == "test" else "train") or _idx_in(path, "train")
-    return _idx(found) if found else _folder(path)
-
-
-def _bundled_test(train: str) -> str | None:
-    """The test images that come with a folder of IDX files."""
-    folder = Path(train).expanduser()
-    found = _idx_in(folder, "t10k") if _idx_in(folder, "train") else None
-    return str(found) if found else None
-
-
-def _numbers(images: _Source, classes: Sequence[str]) -> Tensor:
-    """Class numbers (rows,) of all images."""
-    number = {label: sources.class_index(classes)(label, images.source) for label in set(images.labels)}
-    return torch.tensor([number[label] for label in images.labels])
-
-
-def _digits() -> _Source:
-    """1,797 handwritten digits of 8×8 pixels, values 0 to 16 (scikit-learn; UCI optdigits test set)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise BadInput("`digits` needs scikit-learn", fix="pip install 'emomerge[demo]'") from None
-    data = load_digits()
-    pixels = torch.from_numpy(data.images).float().div_(16).unsqueeze(1)
-    return _Source("digits", [str(label) for label in data.target.tolist()], lambda rows: pixels[rows])
-
-
-def _idx_in(folder: Path, prefix: str) -> Path | None:
-    files = (folder / f"{prefix}-images-idx3-ubyte{ending}" for ending in ("", ".gz"))
-    return next((file for file in files if file.is_file()), None)
-
-
-def _idx(path: Path) -> _Source:
-    """An IDX pair: …images-idx3-ubyte and …labels-idx1-ubyte beside it, either gzipped or not."""
-    name = re.sub(r"images([.-])idx3", r"labels\1idx1", path.name)
-    if name == path.name:
-        raise BadInput("no image data", where=path, expected="an IDX file …images-idx3-ubyte[.gz], or a folder")
-    pixels, labels = _read_idx(path, dims=3).unsqueeze(1), _read_idx(path.with_name(name), dims=1)
-    if len(pixels) != len(labels):
-        raise BadInput("images and labels differ in number", where=path, expected=len(pixels), found=f"{len(labels)} labels")
-    return _Source(str(path), [str(label) for label in labels.tolist()], lambda rows: pixels[rows])
-
-
-def _read_idx(path: Path, dims: int) -> Tensor:
-    """An IDX file of unsigned bytes with so many dimensions: magic 0, 0, 8, dims; big-endian sizes; data."""
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise BadInput("the IDX file cannot be read", where=path, found=error) from None
-    magic = bytes([0, 0, 8, dims])
-    if data[:4] != magic:
-        raise BadInput("no IDX file of this kind", where=path, expected=f"magic {magic.hex()}", found=data[:4].hex())
-    header = 4 + 4 * dims
-    shape = [int.from_bytes(data[start : start + 4], "big") for start in range(4, header, 4)]
-    if len(data) != header + math.prod(shape):
-        raise BadInput(
-            "the IDX file is truncated or has a tail",
-            where=path,
-            expected=f"{header + math.prod(shape):,} bytes for {'×'.join(map(str, shape))}",
-            found=f"{len(data):,}",
-        )
-    if 0 in shape:
-        raise BadInput("the IDX file is empty", where=path, found="×".join(map(str, shape)))
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=header).view(shape)
-
-
-def _folder(path: Path) -> _Source:
-    """One folder a class, with PNG and JPEG files in it."""
-    _pillow()
-    endings = {".png", ".jpg", ".jpeg"}
-    folders = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
-    files = {child: sorted(f for f in child.iterdir() if f.suffix.lower() in endings) for child in folders}
-    if not folders:
-        raise BadInput("no image data", where=path, expected="IDX files, or a folder of images for each class")
-    for child, images in files.items():
-        if not images:
-            raise BadInput("a class folder without images", where=child, expected="PNG or JPEG files")
-    labelled = [(file, child.name) for child, images in files.items() for file in images]
-    return _Source(
-        str(path),
-        [label for _, label in labelled],
-        lambda rows: _same_channels([_decode(labelled[row][0]) for row in rows.tolist()]),
-    )
-
-
-def _hub(name: str, split: str, columns: ImageColumns) -> _Source:
-    _pillow()
-    data = sources.hub_dataset(name, split, [columns.image, columns.label])
-    labels = sources.class_names(data, columns.label)
-    if None in labels:
-        raise BadInput("row without a label", where=f"{name}, split {split}, row {labels.index(None) + 1}")
-    return _Source(
-        f"{name}, split {split}",
-        [sources.label_text(label) for label in labels],
-        lambda rows: _same_channels([_tensor(data[row][columns.image]) for row in rows.tolist()]),
-    )
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise BadInput("images in files need Pillow", fix="pip install 'emomerge[images]'") from None
-    return Image
-
-
-def _decode(file: Path) -> Tensor:
-    try:
-        with _pillow().open(file) as image:
-            return _tensor(image)
-    except BadInput:
-        raise
-    except Exception as error:  # Pillow's plugins raise whatever a broken file makes of them
-        raise BadInput("the image cannot be read", where=file, found=error) from None
-
-
-def _tensor(image: Any) -> Tensor:
-    """A Pillow image as uint8 (1, height, width) if it is grey, else (3, height, width)."""
-    import numpy as np
-
-    grey = image.mode in ("1", "L", "LA")
-    pixels = torch.from_numpy(np.array(image.convert("L" if grey else "RGB")))
-    return pixels[None] if grey else pixels.permute(2, 0, 1)
-
-
-def _same_channels(images: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Grey images repeated over three channels where any is coloured."""
-    channels = max(len(image) for image in images)
-    return [image.expand(channels, -1, -1) for image in images]

@@ -1,7 +1,7 @@
-"""The small bases of `base.prepare`: an MLP, a CNN and a DiT of our own, and a small ViT and Llama of transformers.
+"""The small networks of `base.prepare`: an MLP, a CNN and a DiT of our own, and a small ViT and Llama of transformers.
 
-Importing this module imports transformers and makes its Auto classes know `emomerge_mlp`, `emomerge_cnn` and `emomerge_dit`,
-so it is imported inside functions only.
+Importing this module imports transformers and registers `emomerge_mlp`, `emomerge_cnn` and `emomerge_dit` with its Auto
+classes, so it is imported inside functions only.
 """
 
 from __future__ import annotations
@@ -31,20 +31,27 @@ from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
 from emomerge import recipe
 from emomerge.errors import BadInput
 from emomerge.numerics.seeds import cpu_seed
-from emomerge.tasks.pretrained import name_classes
+
+
+def name_classes(config: Any, classes: Sequence[str]) -> None:
+    """Write the labels' names into a model's configuration."""
+    config.num_labels = len(classes)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: index for index, name in enumerate(classes)}
+    config.problem_type = "single_label_classification"
 
 
 def build(prepare: recipe.Prepare, *, channels: int, image_size: int, classes: Sequence[str]) -> nn.Module:
-    """A new model in fp32 and eval mode, its weights drawn with `prepare.seed`.
+    """Return a new image classifier in float32 and eval mode, its weights drawn with `prepare.seed`.
 
     Args:
         prepare: model and sizes.
-        channels: channels of the images.
-        image_size: pixels a side.
+        channels: number of channels of the images.
+        image_size: pixels per side.
         classes: names of the labels in order.
 
     Raises:
-        BadInput: the sizes do not fit each other.
+        BadInput: the sizes do not divide.
     """
     sizes: dict[str, Any] = {"num_channels": channels, "image_size": image_size}
     model_class: Any
@@ -61,18 +68,14 @@ def build(prepare: recipe.Prepare, *, channels: int, image_size: int, classes: S
 
 
 def build_llama(prepare: recipe.Prepare, tokenizer: Any, *, positions: int) -> nn.Module:
-    """A new Llama with heads of 32 for a tokenizer's vocabulary, in fp32 and eval mode; weights drawn with `prepare.seed`.
+    """Return a new Llama with heads of width 32 for a tokenizer's vocabulary, in float32 and eval mode.
+
+    Its weights are drawn with `prepare.seed`.
 
     Raises:
-        BadInput: the hidden units do not divide into heads.
+        BadInput: the hidden width does not divide into heads.
     """
-    if prepare.hidden % 32:
-        raise BadInput(
-            "hidden units do not divide into heads of 32",
-            where="base.prepare.hidden",
-            expected="a multiple of 32",
-            found=prepare.hidden,
-        )
+    _check_heads(prepare, 32)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=prepare.hidden,
@@ -91,12 +94,15 @@ def build_llama(prepare: recipe.Prepare, tokenizer: Any, *, positions: int) -> n
 
 
 def build_dit(prepare: recipe.Prepare, *, channels: int, image_size: int, classes: Sequence[str]) -> nn.Module:
-    """A new diffusion transformer with heads of 32, in fp32 and eval mode; weights drawn with `prepare.seed`.
+    """Return a new diffusion transformer with heads of width 32, in float32 and eval mode.
+
+    Its weights are drawn with `prepare.seed`.
 
     Raises:
-        BadInput: the sizes do not fit each other.
+        BadInput: the sizes do not divide.
     """
-    _check_divides(prepare, image_size, head=32)
+    _check_heads(prepare, 32)
+    _check_patches(prepare, image_size)
     config = DitConfig(
         hidden_size=prepare.hidden,
         num_hidden_layers=prepare.layers,
@@ -110,26 +116,30 @@ def build_dit(prepare: recipe.Prepare, *, channels: int, image_size: int, classe
     return model.eval()
 
 
-def _check_divides(prepare: recipe.Prepare, image_size: int, *, head: int) -> None:
+def _check_heads(prepare: recipe.Prepare, head: int) -> None:
     if prepare.hidden % head:
         raise BadInput(
-            f"hidden units do not divide into heads of {head}",
+            f"the hidden width does not divide into heads of {head}",
             where="base.prepare.hidden",
             expected=f"a multiple of {head}",
             found=prepare.hidden,
         )
+
+
+def _check_patches(prepare: recipe.Prepare, image_size: int) -> None:
     if image_size % prepare.patch_size:
         raise BadInput(
             "images do not divide into patches",
             where="base.prepare.patch_size",
-            expected=f"a divisor of the image's {image_size} pixels a side",
+            expected=f"a divisor of the images' {image_size} pixels per side",
             found=prepare.patch_size,
         )
 
 
 def _vit_config(prepare: recipe.Prepare, image_size: int, sizes: dict[str, Any]) -> ViTConfig:
     heads = max(1, prepare.hidden // 16)
-    _check_divides(prepare, image_size, head=16 if heads > 1 else prepare.hidden)
+    _check_heads(prepare, 16 if heads > 1 else prepare.hidden)
+    _check_patches(prepare, image_size)
     return ViTConfig(
         hidden_size=prepare.hidden,
         num_hidden_layers=prepare.layers,
@@ -163,7 +173,7 @@ class CnnConfig(PretrainedConfig):  # type: ignore[misc]
 
 
 class _SmallClassifier(PreTrainedModel):  # type: ignore[misc]
-    """Features of an image (rows, channels, side, side) → (rows, hidden), and a linear head."""
+    """Image features, (rows, channels, side, side) -> (rows, hidden), and a linear head."""
 
     main_input_name = "pixel_values"
     features: nn.Sequential
@@ -178,14 +188,14 @@ class _SmallClassifier(PreTrainedModel):  # type: ignore[misc]
             init.zeros_(module.bias)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
-        """Logits (rows, classes), and the mean cross-entropy where labels (rows,) are given."""
+        """Return logits (rows, classes), and the mean cross-entropy if labels (rows,) are given."""
         logits = self.classifier(self.features(pixel_values))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
 class MlpForImageClassification(_SmallClassifier):
-    """Hidden layers of equal width with GELU on the flattened image."""
+    """Hidden layers of equal width with GELU, on the flattened image."""
 
     config_class = MlpConfig
 
@@ -255,7 +265,7 @@ class DitForFlowMatching(PreTrainedModel):  # type: ignore[misc]
         self.patch_embedding = nn.Linear(pixels, hidden)
         self.positions = nn.Parameter(torch.zeros((config.image_size // patch) ** 2, hidden))
         self.time_embedding = nn.Sequential(nn.Linear(_FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-        self.class_embedding = nn.Embedding(config.num_labels + 1, hidden)  # the last one is no class
+        self.class_embedding = nn.Embedding(config.num_labels + 1, hidden)  # the last one stands for no class
         self.blocks = nn.ModuleList(DitBlock(hidden) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False)
         self.modulation = ZeroLinear(hidden, 2 * hidden)
@@ -275,7 +285,7 @@ class DitForFlowMatching(PreTrainedModel):  # type: ignore[misc]
             init.normal_(module.positions, std=0.02)
 
     def forward(self, pixel_values: Tensor, time: Tensor, classes: Tensor, **_: Any) -> FlowOutput:
-        """Velocities (rows, channels, side, side) at images of that shape, times (rows,) and class numbers (rows,)."""
+        """Return velocities (rows, channels, side, side) at images of that shape, times (rows,) and class numbers (rows,)."""
         patch, side = self.config.patch_size, self.config.image_size // self.config.patch_size
         patches = F.unfold(pixel_values, patch, stride=patch).transpose(1, 2)  # (rows, patches, pixels)
         x = self.patch_embedding(patches) + self.positions
@@ -288,10 +298,10 @@ class DitForFlowMatching(PreTrainedModel):  # type: ignore[misc]
 
 
 class DitBlock(nn.Module):
-    """Attention and MLP, each between a modulation (shift, scale) and a gate that the condition gives; zero at first.
+    """Attention and MLP, each with a shift, scale and gate computed from the condition; the gates start at zero.
 
     Args:
-        hidden: width, a multiple of 32, the width of a head.
+        hidden: width, a multiple of the heads' 32.
     """
 
     def __init__(self, hidden: int) -> None:
@@ -303,7 +313,7 @@ class DitBlock(nn.Module):
         self.modulation = ZeroLinear(hidden, 6 * hidden)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(rows, patches, hidden), (rows, hidden) → (rows, patches, hidden)."""
+        """Map (rows, patches, hidden) and condition (rows, hidden) to (rows, patches, hidden)."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         x = x + gate * self._attention(self.norm(x) * (1 + scale) + shift)
         return x + mlp_gate * self.mlp(self.norm(x) * (1 + mlp_scale) + mlp_shift)  # type: ignore[no-any-return]
@@ -321,7 +331,7 @@ _FREQUENCIES = 128
 
 
 def _sinusoids(time: Tensor) -> Tensor:
-    """(rows,) in [0, 1] → (rows, _FREQUENCIES): cosines and sines of 1000·t at periods from 2π to 20000π."""
+    """Embed times (rows,) in [0, 1] as (rows, _FREQUENCIES): cosines and sines of 1000·t, periods from 2π to 20000π."""
     rates = torch.exp(torch.arange(_FREQUENCIES // 2, device=time.device) * (-math.log(10_000) / (_FREQUENCIES // 2)))
     angles = 1000 * time[:, None] * rates
     return torch.cat([angles.cos(), angles.sin()], dim=1)

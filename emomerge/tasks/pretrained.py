@@ -1,12 +1,13 @@
-"""Models and configurations from folders and the Hub: fp32, safetensors only, quiet, and with named errors."""
+"""Models of transformers as tasks use them: loaded in float32 from safetensors only, quietly, with one-line errors."""
 
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,62 @@ from emomerge import recipe
 from emomerge.adapters import is_adapter
 from emomerge.errors import BadInput
 from emomerge.numerics.seeds import cpu_seed
+from emomerge.tasks.base import Batch, Task, TaskData, inputs_of
+
+
+class TransformersTask(Task):
+    """Base class of tasks whose models are transformers': loaded by an Auto class and saved with their configuration.
+
+    A subclass sets `auto_class` and implements `load_data`, `new_model` and `save_processor`.
+    """
+
+    auto_class: ClassVar[str]
+    """Name of the Auto class of transformers that loads the task's models."""
+
+    @property
+    def loader(self) -> Any:
+        """The Auto class, which also knows emomerge's own networks."""
+        return _auto_class(self.auto_class)
+
+    @abstractmethod
+    def new_model(self, base: recipe.Base, data: TaskData) -> nn.Module:
+        """Return the base in float32 and eval mode; see `Task.new_model`.
+
+        A head that the checkpoint lacks, or has for another number of classes, is drawn with `base.seed`.
+        """
+
+    @abstractmethod
+    def save_processor(self, folder: str | Path) -> None:
+        """Write the files that convert raw data to model inputs (tokenizer, image sizes) beside a model.
+
+        Call after `load_data`.
+        """
+
+    def reload_model(self, folder: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
+        """Return a saved model; see `Task.reload_model`."""
+        if not Path(folder).is_dir():
+            raise BadInput("no such model folder", where=folder)
+        base = recipe.Base(model=str(folder), trust_remote_code=trust_remote_code)
+        return load_complete(self.loader, base, local_files_only=True)
+
+    def save_files(self, model: nn.Module, folder: str | Path) -> None:
+        """Write configuration and processor; see `Task.save_files`."""
+        saved: Any = model
+        saved.config.architectures = [type(model).__name__]
+        saved.config.save_pretrained(str(folder))
+        if saved.can_generate():
+            saved.generation_config.save_pretrained(str(folder))
+        self.save_processor(folder)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the scores (rows, classes) of a batch on the model's device."""
+        scores: Tensor = model(**inputs_of(batch)).logits
+        return scores
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block transformers shows neither progress bars nor advice below an error."""
+    """Silence transformers within the block: no progress bars, and no messages below errors."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -33,25 +85,29 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def name_classes(config: Any, classes: Sequence[str]) -> None:
-    """Write the labels' names into a model's configuration."""
-    config.num_labels = len(classes)
-    config.id2label = dict(enumerate(classes))
-    config.label2id = {name: index for index, name in enumerate(classes)}
-    config.problem_type = "single_label_classification"
+def _auto_class(name: str) -> Any:
+    import transformers
+
+    import emomerge.tasks.models  # noqa: F401 - registers our networks with the Auto classes
+
+    return getattr(transformers, name)
 
 
 def load_config(base: recipe.Base) -> Any:
-    """The configuration of `base.model`. Raises BadInput where there is none."""
-    from transformers import AutoConfig
+    """Return the configuration of `base.model`.
 
-    import emomerge.tasks.models  # noqa: F401 - the Auto classes learn our own models
-
-    return _call(AutoConfig, base)
+    Raises:
+        BadInput: there is none.
+    """
+    return _call(_auto_class("AutoConfig"), base)
 
 
 def load_tokenizer(base: recipe.Base) -> Any:
-    """The tokenizer of `base.model`, with a padding token. Raises BadInput where there is none."""
+    """Return the tokenizer of `base.model`, with a padding token.
+
+    Raises:
+        BadInput: there is none.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _call(AutoTokenizer, base, use_fast=True)
@@ -62,28 +118,8 @@ def load_tokenizer(base: recipe.Base) -> Any:
     return tokenizer
 
 
-def input_length(section: recipe.TextClassification | recipe.CausalLanguageModel, tokenizer: Any, config: Any) -> int:
-    """Tokens a row may have: `max_length`, by default no more than the base has positions for.
-
-    Args:
-        section: the recipe's `task`.
-        tokenizer: of the base.
-        config: of the base; None for a base that is still to be made.
-    """
-    wanted = section.max_length
-    positions: int = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or wanted)
-    if wanted > positions and "max_length" in section.model_fields_set:
-        raise BadInput(
-            "texts may be longer than the base can read",
-            where="task.max_length",
-            expected=f"at most {positions}",
-            found=wanted,
-        )
-    return min(wanted, positions)
-
-
 def load_preprocessor(base: recipe.Base) -> dict[str, Any]:
-    """The `preprocessor_config.json` of `base.model`; empty if it has none."""
+    """Return the content of `preprocessor_config.json` of `base.model`; empty if it has none."""
     from transformers.utils import cached_file
 
     with quiet():
@@ -101,12 +137,18 @@ def load_preprocessor(base: recipe.Base) -> dict[str, Any]:
     except ValueError as error:
         raise BadInput("the file is not JSON", where=file, found=error) from None
     if not isinstance(found, dict):
-        raise BadInput("the file is no JSON object", where=file)
+        raise BadInput("the file is not a JSON object", where=file)
     return found
 
 
 def load_classifier(auto_class: Any, base: recipe.Base, classes: Sequence[str]) -> Any:
-    """`base.model` with a head for these classes, in fp32 and eval mode; see `Task.new_model`."""
+    """Return `base.model` with a head for these classes, in float32 and eval mode.
+
+    Raises:
+        BadInput: the base is missing or not of its architecture, or has these classes in another order.
+    """
+    from emomerge.tasks.models import name_classes
+
     config = load_config(base)
     own = sorted(config.label2id, key=config.label2id.__getitem__)
     name_classes(config, classes)
@@ -124,7 +166,7 @@ def load_classifier(auto_class: Any, base: recipe.Base, classes: Sequence[str]) 
     has_head = not report["missing_keys"] and not report["mismatched_keys"]
     if has_head and set(own) == set(classes) and own != list(classes):
         raise BadInput(
-            "the base knows these classes in another order",
+            "the base has these classes in another order",
             where=base.model,
             expected=f"classes: [{', '.join(own)}]",
             found=f"[{', '.join(classes)}]",
@@ -133,7 +175,11 @@ def load_classifier(auto_class: Any, base: recipe.Base, classes: Sequence[str]) 
 
 
 def load_complete(auto_class: Any, base: recipe.Base, **options: Any) -> nn.Module:
-    """A model that lacks nothing, in fp32 and eval mode. Raises BadInput where a tensor is missing or misshapen."""
+    """Return a model whose checkpoint is complete, in float32 and eval mode.
+
+    Raises:
+        BadInput: a tensor is missing or has another shape than the configuration says.
+    """
     model, report = _call(
         auto_class,
         base,
@@ -145,23 +191,13 @@ def load_complete(auto_class: Any, base: recipe.Base, **options: Any) -> nn.Modu
     )
     lacking = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
     if lacking:
-        raise BadInput("tensors are missing or misshapen", where=base.model, found=", ".join(lacking[:4]))
+        raise BadInput("tensors are missing or have the wrong shape", where=base.model, found=", ".join(lacking[:4]))
     loaded: nn.Module = model.eval()
     return loaded
 
 
-def reload_complete(auto_class: Any, folder: str | Path, trust_remote_code: bool) -> nn.Module:
-    """A complete model from a folder, in fp32 and eval mode; see `Task.reload_model`."""
-    import emomerge.tasks.models  # noqa: F401 - the Auto classes learn our own models
-
-    if not Path(folder).is_dir():
-        raise BadInput("no such model folder", where=folder)
-    base = recipe.Base(model=str(folder), trust_remote_code=trust_remote_code)
-    return load_complete(auto_class, base, local_files_only=True)
-
-
 def _call(auto_class: Any, base: recipe.Base, **options: Any) -> Any:
-    """`auto_class.from_pretrained` of the base, or BadInput."""
+    """Call `auto_class.from_pretrained` for the base; every failure becomes BadInput."""
     with quiet():
         try:
             return auto_class.from_pretrained(
@@ -169,12 +205,16 @@ def _call(auto_class: Any, base: recipe.Base, **options: Any) -> Any:
             )
         except BadInput:
             raise
-        except Exception as error:  # transformers raises a dozen types for files that are missing, broken or unknown
+        except Exception as error:  # transformers raises a dozen types for missing, broken or unknown files
             raise BadInput("the base cannot be loaded", where=base.model, found=_first_sentence(error)) from None
 
 
 def _location(base: recipe.Base) -> str:
-    """The folder or Hub id of the base. Raises BadInput for a path that is no model folder."""
+    """Return the folder or Hub id of the base.
+
+    Raises:
+        BadInput: the path is not a model folder.
+    """
     assert base.model is not None
     path = Path(base.model).expanduser()
     if path.is_dir():
@@ -188,7 +228,7 @@ def _location(base: recipe.Base) -> str:
 
 
 def _check_fit(model: Any, report: dict[str, Any], base: recipe.Base) -> None:
-    """The checkpoint must lack no more than a head."""
+    """Check that the checkpoint lacks nothing but a head."""
     own: dict[str, Tensor] = model.state_dict()
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         if tuple(stored)[1:] != tuple(wanted)[1:] or wanted[0] != model.config.num_labels:

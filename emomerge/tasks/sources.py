@@ -1,4 +1,4 @@
-"""Where examples come from, how rows are split, and how labels become classes: what all tasks share."""
+"""What tasks on files and `datasets` ids share: finding data, splitting rows, and turning labels into classes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ _FILE_ENDINGS = {
 
 
 def local_path(source: str) -> Path | None:
-    """The file or folder that a recipe names; None for what can only be a `datasets` id. BadInput for neither."""
+    """Return the file or folder that a recipe names, or None for a name that can only be a `datasets` id.
+
+    Raises:
+        BadInput: it is neither.
+    """
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -43,7 +47,16 @@ def local_path(source: str) -> Path | None:
 
 
 def hub_dataset(name: str, split: str, columns: Sequence[str | int]) -> Any:
-    """One split of a `datasets` id that has these columns. Raises BadInput where it cannot be had."""
+    """Load one split of a `datasets` id.
+
+    Args:
+        name: the id.
+        split: the split's name.
+        columns: those that it must have.
+
+    Raises:
+        BadInput: the data set cannot be loaded or lacks a column.
+    """
     import datasets
 
     from emomerge.tasks.pretrained import quiet
@@ -51,9 +64,9 @@ def hub_dataset(name: str, split: str, columns: Sequence[str | int]) -> Any:
     with quiet():
         try:
             data = datasets.load_dataset(name, split=split)
-        except Exception as error:  # network, access, format: many types, each with a message of its own
+        except Exception as error:  # network, access, format: many types, each with its own message
             raise BadInput(
-                "no such file or folder here, and no data set that `datasets` can load",
+                "neither a file or folder nor a data set that `datasets` can load",
                 where=f"{name}, split {split}",
                 found=f"{type(error).__name__}: {error}"[:200],
             ) from None
@@ -63,14 +76,14 @@ def hub_dataset(name: str, split: str, columns: Sequence[str | int]) -> Any:
 
 
 def class_names(data: Any, column: str) -> list[Any]:
-    """The labels of a `datasets` column, numbers of a ClassLabel as the names they stand for."""
+    """Return the labels of a `datasets` column, with the numbers of a ClassLabel replaced by their names."""
     names = getattr(data.features[column], "names", None)
     labels = list(data[column])
     return labels if names is None else [names[k] if k is not None and k >= 0 else None for k in labels]
 
 
 def find_column(column: str | int, names: Sequence[str], where: object) -> str:
-    """The column itself, if it is among the names; BadInput that lists them if not."""
+    """Return the column if it is among the names. Raises BadInput that lists the names if it is not."""
     if column in names:
         return str(column)
     near = difflib.get_close_matches(str(column), names, n=1, cutoff=0.5)
@@ -80,12 +93,12 @@ def find_column(column: str | int, names: Sequence[str], where: object) -> str:
 
 
 def split_rows(rows: int, section: DataSection, *, validation: bool, test: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers of train, validation and test: one seeded shuffle, cut at `section.limit`, its head held out.
+    """Return the row numbers of train, validation and test: one seeded shuffle, cut at `section.limit`, its head held out.
 
     Args:
-        rows: how many there are.
-        section: gives `seed`, `limit` and `eval_fraction`.
-        validation, test: whether that split is to be cut from these rows; else it is empty.
+        rows: number of rows.
+        section: provides `seed`, `limit` and `eval_fraction`.
+        validation, test: whether that split is taken from these rows; if not, it is empty.
 
     Raises:
         BadInput: a split would be empty.
@@ -99,19 +112,22 @@ def split_rows(rows: int, section: DataSection, *, validation: bool, test: bool)
 
 
 def label_text(label: object) -> str:
-    """A label as it is written in a recipe: 1, spam, true."""
+    """Return a label as it is written in a recipe: 1, spam, true."""
     return str(label).lower() if isinstance(label, bool) else str(label).strip()
 
 
 def distinct_classes(labels: Iterable[str]) -> tuple[str, ...]:
-    """The distinct labels, sorted: as numbers if all are whole numbers."""
+    """Return the distinct labels, sorted as numbers if all are integers."""
     found = set(labels)
     whole = all(re.fullmatch(r"[+-]?\d+", label) for label in found)
     return tuple(sorted(found, key=int if whole else None))
 
 
 def class_index(classes: Sequence[str]) -> Callable[[str, str], int]:
-    """A function (label, where) → number of its class; names first, then, unless names are numbers, numbers from 0."""
+    """Return a function (label, where) -> number of its class.
+
+    A label is a class name or, if no class name is an integer, a class number from 0.
+    """
     numbers = {name: index for index, name in enumerate(classes)}
     if not any(re.fullmatch(r"[+-]?\d+", name) for name in classes):
         numbers |= {str(index): index for index in range(len(classes))}
@@ -125,9 +141,18 @@ def class_index(classes: Sequence[str]) -> Callable[[str, str], int]:
 
 
 def check_classes(train: Tensor, classes: Sequence[str], where: str) -> None:
-    """Raises BadInput unless there are two classes or more and every one has a row (train: class numbers (rows,))."""
+    """Check that there are at least two classes and that each has a training row.
+
+    Args:
+        train: class numbers (rows,).
+        classes: their names.
+        where: name of the data in messages.
+
+    Raises:
+        BadInput: there are fewer classes, or one has no row.
+    """
     if len(classes) < 2:
-        raise BadInput("a classification needs two classes", where=where, found=_listed(classes) or "none")
+        raise BadInput("classification needs two classes", where=where, found=_listed(classes) or "none")
     counts = torch.bincount(train, minlength=len(classes)).tolist()
     for name, count in zip(classes, counts, strict=True):
         if count == 0:
@@ -135,8 +160,8 @@ def check_classes(train: Tensor, classes: Sequence[str], where: str) -> None:
             raise BadInput(f"no training row of class {name!r}", where=where, fix=fix)
 
 
-def summarise(splits: Sequence[Split], classes: Sequence[str], left_out: int = 0) -> str:
-    """The line that tells people what the data are."""
+def summarize(splits: Sequence[Split], classes: Sequence[str], left_out: int = 0) -> str:
+    """Describe the data in one line for the report."""
     train, validation, test = (f"{len(split):,}" for split in splits)
     text = f"{sum(map(len, splits)):,} rows in {len(classes)} classes"
     if left_out:

@@ -1,56 +1,55 @@
-"""Sentences into classes: TSV, CSV, JSONL or a `datasets` id, a tokenizer, and a sequence classifier."""
+"""Text classification: TSV, CSV, JSONL or a `datasets` id, a tokenizer, and a sequence classifier."""
 
 from __future__ import annotations
 
-import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from emomerge import recipe
 from emomerge.errors import BadInput
-from emomerge.recipe import TextColumns
 from emomerge.tasks import sources
-from emomerge.tasks.base import Batch, Split, Task, TaskData
-from emomerge.tasks.pretrained import input_length, load_classifier, load_config, load_tokenizer, reload_complete
-from emomerge.tasks.tables import Row, read_rows
+from emomerge.tasks.base import TaskData
+from emomerge.tasks.pretrained import load_classifier, load_config, load_tokenizer
+from emomerge.tasks.rows import Row, read_rows
+from emomerge.tasks.text import TextSplit, TextTask, check_vocabulary
 
 
-class TextSplit(Split):
-    """Token ids and their like, each (rows, longest), padded on the right; a batch is as wide as its longest row."""
+class TextColumns(recipe.Section):
+    """Columns by name (the first row is then a header) or by number from 0 (the file then has no header)."""
 
-    def __init__(self, fields: Mapping[str, Tensor]) -> None:
-        super().__init__({name: field.int() for name, field in fields.items()})
-
-    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
-        """Token fields (len(indices), longest of these) and labels (len(indices),), all int64."""
-        fields = super().batch(indices)
-        width = int(fields["attention_mask"].sum(dim=1).max()) if len(fields["labels"]) else 0
-        return {name: (field if field.ndim == 1 else field[:, :width]).long() for name, field in fields.items()}
+    text: str | int = "text"
+    label: str | int = "label"
 
 
-class TextClassificationTask(Task):
-    """Cross-entropy of a transformers sequence classifier.
+class TextClassification(recipe.DataSection):
+    """Section `task` of a recipe that classifies texts."""
 
-    Args:
-        section: the recipe's `task`.
-    """
+    kind: Literal["text-classification"]
+    columns: TextColumns = TextColumns()
+    classes: tuple[str, ...] | dict[str, str] | None = None
+    """The labels in order, or class -> condition on a numeric rating, such as `{bad: "< -0.5", good: "> 0.5"}`; rows that
+    meet no condition are left out. By default the distinct labels, sorted."""
+    max_length: int = Field(128, ge=4)
+    """Tokens per text; longer texts are truncated."""
 
-    kind = "text-classification"
+
+class TextClassificationTask(TextTask):
+    """Cross-entropy of a sequence classifier of transformers."""
+
+    section_class = TextClassification
+    section: TextClassification
+    auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
 
-    def __init__(self, section: recipe.TextClassification) -> None:
-        self.section = section
-        self._tokenizer: Any = None
-
     def load_data(self, base: recipe.Base) -> TaskData:
-        """Read, label, split and tokenise all sentences; see `Task.load_data`."""
+        """Read, label, split and tokenize all texts; see `Task.load_data`."""
         section = self.section
         given = {"train": section.train, "validation": section.validation, "test": section.test}
         rows = {role: _read(source, role, section.columns) for role, source in given.items() if source is not None}
@@ -65,41 +64,27 @@ class TextClassificationTask(Task):
 
         self._tokenizer = load_tokenizer(base)
         config = load_config(base).get_text_config()
-        longest, vocabulary = input_length(section, self._tokenizer, config), getattr(config, "vocab_size", math.inf)
-        splits = {role: _tokenise(part, self._tokenizer, longest, vocabulary) for role, part in parts.items()}
-        summary = sources.summarise(list(splits.values()), labelling.classes, left_out)
+        longest = self._max_length(config)
+        splits = {role: _tokenize(part, self._tokenizer, longest, config) for role, part in parts.items()}
+        summary = sources.summarize(list(splits.values()), labelling.classes, left_out)
         return TaskData(**splits, classes=labelling.classes, summary=summary)
 
     def new_model(self, base: recipe.Base, data: TaskData) -> nn.Module:
-        """A sequence classifier on the base; see `Task.new_model`."""
-        from transformers import AutoModelForSequenceClassification
-
-        model: Any = load_classifier(AutoModelForSequenceClassification, base, data.classes)
-        # Decoders classify at the last token that is no padding, so the model must know what we pad with.
+        """Return a sequence classifier on the base; see `Task.new_model`."""
+        model: Any = load_classifier(self.loader, base, data.classes)
+        # Decoders classify at the last token that is not padding, so the model must know the padding token.
         model.config.get_text_config().pad_token_id = load_tokenizer(base).pad_token_id
         classifier: nn.Module = model
         return classifier
-
-    def save_processor(self, folder: str | Path) -> None:
-        """Write the tokenizer's files."""
-        if self._tokenizer is None:
-            raise RuntimeError("load_data comes before save_processor")
-        self._tokenizer.save_pretrained(str(folder))
-
-    def reload_model(self, folder: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
-        """A saved sequence classifier; see `Task.reload_model`."""
-        from transformers import AutoModelForSequenceClassification
-
-        return reload_complete(AutoModelForSequenceClassification, folder, trust_remote_code)
 
 
 # Tokens
 
 
-def _tokenise(sentences: _Sentences, tokenizer: Any, longest: int, vocabulary: float) -> TextSplit:
-    # Padded on the right for every model: positions counted from the left are then those of the sentence alone.
+def _tokenize(texts: _Texts, tokenizer: Any, longest: int, config: Any) -> TextSplit:
+    # Padded on the right for every model, so that positions do not depend on the padding.
     tokens = tokenizer(
-        sentences.texts,
+        texts.texts,
         truncation=True,
         max_length=longest,
         padding="longest",
@@ -109,11 +94,9 @@ def _tokenise(sentences: _Sentences, tokenizer: Any, longest: int, vocabulary: f
     )
     lengths = tokens["attention_mask"].sum(dim=1)
     if not lengths.all():
-        raise BadInput("the tokenizer finds no token in a text", found=repr(sentences.texts[int(lengths.argmin())]))
-    largest = int(tokens["input_ids"].max())
-    if largest >= vocabulary:
-        raise BadInput("the tokenizer gives tokens the base has not", expected=f"ids below {vocabulary}", found=largest)
-    return TextSplit({**tokens, "labels": sentences.labels})
+        raise BadInput("the tokenizer finds no token in a text", found=repr(texts.texts[int(lengths.argmin())]))
+    check_vocabulary(int(tokens["input_ids"].max()), config)
+    return TextSplit({**tokens, "labels": texts.labels})
 
 
 # Labels
@@ -121,15 +104,15 @@ def _tokenise(sentences: _Sentences, tokenizer: Any, longest: int, vocabulary: f
 
 @dataclass(frozen=True)
 class _Labelling:
-    """How labels become class numbers; None leaves the row out."""
+    """The classes and how a row's label maps to one of them."""
 
     classes: tuple[str, ...]
     find: Callable[[Any, str], int | None]
-    """(label, where) → number of its class."""
+    """(label, where) -> number of its class; None leaves the row out."""
 
 
 @dataclass(frozen=True)
-class _Sentences:
+class _Texts:
     """Texts and their class numbers (rows,)."""
 
     texts: list[str]
@@ -138,12 +121,12 @@ class _Sentences:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, rows: Tensor) -> _Sentences:
-        """These rows only."""
-        return _Sentences([self.texts[row] for row in rows.tolist()], self.labels[rows])
+    def take(self, rows: Tensor) -> _Texts:
+        """Return these rows only."""
+        return _Texts([self.texts[row] for row in rows.tolist()], self.labels[rows])
 
 
-def _labelling(section: recipe.TextClassification, train: Sequence[Row]) -> _Labelling:
+def _labelling(section: TextClassification, train: Sequence[Row]) -> _Labelling:
     if isinstance(section.classes, dict):
         return _Labelling(tuple(section.classes), _by_rating(section.classes))
     names = section.classes or sources.distinct_classes(sources.label_text(row.cells[1]) for row in train)
@@ -153,8 +136,8 @@ def _labelling(section: recipe.TextClassification, train: Sequence[Row]) -> _Lab
     return _Labelling(names, lambda label, where: number(sources.label_text(label), where))
 
 
-def _label(rows: Sequence[Row], labelling: _Labelling, source: object) -> _Sentences:
-    """The rows that have a class. Raises BadInput for a row of them that has no text."""
+def _label(rows: Sequence[Row], labelling: _Labelling, source: object) -> _Texts:
+    """Return the rows that have a class. Raises BadInput if one of these has no text."""
     texts, labels = [], []
     for row in rows:
         where, (text, own_label) = f"{source}, row {row.number}", row.cells
@@ -167,7 +150,7 @@ def _label(rows: Sequence[Row], labelling: _Labelling, source: object) -> _Sente
         labels.append(label)
     if not texts:
         raise BadInput("no usable rows", where=source)
-    return _Sentences(texts, torch.tensor(labels))
+    return _Texts(texts, torch.tensor(labels))
 
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -176,14 +159,14 @@ _OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": opera
 
 
 def _by_rating(conditions: Mapping[str, str]) -> Callable[[Any, str], int | None]:
-    """A function (rating, where) → number of the one class whose condition the rating meets, None if it meets none."""
+    """Return a function (rating, where) -> number of the class whose condition the rating meets, None if it meets none."""
     tests = [_condition(name, text) for name, text in conditions.items()]
     names = list(conditions)
 
     def find(rating: Any, where: str) -> int | None:
         text = sources.label_text(rating)
         if not re.fullmatch(_NUMBER, text):
-            raise BadInput("rating is no number", where=where, found=repr(rating))
+            raise BadInput("rating is not a number", where=where, found=repr(rating))
         met = [index for index, test in enumerate(tests) if test(float(text))]
         if len(met) > 1:
             raise BadInput(
@@ -195,7 +178,7 @@ def _by_rating(conditions: Mapping[str, str]) -> Callable[[Any, str], int | None
 
 
 def _condition(name: str, text: str) -> Callable[[float], bool]:
-    """`>= 1, < 3` as a function of a rating."""
+    """Parse a condition such as `>= 1, < 3` into a function of a rating."""
     comparisons = [_COMPARISON.fullmatch(part) for part in text.split(",")]
     if not all(comparisons):
         raise BadInput(
@@ -209,7 +192,7 @@ def _condition(name: str, text: str) -> Callable[[float], bool]:
 
 
 def _read(source: str, role: str, columns: TextColumns) -> list[Row]:
-    """All rows of a file or of the split `role` of a data set, as (text, label); every one has a label."""
+    """Read all rows of a file, or of the split `role` of a data set, as (text, label); each must have a label."""
     rows = read_rows(source, role, (columns.text, columns.label))
     for row in rows:
         if row.cells[1] is None or row.cells[1] == "":

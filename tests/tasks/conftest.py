@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from emomerge import recipe
 from emomerge.tasks import Task, make_task
+from emomerge.tasks.image_classification import ImageClassification
+from emomerge.tasks.text_classification import TextClassification
 
 GOOD = ["good", "fine", "lovely", "bright"]
 BAD = ["bad", "dull", "awful", "grey"]
@@ -65,7 +66,7 @@ def reviews(tmp_path) -> Path:
 @pytest.fixture
 def text_task() -> Callable[..., Task]:
     def build(train: object, **options: Any) -> Task:
-        return make_task(recipe.TextClassification(kind="text-classification", train=str(train), **options))
+        return make_task(TextClassification(kind="text-classification", train=str(train), **options))
 
     return build
 
@@ -73,6 +74,6 @@ def text_task() -> Callable[..., Task]:
 @pytest.fixture
 def image_task() -> Callable[..., Task]:
     def build(train: object, **options: Any) -> Task:
-        return make_task(recipe.ImageClassification(kind="image-classification", train=str(train), **options))
+        return make_task(ImageClassification(kind="image-classification", train=str(train), **options))
 
     return build

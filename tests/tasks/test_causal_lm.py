@@ -10,11 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emomerge import recipe
 from emomerge.errors import BadInput
 from emomerge.recipe import Base, Prepare
 from emomerge.tasks import make_task
-from emomerge.tasks.causal_lm import UNLEARNT, pack
+from emomerge.tasks.causal_lm import UNLEARNT, CausalLanguageModel, pack
 
 WORDS = ["the", "cat", "dog", "sat", "ran", "on", "under", "a", "mat", "tree", "and", "slept", "then", "woke", "up", "again"]
 TURN = "<{{ m.role }}>{{ m.content }}<|end|>"
@@ -24,7 +23,7 @@ REFUSING = "{{ raise_exception('no system role') }}"
 
 
 def task_of(train, **options):
-    return make_task(recipe.CausalLanguageModel(kind="causal-lm", train=str(train), **options))
+    return make_task(CausalLanguageModel(kind="causal-lm", train=str(train), **options))
 
 
 def save_base(folder, model_class, config_class, template=None, **sizes):
@@ -225,7 +224,9 @@ def test_a_base_that_cannot_keep_documents_apart_says_so(tmp_path, stories):
     bloom = save_base(tmp_path / "bloom", BloomForCausalLM, BloomConfig, hidden_size=16, n_layer=1, n_head=2)
     task = task_of(stories, packing="separate", max_length=32)
     data = task.load_data(Base(model=str(bloom)))
-    with pytest.raises(BadInput, match="packed documents see each other: .*bloom; set task.packing to joined or none"):
+    with pytest.raises(
+        BadInput, match="packed documents attend to each other in this base: .*bloom; set task.packing to joined or none"
+    ):
         task.new_model(Base(model=str(bloom)), data)
     gpt2 = save_base(tmp_path / "gpt2", GPT2LMHeadModel, GPT2Config, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     data = task.load_data(Base(model=str(gpt2)))
@@ -286,11 +287,11 @@ CHAT = chat(("user", "the cat"), ("assistant", "sat"))
     ("template", "row", "message"),
     [
         (None, CHAT, "the base's tokenizer has no chat template: task.columns.messages"),
-        (REFUSING, CHAT, r"the chat template refuses these turns: .*row \d; found no system role"),
+        (REFUSING, CHAT, r"the chat template rejects these turns: .*row \d; found no system role"),
         (FORGETFUL, chat(*[("user", "a"), ("assistant", "cat")] * 2), r"rewrites earlier turns: .*row \d; give each"),
-        (TEMPLATE, chat(("user", "a")), r"no chat: .*row \d; expected a list of"),
-        (TEMPLATE, {"messages": "hello"}, "no chat"),
-        (TEMPLATE, {"messages": [{"role": "assistant"}]}, "no chat"),
+        (TEMPLATE, chat(("user", "a")), r"not a chat: .*row \d; expected a list of"),
+        (TEMPLATE, {"messages": "hello"}, "not a chat"),
+        (TEMPLATE, {"messages": [{"role": "assistant"}]}, "not a chat"),
     ],
 )
 def test_chats_that_cannot_be_read(tmp_path, llama, template, row, message):
@@ -345,7 +346,7 @@ def test_a_datasets_id(monkeypatch, base):
 
 def test_nothing_to_learn(tmp_path, base):
     source = jsonl(tmp_path / "qa.jsonl", [{"q": "the cat sat on", "a": "mat"}] * 10)
-    with pytest.raises(BadInput, match="nothing to learn: .*; expected documents with something to predict within 4 tokens"):
+    with pytest.raises(BadInput, match="nothing to learn: .*; expected documents with a token to predict among the first 4"):
         task_of(source, columns={"prompt": "q", "completion": "a"}, max_length=4).load_data(base)
 
 
@@ -357,17 +358,17 @@ def test_unusable_bases_are_named(tmp_path, llama, stories):
     small = save_base(tmp_path / "small", LlamaForCausalLM, LlamaConfig, **LLAMA)
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 6}))
-    with pytest.raises(BadInput, match="tokens the base has not; expected ids below 6"):
+    with pytest.raises(BadInput, match="tokens that the base lacks; expected ids below 6"):
         task_of(stories).load_data(Base(model=str(small)))
     base = Base(model=str(llama))
     task = task_of(stories)
     data = task.load_data(base)
     (small / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(BadInput, match="tensors are missing or misshapen: .*small"):
+    with pytest.raises(BadInput, match="tensors are missing or have the wrong shape: .*small"):
         task.new_model(Base(model=str(small)), data)
     with pytest.raises(BadInput, match="no such model folder"):
         task.reload_model(tmp_path / "none")
-    with pytest.raises(RuntimeError, match="load_data comes before"):
+    with pytest.raises(RuntimeError, match="call load_data before"):
         task_of(stories).save_processor(tmp_path)
 
 

@@ -11,8 +11,9 @@ import emomerge
 from emomerge.checkpoints import load_into
 from emomerge.errors import BadInput
 from emomerge.experiment.pipeline import Pipeline, load_results
-from emomerge.recipe import Base, Custom, load_recipe
+from emomerge.recipe import Base, load_recipe
 from emomerge.tasks import make_task
+from emomerge.tasks.custom import Custom
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
@@ -103,15 +104,15 @@ def test_models_are_copies_and_load_safetensors(line, tmp_path):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("none.py:make", "no such file: none.py; expected a Python file here or beside the recipe"),
+        ("none.py:make", "no such file: none.py; expected a Python file in the current folder or beside the recipe"),
         ("no.such.module:make", "cannot be imported: no.such.module:make; found ModuleNotFoundError: No module named 'no'"),
         ("{line}:maek", "no such function: .*:maek; did you mean 'make'"),
         ("{line}:make_nothing", "no such function"),
         ("{line}:broken", "the task's function fails: .*; found KeyError: 'oh no"),
         ("{line}:wants", "the task's function fails: .*missing 1 required positional argument"),
-        ("{line}:empty", "gives something else: .*; expected a mapping with loss, model, test, train, validation; found"),
-        ("{line}:wrong", "gives something else: .*; expected `model` a torch module, .*; found int and function"),
-        ("{line}:ragged", r"`test` has fields without rows, or .*: .*; expected equal rows; found \[3, 4\]"),
+        ("{line}:empty", "returns the wrong thing: .*; expected a mapping with loss, model, test, train, validation; found"),
+        ("{line}:wrong", "returns the wrong thing: .*; expected `model` a torch module, .*; found int and function"),
+        ("{line}:ragged", r"`test` has empty fields, or .*: .*; expected equal rows; found \[3, 4\]"),
         ("{line}:bare", "`train` holds no data: .*; found list"),
     ],
 )
@@ -131,11 +132,11 @@ def test_losses_and_pictures_have_their_shapes(line):
     task = task_of(line, shape=[1, -1])
     data = task.load_data(Base())
     with pytest.raises(
-        BadInput, match=r"`loss` gives no figure for each row: .*; expected \(3,\); found torch.Size\(\[1, 3\]\)"
+        BadInput, match=r"`loss` does not return one value per row: .*; expected \(3,\); found torch.Size\(\[1, 3\]\)"
     ):
         task.loss(task.new_model(Base(), data), data.train.batch([0, 1, 2]))
     task = task_of(line, "picture")
-    with pytest.raises(BadInput, match="`samples` gives no picture: .*; expected uint8"):
+    with pytest.raises(BadInput, match="`samples` does not return a picture: .*; expected uint8"):
         task.samples(task.new_model(Base(), task.load_data(Base())))
 
 
@@ -174,7 +175,7 @@ def test_a_recipe_finds_the_file_beside_it_and_runs_to_its_report(line, tmp_path
 def test_what_a_recipe_may_say(tmp_path, line):
     with pytest.raises(BadInput, match="`task.function` in .*found 'line.py'"):
         load_recipe(recipe_of(tmp_path, task={"kind": "custom", "function": "line.py"}))
-    with pytest.raises(BadInput, match="builds no vit for the task custom; `base.prepare.model` is one of custom there"):
+    with pytest.raises(BadInput, match="`base.prepare.model` in .*; expected one of 'custom' for the task custom; found 'vit'"):
         load_recipe(recipe_of(tmp_path, base={"prepare": {"model": "vit"}}))
     prepared = load_recipe(recipe_of(tmp_path, base={"prepare": {"model": "custom", "options": {"rows": 50}}}))
     assert prepared.base_task.options == {"rows": 50} and prepared.task.options == {}

@@ -12,6 +12,7 @@ from emomerge.errors import BadInput
 from emomerge.recipe import Base, Prepare, Transform
 from emomerge.reporting import png
 from emomerge.tasks import make_task
+from emomerge.tasks.flow_matching import FlowMatching
 
 PREPARE = Prepare(model="dit", hidden=32, layers=1, patch_size=2, steps=2)
 BASE = Base(prepare=PREPARE)
@@ -24,7 +25,7 @@ def digits():
 
 def task_of(**options):
     settings = {"train": "digits", "limit": 100, "eval_fraction": 0.3, **options}
-    return make_task(recipe.FlowMatching(kind="flow-matching", **settings))
+    return make_task(FlowMatching(kind="flow-matching", **settings))
 
 
 def learnt(task, data, seed=0):
@@ -229,7 +230,7 @@ def test_images_of_any_size_and_colour(digits):
         model = models.build_dit(prepare, channels=channels, image_size=size, classes=("a", "b"))
         images = torch.randn(2, channels, size, size)
         assert model(pixel_values=images, time=torch.rand(2), classes=torch.tensor([0, 2])).velocity.shape == images.shape
-    with pytest.raises(BadInput, match="patch_size; expected a divisor of the image's 8 pixels a side; found 3"):
+    with pytest.raises(BadInput, match="patch_size; expected a divisor of the images' 8 pixels per side; found 3"):
         models.build_dit(Prepare(model="dit", hidden=32, patch_size=3), channels=1, image_size=8, classes="ab")
     with pytest.raises(BadInput, match="hidden; expected a multiple of 32; found 48"):
         models.build_dit(Prepare(model="dit", hidden=48), channels=1, image_size=8, classes="ab")
@@ -255,11 +256,11 @@ def test_unusable_bases_are_named(ready, tmp_path):
     task, data, model = ready
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
     ViTModel(ViTConfig(image_size=8, patch_size=4, num_channels=1, **sizes)).save_pretrained(str(tmp_path / "vit"))
-    with pytest.raises(BadInput, match="no flow of ours: .*vit; expected emomerge_dit; found ViTModel"):
+    with pytest.raises(BadInput, match="not a flow of emomerge: .*vit; expected emomerge_dit; found ViTModel"):
         task.new_model(Base(model=str(tmp_path / "vit")), data)
     model.save_pretrained(str(tmp_path / "dit"))
     two = type(data)(data.train, data.validation, data.test, ("a", "b"), "")
-    with pytest.raises(BadInput, match="knows other classes: .*; expected 10; found 2"):
+    with pytest.raises(BadInput, match="the base has other classes: .*; expected 10; found 2"):
         task.new_model(Base(model=str(tmp_path / "dit")), two)
     with pytest.raises(BadInput, match="no such model folder"):
         task.reload_model(tmp_path / "none")

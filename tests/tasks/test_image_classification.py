@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from emomerge.errors import BadInput
-from emomerge.recipe import Base, ImageClassification, Prepare, Transform
-from emomerge.tasks import make_task
-from emomerge.tasks.image_classification import ImageInput
+from emomerge.recipe import Base, Prepare, Transform
+from emomerge.tasks.image_classification import ImageClassification
+from emomerge.tasks.images import ImageInput
 
 MLP = Base(prepare=Prepare(model="mlp", hidden=8, layers=1))
 
@@ -71,12 +71,12 @@ def test_t10k_beside_train_is_the_test(tmp_path, image_task):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda i, n: i.write_bytes(i.read_bytes()[:-5]), "tail: .*; expected 2,176 bytes for 60×6×6; found 2,171"),
-        (lambda i, n: i.write_bytes(i.read_bytes() + b"x"), "truncated or has a tail"),
-        (lambda i, n: i.write_bytes(i.read_bytes()[:9]), "truncated or has a tail"),
-        (lambda i, n: i.write_bytes(b"\x89PNG" + i.read_bytes()), "no IDX file .*magic 00000803; found 89504e47"),
-        (lambda i, n: i.write_bytes(b""), "no IDX file of this kind"),
-        (lambda i, n: n.write_bytes(i.read_bytes()), "no IDX file .*labels.*expected magic 00000801; found 00000803"),
+        (lambda i, n: i.write_bytes(i.read_bytes()[:-5]), "too long: .*; expected 2,176 bytes for 60×6×6; found 2,171"),
+        (lambda i, n: i.write_bytes(i.read_bytes() + b"x"), "truncated or too long"),
+        (lambda i, n: i.write_bytes(i.read_bytes()[:9]), "truncated or too long"),
+        (lambda i, n: i.write_bytes(b"\x89PNG" + i.read_bytes()), "not an IDX file .*magic 00000803; found 89504e47"),
+        (lambda i, n: i.write_bytes(b""), "not an IDX file of this kind"),
+        (lambda i, n: n.write_bytes(i.read_bytes()), "not an IDX file .*labels.*expected magic 00000801; found 00000803"),
         (lambda i, n: n.unlink(), "the IDX file cannot be read: .*labels"),
         (lambda i, n: n.write_bytes(idx(torch.zeros(59, dtype=torch.uint8))), "differ in number: .*60; found 59"),
         (lambda i, n: i.write_bytes(idx(torch.zeros(0, 6, 6, dtype=torch.uint8))), "the IDX file is empty"),
@@ -147,7 +147,7 @@ def test_prepare_repeats_grey_and_normalises_each_channel():
     source = torch.tensor([[[[0, 255], [255, 0]]]], dtype=torch.uint8)
     found = ImageInput(2, 3, mean=(0.0, 0.5, 1.0), std=(1.0, 0.5, 2.0)).prepare(source, Transform(), "x")
     assert found[0, :, 0, 0].tolist() == [0, -1, -0.5] and found[0, :, 0, 1].tolist() == [1, 1, 0]
-    with pytest.raises(BadInput, match="colour images for a model of grey ones: x; expected 1 channels"):
+    with pytest.raises(BadInput, match="color images for a model that takes grayscale: x; expected 1 channels"):
         ImageInput(2, 1).prepare(torch.zeros(1, 3, 2, 2), Transform(), "x")
 
 
@@ -209,7 +209,7 @@ def test_folder_of_class_folders(tmp_path, image_task):
     with pytest.raises(BadInput, match=r"the image cannot be read: .*01.png"):
         image_task(folder).load_data(MLP)
     (folder / "emu").mkdir()
-    with pytest.raises(BadInput, match="a class folder without images: .*emu"):
+    with pytest.raises(BadInput, match="class folder without images: .*emu"):
         image_task(folder).load_data(MLP)
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="no image data: .*expected IDX files, or a folder of images for each class"):
@@ -284,7 +284,7 @@ def test_a_given_base_says_how_images_are_prepared(tmp_path, image_task):
     ],
 )
 def test_forms_of_preprocessor_config(tmp_path, change, mean, std, size):
-    from emomerge.tasks.image_classification import image_input
+    from emomerge.tasks.images import image_input
 
     base = tiny_vit(tmp_path / "vit", OWN | change)
     section = ImageClassification(kind="image-classification", train="digits")
@@ -333,7 +333,3 @@ def test_prepared_base_read_back_from_its_folder_gives_the_same_data(tmp_path, i
     base = Base(model=str(tmp_path / "base"))
     assert image_task(images).load_data(base).train.digest == data.train.digest
     assert task.new_model(base, data).config.model_type == "emomerge_mlp"
-
-
-def test_registry_names_both_tasks():
-    assert type(make_task(ImageClassification(kind="image-classification", train="digits"))).kind == "image-classification"

@@ -157,7 +157,7 @@ BY_RATING = {"columns": {"text": 0, "label": 1}, "classes": {"low": "< 1", "high
         ("a.tsv", "text\tlabel\n", {}, "no usable rows"),
         ("a.tsv", "", {}, "no column 'text'"),
         ("a.tsv", "text\tlabel\n" + TWO, {}, "too few rows|no training row"),
-        ("a.tsv", "text\tlabel\n" + "good\tpos\n" * 9, {}, "a classification needs two classes: .*; found pos"),
+        ("a.tsv", "text\tlabel\n" + "good\tpos\n" * 9, {}, "classification needs two classes: .*; found pos"),
         (
             "a.tsv",
             "text\tlabel\n" + TWO * 9 + "so\tmeh\n",
@@ -167,17 +167,17 @@ BY_RATING = {"columns": {"text": 0, "label": 1}, "classes": {"low": "< 1", "high
         ("a.tsv", "text\tlabel\n" + TWO * 9, {"classes": ("neg", "pos", "odd")}, "no training row of class 'odd'"),
         ("a.tsv", "text\tlabel\n" + TWO * 9, {"classes": ("neg", "neg")}, "a class is named twice"),
         ("a.tsv", "good\t0.5\n", BY_RATING, "a rating meets two conditions: .*, row 1; found 0.5 in 'low' and 'high'"),
-        ("a.tsv", "good\t1_0\n", BY_RATING, "rating is no number: .*, row 1; found '1_0'"),
-        ("a.tsv", "good\tnan\n", BY_RATING, "rating is no number"),
+        ("a.tsv", "good\t1_0\n", BY_RATING, "rating is not a number: .*, row 1; found '1_0'"),
+        ("a.tsv", "good\tnan\n", BY_RATING, "rating is not a number"),
         ("a.tsv", "text\tlabel\n" + TWO, {"classes": {"a": "=> 1", "b": "< 1"}}, "task.classes.a; .*'=> 1'"),
         ("a.tsv", "text\tlabel\n" + TWO, {"classes": {"a": "> 1,", "b": "< 1"}}, "condition not understood"),
         ("a.csv", b"text,label\n\xff\xfe,pos\n", {}, "the file is not UTF-8"),
         ("a.jsonl", '{"text": "good", "label": "pos"}\n{nope\n', {}, "line is not JSON: .*a.jsonl, row 2"),
-        ("a.jsonl", "[1]\n", {}, "line is no JSON object: .*, row 1; found list"),
+        ("a.jsonl", "[1]\n", {}, "line is not a JSON object: .*, row 1; found list"),
         ("a.jsonl", '{"texts": "good", "label": 1}\n', {}, "no column 'text': .*, row 1; .*did you mean 'texts'?"),
         ("a.jsonl", '{"text": 3, "label": 1}\n', {}, "row without text: .*, row 1; found 3"),
         ("a.jsonl", '{"text": "good", "label": null}\n', {}, "row without a label: .*, row 1"),
-        ("a.md", TWO, {}, "no text data: .*a.md; expected a .tsv, .csv or .jsonl file"),
+        ("a.md", TWO, {}, "not text data: .*a.md; expected a .tsv, .csv or .jsonl file"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, text_task, base, name, content, options, message):
@@ -205,7 +205,7 @@ def test_a_tokenizer_of_another_base(reviews, text_task, tiny_bert, tmp_path):
     for file in tiny_bert.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 10}))
-    with pytest.raises(BadInput, match="tokens the base has not; expected ids below 10; found 20"):
+    with pytest.raises(BadInput, match="tokens that the base lacks; expected ids below 10; found 20"):
         text_task(reviews).load_data(Base(model=str(tmp_path)))
 
 
@@ -332,7 +332,7 @@ def test_weights_that_are_not_the_models(reviews, text_task, base, tiny_bert, tm
     cut = copy_of(tiny_bert, tmp_path / "cut", lambda t: {n: x[..., :4].contiguous() for n, x in t.items()})
     with pytest.raises(BadInput, match="another shape than its configuration says"):
         task.new_model(Base(model=str(cut)), data)
-    with pytest.raises(BadInput, match="tensors are missing or misshapen: .*classifier.bias, classifier.weight"):
+    with pytest.raises(BadInput, match="tensors are missing or have the wrong shape: .*classifier.bias, classifier.weight"):
         task.reload_model(tiny_bert)
     pickled = tmp_path / "pickled"
     pickled.mkdir()
@@ -343,7 +343,7 @@ def test_weights_that_are_not_the_models(reviews, text_task, base, tiny_bert, tm
 
 
 def test_save_processor_needs_the_data_first(reviews, text_task, tmp_path):
-    with pytest.raises(RuntimeError, match="load_data comes before"):
+    with pytest.raises(RuntimeError, match="call load_data before save_processor"):
         text_task(reviews).save_processor(tmp_path)
 
 
@@ -353,7 +353,8 @@ import torch, sys
 torch.set_num_threads(int(sys.argv[1]))
 from emomerge import recipe
 from emomerge.tasks import make_task
-task = make_task(recipe.TextClassification(kind="text-classification", train={str(reviews)!r}))
+from emomerge.tasks.text_classification import TextClassification
+task = make_task(TextClassification(kind="text-classification", train={str(reviews)!r}))
 base = recipe.Base(model={str(tiny_bert)!r})
 data = task.load_data(base)
 head = task.new_model(base, data).classifier.weight.detach()

@@ -8,14 +8,15 @@ from torch import nn
 from emomerge.checkpoints import open_checkpoint
 from emomerge.errors import BadInput, RunFailed
 from emomerge.recipe import FAMILY, parse_recipe
-from emomerge.tasks import Split, Task, TaskData
+from emomerge.tasks import Split, TaskData
+from emomerge.tasks.pretrained import TransformersTask
 from emomerge.training import Context, RunDir, planned_runs, run_inputs, train_locally
 from emomerge.training.stacked import Unstackable, estimate
 
 LONGEST, VOCABULARY = 7, 40
 
 
-class Sentences(Task):
+class Sentences(TransformersTask):
     """Random sentences of two to seven tokens in two classes, and small random models of any kind."""
 
     peft_task_type = "SEQ_CLS"

@@ -1,4 +1,4 @@
-"""Rows of TSV, CSV and JSONL files and of `datasets` ids: the cells of some columns."""
+"""Read rows of TSV, CSV and JSONL files and of `datasets` ids."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from emomerge.errors import BadInput
 from emomerge.tasks import sources
 
 Columns = Sequence[str | int]
-"""By name (the first row is then a header) or by number from 0 (the file then has none)."""
+"""By name (the first row is then a header) or by number from 0 (the file then has no header)."""
 
 ENDINGS = (".tsv", ".csv", ".jsonl", ".ndjson")
 
 
 class Row(NamedTuple):
-    """What one row has in the columns that were asked for."""
+    """One row, restricted to the requested columns."""
 
     cells: tuple[Any, ...]
     number: int
@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 
 def read_rows(source: str, role: str, columns: Columns) -> list[Row]:
-    """All rows of a file, or of the split `role` of a data set. Raises BadInput where they cannot be read."""
+    """Read all rows of a file, or of the split `role` of a data set. Raises BadInput if they cannot be read."""
     path = sources.local_path(source)
     return _read_hub(source, role, columns) if path is None else _read_file(path, columns)
 
@@ -41,7 +41,7 @@ def _read_file(path: Path, columns: Columns) -> list[Row]:
     readers = {".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise BadInput("no text data", where=path, expected="a .tsv, .csv or .jsonl file, or a `datasets` id")
+        raise BadInput("not text data", where=path, expected="a .tsv, .csv or .jsonl file, or a `datasets` id")
     try:
         return list(reader(path, columns))
     except UnicodeDecodeError as error:
@@ -59,7 +59,7 @@ def _read_csv(path: Path, columns: Columns) -> Iterator[Row]:
 
 
 def _read_table(path: Path, columns: Columns, **dialect: Any) -> Iterator[Row]:
-    """Rows of cells; the first row names the columns if the recipe does."""
+    """Read rows of cells; the first row holds the columns' names if the recipe uses names."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         table = csv.reader(file, **dialect)
         header = next(table, []) if any(isinstance(column, str) for column in columns) else []
@@ -86,7 +86,7 @@ def _position(column: str | int, header: Sequence[str], path: Path) -> int:
 
 
 def _read_jsonl(path: Path, columns: Columns) -> Iterator[Row]:
-    """One object a line."""
+    """Read one object per line."""
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -97,5 +97,5 @@ def _read_jsonl(path: Path, columns: Columns) -> Iterator[Row]:
             except (ValueError, RecursionError) as error:
                 raise BadInput("line is not JSON", where=where, found=error) from None
             if not isinstance(row, dict):
-                raise BadInput("line is no JSON object", where=where, found=type(row).__name__)
+                raise BadInput("line is not a JSON object", where=where, found=type(row).__name__)
             yield Row(tuple(row[sources.find_column(column, list(row), where)] for column in columns), number)

@@ -1,0 +1,383 @@
+"""The sections of a recipe and what their fields mean; a task's own section lives beside its task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, TypeAdapter, model_validator
+
+from emomerge.controls import CONTROLS
+from emomerge.optim.table import OPTIMIZERS
+from emomerge.recipe.validation import by_kind, name_in, one_of, unknown_key, unknown_name, wrong_value
+from emomerge.tasks.table import TASKS, task_class
+
+OptimizerName = Annotated[str, name_in(OPTIMIZERS)]
+PresetName = Literal["v3.7", "v3.8", "v3.8-fft", "v3.9", "guarded"]
+FAMILY = tuple(name for name, entry in OPTIMIZERS.items() if entry.default)
+"""The optimizers that are trained if a recipe names none."""
+
+
+class Section(BaseModel):
+    """Base class of every part of a recipe: immutable, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            for key in value:
+                if key not in cls.model_fields:
+                    raise unknown_key(key, cls.model_fields)
+        return value
+
+
+class Transform(Section):
+    """A fixed shift of the images, which makes a new task of an old one."""
+
+    rotate: Literal[0, 90, 180, 270] = 0
+    """Degrees counter-clockwise."""
+    invert: bool = False
+    """Exchange black and white."""
+
+
+class TaskSection(Section):
+    """Base class of the section `task`: the task's settings, and what else in the recipe follows from them.
+
+    A subclass declares `kind` as a `Literal` and adds the task's fields.
+    """
+
+    networks: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """The small networks that `base.prepare.model` may name for this task, each with those of the fields `transform`,
+    `train`, `vocabulary` and `options` of `base.prepare` that it uses."""
+    needs_base: ClassVar[bool] = True
+    """Whether the recipe must have a `base`."""
+
+    if TYPE_CHECKING:
+        kind: str
+
+    def for_base(self, prepare: Prepare) -> Self:
+        """Return the task that a prepared base is trained on; by default the same."""
+        return self
+
+    def external_sources(self, prepare: Prepare | None) -> list[str]:
+        """Return the files, folders and ids that the data come from; runs are repeated when the content of one changes.
+
+        Args:
+            prepare: the recipe's `base.prepare`.
+        """
+        return []
+
+    def beside(self, folder: Path) -> Self:
+        """Return the section with files found in the recipe's folder; by default paths are relative to the current one."""
+        return self
+
+
+class DataSection(TaskSection):
+    """Fields of tasks that read their data from files or from `datasets`."""
+
+    train: str
+    """A file, a folder or a `datasets` id."""
+    validation: str | None = None
+    """Data for choices (weights, λ, scale, greedy soup); by default split off `train`."""
+    test: str | None = None
+    """Data for reported results, never used for a choice; by default split off `train`."""
+    eval_fraction: float = Field(0.1, gt=0, lt=0.9)
+    """Share of `train` that is held out: half for choices, half for the report (or all of it for the only one of the two
+    that has no data of its own)."""
+    limit: int | None = Field(None, ge=8)
+    """Use only this many rows of `train`, drawn with the task's seed."""
+    seed: int = 0
+    """Seed of the split."""
+
+    def external_sources(self, prepare: Prepare | None) -> list[str]:
+        """Return the given data sources."""
+        return [source for source in (self.train, self.validation, self.test) if source is not None]
+
+
+class Prepare(Section):
+    """A small base that is trained before the runs, for demonstrations; plain AdamW with cosine decay."""
+
+    model: str
+    """The network; which ones there are depends on the task."""
+    transform: Transform = Transform()
+    """Shift of the images that the base learns; the runs learn the task's own shift."""
+    train: str | None = None
+    """The text that the base and its tokenizer learn from (default: the task's)."""
+    vocabulary: int = Field(1024, ge=258)
+    """Number of tokens of that tokenizer, a byte-level BPE."""
+    options: dict[str, Any] = {}
+    """Options of a custom task's function to override while the base is trained."""
+    hidden: int = Field(64, ge=4)
+    layers: int = Field(3, ge=1)
+    patch_size: int = Field(2, ge=1)
+    steps: int = Field(300, ge=1)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    seed: int = 0
+
+
+class Base(Section):
+    """The model that every run starts from."""
+
+    model: str | None = None
+    """A folder or a Hub id."""
+    prepare: Prepare | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+    """Seed of a head that the base lacks (a new classifier)."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Base:
+        if self.model is not None and self.prepare is not None:
+            raise ValueError("give either `model` (a folder or Hub id) or `prepare`, not both")
+        return self
+
+
+class Lora(Section):
+    """A LoRA adapter, trained by PEFT."""
+
+    kind: Literal["lora"]
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0)
+    targets: str | tuple[str, ...] = "all-linear"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    rslora: bool = False
+
+
+class Full(Section):
+    """Full fine-tuning: every floating parameter is trained."""
+
+    kind: Literal["full"]
+
+
+Adapter = Annotated[Lora | Full, one_of(Lora, Full)]
+
+
+class Ema(Section):
+    """Exponential moving average of a run's weights, without bias towards where it begins."""
+
+    kind: Literal["ema"]
+    decay: float = Field(0.99, gt=0, lt=1)
+    use: Literal["average", "last"] = "average"
+    """Which weights are merged, probed and loaded; both are kept."""
+
+
+class Lawa(Section):
+    """Plain mean of a run's last weights, one term a step."""
+
+    kind: Literal["lawa"]
+    last: float = Field(0.5, gt=0, le=1)
+    """The share of the steps, at their end, that is averaged."""
+    use: Literal["average", "last"] = "average"
+
+
+def _average(value: Any) -> Any:
+    """Expand the short forms `none` and `ema` (for `{kind: ema}`)."""
+    return None if value == "none" else {"kind": value} if isinstance(value, str) else value
+
+
+class Outer(Section):
+    """Nesterov's momentum on the step from one round's start to the mean of its runs (DiLoCo, Douillard et al. 2023)."""
+
+    momentum: float = Field(0.5, ge=0, lt=1)
+    """DiLoCo's 0.9 is for hundreds of long rounds; with 30 short ones it overshoots (`benchmarks/rounds.py`)."""
+    lr: float = Field(1.0, gt=0)
+
+
+Rate = Annotated[float, Field(gt=0)]
+
+
+_RATE, _RATES = TypeAdapter[float](Rate), TypeAdapter(dict[OptimizerName, Rate])
+
+
+def _rates(value: Any) -> Any:
+    """Validate one rate or one per optimizer, whichever is given, so that errors are about that form alone."""
+    return _RATES.validate_python(value) if isinstance(value, Mapping) else _RATE.validate_python(value)
+
+
+class Runs(Section):
+    """The shallow runs: what is equal in all of them."""
+
+    optimizers: tuple[OptimizerName, ...] = Field(FAMILY, min_length=1)
+    steps: int = Field(300, ge=1)
+    batch_size: int = Field(16, ge=1)
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches a step; each has `batch_size` rows."""
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    data_order: Literal["same", "different"] = "same"
+    preset: PresetName = "guarded"
+    lr: Annotated[dict[OptimizerName, Rate] | Rate, BeforeValidator(_rates)] = 1.0
+    """emoScope, a multiplier of emoPulse; 1.0 needs no tuning. One number, or optimizer → number (1.0 for those not named)."""
+    weight_decay: float = Field(0.01, ge=0)
+    geometry: Literal["exact", "l1"] = "exact"
+    use_shadow: bool = False
+    max_grad_norm: float | None = Field(None, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the forward pass under autocast; weights, pulse and merge stay in float32."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Steps between the points a killed run resumes from."""
+    average: Annotated[Ema | Lawa | None, one_of(Ema, Lawa, optional=True), BeforeValidator(_average)] = None
+    """`none`, `ema` or `lawa`: an average of the weights inside each run, in the last round."""
+    early_stop: bool = False
+    """A run ends, or waits for the next round, once its optimizer's `should_stop` is true. Controls use their whole budget."""
+    cooldown: float = Field(0.0, ge=0, le=1)
+    """emoPulse falls linearly to 0 over this last share of the steps."""
+    rounds: int = Field(1, ge=1)
+    """The steps are split into so many rounds; each starts all runs from the mean of the round before."""
+    outer: Outer | None = None
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: every process has the whole model, or (FSDP2) its part of each layer."""
+    log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where every step is logged besides `metrics.jsonl`."""
+    parallel: Literal["auto", "stacked", "sequential"] = "auto"
+    """`stacked` trains all adapters in one pass over the shared base, equal to `sequential` up to rounding; `auto` stacks where
+    it can, fits into memory and saves time."""
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Runs:
+        for field, values in (("optimizers", self.optimizers), ("seeds", self.seeds)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"`{field}` names something twice")
+        if self.rounds > self.steps:
+            raise ValueError(f"`rounds` is {self.rounds} for {self.steps} steps; a round needs a step")
+        if self.outer is not None and self.rounds == 1:
+            raise ValueError("`outer` acts between rounds; give `rounds`")
+        return self
+
+    def lr_of(self, optimizer: str) -> float:
+        """emoScope of one optimizer."""
+        return self.lr.get(optimizer, 1.0) if isinstance(self.lr, dict) else self.lr
+
+
+class Merge(BaseModel):
+    """One merge: the method, a name for its folder, and the method's own parameters (checked by the method).
+
+    Most numbers among these may also be a list over the layers, or a list of `{filter, run, value}`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    method: str
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+
+    @property
+    def label(self) -> str:
+        """The name of the merge's folder."""
+        return self.name or self.method
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The method's own parameters, as written."""
+        return dict(self.model_extra or {})
+
+
+class Probe(Section):
+    """How flatness is measured."""
+
+    preset: Literal["quick", "standard", "full"] = "standard"
+    """quick: losses, Gaussian sharpness, α-curves. standard: also adaptive sharpness, the Hessian, basins, barriers. full: also
+    worst-case sharpness, a plane, surfaces. What goes beyond `quick` is taken of the merge, its rivals and the base."""
+    data: Literal["train", "test"] = "train"
+    """Which split's loss surface is probed."""
+    batches: int = Field(4, ge=1)
+    batch_size: int = Field(128, ge=1)
+    directions: int = Field(16, ge=2)
+    radii: tuple[float, ...] = Field((0.01, 0.03, 0.1), min_length=1)
+    """σ as a fraction of the RMS of the base's tensor."""
+    adaptive_radii: tuple[float, ...] = Field((0.05, 0.1, 0.2), min_length=1)
+    """σ as a fraction of every weight's own size."""
+    lanczos_steps: int = Field(30, ge=2)
+    trace_probes: int = Field(32, ge=2)
+    """Random vectors of the Hessian's trace."""
+    seed: int = 0
+
+
+Control = Annotated[str, name_in(("best-single", *CONTROLS))]
+"""The best single run, which every merge is compared with, or a control of the table."""
+
+
+class Rival(Section):
+    """How the controls are trained that are not of the family."""
+
+    learning_rates: tuple[float, ...] = Field((3e-4, 1e-3, 3e-3), min_length=1)
+    """Peak rates of AdamW. Every one is trained for as many steps as all runs together; the lowest validation loss counts."""
+    weight_decay: float = Field(0.01, ge=0)
+    snapshots: int = Field(12, ge=2)
+    """Points of the long run that are kept, evenly spaced, for `loss-matched` and `swa`."""
+
+
+def _task(value: Any) -> Any:
+    return by_kind(value, TASKS, lambda kind: task_class(kind).section_class)
+
+
+class Recipe(Section):
+    """Everything `emomerge run` does, in one object."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    base: Base = Base()
+    """May be left out where a custom task's function brings a model that has learnt already."""
+    task: Annotated[SerializeAsAny[TaskSection], BeforeValidator(_task)]
+    adapter: Adapter = Lora(kind="lora")
+    runs: Runs = Runs()
+    merge: tuple[Merge, ...] = Field(
+        (Merge(method="tall-mask"), Merge(method="ties"), Merge(method="mean"), Merge(method="greedy-soup")),
+        min_length=1,
+    )
+    """The first one is what the verdict judges."""
+    controls: tuple[Control, ...] = ("best-single", "distance-matched", "loss-matched", "long-run", "adamw-long-run")
+    rival: Rival = Rival()
+    probe: Probe = Probe()
+    select: Literal["best", "none"] = "best"
+    """`best` names the artefact with the lowest validation loss, be it a merge or a single run."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps …"""
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Recipe:
+        labels = [merge.label for merge in self.merge]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"`merge` has two entries called {label!r}; give one of them a `name`")
+            if label == "base" or label.removeprefix("long-").partition("-")[0] in (*OPTIMIZERS, "adamw"):
+                raise ValueError(f"`merge` has an entry called {label!r}, which is the name of the base or of a run")
+        derived = sorted(name for name in self.controls if name in CONTROLS and CONTROLS[name].from_long_run)
+        if derived and "long-run" not in self.controls:
+            raise ValueError(f"the control `{derived[0]}` needs the long run; add `long-run` to `controls`")
+        if self.base.model is None and self.base.prepare is None and self.task.needs_base:
+            raise ValueError("`base` is empty: give either `model` (a folder or Hub id) or `prepare`")
+        if self.base.prepare is not None:
+            _check_prepare(self.base.prepare, self.task)
+        return self
+
+    @property
+    def base_task(self) -> TaskSection:
+        """The task that a prepared base is trained on."""
+        if self.base.prepare is None:
+            raise ValueError("the base is not prepared")
+        return self.task.for_base(self.base.prepare)
+
+    def external_sources(self) -> list[str]:
+        """Return everything the recipe names that may be a file or folder."""
+        given = self.base.prepare.train if self.base.prepare else self.base.model
+        return [*([] if given is None else [given]), *self.task.external_sources(self.base.prepare)]
+
+
+def _check_prepare(prepare: Prepare, task: TaskSection) -> None:
+    """Check that the task has this network and that the network uses every field that is set."""
+    at = ("base", "prepare")
+    if not task.networks:
+        raise wrong_value(f"emomerge has no small network for the task {task.kind}; give `base.model`", *at)
+    if prepare.model not in task.networks:
+        raise unknown_name(prepare.model, task.networks, *at, "model", task=task.kind)
+    for field in _NETWORK_FIELDS:
+        if field not in task.networks[prepare.model] and getattr(prepare, field) != Prepare.model_fields[field].default:
+            raise wrong_value(f"`{field}` has no effect on {prepare.model}", *at)
+
+
+_NETWORK_FIELDS = ("transform", "train", "vocabulary", "options")
+"""Fields of `base.prepare` that only some networks use."""
