@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from emomerge.adapters.peft import CONFIG
+from emomerge.adapters.peft.files import CONFIG
 from emomerge.checkpoints import Checkpoint
 from emomerge.errors import BadInput
 

@@ -1,5 +1,5 @@
-"""Where "the same bits" is kept: sums in a fixed order, seeds from names, hashes, and sections that run on one thread.
+"""The basis of reproducible bits: fixed-order sums, seeds from names, rounding, hashes and single-threaded sections.
 
-Every other package imports these instead of writing its own, so that a result depends neither on the number of threads nor
-on the hash seed, nor on how the work is split. The modules are imported by name; `hashing` needs no torch.
+All other packages use these instead of writing their own, so that results depend neither on the number of threads, nor on the
+hash seed, nor on how the work is split. Import the modules by name; `hashing` needs no torch.
 """

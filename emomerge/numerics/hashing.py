@@ -1,4 +1,4 @@
-"""SHA-256 of files, values and tensors; large files are hashed beside other work, even while torch is still being imported."""
+"""SHA-256 of files, values and tensors. Files can be hashed in the background, even while torch is being imported."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WINDOW = 2**26
-"""Bytes hashed at a time, which a busy interpreter interrupts only between; a multiple of the system's pages."""
+"""Bytes hashed at a time without holding the interpreter lock; a multiple of the system's page size."""
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         size = file.seek(0, 2)
@@ -30,22 +30,22 @@ def sha256(path: str | Path) -> str:
 
 
 class Digests:
-    """The SHA-256 of any file; some are begun at once, in their order, on a thread of their own.
+    """The SHA-256 of any file, with some files hashed in advance by a background thread.
 
     Args:
-        files: those. One that cannot be read is an error when it is asked for.
+        files: the files to hash in advance, in this order. An unreadable file raises only when its hash is requested.
     """
 
     def __init__(self, files: Iterable[Path] = ()) -> None:
-        self._begun: dict[Path, Future[str]] = {file: Future() for file in files}
+        self._futures: dict[Path, Future[str]] = {file: Future() for file in files}
         Thread(target=self._work, daemon=True).start()
 
     def __call__(self, file: Path) -> str:
-        """The SHA-256 of a file, in hexadecimal; waits for it where it was begun."""
-        return self._begun[file].result() if file in self._begun else sha256(file)
+        """Return the SHA-256 of a file, in hexadecimal; wait for it if it is being hashed in the background."""
+        return self._futures[file].result() if file in self._futures else sha256(file)
 
     def _work(self) -> None:
-        for file, future in self._begun.items():
+        for file, future in self._futures.items():
             try:
                 future.set_result(sha256(file))
             except BaseException as error:
@@ -53,7 +53,7 @@ class Digests:
 
 
 def digest(value: object) -> str:
-    """SHA-256 of a JSON-able value; pydantic models count by their fields. The order of keys counts, as classes need it to."""
+    """Return the SHA-256 of a JSON-compatible value or pydantic model; the order of keys counts, as that of classes does."""
 
     def plain(item: object) -> object:
         return item.model_dump(mode="json") if hasattr(item, "model_dump") else str(item)
@@ -63,7 +63,7 @@ def digest(value: object) -> str:
 
 
 def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over the names and bytes of tensors, in the order given."""
+    """Return the SHA-256 over the names and bytes of tensors, in the given order."""
     total = hashlib.sha256()
     for name, tensor in named:
         total.update(name.encode())
@@ -72,7 +72,7 @@ def hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's elements in their order, from any device."""
+    """Return the bytes of a tensor's elements in order, from any device."""
     import torch
 
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

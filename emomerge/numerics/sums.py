@@ -1,4 +1,4 @@
-"""Sums whose order does not depend on pieces, thread count or device: over runs in their order, over elements by fixed rows."""
+"""Sums in an order that does not depend on pieces, thread count or device: runs in sequence, elements in fixed rows."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 ROW = 4096
-"""Elements that are always added together."""
+"""Elements per row; a row is always summed as a whole."""
 PIECE = 32 * ROW
-"""Elements worked on at a time: they stay in the cache, and float32 counts up to 2²⁴ of them exactly."""
+"""Elements processed at a time: they fit in the cache, and float32 counts up to 2²⁴ exactly."""
 INNER_PIECE = 2**22
-"""Elements that `inner` widens to float64 at a time."""
+"""Elements that `inner` converts to float64 at a time."""
 
 
 def run_sum(terms: Iterable[Tensor]) -> Tensor:
-    """Σ_t x_t, one run after the other."""
+    """Return Σ_t x_t, one run after the other."""
     first, *rest = terms
     total = first.clone()
     for term in rest:
@@ -29,23 +29,23 @@ def run_sum(terms: Iterable[Tensor]) -> Tensor:
 
 
 def weighted_sum(deltas: Tensor, weights: Iterable[Tensor | float]) -> Tensor:
-    """Σ_t w_t τ_t."""
+    """Return Σ_t w_t τ_t."""
     return run_sum(weight * delta for weight, delta in zip(weights, deltas, strict=True))
 
 
 def row_sums(values: Tensor) -> Tensor:
-    """Sums (…, rows) of the rows of ROW elements in the last dimension, which is padded with zeros."""
+    """Return the sums (…, rows) of rows of ROW elements in the last dimension, padded with zeros."""
     rows: Tensor = pad(values, (0, -values.shape[-1] % ROW)).unflatten(-1, (-1, ROW))
     return rows.sum(-1)
 
 
 def double(x: Tensor) -> Tensor:
-    """The tensor in float64, on its own device where that has float64, else on the CPU."""
+    """Return the tensor in float64, on its own device if that supports float64, else on the CPU."""
     return (x.cpu() if x.device.type == "mps" else x).double()  # MPS has no float64
 
 
 def inner(a: Tensor, b: Tensor) -> float:
-    """Σ a·b in float64."""
+    """Return Σ a·b in float64."""
     sums: list[float] = []
     for x, y in zip(a.detach().flatten().split(INNER_PIECE), b.detach().flatten().split(INNER_PIECE), strict=True):
         sums += row_sums(double(x) * double(y)).tolist()
@@ -53,12 +53,12 @@ def inner(a: Tensor, b: Tensor) -> float:
 
 
 def square_sum(tensor: Tensor) -> float:
-    """Σ x² in float64."""
+    """Return Σ x² in float64."""
     return inner(tensor, tensor)
 
 
 def squared_row_lengths(values: Tensor) -> list[float]:
-    """Σ x² of each row of ROW elements of a flat tensor, and of the elements left over; norms in the tensor's own dtype."""
+    """Return Σ x² of each row of ROW elements of a flat tensor, and of the remainder; norms are taken in its own dtype."""
     whole, rest = values.split([len(values) - len(values) % ROW, len(values) % ROW])
     lengths = torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in (whole.view(-1, ROW), rest.view(1, -1))])
     squares: list[float] = lengths.double().square().tolist()
@@ -66,12 +66,12 @@ def squared_row_lengths(values: Tensor) -> list[float]:
 
 
 def sum_of_row_norms(matrix: Tensor, power: int) -> float:
-    """Σ ‖row‖ᵖ over the rows of a matrix, in float64; `math.fsum` makes it exact in any order of the rows."""
+    """Return Σ ‖row‖ᵖ over the rows of a matrix, in float64; `math.fsum` makes it independent of the order of the rows."""
     return math.fsum(torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64).pow(power).tolist())
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum over the last dimension in float64: of rows, then of rows of their sums."""
+    """Return the sum over the last dimension in float64: of rows, then of rows of their sums."""
     values = values.double()
     while values.shape[-1] > 1:
         row = min(ROW, values.shape[-1])
@@ -80,11 +80,11 @@ def total(values: Tensor) -> Tensor:
 
 
 def gram(rows: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-    """Inner products of the runs' vectors, in float64.
+    """Return the inner products of the runs' vectors, in float64.
 
     Args:
-        rows: of each run (vectors, n).
-        base: (vectors, n), which is added to each.
+        rows: the vectors of each run, (vectors, n).
+        base: added to each run's vectors, (vectors, n).
 
     Returns:
         Tensor: (vectors, runs, runs).

@@ -1,4 +1,4 @@
-"""Sections that run on one thread, because their result would depend on the number of threads."""
+"""Single-threaded sections, for results that would depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run the block on one thread: matrix products and decompositions round differently for each number of threads."""
+    """Run the block on one thread: matrix products and decompositions round differently with other numbers of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

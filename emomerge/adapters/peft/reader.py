@@ -23,7 +23,7 @@ from torch import Tensor
 from emomerge.adapters.change import Change
 from emomerge.adapters.low_rank import product
 from emomerge.adapters.naming import BaseNames
-from emomerge.adapters.peft import CONFIG, PREFIX, WEIGHTS, load_config
+from emomerge.adapters.peft.files import CONFIG, PICKLE, PREFIX, WEIGHTS, load_config
 from emomerge.checkpoints import Checkpoint, all_finite, open_checkpoint
 from emomerge.errors import BadInput
 
@@ -371,7 +371,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def open_weights(folder: Path) -> Checkpoint:
     """Open the tensors of an adapter folder. Raises BadInput if they are missing or a pickle."""
     path = folder / WEIGHTS
-    pickle = folder / "adapter_model.bin"
+    pickle = folder / PICKLE
     if not path.is_file() and pickle.is_file():
         raise BadInput(
             "the adapter is a pickle, which is never loaded",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from emomerge.adapters.low_rank import LowRank, Target
 from emomerge.adapters.naming import BaseNames
-from emomerge.adapters.peft import CONFIG, PREFIX, WEIGHTS
+from emomerge.adapters.peft.files import CONFIG, PREFIX, WEIGHTS
 from emomerge.checkpoints import Checkpoint, all_finite, new_folder
 from emomerge.errors import BadInput
 
@@ -35,7 +35,7 @@ class PeftAdapter:
     """Their tensors, by their names in the live model."""
 
     def config(self) -> dict[str, Any]:
-        """Return the content of `adapter_config.json`."""
+        """Return the content of the configuration file."""
         most = max(pair.rank for pair in self.factors)
         # PEFT reads the keys as regular expressions and takes the first that matches the end of a name.
         ranks = {f"^{re.escape(pair.target.module)}": pair.rank for pair in self.factors if pair.rank != most}
@@ -57,7 +57,7 @@ class PeftAdapter:
         return list(targets)
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the content of `adapter_model.safetensors`. Raises BadInput if a value is too large for `dtype`."""
+        """Return the content of the weight file. Raises BadInput if a value is too large for `dtype`."""
         tensors = {f"{PREFIX}{name}": tensor.to("cpu", dtype).contiguous() for name, tensor in self.head_tensors}
         for target, a, b in self.factors:
             # PEFT applies BA to (out, in), the layout of a Linear; Conv1D and Embedding store the transpose.
