@@ -12,7 +12,7 @@ import emomerge.integrations
 import emomerge.optim
 
 PACKAGE = Path(emomerge.__file__).parent
-FLOOR = {"errors", "numerics", "checkpoints", "native", "results", "controls"}
+FLOOR = {"errors", "extras", "numerics", "checkpoints", "native", "results", "controls"}
 ALLOWED = {
     "numerics": {"errors"},
     "checkpoints": FLOOR,
