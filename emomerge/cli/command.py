@@ -41,7 +41,8 @@ class Command(click.Command):
                     formatter.write_text(line.strip())
 
 
-def _fail(error: EmomergeError) -> NoReturn:
+def fail(error: EmomergeError) -> NoReturn:
+    """Print an error in one line and exit with its status."""
     click.echo(f"emomerge: {error}", err=True)
     sys.exit(error.exit_status)
 
@@ -68,7 +69,7 @@ def _guard(function: Callable[..., None], name: str, extras: Sequence[str]) -> C
             with needed_by(name), _explained(kwargs.get("out") or Path.cwd()):
                 function(*args, **kwargs)
         except EmomergeError as error:
-            _fail(error)
+            fail(error)
         except KeyboardInterrupt:
             click.echo("emomerge: interrupted; the same command resumes", err=True)
             sys.exit(130)
@@ -126,17 +127,20 @@ def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
 
 
-def command(name: str, example: str, *, extras: Sequence[str] = ()) -> Callable[[Callable[..., None]], click.Command]:
+def command(
+    name: str, example: str, *, extras: Sequence[str] = (), cls: type[Command] = Command
+) -> Callable[[Callable[..., None]], click.Command]:
     """Register a function as a command of `main`; errors become one line, and its help ends with the example.
 
     Args:
         name: name of the command.
         example: one or more command lines.
         extras: extras of emomerge that the command requires.
+        cls: class of the command.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
-        return main.command(name, cls=Command, example=example)(_guard(function, f"emomerge {name}", extras))
+        return main.command(name, cls=cls, example=example)(_guard(function, f"emomerge {name}", extras))
 
     return decorate
 

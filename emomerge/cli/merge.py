@@ -1,29 +1,59 @@
-"""The commands that make models from models: bake, merge, reconstruct."""
+"""The commands that write models made from models: bake, merge, reconstruct."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from emomerge.cli.command import (
     DTYPES,
+    Command,
     command,
     engine_of,
     executor_option,
+    fail,
     force_option,
     json_option,
     out_path,
     quiet_option,
     rounding_option,
     setting_option,
-)  # fmt: skip
-from emomerge.cli.printing import print_rounding
+)
+from emomerge.cli.printing import print_diagnostics, print_rounding, print_truncation
+from emomerge.cli.templates import open_recipe
+from emomerge.cli.write import Destination, card_only, merge_card, write_adapter, write_model
+from emomerge.errors import BadInput
 
 if TYPE_CHECKING:
-    from emomerge.training.engines import EngineName
+    from emomerge.checkpoints import Checkpoint
+    from emomerge.merging.record import MergeRecord, Output
+    from emomerge.merging.vectors import Loss
+    from emomerge.training.engines import Engine, EngineName
+
+
+class MergeCommand(Command):
+    """A command that points to --set when it is given a parameter of a merge method as an option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            from emomerge.merging import METHODS
+
+            name = error.option_name.lstrip("-").replace("-", "_")
+            if any(parameter.name == name for method in METHODS.values() for parameter in method.parameters):
+                what = "a parameter of a merge method is not an option"
+                fail(BadInput(what, found=error.option_name, fix=f"write `--set {name}=VALUE`"))
+            raise
 
 
 @command(
@@ -38,12 +68,12 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
 @click.option("--dtype", type=DTYPES, default="base", show_default=True)
 @rounding_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Of stochastic rounding.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of stochastic rounding.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option(
     "--allow-unmatched",
     is_flag=True,
-    help="Warn about adapter tensors that BASE has no place for, instead of refusing.",
+    help="Warn about adapter tensors that match no tensor of BASE, instead of refusing them.",
 )
 @force_option
 @quiet_option
@@ -53,14 +83,13 @@ def bake(
 ) -> None:  # fmt: skip
     """Write BASE with ADAPTER merged into its weights: computed in float32, rounded once."""
     from emomerge import adapters
-    from emomerge.cli.merge_command import only_a_card, write_model
     from emomerge.merging.record import Output
 
     opened = adapters.open_dense(base)
     baked = adapters.bake(opened, adapter, allow_unmatched=allow_unmatched)
-    context = {"title": out.stem, "about": f"`{adapter}` merged into the weights of its base.", "base": base}
     output = Output(dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size)
-    lost = write_model(baked, opened, out, "bake", output, force=force, quiet=quiet, papers=lambda _: only_a_card(context))
+    texts = card_only(title=out.stem, about=f"`{adapter}` merged into the weights of its base.", base=base)
+    lost = write_model(baked, opened, Destination(out, force, quiet), output, title="bake", texts=texts)
     if not quiet:
         print_rounding(lost)
     click.echo(str(out))
@@ -71,6 +100,7 @@ def bake(
     """
     emomerge merge base runs/sens-0 runs/airy-0 runs/cats-0 --method tall-mask -o merged
     emomerge merge base run-a run-b --method ties --density 0.3 -o merged.safetensors
+    emomerge merge base run-a run-b run-c --set lambda=0.3 --set k=1 -o merged
     emomerge merge base run-a run-b --method slerp --set 't=[0.2, 0.8]' -o merged
     emomerge merge base run-a run-b --dtype bfloat16 --rounding stochastic --seed 1 -o merged
     emomerge merge base run-a run-b --method mean --as-lora auto --energy 0.99 -o adapter
@@ -79,53 +109,50 @@ def bake(
     emomerge merge --again merged/merge.json -o same
     emomerge merge --extend merged run-c -o of-three
     """,
+    cls=MergeCommand,
 )  # fmt: skip
 @click.argument("base", required=False)
 @click.argument("runs", nargs=-1)
-@click.option("--config", type=out_path, help="A mergekit configuration, instead of BASE, RUNS and --method.")
-@click.option("--again", type=out_path, metavar="MERGE.JSON", help="Repeat the merge that this records, instead of all else.")
-@click.option(
-    "--extend", type=out_path, metavar="FOLDER", help="Repeat the merge in FOLDER with RUNS besides its own; no BASE."
-)
-@click.option("--method", help="How to merge (default: tall-mask): any of the methods above.")
+@click.option("--config", type=out_path, help="A mergekit configuration instead of BASE, RUNS and --method.")
+@click.option("--again", type=out_path, metavar="MERGE.JSON", help="Repeat the merge of this record, exactly.")
+@click.option("--extend", type=out_path, metavar="FOLDER", help="Repeat the merge in FOLDER with RUNS added; takes no BASE.")
+@click.option("--method", metavar="NAME", help="The merge method; `emomerge methods` lists all and names the default.")
 @click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
 @click.option("--weight", "weights", type=float, multiple=True, help="Weight of a run; give one for each run, in their order.")
-@click.option("--scale", help="Factor on the merged task vector, or `auto` (needs --recipe).")
-@click.option("--density", type=float, help="ties, dare, della, breadcrumbs: the share of each task vector that is kept.")
-@click.option("--lambda", "lambda_", help="tall-mask: λ, or `auto` (needs --recipe).")
-@click.option("--k", type=int, help="tall-mask: runs that must agree on a weight.")
-@click.option("--reference", type=click.Choice(["mean", "sum", "ties"]), help="tall-mask: what the masks are measured against.")
-@click.option("--preset", type=click.Choice(["paper", "mergekit", "peft"]), help="ties: whose reading of the method.")
-@click.option("--trim", type=click.Choice(["global", "tensor", "touched"]), help="ties: over what the density is taken.")
-@click.option("--aggregate", help="ties, dare, della, breadcrumbs: mean, sum, count or max of agreeing weights.")
-@click.option("--seed", type=int, help="dare, della: of the random masks; --rounding stochastic: of its draws (default: 0).")
-@click.option("--dtype", type=DTYPES, help="What is written (default: base; of an adapter float32).")
+@click.option("--scale", metavar="NUMBER|auto", help="Factor on the merged task vector; auto needs --recipe.")
+@click.option("--density", type=float, help="Share of each task vector to keep, for methods that drop elements.")
+@click.option("--seed", type=int, help="Seed of a method's random masks and of --rounding stochastic (default: 0).")
+@click.option("--dtype", type=DTYPES, help="Dtype of the output (default: base; for an adapter float32).")
 @rounding_option
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option(
     "--save-masks",
     is_flag=True,
-    help="tall-mask: keep each run's mask and their reference in OUT/masks, for `emomerge reconstruct`.",
+    help="Save the masks of single runs in OUT/masks for `emomerge reconstruct`, if the method has masks.",
 )
 @click.option(
     "--as-lora",
     metavar="RANK|auto",
-    help="Write a PEFT adapter of this rank instead of a model; auto: of the smallest that captures --energy, by layer.",
+    help="Write a PEFT adapter of this rank instead of a model; auto: for each layer the smallest rank that captures --energy.",
 )
-@click.option("--energy", type=float, help="--as-lora auto: share of each layer's squared length (default: 0.99).")
+@click.option("--energy", type=float, help="--as-lora auto: share of each layer's squared length to capture (default: 0.99).")
 @click.option("--max-rank", type=int, help="--as-lora auto: the largest rank (default: 256).")
-@click.option("--allow-partial", is_flag=True, help="--as-lora: leave out and list what no adapter holds: biases, norms, …")
-@click.option("--recipe", "recipe_path", help="A recipe; its validation data decides what is `auto`, greedy-soup, positioning.")
+@click.option("--allow-partial", is_flag=True, help="--as-lora: leave out and list what no adapter can hold: biases, norms, …")
+@click.option(
+    "--recipe",
+    "recipe_path",
+    help="Recipe whose validation data gives the held-out loss, for `auto` and methods that need it.",
+)
 @click.option(
     "--set",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="A parameter of the method, in YAML: one number, a list spread over the layers, or a list of {filter, value}; "
-    "with --recipe also a field of the recipe.",
+    help="A parameter of the method, in YAML (see `emomerge methods NAME`): a value, a list spread over the layers, or a list "
+    "of {filter, value}; with --recipe also a field of the recipe.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where tensors are merged: cpu, cuda, auto …")
-@executor_option(help="Who writes the files, where --max-shard-size makes several: this process, or a worker each.")
+@click.option("--device", default="cpu", show_default=True, help="Device to merge on: cpu, cuda, auto …")
+@executor_option(help="What writes the files if --max-shard-size makes several: this process, or one worker per file.")
 @setting_option
 @force_option
 @quiet_option
@@ -136,22 +163,26 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge RUNS (dense checkpoints, adapters or run directories) into BASE.
 
-    Methods: mean, task-arithmetic, greedy-soup, positioning, fisher; ties, dare-linear, dare-ties, della, della-linear,
-    breadcrumbs, breadcrumbs-ties, sce; tall-mask; model-stock, slerp, nuslerp, karcher, multislerp; tsv, iso-c.
+    `emomerge methods` lists the merge methods, `emomerge methods NAME` the parameters of one.
     """
     from emomerge.adapters.formats import weight_files
     from emomerge.numerics.hashing import Digests
 
     given = [*([base] if base else []), *runs]
     digest = Digests(file for source in given for file in weight_files(source))  # while torch is being imported
-    from emomerge.cli.merge_command import asked_for, merge_record, recorded
-
     if again is not None or extend is not None:
-        record = recorded(again, extend, given, weights)
+        record = recorded_merge(again, extend, given, weights)
     else:
-        record = asked_for(base, runs, weights, **options)
+        record = MergeOptions(base, runs, weights, **options).record()
     engine = engine_of(out.parent, executor, None, settings) if settings or executor != "local" else None
-    merge_record(record, out, digest, device=device, engine=engine, force=force, quiet=quiet, as_json=as_json)
+    found = write_merge(record, Destination(out, force, quiet), digest, device, engine)
+    if as_json:
+        click.echo(json.dumps({**found, "out": str(out)}, indent=2))
+        return
+    print_truncation(found.get("adapter"), record)
+    print_diagnostics(found["diagnostics"])
+    print_rounding(found.get("rounding_loss"))
+    click.echo(str(out))
 
 
 @command(
@@ -166,7 +197,7 @@ def merge(
 @click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
 @click.option("--dtype", type=DTYPES, default="base", show_default=True)
 @rounding_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Of stochastic rounding.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of stochastic rounding.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @force_option
 @quiet_option
@@ -175,7 +206,6 @@ def reconstruct(
 ) -> None:
     """Turn the masks that `merge --save-masks` left in FOLDER back into the single run RUN: base + mask ⊙ reference."""
     from emomerge.adapters import open_dense
-    from emomerge.cli.merge_command import only_a_card, write_model
     from emomerge.merging import masks
     from emomerge.merging.record import Output, read_record
 
@@ -183,9 +213,213 @@ def reconstruct(
     record.check_base()
     base = open_dense(record.base)
     rebuilt = masks.reconstruct(folder, run, base)
-    context = {"title": out.stem, "about": f"{run}, reconstructed from the masks in {folder}.", "base": record.base}
     output = Output(dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size)
-    write_model(
-        rebuilt, base, out, f"reconstruct {run}", output, force=force, quiet=quiet, papers=lambda _: only_a_card(context)
-    )
+    texts = card_only(title=out.stem, about=f"{run}, reconstructed from the masks in {folder}.", base=record.base)
+    write_model(rebuilt, base, Destination(out, force, quiet), output, title=f"reconstruct {run}", texts=texts)
     click.echo(str(out))
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """The options of `emomerge merge` that describe a merge, as they are typed."""
+
+    base: str | None
+    runs: Sequence[str]
+    weights: Sequence[float]
+    config: Path | None
+    method: str | None
+    scale: str | None
+    density: float | None
+    seed: int | None
+    dtype: str | None
+    rounding: str
+    max_shard_size: str
+    save_masks: bool
+    as_lora: str | None
+    energy: float | None
+    max_rank: int | None
+    allow_partial: bool
+    recipe_path: str | None
+    overrides: Sequence[str]
+
+    def record(self) -> MergeRecord:
+        """Return the merge that the options describe."""
+        from emomerge.merging import check_params, find_method
+        from emomerge.merging.record import MergeRecord, Run
+        from emomerge.merging.registry import DEFAULT_METHOD
+
+        base, runs, method, dtype, params = self.base, self.runs, self.method, self.dtype, {}
+        if self.config is not None:
+            from emomerge.merging.mergekit import read_config
+
+            if base is not None or method is not None:
+                found = base or f"--method {method}"
+                raise BadInput("--config replaces BASE, RUNS and --method", found=found, fix="leave that out")
+            configured = read_config(self.config)
+            base, runs, method, params = configured.base, configured.runs, configured.method, configured.params
+            dtype = dtype or configured.dtype
+        if base is None or not runs:
+            raise BadInput("merge needs BASE and RUNS, or --config", found="no BASE" if base is None else "no RUNS")
+        method = method or DEFAULT_METHOD
+        schema = find_method(method).schema
+        given = {"weights": list(self.weights) or None, "scale": _value("--scale", self.scale), "density": self.density}
+        if self.rounding == "nearest" or "seed" in schema.model_fields:
+            given["seed"] = self.seed
+        known = {field.alias for field in schema.model_fields.values()}
+        set_params, overrides = _split_overrides(known, self.overrides, self.recipe_path)
+        return MergeRecord(
+            method=method,
+            params=check_params(method, params | {k: v for k, v in given.items() if v is not None} | set_params),
+            base=base,
+            runs=tuple(Run(name=run, source=run) for run in runs),
+            recipe=self.recipe_path,
+            overrides=tuple(overrides),
+            output=self._output(dtype),
+        )
+
+    def _output(self, dtype: str | None) -> Output:
+        """Return how the merge is written."""
+        from emomerge.merging.record import Output
+
+        for option, value in (("--energy", self.energy), ("--max-rank", self.max_rank)):
+            if value is not None and self.as_lora != "auto":
+                raise BadInput(f"{option} belongs to --as-lora auto", found=value)
+        if self.allow_partial and self.as_lora is None:
+            raise BadInput("--allow-partial belongs to --as-lora")
+        written = {
+            "dtype": dtype, "rounding": self.rounding, "seed": self.seed, "max_shard_size": self.max_shard_size,
+            "save_masks": self.save_masks, "as_lora": _rank(self.as_lora), "energy": self.energy,
+            "max_rank": self.max_rank, "allow_partial": self.allow_partial,
+        }  # fmt: skip
+        return Output.model_validate({key: value for key, value in written.items() if value is not None})
+
+
+def _split_overrides(known: set[str | None], overrides: Sequence[str], recipe: str | None) -> tuple[dict[str, Any], list[str]]:
+    """Split the values of --set into parameters of the method, parsed, and overrides of the recipe."""
+    parameters, others = {}, []
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if sign and (key in known or recipe is None):
+            parameters[key] = _value(f"--set {key}", text)
+        elif recipe is None:
+            raise BadInput("--set takes KEY=VALUE", found=repr(override))
+        else:
+            others.append(override)
+    return parameters, others
+
+
+def _value(option: str, text: str | None) -> Any:
+    """Parse the value of an option as YAML."""
+    import yaml
+
+    try:
+        return None if text is None else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput("not a value in YAML", where=option, found=error) from None
+
+
+def _rank(text: str | None) -> int | str | None:
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise BadInput("--as-lora takes a rank or `auto`", found=repr(text))
+    return int(text)
+
+
+def recorded_merge(again: Path | None, extend: Path | None, runs: Sequence[str], weights: Sequence[float]) -> MergeRecord:
+    """Return the merge of a record, unchanged or with further runs; its inputs are checked."""
+    from emomerge.merging import find_method
+    from emomerge.merging.record import read_record
+
+    context = click.get_current_context()
+    option = "--again" if again is not None else "--extend"
+    allowed = {"out", "force", "quiet", "as_json", "device", "executor", "settings"}
+    allowed |= {"again"} if again else {"extend", "base", "runs", "weights"}
+    for parameter in context.command.params:
+        if parameter.name not in allowed and context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE:
+            raise BadInput(f"{option} repeats what the record says", found=parameter.opts[-1], fix="leave that out")
+    record = read_record(again or extend or "")
+    record.check_inputs()
+    if again is not None:
+        return record
+    if not runs:
+        raise BadInput("--extend needs the RUNS to add", found="none")
+    if not find_method(record.method).incremental:
+        click.echo(f"{record.method} depends on all runs at once and makes its choices from scratch", err=True)
+    return record.extended(runs, weights)
+
+
+def write_merge(
+    record: MergeRecord, destination: Destination, digest: Callable[[Path], str], device: str, engine: Engine | None
+) -> dict[str, Any]:
+    """Merge as a record says, write the result and return the content of merge.json."""
+    from emomerge import merging
+    from emomerge.adapters import open_dense
+    from emomerge.merging.masks import mask_files
+    from emomerge.merging.record import as_json
+    from emomerge.merging.shards import ShardWriter
+
+    _check_output(record, destination)
+    output, base = record.output, open_dense(record.base)
+    loss, read = (None, []) if record.recipe is None else _held_out_loss(record.recipe, record.overrides, base)
+    if device != "cpu":
+        from emomerge.training import choose_device
+
+        device = str(choose_device(device))
+    sources = [run.source for run in record.runs]
+    merged = merging.merge(base, sources, method=record.method, held_out_loss=loss, device=device, **record.params)
+    record = record.named(merged.runs)
+    found: dict[str, Any] = {}
+    with ThreadPoolExecutor(1) as background:
+        hashed = background.submit(record.with_hashes, read, digest)
+        background.submit(import_module, "emomerge.reporting")  # the model card's module, while tensors are merged
+
+        def texts(facts: dict[str, Any]) -> dict[str, str]:
+            found.update(as_json(hashed.result(), **facts, diagnostics=merged.diagnostics()))
+            return {"merge.json": json.dumps(found, indent=2) + "\n", "README.md": merge_card(found, destination.out)}
+
+        if output.as_lora is not None:
+            write_adapter(merged, destination, output, texts=texts)
+        else:
+            side_files = mask_files(merged) if output.save_masks else {}
+            shards_by = ShardWriter(merged, engine) if engine is not None else None
+            title = f"merge {record.method}"
+            write_model(
+                merged, merged.base, destination, output, title=title, texts=texts, side_files=side_files, shards_by=shards_by
+            )
+        if not found:  # a single file has no text files, but --json prints the facts
+            texts({})
+    return found
+
+
+def _check_output(record: MergeRecord, destination: Destination) -> None:
+    """Raise BadInput for an output that cannot be written, before the work starts."""
+    from emomerge.checkpoints import atomic
+    from emomerge.merging import find_method
+    from emomerge.merging.masks import require_masks
+
+    output, out = record.output, destination.out
+    for option, wanted in (("--save-masks", output.save_masks), ("--as-lora", output.as_lora is not None)):
+        if wanted and out.suffix == ".safetensors":
+            raise BadInput(f"{option} writes a folder", found=f"-o {out}")
+    if output.save_masks:
+        if output.as_lora is not None:
+            raise BadInput("--save-masks belongs to a model, not to an adapter", found="--as-lora")
+        require_masks(find_method(record.method))
+    atomic.refuse_existing(out, force=destination.force)
+
+
+def _held_out_loss(recipe: str, overrides: Sequence[str], base: Checkpoint) -> tuple[Loss, list[Path]]:
+    """Return the validation loss of a recipe's task as a function of the weights, and the local files that it depends on."""
+    from emomerge.experiment.measure import Measurer
+    from emomerge.experiment.workspace import local_files
+    from emomerge.tasks import make_task
+    from emomerge.training import choose_device
+
+    parsed = open_recipe(recipe, overrides)
+    if base.folder is None:
+        raise BadInput("--recipe needs a BASE folder with its config", found=base.source)
+    task = make_task(parsed.task)
+    data = task.load_data(parsed.base)
+    measurer = Measurer(parsed, task, data, base, base.folder, "base", choose_device(parsed.device), None)
+    return measurer.held_out_loss, local_files([recipe, *parsed.external_sources()])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from emomerge.cli import main
 
-COMMANDS = ["run", "train-all", "bake", "merge", "reconstruct", "probe", "report", "inspect", "status", "init"]
+COMMANDS = ["run", "train-all", "bake", "merge", "methods", "reconstruct", "probe", "report", "inspect", "status", "init"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -181,7 +181,7 @@ def test_merge_with_a_recipe_chooses_by_its_validation_data(finished, tmp_path):
     record = json.loads((out / "merges/mean/merge.json").read_text())
     assert record["rounding_loss"]["unchanged"] == 0
     (tmp_path / "bare.json").write_text(json.dumps({**record, "base_sha256": {}}))
-    fails(call("merge", "--again", tmp_path / "bare.json", "-o", tmp_path / "third"), "no hashes")
+    fails(call("merge", "--again", tmp_path / "bare.json", "-o", tmp_path / "third"), "lacks the hashes")
 
 
 def test_lora_runs_become_one_adapter(finished, tmp_path):
@@ -334,8 +334,8 @@ def test_damaged_folders(models):
 def test_wrong_options(models):
     fails(merge(models, "--method", "tise"), "ties")
     fails(merge(models, "--method", "mean", "--density", 0.2), "density")
-    fails(merge(models, "--lambda", "big"), "--lambda is a number or `auto`", "'big'")
-    fails(merge(models, "--lambda", "auto"), "--recipe")
+    fails(merge(models, "--set", "lambda=big"), "`lambda` of tall-mask", "'big'")
+    fails(merge(models, "--set", "lambda=auto"), "--recipe")
     fails(merge(models, "--method", "greedy-soup"), "--recipe")
     fails(merge(models, "--weight", 1), "weight")
     fails(call("status", models), "not an output folder")

@@ -40,8 +40,8 @@ def same_model(one, other):
     [
         ("mean",),
         ("task-arithmetic", "--scale", 0.4, "--dtype", "bfloat16", "--rounding", "stochastic"),
-        ("tall-mask", "--lambda", 0.3),
-        ("tall-mask", "--reference", "sum", "--save-masks"),
+        ("tall-mask", "--set", "lambda=0.3"),
+        ("tall-mask", "--set", "reference=sum", "--save-masks"),
         ("ties", "--density", 0.3),
         ("model-stock",),
         ("dare-linear", "--seed", 1),
@@ -76,7 +76,7 @@ def test_what_cannot_be_extended(runs, tmp_path):
     assert call("merge", "base.safetensors", *runs[:2], "--method", "slerp", "-o", "old").exit_code == 0
     for arguments, words in (
         (("--extend", "old"), "--extend needs the RUNS to add"),
-        (("--extend", "old", runs[2], "--method", "mean"), "--extend takes all from the record; found --method"),
+        (("--extend", "old", runs[2], "--method", "mean"), "--extend repeats what the record says; found --method"),
         (("--extend", "old", runs[2]), "slerp"),
         (("--extend", "old", "absent.safetensors"), "absent.safetensors"),
     ):

@@ -168,8 +168,8 @@ def test_a_changed_input_is_named(models):
 
 def test_a_record_that_cannot_be_repeated(models):
     assert call("merge", "base", "one", "two", "-o", "out").exit_code == 0
-    fails(call("merge", "--again", "out", "--method", "ties", "-o", "x"), "--again takes all from the record", "--method")
-    fails(call("merge", "base", "--again", "out", "-o", "x"), "--again takes all from the record")
+    fails(call("merge", "--again", "out", "--method", "ties", "-o", "x"), "--again repeats what the record says", "--method")
+    fails(call("merge", "base", "--again", "out", "-o", "x"), "--again repeats what the record says")
     fails(call("merge", "--again", "nowhere.json", "-o", "x"), "no record of a merge", "nowhere.json")
     (models / "bad.json").write_text('{"method": "mean", "params": {}, "runs": []}')
     fails(call("merge", "--again", "bad.json", "-o", "x"), "not the record of a merge", "base")
@@ -198,8 +198,8 @@ def test_an_adapter_is_written_with_its_figures(models):
 
 def test_adapter_options_that_make_no_sense(models):
     merging = ("merge", "base", "one", "two", "--method", "mean", "-o", "x")
-    fails(call(*merging, "--as-lora", "big"), "--as-lora is a rank or `auto`")
-    fails(call(*merging, "--as-lora", 0), "--as-lora is a rank or `auto`")
+    fails(call(*merging, "--as-lora", "big"), "--as-lora takes a rank or `auto`")
+    fails(call(*merging, "--as-lora", 0), "--as-lora takes a rank or `auto`")
     fails(call(*merging, "--as-lora", 4), "fits into no adapter: b.bias", "--allow-partial")
     fails(call(*merging, "--as-lora", 4, "--energy", 0.9), "--energy belongs to --as-lora auto")
     fails(call(*merging, "--as-lora", "auto", "--energy", 2), "energy")

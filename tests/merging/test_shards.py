@@ -19,7 +19,7 @@ from emomerge.cli import main
 from emomerge.errors import BadInput
 from emomerge.merging import METHODS, MergedCheckpoint, merge
 from emomerge.merging.registry import select
-from emomerge.merging.spread import Spread
+from emomerge.merging.shards import ShardWriter
 from emomerge.merging.thresholds import Cut
 
 
@@ -60,7 +60,7 @@ def test_workers_write_the_bytes_that_one_process_does(method: str, models: list
     base, *runs = models[:3]
     here = written(merge(base, runs, method=method), "here")
     merged, seen = merge(base, runs, method=method), []
-    options = {"shards_by": Spread(merged, Engine()), "progress": lambda name, _: seen.append(name)}
+    options = {"shards_by": ShardWriter(merged, Engine()), "progress": lambda name, _: seen.append(name)}
     assert written(merged, "there", **options) == here
     assert sorted(seen) == list(merged)
 
@@ -74,7 +74,7 @@ def test_what_a_held_out_loss_chose_is_not_chosen_again(models: list[str]) -> No
 
     merged = merge(*models[:1], models[1:3], held_out_loss=loss)
     here, count = {name: merged[name] for name in merged}, len(asked)
-    write_checkpoint(merged, "there", dtype="float32", max_shard_size=8000, shards_by=Spread(merged, Engine()))
+    write_checkpoint(merged, "there", dtype="float32", max_shard_size=8000, shards_by=ShardWriter(merged, Engine()))
     assert len(asked) == count
     there = open_checkpoint("there")
     assert all(torch.equal(there[name].to(here[name].dtype), here[name]) for name in here)
@@ -86,7 +86,7 @@ def test_what_is_wrong_in_a_worker_is_said_here(models: list[str]) -> None:
     write_checkpoint(MemoryCheckpoint({**tensors, "w4.weight": torch.zeros(40, 20)}), "bad.safetensors")
     merged = merge("base", ["one", MemoryCheckpoint(tensors, source="two")], method="mean")
     with pytest.raises(BadInput, match="non-finite task vector: w4.weight of run two"):
-        write_checkpoint(merged, "out", max_shard_size=4000, shards_by=Spread(merged, Engine()))
+        write_checkpoint(merged, "out", max_shard_size=4000, shards_by=ShardWriter(merged, Engine()))
     assert not Path("out").exists()
 
 

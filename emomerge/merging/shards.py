@@ -31,7 +31,7 @@ class Shard(NamedTuple):
     loss: RoundingLoss
 
 
-class Spread:
+class ShardWriter:
     """Writes the shards of a merge in workers that see the same file system, with `write_checkpoint(…, shards_by=…)`.
 
     Args:
