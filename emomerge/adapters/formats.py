@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from emomerge.adapters.change import Change
     from emomerge.checkpoints import Checkpoint
 
-FORMATS = {"peft": "emomerge.adapters.peft.format:PEFT"}
+FORMATS = {
+    "peft": "emomerge.adapters.peft.format:PEFT",
+}
 """Format name → "module:object", imported on first use. The first format that claims a path reads it."""
 
 

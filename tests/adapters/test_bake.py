@@ -273,7 +273,7 @@ def test_a_tied_embedding_is_refused_but_an_untied_view_of_it_is_not(tmp_path):
     torch.testing.assert_close(output(model), live, rtol=1e-6, atol=TOLERANCE)
 
 
-def test_open_run_takes_all_that_a_run_can_leave(tmp_path):
+def test_open_run_accepts_every_kind_of_run(tmp_path):
     model = ConvNet()
     base = open_checkpoint(save_base(model, tmp_path / "base"))
     adapted(model, tmp_path / "run" / "adapter", target_modules=["head"])
@@ -291,7 +291,7 @@ def test_open_run_takes_all_that_a_run_can_leave(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../base", "/etc", "missing", ""])
-def test_a_run_that_names_what_it_has_not_is_refused(name, tmp_path):
+def test_a_run_whose_artefact_is_missing_is_refused(name, tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "run").mkdir()
     write_json(tmp_path / "run" / "run.json", {"artefact": name})

@@ -107,7 +107,7 @@ def test_a_folder_that_holds_a_model_beside_an_adapter_is_both(adapter: Path, ba
     assert is_adapter(adapter)
 
 
-def test_a_format_of_ones_own_is_one_object_and_one_entry(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_format_is_one_object_and_one_entry(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Doubled:
         """A file `*.double` that doubles all weights."""
 

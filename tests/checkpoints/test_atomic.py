@@ -1,4 +1,4 @@
-"""Outputs are there completely or not at all."""
+"""Outputs appear completely or not at all."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_failure_leaves_nothing(out, error, tmp_path):
 
 
 @pytest.mark.parametrize("out", OUTS)
-def test_a_failure_leaves_what_was_there(out, tmp_path):
+def test_a_failure_leaves_the_old_output(out, tmp_path):
     write_checkpoint(SOME, tmp_path / out)
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(Failing(SOME), tmp_path / out, force=True)
@@ -66,7 +66,7 @@ def test_a_failure_leaves_what_was_there(out, tmp_path):
 
 
 @pytest.mark.parametrize("out", OUTS)
-def test_force_is_needed_to_replace_and_replaces_all(out, tmp_path):
+def test_force_is_required_to_replace_and_replaces_everything(out, tmp_path):
     write_checkpoint(SOME, tmp_path / out, max_shard_size=4000)
     with pytest.raises(BadInput, match="--force"):
         write_checkpoint(SOME, tmp_path / out)
@@ -83,7 +83,7 @@ def test_a_checkpoint_may_be_rewritten_in_place(tmp_path):
     assert open_checkpoint(tmp_path / "out")["a"].dtype == torch.bfloat16
 
 
-def test_force_never_replaces_where_one_works_or_reads(tmp_path, monkeypatch):
+def test_force_never_replaces_the_working_directory_or_an_input(tmp_path, monkeypatch):
     write_checkpoint(SOME, tmp_path / "models" / "base")
     with pytest.raises(BadInput, match="refusing"):
         write_checkpoint(open_checkpoint(tmp_path / "models" / "base"), tmp_path / "models", force=True)
@@ -118,7 +118,7 @@ def test_free_space_is_checked_before_anything_is_computed(out, tmp_path, monkey
     assert left(tmp_path) == []
 
 
-def test_small_files_meet_the_full_disk_too(tmp_path, monkeypatch):
+def test_a_full_disk_is_bad_input_for_small_files_too(tmp_path, monkeypatch):
     write_text(tmp_path / "x", "old")
 
     def full(*_: object, **__: object) -> None:
@@ -145,7 +145,7 @@ write_checkpoint(Killed({"a": torch.ones(1000), "b": torch.ones(1000)}), sys.arg
 """
 
 
-def test_a_killed_process_leaves_no_output_and_its_leftovers_go_at_the_next_write(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed_at_the_next_write(tmp_path):
     outs = [tmp_path / out for out in OUTS]
     kept = tmp_path / ".out.another-machine-1-0.tmp"
     kept.mkdir()
@@ -159,7 +159,7 @@ def test_a_killed_process_leaves_no_output_and_its_leftovers_go_at_the_next_writ
     assert left(tmp_path) == sorted([kept.name, *OUTS])
 
 
-def test_an_output_set_aside_by_a_killed_process_is_put_back(tmp_path, monkeypatch):
+def test_an_output_moved_aside_by_a_killed_process_is_restored(tmp_path, monkeypatch):
     write_checkpoint(SOME, tmp_path / "out")
     monkeypatch.setattr(atomic_module, "is_alive", lambda pid: pid != 123456)
     (tmp_path / "out").rename(tmp_path / f".out.{atomic_module.socket.gethostname()}-123456-0.old")
@@ -184,7 +184,7 @@ def test_new_folder_is_complete_or_absent(tmp_path):
     assert left(tmp_path / "x") == ["other"]
 
 
-def test_a_place_where_nothing_can_be_made_is_bad_input(tmp_path):
+def test_a_path_that_cannot_be_created_is_bad_input(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput):
         write_checkpoint(SOME, tmp_path / "file" / "out")
@@ -209,7 +209,7 @@ def test_non_finite_values_are_not_written(dtype, value, tmp_path):
     assert left(tmp_path) == []
 
 
-def test_overflow_is_told_from_nan(tmp_path):
+def test_overflow_is_distinguished_from_nan(tmp_path):
     with pytest.raises(BadInput, match=r"too large.*float16"):
         write_checkpoint(MemoryCheckpoint({"w": torch.tensor([1e6])}), tmp_path / "out", dtype="float16")
 

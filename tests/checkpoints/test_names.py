@@ -1,4 +1,4 @@
-"""Names on disk of live models; what is written loads with transformers to the same figures."""
+"""Names on disk of live models; written models load with transformers and compute the same outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be opened is refused in one line that says what is wrong and where."""
+"""A checkpoint that cannot be opened is refused in one line that says what is wrong and where."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_missing_and_empty(tmp_path):
     assert "no weights" in refusal(tmp_path)
 
 
-def test_a_hub_id_that_cannot_be_had_names_it_and_what_to_do():
+def test_an_unavailable_hub_id_is_named_with_a_fix():
     message = refusal("nobody-at-all/nothing-here", revision="v9")
     assert "nobody-at-all/nothing-here, revision v9" in message
     assert "HF_HUB_OFFLINE" in message
@@ -92,7 +92,7 @@ def test_truncated_files(tmp_path):
         b"\xff\xfe",
     ],
 )
-def test_headers_that_are_none(header, tmp_path):
+def test_malformed_headers(header, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     assert str(path) in refusal(path)
@@ -136,7 +136,7 @@ def test_an_index_that_is_not_json(sharded):
     assert "not an index" in refusal(sharded)
 
 
-def test_an_index_that_names_what_is_missing(sharded):
+def test_an_index_with_missing_files_or_tensors(sharded):
     edit_index(sharded, {"a": "model-00009.safetensors"})
     assert "model-00009.safetensors" in refusal(sharded)
     edit_index(sharded, {"zz": "model-00001-of-00003.safetensors"})
@@ -144,7 +144,7 @@ def test_an_index_that_names_what_is_missing(sharded):
 
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "sub/../../outside.safetensors", "ABSOLUTE", "link", ""])
-def test_an_index_does_not_lead_out_of_its_folder(name, sharded):
+def test_an_index_cannot_point_outside_its_folder(name, sharded):
     outside = sharded.parent / "outside.safetensors"
     save_file({"a": torch.zeros(2)}, outside)
     (sharded / "link").symlink_to(outside)

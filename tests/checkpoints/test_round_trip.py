@@ -1,4 +1,4 @@
-"""What is written is what is read, for every dtype, shape and shard size."""
+"""Written checkpoints are read back unchanged, for every dtype, shape and shard size."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_bytes_do_not_depend_on_order_or_repetition(tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_views_and_strides_are_written_as_they_look(tmp_path):
+def test_views_and_strides_are_written_by_their_values(tmp_path):
     square = torch.arange(12.0).reshape(3, 4)
     tensors = {"t": square.T, "row": square[1], "step": square[:, ::2], "one": square[0, 0]}
     write_checkpoint(MemoryCheckpoint(tensors), tmp_path / "x.safetensors")
@@ -190,7 +190,7 @@ def test_one_tensor_at_a_time(tmp_path):
     assert len(alive) == 8
 
 
-def test_progress_and_extra_files_come_when_they_should(tmp_path):
+def test_progress_and_extra_files_are_called_in_order(tmp_path):
     seen: list[tuple[str, int]] = []
     write_checkpoint(
         MemoryCheckpoint({"a": torch.zeros(4), "b": torch.zeros(2)}),
@@ -224,7 +224,7 @@ def test_config_and_tokenizer_are_copied_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["5 apples", "-1", "0", 0, "", "1.5.2GB"])
-def test_sizes_that_are_none_are_refused(size, tmp_path):
+def test_malformed_sizes_are_refused(size, tmp_path):
     with pytest.raises(BadInput, match="not a size"):
         write_checkpoint(MemoryCheckpoint({}), tmp_path / "out", max_shard_size=size)
 
@@ -235,7 +235,7 @@ def test_an_unknown_dtype_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_more_tensors_go_beside_the_weights(tmp_path):
+def test_side_files_are_written_beside_the_weights(tmp_path):
     weights = MemoryCheckpoint({"w": torch.zeros(3)})
     side = SideFile(MemoryCheckpoint({"m": torch.arange(4, dtype=torch.uint8)}), {"kind": "é"})
     hashes = write_checkpoint(weights, tmp_path / "out", dtype="bfloat16", beside={"more/side.safetensors": side})

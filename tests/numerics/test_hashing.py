@@ -1,4 +1,4 @@
-"""Hashes begun early are those of the files."""
+"""Hashes computed in the background equal those of the files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_hash_of_a_file_of_any_number_of_windows(size: int, tmp_path: Path, 
     assert sha256(file) == Digests([file])(file) == Digests()(file) == expected
 
 
-def test_a_file_that_cannot_be_read_fails_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_an_unreadable_file_fails_when_its_hash_is_requested(tmp_path: Path) -> None:
     (tmp_path / "there").write_text("x")
     digest = Digests([tmp_path / "missing", tmp_path / "there"])
     assert digest(tmp_path / "there") == hashlib.sha256(b"x").hexdigest()

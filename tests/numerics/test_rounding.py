@@ -1,4 +1,4 @@
-"""Stochastic rounding: only neighbours, exact in the mean."""
+"""Stochastic rounding returns only neighbours and is exact in expectation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def finite_sorted(dtype: torch.dtype) -> Tensor:
 
 
 @HALF
-def test_representable_values_stay(dtype: torch.dtype) -> None:
+def test_representable_values_are_unchanged(dtype: torch.dtype) -> None:
     values = every_value(dtype)
     for seed in range(3):
         rounded = draw(values.float(), dtype, seed)
@@ -114,7 +114,7 @@ def test_draws_depend_on_seed_and_name_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.float8_e4m3fn])
-def test_only_to_sixteen_bits_is_there_chance(dtype: torch.dtype) -> None:
+def test_only_rounding_to_sixteen_bits_is_stochastic(dtype: torch.dtype) -> None:
     x = torch.randn(50, dtype=torch.float64)
     assert torch.equal(round_at_random(x, dtype, name="w", seed=0).double(), round_to(x, dtype).double())
     whole = torch.arange(20, dtype=torch.bfloat16)

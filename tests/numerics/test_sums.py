@@ -1,4 +1,4 @@
-"""Sums that neither pieces nor threads change, seeds that are fixed for ever, one thread within its block only."""
+"""Sums do not depend on pieces or threads, seeds do not change between versions, and one_thread ends with its block."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_sums_of_any_length_are_those_of_the_elements(n: int) -> None:
     assert len(sums.row_sums(x)) == -(-n // sums.ROW)
 
 
-def test_threads_change_no_bit() -> None:
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
     x = torch.randn(3 * 2**20 + 11, generator=torch.Generator().manual_seed(0))
     found = sums.inner(x, x), sums.squared_row_lengths(x), sums.total(x.view(1, -1)).tolist()
     with one_thread():
@@ -36,13 +36,13 @@ def test_the_number_of_threads_is_restored_after_an_error() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_seeds_are_those_that_files_on_disk_were_made_with() -> None:
+def test_seeds_equal_those_of_earlier_versions() -> None:
     assert seed_of("dropout", 0, 7) == 726927367887389693
     assert seed_of("a", 1) == int.from_bytes(key_of("a/1"), "little") >> 1
     assert generator_of("x", 3).initial_seed() == seed_of("x", 3)
 
 
-def test_cpu_seed_leaves_the_generator_as_it_was() -> None:
+def test_cpu_seed_restores_the_generator() -> None:
     seed_default_generators(5, torch.device("cpu"))
     expected = torch.rand(2)
     seed_default_generators(5, torch.device("cpu"))
