@@ -22,6 +22,7 @@ from torch import Tensor
 from emomerge import recipe
 from emomerge.checkpoints import write_json
 from emomerge.errors import BadInput
+from emomerge.extras import needed_by
 from emomerge.tasks import sources
 from emomerge.tasks.base import Split, TaskData
 from emomerge.tasks.pretrained import TransformersTask, load_config, load_preprocessor
@@ -254,10 +255,8 @@ def _numbers(images: _Source, classes: Sequence[str]) -> Tensor:
 
 def _digits() -> _Source:
     """Return 1,797 handwritten digits of 8×8 pixels, values 0 to 16 (scikit-learn; UCI optdigits test set)."""
-    try:
+    with needed_by("the data set `digits`"):
         from sklearn.datasets import load_digits
-    except ImportError:
-        raise BadInput("`digits` needs scikit-learn", fix="pip install 'emomerge[demo]'") from None
     data = load_digits()
     pixels = torch.from_numpy(data.images).float().div_(16).unsqueeze(1)
     return _Source("digits", [str(label) for label in data.target.tolist()], lambda rows: pixels[rows])
@@ -335,10 +334,8 @@ def _hub(name: str, split: str, columns: ImageColumns) -> _Source:
 
 
 def _pillow() -> Any:
-    try:
+    with needed_by("reading image files"):
         from PIL import Image
-    except ImportError:
-        raise BadInput("images in files need Pillow", fix="pip install 'emomerge[images]'") from None
     return Image
 
 

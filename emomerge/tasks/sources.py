@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from emomerge.errors import BadInput
+from emomerge.extras import needed_by
 from emomerge.recipe import DataSection
 from emomerge.tasks.base import Split
 
@@ -57,9 +58,10 @@ def hub_dataset(name: str, split: str, columns: Sequence[str | int]) -> Any:
     Raises:
         BadInput: the data set cannot be loaded or lacks a column.
     """
-    import datasets
-
     from emomerge.tasks.pretrained import quiet
+
+    with needed_by("a data set of the Hub"):
+        import datasets
 
     with quiet():
         try:

@@ -97,7 +97,7 @@ def test_models_are_copies_and_load_safetensors(line, tmp_path):
         task.new_model(Base(model=str(tmp_path / "one.safetensors")), data),
     ):
         assert torch.equal(given.weight, one.weight) and not given.training
-    with pytest.raises(BadInput, match="of another shape than the model's"):
+    with pytest.raises(BadInput, match="another shape than the model's"):
         task_of(line, width=4).reload_model(tmp_path / "one.safetensors")
 
 

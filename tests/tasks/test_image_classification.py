@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from emomerge.errors import BadInput
+from emomerge.errors import BadInput, MissingExtra
 from emomerge.recipe import Base, Prepare, Transform
 from emomerge.tasks.image_classification import ImageClassification
 from emomerge.tasks.images import ImageInput
@@ -166,7 +166,7 @@ def without(monkeypatch, package):
 
     def guarded(name, *args, **kwargs):
         if name.split(".")[0] == package:
-            raise ImportError(name)
+            raise ModuleNotFoundError(name, name=package)
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", guarded)
@@ -174,10 +174,10 @@ def without(monkeypatch, package):
 
 def test_missing_extras_are_named(tmp_path, image_task, monkeypatch):
     without(monkeypatch, "sklearn")
-    with pytest.raises(BadInput, match=r"needs scikit-learn; pip install 'emomerge\[demo\]'"):
+    with pytest.raises(MissingExtra, match=r"`digits` needs scikit-learn; pip install 'emomerge\[demo\]'"):
         image_task("digits").load_data(MLP)
     without(monkeypatch, "PIL")
-    with pytest.raises(BadInput, match=r"need Pillow; pip install 'emomerge\[images\]'"):
+    with pytest.raises(MissingExtra, match=r"image files needs pillow; pip install 'emomerge\[images\]'"):
         image_task(tmp_path).load_data(MLP)
 
 
