@@ -107,24 +107,15 @@ def write_checkpoint(
     with translate_os_error(out, needed=needed), new_path(out, force=force) as temporary:
         require_space(out, needed)
         layout = files_from or checkpoint.folder
-        parts = {part: names for part in part_folders(layout) if (names := [n for n in plan if n.startswith(f"{part}/")])}
         if out.suffix == ".safetensors":
-            if parts:
+            if parts := _parts(plan, layout):
                 what = "a model of several parts is written as a folder"
                 raise BadInput(what, where=out, found=", ".join(parts), fix="give a name without .safetensors")
             return {out.name: write_file(checkpoint, plan, temporary, options)}
         temporary.mkdir()
         if files_from is not None:
             _copy_files(files_from, temporary)
-        hashes: dict[str, str] = {}
-        for part, names in parts.items():
-            folder, stem = temporary / part, weight_stem((layout or out) / part)
-            folder.mkdir(exist_ok=True)
-            of_part, in_part = {name: plan.pop(name) for name in names}, options._replace(prefix=f"{part}/")
-            written = _write_shards(checkpoint, of_part, folder, limit, in_part, shards_by, stem)
-            hashes |= {f"{part}/{name}": digest for name, digest in written.items()}
-        if plan or not parts:
-            hashes |= _write_shards(checkpoint, plan, temporary, limit, options, shards_by)
+        hashes = _write_weights(checkpoint, plan, temporary, limit, options, shards_by, layout)
         for name, (tensors, metadata) in beside.items():
             infos = {tensor: tensors.info(tensor) for tensor in tensors}
             (temporary / name).parent.mkdir(exist_ok=True)
@@ -132,6 +123,30 @@ def write_checkpoint(
         for name, text in (extra_files() if callable(extra_files) else extra_files).items():
             (temporary / name).write_text(text, encoding="utf-8", newline="\n")
         return hashes
+
+
+def _parts(plan: Plan, layout: Path | None) -> dict[str, Plan]:
+    """Return the tensors of each part that a folder has; see `checkpoints.parts`."""
+    found = {part: {n: info for n, info in plan.items() if n.startswith(f"{part}/")} for part in part_folders(layout)}
+    return {part: tensors for part, tensors in found.items() if tensors}
+
+
+def _write_weights(
+    checkpoint: Checkpoint, plan: Plan, folder: Path, limit: int, options: WriteOptions, shards_by: ShardWriter | None,
+    layout: Path | None,
+) -> dict[str, str]:  # fmt: skip
+    """Write the weights of each part into its subfolder, and all others into the folder itself."""
+    hashes: dict[str, str] = {}
+    parts = _parts(plan, layout)
+    for part, tensors in parts.items():
+        (folder / part).mkdir(exist_ok=True)
+        stem, in_part = weight_stem((layout or folder) / part), options._replace(prefix=f"{part}/")
+        written = _write_shards(checkpoint, tensors, folder / part, limit, in_part, shards_by, stem)
+        hashes |= {f"{part}/{name}": digest for name, digest in written.items()}
+    rest = plan.keys() - {name for tensors in parts.values() for name in tensors}
+    if rest or not parts:
+        hashes |= _write_shards(checkpoint, {n: plan[n] for n in plan if n in rest}, folder, limit, options, shards_by)
+    return hashes
 
 
 def _write_shards(
