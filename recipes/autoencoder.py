@@ -1,4 +1,4 @@
-"""A custom task: squeeze a digit of 64 pixels through a few numbers and draw it again."""
+"""A custom task: compress a digit of 64 pixels to a few numbers and reconstruct it."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -6,13 +6,13 @@ from torch import nn
 
 
 def make(code=12, invert=False):
-    """Model, data and loss for `emomerge run autoencoder.yaml`; see `emomerge.tasks.custom`."""
+    """Return model, data and loss for `emomerge run autoencoder.yaml`; see `emomerge.tasks.custom`."""
     pixels = torch.from_numpy(load_digits().data).float() / 16
     pixels = (1 - pixels if invert else pixels)[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))]
     test = pixels[1500:]
 
     def loss(model, batch):
-        return (model(batch["pixels"]) - batch["pixels"]).square().mean(dim=1)  # of each row
+        return (model(batch["pixels"]) - batch["pixels"]).square().mean(dim=1)  # one loss per row
 
     def samples(model):
         pairs = torch.stack([test[:10], model(test[:10].to(next(model.parameters()).device)).cpu()])

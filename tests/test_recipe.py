@@ -51,7 +51,7 @@ def test_shipped_recipes_are_valid_and_say_how_to_run_them(file):
         ({"runs": {"steps": 0}}, r"`runs\.steps` in recipe; expected input should be greater than or equal to 1; found 0"),
         ({"runs": {"steps": "many"}}, r"`runs\.steps`.*found 'many'"),
         ({"runs": {"optimizers": ["sens", "adam"]}}, r"`runs\.optimizers\.1`.*found 'adam'"),
-        ({"runs": {"optimizers": ["sens", "sens"]}}, "`optimizers` names something twice"),
+        ({"runs": {"optimizers": ["sens", "sens"]}}, "`optimizers` has a duplicate"),
         ({"base": {}}, "either `model`"),
         ({"base": {"model": "a", "prepare": {"model": "mlp"}}}, "either `model`"),
         (

@@ -35,12 +35,12 @@ class Section(BaseModel):
 
 
 class Transform(Section):
-    """A fixed shift of the images, which makes a new task of an old one."""
+    """A fixed transformation of the images, which turns a task into a new one."""
 
     rotate: Literal[0, 90, 180, 270] = 0
     """Degrees counter-clockwise."""
     invert: bool = False
-    """Exchange black and white."""
+    """Swap black and white."""
 
 
 class TaskSection(Section):
@@ -103,9 +103,9 @@ class Prepare(Section):
     model: str
     """The network; which ones there are depends on the task."""
     transform: Transform = Transform()
-    """Shift of the images that the base learns; the runs learn the task's own shift."""
+    """Transformation of the base's training images; the runs use the task's own."""
     train: str | None = None
-    """The text that the base and its tokenizer learn from (default: the task's)."""
+    """The text that the base and its tokenizer are trained on (default: the task's)."""
     vocabulary: int = Field(1024, ge=258)
     """Number of tokens of that tokenizer, a byte-level BPE."""
     options: dict[str, Any] = {}
@@ -158,20 +158,20 @@ Adapter = Annotated[Lora | Full, one_of(Lora, Full)]
 
 
 class Ema(Section):
-    """Exponential moving average of a run's weights, without bias towards where it begins."""
+    """Exponential moving average of a run's weights, corrected for the bias towards its start."""
 
     kind: Literal["ema"]
     decay: float = Field(0.99, gt=0, lt=1)
     use: Literal["average", "last"] = "average"
-    """Which weights are merged, probed and loaded; both are kept."""
+    """Which weights are merged, probed and loaded; both are saved."""
 
 
 class Lawa(Section):
-    """Plain mean of a run's last weights, one term a step."""
+    """Plain mean of a run's weights over its last steps."""
 
     kind: Literal["lawa"]
     last: float = Field(0.5, gt=0, le=1)
-    """The share of the steps, at their end, that is averaged."""
+    """Share of the steps, at the end of the run, that is averaged."""
     use: Literal["average", "last"] = "average"
 
 
@@ -181,7 +181,7 @@ def _average(value: Any) -> Any:
 
 
 class Outer(Section):
-    """Nesterov's momentum on the step from one round's start to the mean of its runs (DiLoCo, Douillard et al. 2023)."""
+    """Nesterov momentum on the step from a round's start to the mean of its runs (DiLoCo, Douillard et al. 2023)."""
 
     momentum: float = Field(0.5, ge=0, lt=1)
     """DiLoCo's 0.9 is for hundreds of long rounds; with 30 short ones it overshoots (`benchmarks/rounds.py`)."""
@@ -200,18 +200,18 @@ def _rates(value: Any) -> Any:
 
 
 class Runs(Section):
-    """The shallow runs: what is equal in all of them."""
+    """The settings that all runs share."""
 
     optimizers: tuple[OptimizerName, ...] = Field(FAMILY, min_length=1)
     steps: int = Field(300, ge=1)
     batch_size: int = Field(16, ge=1)
     accumulation: int = Field(1, ge=1)
-    """Micro-batches a step; each has `batch_size` rows."""
+    """Micro-batches per step, each of `batch_size` rows."""
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     data_order: Literal["same", "different"] = "same"
     preset: PresetName = "guarded"
     lr: Annotated[dict[OptimizerName, Rate] | Rate, BeforeValidator(_rates)] = 1.0
-    """emoScope, a multiplier of emoPulse; 1.0 needs no tuning. One number, or optimizer → number (1.0 for those not named)."""
+    """emoScope, a multiplier of emoPulse; 1.0 needs no tuning. One number, or optimizer -> number (1.0 for the others)."""
     weight_decay: float = Field(0.01, ge=0)
     geometry: Literal["exact", "l1"] = "exact"
     use_shadow: bool = False
@@ -219,29 +219,29 @@ class Runs(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the forward pass under autocast; weights, pulse and merge stay in float32."""
     checkpoint_every: int = Field(100, ge=1)
-    """Steps between the points a killed run resumes from."""
+    """Steps between checkpoints, from which an interrupted run resumes."""
     average: Annotated[Ema | Lawa | None, one_of(Ema, Lawa, optional=True), BeforeValidator(_average)] = None
     """`none`, `ema` or `lawa`: an average of the weights inside each run, in the last round."""
     early_stop: bool = False
-    """A run ends, or waits for the next round, once its optimizer's `should_stop` is true. Controls use their whole budget."""
+    """A run ends, or waits for the next round, once its optimizer's `should_stop` is true. Controls use all their steps."""
     cooldown: float = Field(0.0, ge=0, le=1)
     """emoPulse falls linearly to 0 over this last share of the steps."""
     rounds: int = Field(1, ge=1)
-    """The steps are split into so many rounds; each starts all runs from the mean of the round before."""
+    """Number of rounds that the steps are divided into; each starts all runs from the mean of the previous one."""
     outer: Outer | None = None
     sharding: Literal["ddp", "fsdp"] = "ddp"
-    """Under torchrun: every process has the whole model, or (FSDP2) its part of each layer."""
+    """Under torchrun: every process holds the whole model (ddp), or its part of each layer (fsdp, FSDP2)."""
     log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Where every step is logged besides `metrics.jsonl`."""
+    """Trackers that log every step in addition to `metrics.jsonl`."""
     parallel: Literal["auto", "stacked", "sequential"] = "auto"
-    """`stacked` trains all adapters in one pass over the shared base, equal to `sequential` up to rounding; `auto` stacks where
-    it can, fits into memory and saves time."""
+    """`stacked` trains all adapters in one pass over the shared base, equal to `sequential` up to rounding; `auto` does so if
+    it is possible, fits into memory and saves time."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Runs:
         for field, values in (("optimizers", self.optimizers), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
-                raise ValueError(f"`{field}` names something twice")
+                raise ValueError(f"`{field}` has a duplicate")
         if self.rounds > self.steps:
             raise ValueError(f"`rounds` is {self.rounds} for {self.steps} steps; a round needs a step")
         if self.outer is not None and self.rounds == 1:
@@ -249,14 +249,14 @@ class Runs(Section):
         return self
 
     def lr_of(self, optimizer: str) -> float:
-        """emoScope of one optimizer."""
+        """Return emoScope of an optimizer."""
         return self.lr.get(optimizer, 1.0) if isinstance(self.lr, dict) else self.lr
 
 
 class Merge(BaseModel):
-    """One merge: the method, a name for its folder, and the method's own parameters (checked by the method).
+    """One merge: the method, a name for its folder, and the method's parameters, which the method checks.
 
-    Most numbers among these may also be a list over the layers, or a list of `{filter, run, value}`.
+    Most numeric parameters may also be a list over the layers, or a list of `{filter, run, value}`.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -272,7 +272,7 @@ class Merge(BaseModel):
 
     @property
     def params(self) -> dict[str, Any]:
-        """The method's own parameters, as written."""
+        """The method's parameters, as written."""
         return dict(self.model_extra or {})
 
 
@@ -302,13 +302,13 @@ Control = Annotated[str, name_in(("best-single", *CONTROLS))]
 
 
 class Rival(Section):
-    """How the controls are trained that are not of the family."""
+    """How the controls are trained."""
 
     learning_rates: tuple[float, ...] = Field((3e-4, 1e-3, 3e-3), min_length=1)
-    """Peak rates of AdamW. Every one is trained for as many steps as all runs together; the lowest validation loss counts."""
+    """Peak learning rates of AdamW. Each is trained for as many steps as all runs together; the best validation loss counts."""
     weight_decay: float = Field(0.01, ge=0)
     snapshots: int = Field(12, ge=2)
-    """Points of the long run that are kept, evenly spaced, for `loss-matched` and `swa`."""
+    """Number of evenly spaced snapshots of the long run, for `loss-matched` and `swa`."""
 
 
 def _task(value: Any) -> Any:
@@ -320,7 +320,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     base: Base = Base()
-    """May be left out where a custom task's function brings a model that has learnt already."""
+    """May be left out if the task brings its own model (custom tasks)."""
     task: Annotated[SerializeAsAny[TaskSection], BeforeValidator(_task)]
     adapter: Adapter = Lora(kind="lora")
     runs: Runs = Runs()
@@ -328,12 +328,12 @@ class Recipe(Section):
         (Merge(method="tall-mask"), Merge(method="ties"), Merge(method="mean"), Merge(method="greedy-soup")),
         min_length=1,
     )
-    """The first one is what the verdict judges."""
+    """The verdict is about the first one."""
     controls: tuple[Control, ...] = ("best-single", "distance-matched", "loss-matched", "long-run", "adamw-long-run")
     rival: Rival = Rival()
     probe: Probe = Probe()
     select: Literal["best", "none"] = "best"
-    """`best` names the artefact with the lowest validation loss, be it a merge or a single run."""
+    """`best` selects the artefact with the lowest validation loss, a merge or a single run."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps …"""
 
