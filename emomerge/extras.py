@@ -40,11 +40,18 @@ def require(feature: str, *extras: str) -> None:
     Raises:
         MissingExtra: a package is missing or too old.
     """
-    lacking = {extra: [fault for package in EXTRAS[extra].items() if (fault := _fault(*package))] for extra in extras}
-    if any(lacking.values()):
-        raise MissingExtra(
-            feature, [fault for faults in lacking.values() for fault in faults], [e for e in extras if lacking[e]]
-        )
+    _check(feature, {extra: EXTRAS[extra] for extra in extras})
+
+
+def require_module(feature: str, module: str) -> None:
+    """Check a single optional module, as `require` checks all of an extra."""
+    extra = next(extra for extra, packages in EXTRAS.items() if module in packages)
+    _check(feature, {extra: {module: EXTRAS[extra][module]}})
+
+
+def installed(module: str) -> bool:
+    """Return whether an optional module is installed, in a version that emomerge supports."""
+    return _fault(module, next(packages[module] for packages in EXTRAS.values() if module in packages)) is None
 
 
 @contextlib.contextmanager
@@ -61,6 +68,12 @@ def needed_by(feature: str) -> Iterator[None]:
             if (package := packages.get(error.name or "")) is not None:
                 raise MissingExtra(feature, [package], [extra]) from error
         raise
+
+
+def _check(feature: str, wanted: Mapping[str, Mapping[str, str]]) -> None:
+    faults = {extra: [fault for package in wanted[extra].items() if (fault := _fault(*package))] for extra in wanted}
+    if any(faults.values()):
+        raise MissingExtra(feature, [f for group in faults.values() for f in group], [e for e in faults if faults[e]])
 
 
 def _fault(module: str, distribution: str) -> str | None:

@@ -15,6 +15,10 @@ import torch
 from torch import nn
 
 from emomerge.checkpoints import Checkpoint, disk_names
+from emomerge.extras import installed, require_module
+
+CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
+"""The `model_type`s of transformers with layers of type Conv1D; newer models have none."""
 
 
 class BaseNames:
@@ -33,8 +37,10 @@ class BaseNames:
         """Return the base's name of a module tensor: equal, renamed by transformers, or with another prefix; or None."""
         if name in self._base:
             return name
-        renamed = [self._disk[variant] for variant in _variants(name, self._disk, self._disk_by_tail)]
         direct = _variants(name, self._base, self._by_tail)
+        if self.needs_transformers:
+            return direct[0] if len(direct) == 1 else None
+        renamed = [self._disk[variant] for variant in _variants(name, self._disk, self._disk_by_tail)]
         for candidates in (renamed, direct):
             present = sorted({candidate for candidate in candidates if candidate in self._base})
             if len(present) == 1:
@@ -79,22 +85,29 @@ class BaseNames:
         The source is read, not imported, which would take seconds; False if it builds on other models.
         """
         kind = str(self.config.get("model_type"))
+        if self.needs_transformers and "auto_map" not in self.config:
+            return kind not in CONV1D_MODELS
         package = find_spec("transformers")
         if package is None or not package.submodule_search_locations or not kind.isidentifier() or "auto_map" in self.config:
             return False
         source = Path(package.submodule_search_locations[0]) / "models" / kind / f"modeling_{kind}.py"
         return source.is_file() and not re.search(r"Conv1D|AutoModel|from \.\.\w", source.read_text(encoding="utf-8"))
 
-    @property
+    @cached_property
     def needs_transformers(self) -> bool:
-        """Whether names of this base cannot be resolved only because transformers is not installed."""
-        return "model_type" in self.config and find_spec("transformers") is None
+        """Whether names of this base cannot be resolved only because transformers is missing or too old."""
+        return "model_type" in self.config and not installed("transformers")
 
     @cached_property
     def model(self) -> nn.Module | None:
-        """A model of the base's configuration on the meta device; None if transformers does not know it or is not installed."""
-        if "model_type" not in self.config or self.needs_transformers:
+        """A model of the base's configuration on the meta device; None if transformers does not know it.
+
+        Raises:
+            MissingExtra: the base is a model of transformers, which is not installed.
+        """
+        if "model_type" not in self.config:
             return None
+        require_module(f"an adapter over this {self.config['model_type']} model", "transformers")
         import transformers
 
         try:

@@ -29,7 +29,10 @@ def disk_names(model: nn.Module) -> dict[str, str]:
     transformers = sys.modules.get("transformers")  # imported already if the model is one of its own
     if transformers is None or not hasattr(model, "config") or not isinstance(model, transformers.PreTrainedModel):
         return same
-    from transformers.core_model_loading import revert_weight_conversion
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # versions before 5 rename nothing
+        return same
 
     # Stand-ins without data: a tensor that transformers returns unchanged was only renamed.
     stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
