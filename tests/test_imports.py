@@ -111,9 +111,7 @@ LIGHT = [
     "datasets",
     "huggingface_hub",
     "altair",
-    "vl_convert",
-    "jinja2.environment",
-    "sklearn",
+    "vl_convertsklearn",
 ]
 
 
