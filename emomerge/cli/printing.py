@@ -9,6 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from emomerge.merging.record import MergeRecord
+    from emomerge.results import Results
 
 
 def console() -> Any:
@@ -18,19 +19,20 @@ def console() -> Any:
     return Console()
 
 
-def print_results(results: dict[str, Any], report: Path) -> None:
+def print_results(results: Results, report: Path) -> None:
     """Figures, warnings, the verdict and what to use."""
     from emomerge.reporting import figures_table
 
     screen = console()
     screen.print(figures_table(results, screen.width))
-    for name, warning in ((name, w) for name, facts in results["merges"].items() for w in facts.get("warnings", [])):
+    for name, warning in ((name, warning) for name, facts in results.merges.items() for warning in facts.warnings):
         screen.print(f"Warning, {name}: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    screen.print(results["verdict"]["sentence"], style="bold", markup=False, highlight=False, soft_wrap=True)
-    for caveat in results["verdict"]["caveats"]:
-        screen.print(f"  {caveat}", markup=False, highlight=False, soft_wrap=True)
-    if results["selected"]:
-        screen.print(results["selected"]["sentence"], markup=False, highlight=False, soft_wrap=True)
+    if results.verdict:
+        screen.print(results.verdict.sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
+        for caveat in results.verdict.caveats:
+            screen.print(f"  {caveat}", markup=False, highlight=False, soft_wrap=True)
+    if results.selected:
+        screen.print(results.selected.sentence, markup=False, highlight=False, soft_wrap=True)
     click.echo(f"Report: {report}")
 
 

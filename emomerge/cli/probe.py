@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +70,7 @@ def probe(
     engine = engine_of(out, executor, max_parallel, settings)
     results = probe_models(parsed, list(models), base_folder, out, Display(quiet=quiet), metrics or None, engine)
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        click.echo(results.to_json(), nl=False)
     else:
         screen = console()
         screen.print(figures_table(results, screen.width))
@@ -85,8 +84,8 @@ def probe(
 def report(folder: Path, out: Path | None, force: bool, quiet: bool) -> None:
     """Write the report of the results that `emomerge run` left in FOLDER."""
     from emomerge.checkpoints import atomic
-    from emomerge.experiment.pipeline import load_results
     from emomerge.reporting import write_report
+    from emomerge.results import load_results
 
     results = load_results(folder)
     if out is not None:

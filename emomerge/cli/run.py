@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -84,7 +83,7 @@ def run(recipe: str, out: Path | None, again: bool, as_json: bool, **options: An
     todo = on_all_ranks(pipeline, pipeline.run)
     results = pipeline.results()
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        click.echo(results.to_json(), nl=False)
         return
     if not todo:
         click.echo("Nothing to do: every stage is up to date.")

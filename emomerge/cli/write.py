@@ -85,6 +85,7 @@ def card(context: dict[str, Any]) -> str:
     """Render a model card that names the command and the version of emomerge."""
     from importlib.metadata import version
 
-    from emomerge.reporting import model_card
+    from emomerge.reporting import Card, model_card
 
-    return model_card({**context, "command": shlex.join(["emomerge", *sys.argv[1:]]), "version": version("emomerge")})
+    known = {**context, "command": shlex.join(["emomerge", *sys.argv[1:]]), "version": version("emomerge")}
+    return model_card(Card.model_validate(known))

@@ -1,108 +1,95 @@
-"""The experiment's result: every figure of every artefact, its controls, the verdict, and which artefact to use."""
+"""The assessment of an experiment: every figure of every artefact, its controls, the verdict, and which artefact to use."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from emomerge.adapters import open_run
 from emomerge.checkpoints import atomic, open_checkpoint
+from emomerge.controls import CONTROLS, PLAIN_MEAN, SINGLE_RUN
 from emomerge.errors import BadInput
-from emomerge.experiment.measure import PRESETS, Artefact, Measured, Measurer, fingerprint, steps_of
+from emomerge.experiment.measure import PRESETS, Artefact, Landscapes, Measured, Measurer, fingerprint, steps_of
 from emomerge.experiment.workers import spread
 from emomerge.probing import verdict
 from emomerge.progress import Display
 from emomerge.recipe import Recipe
+from emomerge.results import ArtefactRow, Column, Evidence, ProbeFacts, Results, Role, Selected, Verdict
 from emomerge.tasks import make_task
 from emomerge.training import Engine, choose_device
 
-Array = NDArray[np.float64]
 
-SINGLE, MATCHED, LOSS_MATCHED, MEAN = "best single run", "distance-matched", "loss-matched", "plain mean"
-LONG, ADAMW, ADAMW_AVERAGE, SWA = (
-    "long run of equal steps", "AdamW with cosine, equal steps", "average of AdamW runs", "SWA of the long run",
-)  # fmt: skip
-"""The merge's rivals."""
+@dataclass(frozen=True)
+class Contestants:
+    """Everything that an experiment compares."""
+
+    base: Artefact
+    runs: Sequence[Artefact]
+    merges: Mapping[str, Sequence[Artefact]]
+    """Label → one merge for each training seed."""
+    best: Sequence[Artefact]
+    """The best single run of each training seed."""
+    controls: Mapping[str, Sequence[Artefact]]
+    """Kind of control → one artefact for each training seed that has one."""
+    snapshots: Sequence[Artefact] = ()
+    """Of the long runs."""
 
 
 @dataclass(frozen=True)
-class Contest:
-    """What one training seed brings to the verdict: the merge and its rivals as paired arrays."""
+class Comparison:
+    """What one training seed brings to the verdict: the merge and its rivals, label → artefact."""
 
     merge: Artefact
-    flat: Mapping[str, Artefact]
-    """Rivals in sharpness."""
-    better: Mapping[str, Artefact]
-    """Rivals in held-out loss."""
+    in_sharpness: Mapping[str, Artefact]
+    in_loss: Mapping[str, Artefact]
 
 
 def assess(
-    recipe: Recipe,
-    measurer: Measurer,
-    *,
-    base: Artefact,
-    runs: Sequence[Artefact],
-    merges: Mapping[str, Sequence[Artefact]],
-    best: Sequence[Artefact],
-    rivals: Mapping[str, Sequence[Artefact]],
-    display: Display,
-    engine: Engine | None = None,
-) -> dict[str, Any]:
-    """Measure everything and judge the recipe's first merge: named before any figure was seen, it is no pick of the luckiest.
+    recipe: Recipe, measurer: Measurer, contestants: Contestants, *, display: Display, engine: Engine | None = None
+) -> Results:
+    """Measure everything and judge the recipe's first merge.
+
+    It was named before any figure was seen, so that the verdict is on no pick of the luckiest.
 
     Args:
-        recipe: what was asked for.
+        recipe: the experiment.
         measurer: measures artefacts.
-        base: where all started.
-        runs: the shallow runs.
-        merges: label → one merge for each training seed.
-        best: the best single run of each training seed.
-        rivals: kind of control → its artefact for each training seed that has one (see `Pipeline.rivals`).
+        contestants: all artefacts but the controls that are derived from a merge.
         display: shows progress.
-        engine: what starts workers for the probe; None measures here.
+        engine: starts workers for the probe; None measures in this process.
 
     Returns:
-        `artefacts`, `probe`, `curves`, `verdict` and `selected` of results.json.
+        Results with figures, landscapes, verdict and selection; the rest is left to the caller.
     """
     label = recipe.merge[0].label
-    matched = _distance_matched(recipe, measurer, runs, merges[label])
-    alike = _loss_matched(recipe, measurer, rivals["snapshots"], merges[label])
-    contests = _contests(recipe, merges, best, rivals, matched, alike)
-    trained = [a for kind in ("long-run", "adamw-long-run", "adamw-average", "swa") for a in rivals[kind]]
-    everything = [base, *runs, *(merge for group in merges.values() for merge in group), *trained, *matched, *alike]
-    close = {base.name, *(a.name for c in contests for a in (c.merge, *c.flat.values(), *c.better.values()))}
-    metrics = PRESETS[recipe.probe.preset]
-    of_each = {a.name: metrics if a.name in close else PRESETS["quick"] for a in everything}
-    if engine is not None:
-        spread(engine, measurer, [(a, of_each[a.name]) for a in everything], display)
-    line = display.line("probe", sum(steps_of(recipe, chosen) for chosen in of_each.values()))
-    measured = {a.name: measurer.probe(a, line, of_each[a.name]) for a in everything}
-    several = {}
-    if recipe.probe.preset != "quick":  # of the first training seed: pictures, not evidence
-        of_seed = [run for run in runs if run.seed == best[0].seed]
-        several = measurer.landscapes(merges[label][0], best[0], of_seed, line, metrics)
-        measured[merges[label][0].name].row["hessian"]["subspace"] = measurer.span(merges[label][0], of_seed)
-    rows = [found.row for found in measured.values()]
-    judged = _judge(recipe, measurer, label, contests, measured)
-    if (rounds := recipe.runs.rounds) > 1:
-        judged["caveats"].append(f"{rounds} rounds: a single run holds the means of all and had a share in their steps")
-    return {
-        "artefacts": rows,
-        "probe": {
-            **recipe.probe.model_dump(mode="json"),
-            "rows": len(measurer.probe_rows[recipe.probe.data]),
-            "noise_floor": measurer.noise_floor(base),
-        },
-        "curves": {name: found.curve for name, found in measured.items() if found.curve},
-        **several,
-        "verdict": {**judged, "merge": merges[label][0].name, "best_single": [run.name for run in best]},
-        "selected": select(rows) if recipe.select == "best" else None,
+    derived = derived_controls(recipe, measurer, contestants)
+    controls = {**contestants.controls, **derived}
+    comparisons = _comparisons(recipe, contestants, controls)
+    everything = [contestants.base, *contestants.runs, *_all(contestants.merges), *_all(controls)]
+    close = {
+        contestants.base.name,
+        *(a.name for c in comparisons for a in (c.merge, *c.in_sharpness.values(), *c.in_loss.values())),
     }
+    preset = PRESETS[recipe.probe.preset]
+    metrics = {a.name: preset if a.name in close else PRESETS["quick"] for a in everything}
+    if engine is not None:
+        spread(engine, measurer, [(a, metrics[a.name]) for a in everything], display)
+    line = display.line("probe", sum(steps_of(recipe, chosen) for chosen in metrics.values()))
+    measured = {a.name: measurer.probe(a, line, metrics[a.name]) for a in everything}
+    landscapes = Landscapes()
+    if recipe.probe.preset != "quick":  # of the first training seed: pictures, not evidence
+        merge, best = contestants.merges[label][0], contestants.best[0]
+        runs = [run for run in contestants.runs if run.seed == best.seed]
+        landscapes = measurer.landscapes(merge, best, runs, line, preset)
+        measured[merge.name] = measurer.add_span(measured[merge.name], merge, runs)
+    return _results(recipe, measured, landscapes).model_copy(
+        update={
+            "probe": _probe_facts(recipe, measurer, contestants.base),
+            "verdict": _judge(recipe, measurer, comparisons, measured),
+            "selected": select([found.row for found in measured.values()]) if recipe.select == "best" else None,
+        }
+    )
 
 
 def probe_models(
@@ -113,17 +100,20 @@ def probe_models(
     display: Display,
     metrics: Sequence[str] | None = None,
     engine: Engine | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Measure given models on a recipe's data, resumably: `results.json` and `evaluations.jsonl` in `out`.
 
     Args:
-        recipe: gives data and probe.
+        recipe: gives the data and the probe.
         models: checkpoints, adapters or run directories, all of the base's architecture.
         base_folder: the base they are compared with; its RMS sets the ball.
         out: folder for results and ledger.
         display: shows progress.
-        metrics: of those in PRESETS; by default what the recipe's preset holds.
-        engine: what starts workers for the probe; None measures here.
+        metrics: names of metrics; by default those of the recipe's preset.
+        engine: starts workers for the probe; None measures in this process.
+
+    Raises:
+        BadInput: `out` is the output folder of a recipe.
     """
     metrics = PRESETS[recipe.probe.preset] if metrics is None else metrics
     if (out / "recipe.yaml").exists():
@@ -146,59 +136,72 @@ def probe_models(
     for model, checkpoint in zip(models, checkpoints, strict=True):
         name = Path(model).name if short.count(Path(model).name) == 1 and Path(model).name != "base" else model
         artefacts.append(Artefact(name, "merge", checkpoint, fingerprint(checkpoint), path=Path(model)))
-    rows, curves, several = [], {}, {}
+    landscapes = Landscapes()
     with display.live():
         if engine is not None:
             spread(engine, measurer, [(artefact, metrics) for artefact in artefacts], display)
         line = display.line("probe", len(artefacts) * steps_of(recipe, metrics))
-        for artefact in artefacts:
-            measured = measurer.probe(artefact, line, metrics)
-            rows.append(measured.row)
-            if measured.curve:
-                curves[artefact.name] = measured.curve
+        measured = {artefact.name: measurer.probe(artefact, line, metrics) for artefact in artefacts}
         if len(artefacts) > 2:
-            several = measurer.landscapes(artefacts[1], artefacts[2], artefacts[2:], line, metrics)
-    results = {
-        "name": recipe.name, "artefacts": rows, "curves": curves, "probe": recipe.probe.model_dump(mode="json"), **several,
-    }  # fmt: skip
-    atomic.write_json(out / "results.json", results)
+            landscapes = measurer.landscapes(artefacts[1], artefacts[2], artefacts[2:], line, metrics)
+    results = _results(recipe, measured, landscapes).model_copy(
+        update={"probe": ProbeFacts.model_validate(recipe.probe.model_dump())}
+    )
+    atomic.write_text(out / "results.json", results.to_json())
     return results
 
 
-def _contests(
-    recipe: Recipe,
-    merges: Mapping[str, Sequence[Artefact]],
-    best: Sequence[Artefact],
-    rivals: Mapping[str, Sequence[Artefact]],
-    matched: Sequence[Artefact],
-    alike: Sequence[Artefact],
-) -> list[Contest]:
-    """One contest for each training seed, with the rivals alone that every seed has: one that diverged leaves them unpaired."""
+def derived_controls(recipe: Recipe, measurer: Measurer, contestants: Contestants) -> dict[str, list[Artefact]]:
+    """Return kind → the controls that are derived from the recipe's first merge, those that the recipe wants."""
+    merges = contestants.merges[recipe.merge[0].label]
+    wanted = {kind: derive for kind, derive in DERIVED.items() if kind in recipe.controls}
+    return {kind: [a for merge in merges for a in derive(measurer, contestants, merge)] for kind, derive in wanted.items()}
+
+
+def _distance_matched(measurer: Measurer, contestants: Contestants, merge: Artefact) -> list[Artefact]:
+    return [measurer.distance_matched(run, merge) for run in contestants.runs if run.seed == merge.seed]
+
+
+def _loss_matched(measurer: Measurer, contestants: Contestants, merge: Artefact) -> list[Artefact]:
+    snapshots = [snapshot for snapshot in contestants.snapshots if snapshot.seed == merge.seed]
+    return [measurer.loss_matched(snapshots, merge)] if snapshots else []
+
+
+DERIVED: Mapping[str, Callable[[Measurer, Contestants, Artefact], list[Artefact]]] = {
+    "distance-matched": _distance_matched,
+    "loss-matched": _loss_matched,
+}
+"""Kind of control → function that derives its artefacts from a merge."""
+
+
+def _comparisons(recipe: Recipe, contestants: Contestants, controls: Mapping[str, Sequence[Artefact]]) -> list[Comparison]:
+    """One comparison for each training seed. A rival that some seed lacks, because it diverged there, is left out: unpaired."""
     label, mean = recipe.merge[0].label, _plain_mean(recipe)
-    kinds = {LONG: "long-run", ADAMW: "adamw-long-run", ADAMW_AVERAGE: "adamw-average", SWA: "swa"}
-    contests = [
-        Contest(
-            merged,
-            flat=_present(
-                {
-                    SINGLE: [single],
-                    MATCHED: [m for m in matched if m.of == single.name],
-                    LOSS_MATCHED: [a for a in alike if a.of == merged.name],
-                }
-            ),
-            better=_present(
-                {
-                    SINGLE: [single],
-                    MEAN: [merges[mean][index]] if mean not in (None, label) else [],
-                    **{rival: [a for a in rivals[kind] if a.seed == single.seed] for rival, kind in kinds.items()},
-                }
-            ),
+    found = []
+    for index, (merge, single) in enumerate(zip(contestants.merges[label], contestants.best, strict=True)):
+        in_sharpness, in_loss = {SINGLE_RUN: single}, {SINGLE_RUN: single}
+        if mean not in (None, label):
+            in_loss[PLAIN_MEAN] = contestants.merges[mean][index]
+        for kind, control in CONTROLS.items():
+            rival = next((a for a in controls.get(kind, ()) if _belongs(a, merge, single)), None)
+            if rival is not None:
+                (in_sharpness if control.rival_in == "flatter" else in_loss)[control.label] = rival
+        found.append(Comparison(merge, in_sharpness, in_loss))
+    return [
+        Comparison(
+            c.merge, _shared(c.in_sharpness, [f.in_sharpness for f in found]), _shared(c.in_loss, [f.in_loss for f in found])
         )
-        for index, (merged, single) in enumerate(zip(merges[label], best, strict=True))
+        for c in found
     ]
-    flat = [name for name in contests[0].flat if all(name in c.flat for c in contests)]
-    better = [name for name in contests[0].better if all(name in c.better for c in contests)]
-    return [Contest(c.merge, {n: c.flat[n] for n in flat}, {n: c.better[n] for n in better}) for c in contests]
+
+
+def _belongs(control: Artefact, merge: Artefact, single: Artefact) -> bool:
+    """Whether a control is matched to the merge or the best single run of a training seed, or else is of that seed."""
+    return control.seed == single.seed if control.of is None else control.of in (merge.name, single.name)
+
+
+def _shared(rivals: Mapping[str, Artefact], of_all_seeds: Sequence[Mapping[str, Artefact]]) -> dict[str, Artefact]:
+    return {label: rival for label, rival in rivals.items() if all(label in others for others in of_all_seeds)}
 
 
 def _plain_mean(recipe: Recipe) -> str | None:
@@ -206,86 +209,112 @@ def _plain_mean(recipe: Recipe) -> str | None:
     return next((spec.label for spec in recipe.merge if spec.method == "mean" and not spec.params), None)
 
 
-def _distance_matched(
-    recipe: Recipe, measurer: Measurer, runs: Sequence[Artefact], merged: Sequence[Artefact]
-) -> list[Artefact]:
-    if "distance-matched" not in recipe.controls:
-        return []
-    return [measurer.distance_matched(run, merge) for merge in merged for run in runs if run.seed == merge.seed]
+def _judge(recipe: Recipe, measurer: Measurer, comparisons: Sequence[Comparison], measured: Mapping[str, Measured]) -> Verdict:
+    """The verdict on the recipe's first merge over all training seeds."""
+    label, rivals = recipe.merge[0].label, comparisons[0]
+    better_missing = [PLAIN_MEAN] if _plain_mean(recipe) != label and PLAIN_MEAN not in rivals.in_loss else []
+    better_missing += _missing("better", rivals.in_loss)
+    flatter_missing = [f"{name} control" for name in _missing("flatter", rivals.in_sharpness)]
+    found = verdict.overall(
+        label,
+        verdict.judge_better(_in_loss(measurer, comparisons), [f"the {name}" for name in better_missing]),
+        verdict.judge_flatter(
+            _in_sharpness(recipe, comparisons, measured), len(recipe.probe.radii), [f"the {name}" for name in flatter_missing]
+        ),
+        merge=rivals.merge.name,
+        best_single=[c.in_loss[SINGLE_RUN].name for c in comparisons],
+    )
+    if (rounds := recipe.runs.rounds) == 1:
+        return found
+    caveat = f"{rounds} rounds: a single run holds the means of all and had a share in their steps"
+    return found.model_copy(update={"caveats": (*found.caveats, caveat)})
 
 
-def _loss_matched(
-    recipe: Recipe, measurer: Measurer, snapshots: Sequence[Artefact], merged: Sequence[Artefact]
-) -> list[Artefact]:
-    if "loss-matched" not in recipe.controls:
-        return []
-    of_seed = [(m, [s for s in snapshots if s.seed == m.seed]) for m in merged]
-    return [measurer.loss_matched(kept, merge) for merge, kept in of_seed if kept]
+def _missing(claim: str, rivals: Mapping[str, Artefact]) -> list[str]:
+    """Labels of the controls that a claim needs and that were not measured."""
+    needed = [control for control in CONTROLS.values() if control.rival_in == claim and control.required]
+    return [control.label for control in needed if control.label not in rivals]
 
 
-def _present(rivals: Mapping[str, Sequence[Artefact]]) -> dict[str, Artefact]:
-    return {name: found[0] for name, found in rivals.items() if found}
-
-
-def _judge(
-    recipe: Recipe, measurer: Measurer, label: str, contests: Sequence[Contest], measured: Mapping[str, Measured]
-) -> dict[str, Any]:
-    """The verdict on one merge method over all training seeds."""
-    radii = recipe.probe.radii
-    looks: list[tuple[str, int | None, str]] = [("gaussian", r, f"gaussian σ={radius:g}") for r, radius in enumerate(radii)]
-    if "hessian" in PRESETS[recipe.probe.preset]:
-        looks += [(what, None, what) for what in verdict.HESSIAN]
-    flat = [
-        verdict.sharpness_ratio(
-            [measured[c.merge.name].figures(metric, at) for c in contests],
-            [measured[c.flat[rival].name].figures(metric, at) for c in contests],
-            measured[contests[0].merge.name].weights[metric],
-            against=rival,
-            what=what,
-        )
-        for rival in contests[0].flat
-        for metric, at, what in looks
-    ]
-    losses = {a.name: measurer.scores(a, "test") for c in contests for a in (c.merge, *c.better.values())}
-    better = [
+def _in_loss(measurer: Measurer, comparisons: Sequence[Comparison]) -> list[Evidence]:
+    losses = {a.name: measurer.scores(a, "test") for c in comparisons for a in (c.merge, *c.in_loss.values())}
+    return [
         verdict.loss_difference(
-            [losses[c.merge.name]["loss"] for c in contests],
-            [losses[c.better[rival].name]["loss"] for c in contests],
-            losses[contests[0].merge.name]["weight"],
+            [losses[c.merge.name]["loss"] for c in comparisons],
+            [losses[c.in_loss[rival].name]["loss"] for c in comparisons],
+            losses[comparisons[0].merge.name]["weight"],
             against=rival,
             what="test loss",
         )
-        for rival in contests[0].better
+        for rival in comparisons[0].in_loss
     ]
-    flat_missing = [f"the {rival} control" for rival in (MATCHED, LOSS_MATCHED) if rival not in contests[0].flat]
-    needed = {MEAN: label != _plain_mean(recipe), LONG: True}
-    better_missing = [f"the {rival}" for rival, is_needed in needed.items() if is_needed and rival not in contests[0].better]
-    return verdict.overall(
-        label,
-        verdict.judge_better(better, better_missing),
-        verdict.judge_flatter(flat, len(radii), flat_missing),
-        seeds=len(contests),
-    )
 
 
-def select(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The run or merge with the lowest validation loss, and a sentence that says so where it is no merge."""
-    run, merged = (
-        min((row for row in rows if row["role"] == role), key=lambda row: float(row["validation_loss"]))
-        for role in ("run", "merge")
-    )
-    merge_wins = merged["validation_loss"] < run["validation_loss"]
-    winner, other = (merged, run) if merge_wins else (run, merged)
+def _in_sharpness(recipe: Recipe, comparisons: Sequence[Comparison], measured: Mapping[str, Measured]) -> list[Evidence]:
+    looks: list[tuple[str, int | None, str]] = [("gaussian", r, f"gaussian σ={s:g}") for r, s in enumerate(recipe.probe.radii)]
+    if "hessian" in PRESETS[recipe.probe.preset]:
+        looks += [(what, None, what) for what in verdict.HESSIAN]
+    return [
+        verdict.sharpness_ratio(
+            [measured[c.merge.name].figures(metric, at) for c in comparisons],
+            [measured[c.in_sharpness[rival].name].figures(metric, at) for c in comparisons],
+            measured[comparisons[0].merge.name].weights[metric],
+            against=rival,
+            what=what,
+        )
+        for rival in comparisons[0].in_sharpness
+        for metric, at, what in looks
+    ]
+
+
+def select(rows: Sequence[ArtefactRow]) -> Selected:
+    """Return the run or merge with the lowest validation loss, with a sentence that says so if it is no merge."""
+
+    def loss(row: ArtefactRow) -> float:
+        found = row.loss("validation")
+        return float("inf") if found is None else found
+
+    def best(role: Role) -> ArtefactRow:
+        return min((row for row in rows if row.role == role), key=loss)
+
+    run, merge = best("run"), best("merge")
+    winner, other = (merge, run) if loss(merge) < loss(run) else (run, merge)
     reason = (
-        f"the lowest validation loss, {winner['validation_loss']:.4f}, against {other['validation_loss']:.4f} of the best "
-        f"single run, {other['name']}"
-        if merge_wins
-        else f"no merge has a lower validation loss than this single run's {winner['validation_loss']:.4f} "
-        f"({other['name']}: {other['validation_loss']:.4f})"
+        f"the lowest validation loss, {loss(winner):.4f}, against {loss(other):.4f} of the best single run, {other.name}"
+        if winner is merge
+        else f"no merge has a lower validation loss than this single run's {loss(winner):.4f} ({other.name}: {loss(other):.4f})"
     )
-    return {
-        "name": winner["name"],
-        "path": winner["path"],
-        "validation_loss": winner["validation_loss"],
-        "sentence": f"Use {winner['name']}: {reason}.",
-    }
+    sentence = f"Use {winner.name}: {reason}."
+    return Selected(name=winner.name, path=winner.path, validation_loss=loss(winner), sentence=sentence)
+
+
+def _results(recipe: Recipe, measured: Mapping[str, Measured], landscapes: Landscapes) -> Results:
+    return Results(
+        name=recipe.name,
+        columns=tuple(united_columns(found.columns for found in measured.values())),
+        artefacts=tuple(found.row for found in measured.values()),
+        curves={name: found.curve for name, found in measured.items() if found.curve},
+        barriers=landscapes.barriers, plane=landscapes.plane, surfaces=landscapes.surfaces,
+    )  # fmt: skip
+
+
+def united_columns(of_artefacts: Iterable[Sequence[Column]]) -> list[Column]:
+    """Return the columns of all artefacts; one that others lack keeps its place after the column before it."""
+    united: list[Column] = []
+    for columns in of_artefacts:
+        place = 0
+        for column in columns:
+            known = next((i for i, other in enumerate(united) if other.key == column.key), None)
+            if known is None:
+                united.insert(place, column)
+            place = (place if known is None else known) + 1
+    return united
+
+
+def _probe_facts(recipe: Recipe, measurer: Measurer, base: Artefact) -> ProbeFacts:
+    rows = len(measurer.probe_rows[recipe.probe.data])
+    return ProbeFacts.model_validate(recipe.probe.model_dump() | {"rows": rows, "noise_floor": measurer.noise_floor(base)})
+
+
+def _all(groups: Mapping[str, Sequence[Artefact]]) -> list[Artefact]:
+    return [artefact for group in groups.values() for artefact in group]

@@ -7,6 +7,7 @@ the selected artefact) see the validation split only; the reported held-out figu
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,12 +23,26 @@ from torch import Tensor, nn
 from emomerge.checkpoints import Checkpoint, load_into
 from emomerge.merging import merge
 from emomerge.numerics.hashing import bytes_of, digest
-from emomerge.probing import controls, hessian, landscape, sharpness, worst_case
+from emomerge.probing import controls, hessian, landscape, report, sharpness, worst_case
 from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Perturbable, rms
 from emomerge.probing.registry import Measurement
 from emomerge.progress import Line
 from emomerge.recipe import Recipe
+from emomerge.results import (
+    ArtefactRow,
+    Column,
+    Curve,
+    Density,
+    Estimate,
+    Hessian,
+    Matrix,
+    Plane,
+    Point,
+    Subspace,
+    Surface,
+    View,
+)  # fmt: skip
 from emomerge.tasks import Batch, Split, Task, TaskData
 
 Array = NDArray[np.float64]
@@ -60,21 +75,29 @@ class Artefact:
     seed: int | None = None
     control: str | None = None
     of: str | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    """Wall time it took to make."""
+    sha256: str | dict[str, str] | None = None
+    """Of the weights, or of each file."""
+    method: str | None = None
+    """Merge method."""
+    cosine_to_mean: float | None = None
+    """Between its task vector and the mean of the runs'."""
 
 
 @dataclass(frozen=True)
 class Measured:
     """All figures of one artefact."""
 
-    row: dict[str, Any]
+    row: ArtefactRow
     """For the report."""
+    columns: tuple[Column, ...]
+    """Of the row's estimates, in the order of the tables."""
     values: Mapping[str, Array]
     """For paired statistics: `gaussian` (radii, directions, units), `λmax` (1, batches), `trace` (probes, batches)."""
     weights: Mapping[str, Array]
     """Of the units or batches of each, summing to one."""
-    curve: dict[str, Any]
-    """`alpha` and `loss`; empty where it was not taken."""
+    curve: Curve | None
 
     def figures(self, metric: str, radius: int | None = None) -> Array:
         """Values of a metric, or of one of its radii, each row a direction."""
@@ -188,40 +211,56 @@ class Measurer:
         probe = self._perturbable(artefact)
         values: dict[str, Array] = {}
         weights: dict[str, Array] = {}
-        row: dict[str, Any] = {
-            "name": artefact.name, "role": artefact.role, "path": None if artefact.path is None else str(artefact.path),
-            "optimizer": artefact.optimizer, "seed": artefact.seed, "control": artefact.control, "of": artefact.of,
-            "grad_norm": controls.gradient_norm(probe), "distance": controls.distance(self.model, self.base_parameters),
-            "sharpness": {}, **artefact.facts,
-        }  # fmt: skip
+        gradient_norm = controls.gradient_norm(probe)
+        found: report.Figures = []
+        curvature: Hessian | None = None
         if "gaussian" in metrics:
-            found = self.shaken(artefact, "gaussian", on_direction=lambda _: line.add(1, artefact.name))
-            row["sharpness"], values["gaussian"], weights["gaussian"] = found.summary, found.values, sharpness.weights(probe)
-        if "adaptive" in metrics:
-            row["adaptive"] = self.shaken(artefact, "adaptive").summary
-            line.add(1, f"{artefact.name}: adaptive")
-        if "basin" in metrics:
-            row["basin"] = basin_row(sharpness.basin(probe).summary)
-            line.add(1, f"{artefact.name}: basin")
-        if "worst-case" in metrics:
-            row["worst_case"] = worst_case_row(worst_case.worst_case(probe).summary)
-            line.add(1, f"{artefact.name}: worst case")
+            shaken = self.shaken(artefact, "gaussian", on_direction=lambda _: line.add(1, artefact.name))
+            values["gaussian"], weights["gaussian"] = shaken.values, sharpness.weights(probe)
+            found += report.gaussian(shaken.summary)
         if "hessian" in metrics:
-            row["hessian"], run, trace = self._hessian(artefact)
+            figures, curvature, run, trace = self._hessian(artefact)
+            found += figures
             values |= {"λmax": np.array([run.largest.units]), "trace": trace.values}
             weights |= {"λmax": np.array(run.weight), "trace": trace.weight}
             line.add(1, f"{artefact.name}: Hessian")
-        for split in ("train", "validation", "test"):
-            scores = self.scores(artefact, split)
-            row[f"{split}_loss"] = controls.mean_score(scores, "loss")
-            if "accuracy" in scores:
-                row[f"{split}_accuracy"] = controls.mean_score(scores, "accuracy")
-            if split == "train" and "entropy" in scores:
-                row["entropy"] = controls.mean_score(scores, "entropy")
-        curve: dict[str, Any] = {}
+        if "basin" in metrics:
+            found += report.basin(sharpness.basin(probe).summary)
+            line.add(1, f"{artefact.name}: basin")
+        if "adaptive" in metrics:
+            found += report.adaptive(self.shaken(artefact, "adaptive").summary)
+            line.add(1, f"{artefact.name}: adaptive")
+        if "worst-case" in metrics:
+            found += report.worst_case(worst_case.worst_case(probe).summary)
+            line.add(1, f"{artefact.name}: worst case")
+        curve = None
         if "curve" in metrics and artefact.role in ("run", "merge"):
-            curve = landscape.alpha_curve(probe, self.base_parameters).summary
-        return Measured(row, values, weights, curve)
+            curve = Curve.model_validate(landscape.alpha_curve(probe, self.base_parameters).summary)
+        found = self._with_scores(artefact, found, gradient_norm)
+        row = ArtefactRow(
+            name=artefact.name, role=artefact.role, path=None if artefact.path is None else str(artefact.path),
+            optimizer=artefact.optimizer, seed=artefact.seed, control=artefact.control, of=artefact.of,
+            seconds=artefact.seconds, sha256=artefact.sha256, method=artefact.method,
+            estimates={column.key: estimate for column, estimate in found}, hessian=curvature,
+        )  # fmt: skip
+        return Measured(row, tuple(column for column, _ in found), values, weights, curve)
+
+    def _with_scores(self, artefact: Artefact, found: report.Figures, gradient_norm: float) -> report.Figures:
+        """Put figures among those that need no perturbation, in the order of the tables."""
+        self.load(artefact)
+        distance = controls.distance(self.model, self.base_parameters)
+        splits: tuple[SplitName, ...] = ("test", "validation", "train")
+        scores = {split: self.scores(artefact, split) for split in splits}
+        language = self.recipe.task.kind == "causal-lm"
+        test, validation, train = (
+            score_figures(split, scores[split], self.task.unit, perplexity=language and split == "test") for split in splits
+        )
+        figures = [*test, *found, (DISTANCE, exact(distance)), *validation, *train]
+        if artefact.cosine_to_mean is not None:
+            figures.append((COSINE, exact(artefact.cosine_to_mean)))
+        if "entropy" in scores["train"]:
+            figures.append((ENTROPY, exact(controls.mean_score(scores["train"], "entropy"))))
+        return [*figures, (GRADIENT_NORM, exact(gradient_norm))]
 
     def shaken(
         self,
@@ -249,28 +288,40 @@ class Measurer:
         else:
             worst_case.worst_case(self._perturbable(artefact))
 
-    def _hessian(self, artefact: Artefact) -> tuple[dict[str, Any], hessian.Lanczos, hessian.Trace]:
-        """λmax, λmin, the density, the trace and its parts, for the report; and what they were made of."""
+    def _hessian(self, artefact: Artefact) -> tuple[report.Figures, Hessian, hessian.Lanczos, hessian.Trace]:
+        """λmax, λmin and the trace; the density and the trace's parts; and what they were made of."""
         probe = self._perturbable(artefact, parts=HESSIAN_PARTS)
         run = hessian.lanczos(probe, self.recipe.probe.lanczos_steps)
         found = hessian.trace(probe, self.recipe.probe.trace_probes, lanczos=run)
         ends, curve, trace = run.summary(), hessian.density([run]), found.summary()
-        row = {
-            "lambda_max": ends["largest"], "lambda_min": ends["smallest"],
-            "trace": {key: trace[key] for key in ("mean", "stderr", "n")},
-            "density": curve and {"at": curve["eigenvalue"], "density": curve["density"]},
-            "layers": {module: part["mean"] for module, part in trace["modules"].items()},
-            "step": run.step, "disagreement": run.disagreement,
-        }  # fmt: skip
-        return row, run, found
+        payload = Hessian(
+            density=Density(at=tuple(curve["eigenvalue"]), density=tuple(curve["density"])) if curve else None,
+            layers={module: part["mean"] for module, part in trace["modules"].items()},
+            step=run.step, disagreement=run.disagreement,
+        )  # fmt: skip
+        return report.hessian(ends["largest"], trace, ends["smallest"]), payload, run, found
 
-    def span(self, artefact: Artefact, runs: Sequence[Artefact]) -> dict[str, Any]:
+    def span(self, artefact: Artefact, runs: Sequence[Artefact]) -> Subspace:
         """The exact Hessian at an artefact in the span of the runs' task vectors."""
         base = self.base_parameters
         vectors = [{name: w - base[name] for name, w in self.weights_of(run).items()} for run in runs]
         self.load(artefact)
         found = hessian.in_span(self._perturbable(artefact), vectors).summary()
-        return found | {"along": dict(zip((run.name for run in runs), found["along"] or [], strict=False))}
+        along = dict(zip((run.name for run in runs), found["along"] or [], strict=False))
+        return Subspace.model_validate(found | {"along": along})
+
+    def add_span(self, measured: Measured, artefact: Artefact, runs: Sequence[Artefact]) -> Measured:
+        """Add the Hessian in the span of the runs' task vectors to the figures of an artefact."""
+        found = self.span(artefact, runs)
+        figures = report.span(found.eigenvalues)
+        row = measured.row
+        curvature = (row.hessian or Hessian()).model_copy(update={"subspace": found})
+        estimates = row.estimates | {column.key: estimate for column, estimate in figures}
+        return replace(
+            measured,
+            row=row.model_copy(update={"estimates": estimates, "hessian": curvature}),
+            columns=(*measured.columns, *(column for column, _ in figures)),
+        )
 
     def weights_of(self, artefact: Artefact) -> dict[str, Tensor]:
         """The parameters of an artefact by their names in the model, in memory."""
@@ -279,27 +330,28 @@ class Measurer:
 
     def landscapes(
         self, merged: Artefact, best: Artefact, runs: Sequence[Artefact], line: Line, metrics: Sequence[str]
-    ) -> dict[str, Any]:
+    ) -> Landscapes:
         """What looks at several artefacts at once: barriers between runs and merge, a plane, surfaces."""
-        found: dict[str, Any] = {}
+        found = Landscapes()
         if "barriers" in metrics:
             others = {run.name: self.weights_of(run) for run in runs}
             self.load(merged)
             entries = landscape.barriers(self._perturbable(merged), others).summary
-            found["barriers"] = barrier_matrix([merged.name, *others], entries)
+            found.barriers = barrier_matrix([merged.name, *others], entries)
             line.add(1, "barriers")
         if "plane" in metrics:
             other = {best.name: self.weights_of(best)}
             self.load(merged)
             plane = landscape.plane(self._perturbable(merged), self.base_parameters, other).summary
             corners = {merged.name if name == landscape.MODEL else name: at for name, at in plane.pop("corners").items()}
-            found["plane"] = plane | {"points": [{"name": name, "x": x, "y": y} for name, (x, y) in corners.items()]}
+            points = [Point(name=name, x=x, y=y) for name, (x, y) in corners.items()]
+            found.plane = Plane(**plane, points=tuple(points))
             line.add(1, "plane")
         if "surface" in metrics:
-            found["surfaces"] = {}
             for artefact in (best, merged):
                 self.load(artefact)
-                found["surfaces"][artefact.name] = landscape.surface(self._perturbable(artefact)).summary
+                surface = landscape.surface(self._perturbable(artefact)).summary
+                found.surfaces[artefact.name] = Surface.model_validate(surface)
                 line.add(1, f"{artefact.name}: surface")
         return found
 
@@ -369,30 +421,65 @@ class Measurer:
         )  # fmt: skip
 
 
-def basin_row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The width and its standard error, to first order from that of its logarithm."""
-    error = summary["log_stderr"]
-    plain = {"mean": summary["width"], "stderr": None if error is None else summary["width"] * error, "n": summary["n"]}
-    return plain | {key: summary[key] for key in ("finding",) if key in summary}
+@dataclass
+class Landscapes:
+    """What looks at several artefacts at once, as far as it was measured."""
+
+    barriers: Matrix | None = None
+    plane: Plane | None = None
+    surfaces: dict[str, Surface] = field(default_factory=dict)
 
 
-def worst_case_row(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Ball → radius → the excess as `mean`, and the slope's part."""
-    balls = {"l2": "ℓ2", "linf": "ℓ∞", "adaptive l2": "ℓ2 adaptive", "adaptive linf": "ℓ∞ adaptive"}
-    return {
-        balls[name]: {radius: {**found, "mean": found["excess"]} for radius, found in of_radius.items()}
-        for name, of_radius in summary.items()
-    }
-
-
-def barrier_matrix(names: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def barrier_matrix(names: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> Matrix:
     """The summary of `landscape.barriers` as a symmetric matrix under the artefacts' own names, the probed model first."""
     matrix: list[list[float | None]] = [[0.0] * len(names) for _ in names]
     place = {landscape.MODEL: 0, **{name: i for i, name in enumerate(names)}}
     for entry in entries:
         i, j = (place[name] for name in entry["between"])
         matrix[i][j] = matrix[j][i] = entry["barrier"]
-    return {"names": list(names), "matrix": matrix}
+    return Matrix(names=tuple(names), matrix=tuple(map(tuple, matrix)))
+
+
+DISTANCE = Column(key="distance", title="distance", meaning="‖θ − θ₀‖, the length of the task vector")
+COSINE = Column(
+    key="cosine_to_mean", title="cos to mean", views=("table",), decimals=3,
+    meaning="cosine between the task vector and the mean of the runs' task vectors",
+)  # fmt: skip
+ENTROPY = Column(
+    key="entropy", title="entropy", views=("table",),
+    meaning="mean entropy of the predictions (nats); confident models look flatter",
+)  # fmt: skip
+GRADIENT_NORM = Column(key="grad_norm", title="‖∇L‖", meaning="norm of the gradient at the artefact", views=("table",))
+
+
+def score_figures(split: SplitName, scores: Mapping[str, Array], unit: str, *, perplexity: bool) -> report.Figures:
+    """Mean loss, perplexity and accuracy over a split."""
+    everywhere: tuple[View, ...] = ("table", "card", "terminal")
+    of_loss: dict[SplitName, tuple[View, ...]] = {"train": ("table",), "validation": everywhere, "test": everywhere}
+    of_accuracy: dict[SplitName, tuple[View, ...]] = {"train": ("table",), "validation": ("table", "card"), "test": everywhere}
+    mean = controls.mean_score(scores, "loss")
+    loss = Column(
+        key=f"{split}_loss", title=f"{split} loss", meaning=f"mean loss on the {split} rows ({unit})", better="lower",
+        views=of_loss[split], digits=4,
+    )  # fmt: skip
+    figures = [(loss, exact(mean))]
+    if perplexity:
+        meaning = f"exp of the {split} loss: among so many equally likely tokens the next one is as hard to guess"
+        title, key = "perplexity", f"{split}_perplexity"
+        column = Column(key=key, title=title, meaning=meaning, better="lower", views=("table",))
+        figures.append((column, exact(math.exp(min(mean, 700.0)))))
+    if "accuracy" in scores:
+        accuracy = Column(
+            key=f"{split}_accuracy", title=f"{split} acc.", meaning=f"accuracy on the {split} rows", better="higher",
+            views=of_accuracy[split], percent=True,
+        )  # fmt: skip
+        figures.append((accuracy, exact(controls.mean_score(scores, "accuracy"))))
+    return figures
+
+
+def exact(value: float) -> Estimate:
+    """A figure without sampling error."""
+    return Estimate(mean=value)
 
 
 def score(task: Task, model: nn.Module, batch: Batch) -> dict[str, float]:

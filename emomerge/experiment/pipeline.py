@@ -20,7 +20,7 @@ import yaml
 from emomerge.adapters import open_run
 from emomerge.checkpoints import Checkpoint, RoundingLoss, atomic, model_checkpoint, open_checkpoint, write_checkpoint
 from emomerge.errors import BadInput, RunFailed
-from emomerge.experiment.assessment import assess
+from emomerge.experiment.assessment import Contestants, assess
 from emomerge.experiment.controls import adamw_members, long_adamw_runs, long_run
 from emomerge.experiment.measure import Artefact, Measurer
 from emomerge.experiment.workspace import Workspace, files_below, local_files, stopwatch
@@ -30,7 +30,8 @@ from emomerge.numerics.hashing import digest
 from emomerge.optim import OPTIMIZERS
 from emomerge.progress import Display
 from emomerge.recipe import Merge, Recipe
-from emomerge.reporting import model_card, png, write_report
+from emomerge.reporting import Card, model_card, png, write_report
+from emomerge.results import SCHEMA_VERSION, Cosines, Data, MergeFacts, Results, Rows, Samples, Trace, load_results
 from emomerge.tasks import Images, Task, TaskData, Texts, make_task
 from emomerge.training import (
     Context,
@@ -48,8 +49,6 @@ from emomerge.training import (
     train_locally,
     train_runs,
 )
-
-Results = dict[str, Any]
 
 
 class Pipeline:
@@ -321,7 +320,7 @@ class Pipeline:
             asked = self._merge_record(spec, artefacts).with_hashes(decided_by)
             record = as_json(asked, rounding_loss=loss.figures(), diagnostics=merged.diagnostics())
             record |= {"name": name, "dtype": spec.dtype, "inputs": inputs, "emomerge": version("emomerge")}
-            return {"merge.json": json.dumps(record, indent=2) + "\n", "README.md": self._card(name, record, [])}
+            return {"merge.json": json.dumps(record, indent=2) + "\n", "README.md": self._card(name, record, None)}
 
         write_checkpoint(
             merged,
@@ -355,8 +354,8 @@ class Pipeline:
             return
         with stopwatch() as clock:
             results = self._measure()
-        results["seconds"]["probe"] = clock["seconds"]
-        atomic.write_json(self.space.results, results)
+        results = results.model_copy(update={"seconds": self._seconds() | {"probe": clock["seconds"]}})
+        atomic.write_text(self.space.results, results.to_json())
         self.space.write_stamp("probe", self.probe_inputs, [self.space.results])
 
     def report(self) -> None:
@@ -372,10 +371,9 @@ class Pipeline:
 
     def _write_cards(self, results: Results) -> None:
         """The card of every written model, now with figures."""
-        figures = results["artefacts"]
         for name in self.merge_stamps():
-            atomic.write_text(self.space.merges / name / "README.md", self._card(name, self.merge_record(name), figures))
-        shared = {"figures": figures, "recipe_yaml": self.recipe_yaml, "command": self.command, "version": version("emomerge")}
+            atomic.write_text(self.space.merges / name / "README.md", self._card(name, self.merge_record(name), results))
+        shared = {"results": results, "recipe_yaml": self.recipe_yaml, "command": self.command, "version": version("emomerge")}
         prepare = self.recipe.base.prepare
         base = self.recipe.base.model or (f"a small {prepare.model}" if prepare else "the model of the task's function")
         about = f"The base of all runs of the recipe `{self.recipe.name}`: {base}."
@@ -393,7 +391,7 @@ class Pipeline:
 
     def _write_card(self, folder: Path, context: dict[str, Any]) -> None:
         title = f"{self.recipe.name}, {context['name']}"
-        atomic.write_text(folder / "README.md", model_card({"title": title, **context}))
+        atomic.write_text(folder / "README.md", model_card(Card(title=title, **context)))
 
     # What the stages share.
 
@@ -483,7 +481,7 @@ class Pipeline:
             spec.name, spec.role, open_run(self.base, run.path),
             digest([self.base_hash, state["sha256"]]), path=run.artefact, optimizer=spec.optimizer, seed=spec.seed,
             control=spec.control,
-            facts={"seconds": state["seconds"], "sha256": state["sha256"]},
+            seconds=state["seconds"], sha256=state["sha256"],
         )  # fmt: skip
 
     def snapshot_artefact(self, spec: RunSpec, step: int) -> Artefact:
@@ -518,18 +516,19 @@ class Pipeline:
         name = self.merge_name(spec, seed)
         folder = self.space.merges / name
         weights = {file.name: atomic.sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-        facts = {
-            "seconds": self.space.stamp(f"merge-{name}").get("seconds"), "method": spec.method, "sha256": weights,
-            "cosine_to_mean": self.merge_record(name)["diagnostics"].get("cosine_to_mean"),
-        }  # fmt: skip
-        return Artefact(name, "merge", open_checkpoint(folder), digest(weights), path=folder, seed=seed, facts=facts)
+        return Artefact(
+            name, "merge", open_checkpoint(folder), digest(weights), path=folder, seed=seed, method=spec.method, sha256=weights,
+            seconds=self.space.stamp(f"merge-{name}").get("seconds"),
+            cosine_to_mean=self.merge_record(name)["diagnostics"].get("cosine_to_mean"),
+        )  # fmt: skip
 
     @property
     def probe_inputs(self) -> str:
         """Hash of what the probe measures."""
         recipe = self.recipe
         rivals = [self.run_dir(spec).state.get("sha256") for spec in self.rival_runs]
-        return digest([recipe.name, self.merge_stamps(), rivals, recipe.probe, recipe.controls, recipe.select])
+        shared = [recipe.name, self.merge_stamps(), rivals, recipe.probe, recipe.controls, recipe.select]
+        return digest([*shared, SCHEMA_VERSION])
 
     @property
     def report_inputs(self) -> str:
@@ -547,48 +546,41 @@ class Pipeline:
         merges = {spec.label: [self.merge_artefact(spec, seed) for seed in seeds] for spec in self.recipe.merge}
         base = Artefact("base", "base", self.base, self.base_hash, path=self.space.base)
         best = [self.run_artefact(self.best_run(seed)) for seed in seeds]
-        assessed = assess(
-            self.recipe,
-            self.measurer,
-            base=base,
-            runs=[self.run_artefact(spec) for spec in self.specs],
-            merges=merges,
-            best=best,
-            rivals=self.rivals(),
-            display=self.display,
-            engine=self.engine,
+        controls = self.rivals()
+        snapshots = controls.pop("snapshots")
+        runs = [self.run_artefact(spec) for spec in self.specs]
+        contestants = Contestants(base, runs, merges, best, controls, snapshots)
+        assessed = assess(self.recipe, self.measurer, contestants, display=self.display, engine=self.engine)
+        return assessed.model_copy(
+            update={
+                **self._heading(),
+                "samples": self._samples([base, best[0], merges[self.recipe.merge[0].label][0]]),
+                "traces": self._traces(),
+                "cosines": self._cosines(merges),
+                "merges": {n: MergeFacts.model_validate(self.merge_record(n)["diagnostics"]) for n in self.merge_stamps()},
+            }
         )
-        return {
-            **self._heading(),
-            **assessed,
-            "samples": self._samples([base, best[0], merges[self.recipe.merge[0].label][0]]),
-            "traces": self._traces(),
-            "cosines": self._cosines(merges),
-            "merges": {name: self.merge_record(name)["diagnostics"] for name in self.merge_stamps()},
-            "seconds": self._seconds(),
-        }
 
     def _heading(self) -> dict[str, Any]:
         packages = ("emomerge", "torch", "transformers", "peft", "numpy")
         data = self.data
         return {
-            "name": self.recipe.name,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": self.command,
             "recipe": self.recipe.model_dump(mode="json"),
             "recipe_yaml": self.recipe_yaml,
             "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
             "device": str(self.device),
-            "data": {
-                "summary": data.summary,
-                "rows": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
-                "classes": list(data.classes),
-                "unit": self.task.unit,
-            },
+            "data": Data(
+                summary=data.summary,
+                rows=Rows(train=len(data.train), validation=len(data.validation), test=len(data.test)),
+                classes=tuple(data.classes),
+                unit=self.task.unit,
+            ),
         }
 
-    def _samples(self, artefacts: Sequence[Artefact]) -> dict[str, Any] | None:
-        """What some artefacts make, for tasks whose models make something."""
+    def _samples(self, artefacts: Sequence[Artefact]) -> Samples | None:
+        """What some artefacts generate, for tasks whose models generate something."""
         made = {}
         for artefact in artefacts:
             self.measurer.load(artefact)
@@ -596,31 +588,27 @@ class Pipeline:
         texts = {name: samples for name, samples in made.items() if isinstance(samples, Texts)}
         if texts:
             first = texts["base"]
-            return {"about": first.about, "prompts": first.prompts, "texts": {name: s.texts for name, s in texts.items()}}
+            of_artefact = {name: tuple(samples.texts) for name, samples in texts.items()}
+            return Samples(about=first.about, prompts=tuple(first.prompts), texts=of_artefact)
         images = {name: samples for name, samples in made.items() if isinstance(samples, Images)}
         if not images:
             return None
         shown = {name: base64.b64encode(png(samples.picture.numpy())).decode() for name, samples in images.items()}
-        return {"about": images["base"].about, "images": shown}
+        return Samples(about=images["base"].about, images=shown)
 
-    def _traces(self) -> dict[str, Any]:
+    def _traces(self) -> dict[str, Trace]:
         columns = ("step", "loss", "rate", "sigma", "trust")
         traces = {}
         for spec in self.specs:
             rows = list(self.run_dir(spec).metrics())
-            traces[spec.name] = {"optimizer": spec.optimizer, "seed": spec.seed} | {
-                c: [row[c] for row in rows] for c in columns
-            }
+            steps = {column: tuple(row[column] for row in rows) for column in columns}
+            traces[spec.name] = Trace(optimizer=spec.optimizer, seed=spec.seed, **steps)
         return traces
 
-    def _cosines(self, merges: dict[str, list[Artefact]]) -> dict[str, Any]:
+    def _cosines(self, merges: dict[str, list[Artefact]]) -> Cosines:
         """Pairwise cosines of the task vectors; every merge of one seed measured the same ones."""
         diagnostics = self.merge_record(next(iter(merges.values()))[0].name)["diagnostics"]
-        return {
-            "names": diagnostics["runs"],
-            "matrix": diagnostics["cosines"],
-            "sign_agreement": diagnostics["sign_agreement"],
-        }
+        return Cosines(names=diagnostics["runs"], matrix=diagnostics["cosines"], sign_agreement=diagnostics["sign_agreement"])
 
     def _seconds(self) -> dict[str, float]:
         return {
@@ -629,37 +617,14 @@ class Pipeline:
             "merge": sum(self.space.stamp(f"merge-{name}").get("seconds", 0.0) for name in self.merge_stamps()),
         }
 
-    def _card(self, name: str, record: dict[str, Any], figures: Sequence[dict[str, Any]]) -> str:
-        return model_card(
-            {
-                "title": f"{self.recipe.name}, {name}",
-                "base": self.recipe.base.model or "prepared",
-                "base_path": str(self.space.base),
-                "method": record["method"],
-                "params": record["diagnostics"].get("params", record["params"]),
-                "runs": record["runs"],
-                "diagnostics": record["diagnostics"],
-                "figures": list(figures),
-                "name": name,
-                "recipe_yaml": self.recipe_yaml,
-                "command": self.command or None,
-                "version": record["emomerge"],
-            }
-        )
-
-
-def load_results(out: Path) -> Results:
-    """results.json of an output folder. Raises BadInput where there is none."""
-    file = out / "results.json"
-    try:
-        found: Results = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput("no results here", where=file, fix="run the recipe to its end first") from None
-    except json.JSONDecodeError as error:
-        raise BadInput("the results cannot be read", where=file, found=error) from None
-    if not isinstance(found, dict) or "artefacts" not in found:
-        raise BadInput("the results cannot be read", where=file, expected="a mapping with `artefacts`")
-    return found
+    def _card(self, name: str, record: dict[str, Any], results: Results | None) -> str:
+        params = record["diagnostics"].get("params", record["params"])
+        known = {
+            "title": f"{self.recipe.name}, {name}", "name": name, "base": self.recipe.base.model or "prepared",
+            "params": params, "results": results, "recipe_yaml": self.recipe_yaml, "command": self.command,
+            "version": record["emomerge"],
+        }  # fmt: skip
+        return model_card(Card.model_validate(record | known))
 
 
 def _closing_note(run: RunDir) -> str:

@@ -8,44 +8,22 @@ A bootstrap of a few seeds is too sure of itself, so that its intervals are wide
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from emomerge.results import Claim, Evidence, Verdict
+
 Array = NDArray[np.float64]
+ClaimName: TypeAlias = Literal["better", "flatter"]
 DRAWS = 2000
 HESSIAN = ("λmax", "trace")
 """`what` of the evidence that looks at curvature itself."""
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """97.5 % quantiles of Student's t for 1 … 10 degrees of freedom."""
 NORMAL = 1.960
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One comparison of the merge with one rival; negative estimates favour the merge.
-
-    `estimate` is None where it does not exist (a divergence, a mean sharpness that is not positive), `low` and `high` are None
-    where the interval is open to that side.
-    """
-
-    against: str
-    what: str
-    scale: str
-    """`difference` (nats) or `log-ratio`."""
-    estimate: float | None
-    low: float | None
-    high: float | None
-
-    @property
-    def sign(self) -> int:
-        """−1 where the whole 95 % interval favours the merge, +1 where it favours the rival, else 0."""
-        if self.high is not None and self.high < 0:
-            return -1
-        return 1 if self.low is not None and self.low > 0 else 0
 
 
 def sharpness_ratio(merge: Sequence[Array], rival: Sequence[Array], weight: Array, *, against: str, what: str) -> Evidence:
@@ -64,13 +42,15 @@ def sharpness_ratio(merge: Sequence[Array], rival: Sequence[Array], weight: Arra
             ratio = np.log(np.maximum(ours, 0) / np.maximum(theirs, 0))
         return np.where((ours > 0) | (theirs > 0), ratio, np.nan)
 
-    return Evidence(against, what, "log-ratio", *_interval(log_ratio, merge, rival, weight))
+    estimate, low, high = _interval(log_ratio, merge, rival, weight)
+    return Evidence(against=against, what=what, scale="log-ratio", estimate=estimate, low=low, high=high)
 
 
 def loss_difference(merge: Sequence[Array], rival: Sequence[Array], weight: Array, *, against: str, what: str) -> Evidence:
     """Mean loss of the merge minus the rival's, in nats; one (batches,) array for each training seed."""
     ours, theirs = ([loss[None] for loss in losses] for losses in (merge, rival))
-    return Evidence(against, what, "difference", *_interval(np.subtract, ours, theirs, weight))
+    estimate, low, high = _interval(np.subtract, ours, theirs, weight)
+    return Evidence(against=against, what=what, scale="difference", estimate=estimate, low=low, high=high)
 
 
 def _interval(
@@ -124,26 +104,26 @@ def _widening(counts: Sequence[int]) -> float:
     return math.sqrt(n / v) * t / z
 
 
-def judge_better(evidence: Sequence[Evidence], missing: Sequence[str]) -> dict[str, Any]:
-    """`better` needs a lower held-out loss than every rival; `refuted` if one rival's is lower beyond doubt.
+def judge_better(evidence: Sequence[Evidence], missing: Sequence[str]) -> Claim:
+    """Judge `better`: a lower held-out loss than every rival; refuted if some rival's is lower beyond doubt.
 
     Args:
         evidence: one comparison for each rival that was measured.
-        missing: rivals that the verdict needs and nobody measured.
+        missing: rivals that the claim needs and that were not measured.
     """
     status = _status([e.sign for e in evidence], missing, "better")
-    return {"status": status, "evidence": [_plain(e) for e in evidence], "note": _note(missing, "compared with")}
+    return Claim(status=status, evidence=tuple(evidence), note=_note(missing, "compared with"))
 
 
-def judge_flatter(evidence: Sequence[Evidence], radii: int, missing: Sequence[str]) -> dict[str, Any]:
-    """`flatter` needs, against every rival, a lower sharpness at a majority of radii *and* a lower λmax or trace.
+def judge_flatter(evidence: Sequence[Evidence], radii: int, missing: Sequence[str]) -> Claim:
+    """Judge `flatter`: against every rival a lower sharpness at a majority of radii *and* a lower λmax or trace.
 
-    `refuted` where against some rival sharpness is higher beyond doubt at a majority of radii, or both λmax and trace are.
+    Refuted where against some rival sharpness is higher beyond doubt at a majority of radii, or both λmax and trace are.
 
     Args:
-        evidence: comparisons, one for each rival and radius, and those of HESSIAN.
-        radii: how many radii were probed; 2 of 3 (in general a majority) decide.
-        missing: what else the verdict needs and this probe does not measure, rivals above all.
+        evidence: one comparison for each rival and radius, and those of HESSIAN.
+        radii: number of radii that were probed; 2 of 3 (in general a majority) decide.
+        missing: what the claim needs and this probe does not measure, such as rivals.
     """
     signs = []
     for rival in dict.fromkeys(e.against for e in evidence):
@@ -155,11 +135,12 @@ def judge_flatter(evidence: Sequence[Evidence], radii: int, missing: Sequence[st
         lower = gaussian.count(-1) > radii // 2 and (not hessian or -1 in hessian)
         higher = gaussian.count(1) > radii // 2 or hessian.count(1) == len(HESSIAN)
         signs.append(1 if higher else -1 if lower else 0)
-    status = _status(signs, missing, "flatter")
-    return {"status": status, "evidence": [_plain(e) for e in evidence], "note": _note(missing, "measured:")}
+    return Claim(status=_status(signs, missing, "flatter"), evidence=tuple(evidence), note=_note(missing, "measured:"))
 
 
-def _status(signs: Sequence[int], missing: Sequence[str], claim: str) -> str:
+def _status(
+    signs: Sequence[int], missing: Sequence[str], claim: ClaimName
+) -> Literal["better", "flatter", "refuted", "not shown"]:
     if any(sign > 0 for sign in signs):
         return "refuted"
     if signs and all(sign < 0 for sign in signs) and not missing:
@@ -171,41 +152,53 @@ def _note(missing: Sequence[str], verb: str) -> str:
     return f"not {verb} {', '.join(missing)}" if missing else ""
 
 
-def _plain(evidence: Evidence) -> dict[str, Any]:
-    return {**asdict(evidence), "sign": evidence.sign}
+def overall(label: str, better: Claim, flatter: Claim, *, merge: str, best_single: Sequence[str]) -> Verdict:
+    """Return the verdict on one merge method: a status, one sentence for the top of the report, and its caveats.
 
-
-def overall(merge: str, better: Mapping[str, Any], flatter: Mapping[str, Any], seeds: int) -> dict[str, Any]:
-    """The verdict on one merge: a status, one sentence for the top of the report, and its caveats."""
-    words = {
-        "better": "has a lower held-out loss than every rival",
-        "flatter": "lies in a flatter place than every rival",
-    }
-    shown = [claim for claim, found in (("better", better), ("flatter", flatter)) if found["status"] == claim]
-    refuted = [claim for claim, found in (("better", better), ("flatter", flatter)) if found["status"] == "refuted"]
-    clauses = [words[claim] for claim in shown]
-    for claim, found in (("better", better), ("flatter", flatter)):
-        if found["status"] == "refuted":
-            rivals = dict.fromkeys(e["against"] for e in found["evidence"] if e["sign"] > 0)
-            clauses.append(f"is not {claim} (it loses to {', '.join(rivals)})")
-        elif found["status"] == "not shown":
-            clauses.append(_undecided(claim, found))
-    caveats = [f"“{c}”: {f['note']}" for c, f in (("better", better), ("flatter", flatter)) if f["note"]]
-    if seeds < 3:
+    Args:
+        label: what the sentence calls the merge.
+        better, flatter: the two claims.
+        merge: name of the merge's artefact of the first training seed.
+        best_single: names of the best single runs, one for each training seed.
+    """
+    claims: dict[ClaimName, Claim] = {"better": better, "flatter": flatter}
+    shown = [name for name, claim in claims.items() if claim.status == name]
+    clauses = [SHOWN[name] for name in shown]
+    clauses += [_not_shown(name, claim) for name, claim in claims.items() if claim.status != name]
+    caveats = [f"“{name}”: {claim.note}" for name, claim in claims.items() if claim.note]
+    if (seeds := len(best_single)) < 3:
         caveats.append(
             f"{seeds} training seed{'s' if seeds > 1 else ''}: the intervals hold measurement error only, "
             "not the spread between trainings"
         )
-    status = " and ".join(shown) if len(shown) == 2 or (shown and not refuted) else "refuted" if refuted else "not shown"
-    return {
-        "status": status,
-        "sentence": f"The merge {merge} " + " and ".join(clauses) + ".",
-        "merge": merge, "better": dict(better), "flatter": dict(flatter), "caveats": caveats,
-    }  # fmt: skip
+    return Verdict(
+        status=_overall_status(better, flatter),
+        sentence=f"The merge {label} " + " and ".join(clauses) + ".",
+        merge=merge, best_single=tuple(best_single), better=better, flatter=flatter, caveats=tuple(caveats),
+    )  # fmt: skip
 
 
-def _undecided(claim: str, found: Mapping[str, Any]) -> str:
-    signs = [e["sign"] for e in found["evidence"]]
-    if found["evidence"] and all(sign < 0 for sign in signs):
-        return f"is {claim} in everything measured, which is not yet all that the claim needs"
-    return f"was not shown to be {claim}"
+SHOWN: dict[ClaimName, str] = {
+    "better": "has a lower held-out loss than every rival",
+    "flatter": "lies in a flatter place than every rival",
+}
+
+
+def _overall_status(
+    better: Claim, flatter: Claim
+) -> Literal["better and flatter", "better", "flatter", "refuted", "not shown"]:
+    if better.status == "better" and flatter.status == "flatter":
+        return "better and flatter"
+    if "refuted" in (better.status, flatter.status):
+        return "refuted"
+    return better.status if better.status == "better" else flatter.status
+
+
+def _not_shown(name: ClaimName, claim: Claim) -> str:
+    signs = [e.sign for e in claim.evidence]
+    if claim.status == "refuted":
+        rivals = dict.fromkeys(e.against for e in claim.evidence if e.sign > 0)
+        return f"is not {name} (it loses to {', '.join(rivals)})"
+    if signs and all(sign < 0 for sign in signs):
+        return f"is {name} in everything measured, which is not yet all that the claim needs"
+    return f"was not shown to be {name}"

@@ -1,10 +1,13 @@
-"""What a reader sees: the page, its figures, the model cards and the table on the terminal."""
+"""Reports: the page, its figures, the model cards and the table on the terminal.
 
-from emomerge.reporting.card import model_card
+Cards and the table need the core installation only; the page and its figures the extra `report`.
+"""
+
+from emomerge.reporting.card import Card, model_card
 from emomerge.reporting.figure import Figure
-from emomerge.reporting.figures import figures
+from emomerge.reporting.figures import draw_figures
 from emomerge.reporting.pixels import png
 from emomerge.reporting.report import write_report
 from emomerge.reporting.terminal import figures_table
 
-__all__ = ["Figure", "figures", "figures_table", "model_card", "png", "write_report"]
+__all__ = ["Card", "Figure", "draw_figures", "figures_table", "model_card", "png", "write_report"]

@@ -1,64 +1,91 @@
-"""The model card of a written model, in the form the Hugging Face Hub reads."""
+"""The model card of a written model, in the form the Hugging Face Hub reads. Plain text: it needs no template engine."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import yaml
+from pydantic import BaseModel, ConfigDict, JsonValue
 
-from emomerge.reporting.report import environment
-from emomerge.reporting.table import columns
+from emomerge.reporting.table import FilledColumn, artefacts, filled_columns
+from emomerge.reporting.text import percent, short
+from emomerge.results import MergeFacts, Results
 
-COLUMNS = ("test_loss", "test_accuracy", "validation_loss", "validation_accuracy", "distance")
-"""Figures of the card's table, besides sharpness."""
-FACTS = {
+Hashes: TypeAlias = str | Mapping[str, str] | None
+"""One SHA-256, or file → SHA-256."""
+DIAGNOSTICS = {
     "lambda_crit": "λ_crit = 1/(N−1)", "kept_density": "share of weights that the merge moves",
     "kept_energy": "squared length of the mean task vector kept", "cosine_to_mean": "cosine to the mean task vector",
-    "merged_norm": "length of the merged task vector", "norm": "length of the merged task vector",
+    "merged_norm": "length of the merged task vector",
 }  # fmt: skip
-"""Diagnostics of the card, in words."""
+"""Field of MergeFacts → what the card calls it."""
+CHOICES = (
+    "Choices were made by the validation figures; the test figures served for nothing but this table. Sharpness: mean rise of "
+    "the loss under Gaussian noise of σ times the RMS of the base's tensor, ± standard error."
+)
 
 
-def model_card(context: Mapping[str, Any]) -> str:
-    """Render model_card.md.j2; the card says only what is known.
+class _Given(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", arbitrary_types_allowed=True)
 
-    Args:
-        context: title, about (a sentence), name (this model among `figures`), base, license, library_name, method, params, runs
-            ([{name, source, sha256}], the last one hash or {file: hash}), diagnostics, figures (artefacts of results.json),
-            files ({file: hash} of this model), recipe_yaml, command, version; any may be missing.
-    """
-    known = {key: value for key, value in context.items() if value}
-    shown = [a for a in known.get("figures", []) if a.get("role") != "control"]
-    diagnostics = known.get("diagnostics", {})
-    front = _front_matter(known)
-    names = {"title", "about", "name", "base", "method", "recipe_yaml", "command", "version"}
-    return (
-        environment()
-        .get_template("model_card.md.j2")
-        .render(
-            {name: known.get(name) for name in names},
-            front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
-            params={key: _plain(value) for key, value in known.get("params", {}).items() if value is not None},
-            runs=[{**run, "hashes": _hashes(run.get("sha256"))} for run in known.get("runs", [])],
-            files=_hashes(known.get("files")),
-            facts={words: diagnostics[key] for key, words in FACTS.items() if diagnostics.get(key) is not None},
-            masks=diagnostics.get("mask_density") or {},
-            warnings=[str(warning).rstrip(".") for warning in diagnostics.get("warnings") or []],
-            figures=shown,
-            columns=[c for c in columns({"artefacts": shown}) if c.key in COLUMNS or c.key.startswith("sharpness_")],
-        )
-    )
+
+class MergedRun(_Given):
+    """A run that went into a merge."""
+
+    name: str
+    source: str | None = None
+    sha256: Hashes = None
+
+
+class Card(_Given):
+    """What is known of a model; whatever is missing is left out of its card. Other keys are ignored."""
+
+    title: str = "A model"
+    about: str = ""
+    """One sentence."""
+    name: str = ""
+    """This model among the artefacts of `results`."""
+    base: str = ""
+    license: str = ""
+    library_name: str = ""
+    method: str = ""
+    params: dict[str, JsonValue] = {}
+    runs: tuple[MergedRun, ...] = ()
+    diagnostics: MergeFacts | None = None
+    results: Results | None = None
+    files: dict[str, str] = {}
+    """File of this model → SHA-256."""
+    recipe_yaml: str | None = None
+    command: str | None = None
+    version: str = ""
+    """Of emomerge."""
+
+
+def model_card(card: Card) -> str:
+    """Return README.md of a model."""
+    head = f"---\n{_front_matter(card)}\n---\n\n# {in_table(card.title)}\n\n"
+    parts = [
+        _params(card),
+        *_warnings(card),
+        _figures(card),
+        _section("Diagnostics", _diagnostics(card)),
+        _section("Runs", [_run(run) for run in card.runs]),
+        _section("Files", [f"- {_hash(file, digest)}" for file, digest in card.files.items()]),
+        _repeat(card),
+    ]
+    about = f"{in_table(card.about)}\n\n" if card.about else ""
+    return head + about + _origin(card) + "".join(f"\n{part}" for part in parts if part)
 
 
 def in_table(text: object) -> str:
-    """Any text as plain Markdown text, also within a table: nothing in it is markup."""
+    """Return any text as plain Markdown text, also within a table: nothing in it is markup."""
     return re.sub(r"([\\`*_\[\]|<>&#])", r"\\\1", " ".join(str(text).split()))
 
 
 def in_code(text: object) -> str:
-    """Any text as a Markdown code span."""
+    """Return any text as a Markdown code span."""
     plain = " ".join(str(text).split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", plain)), default=0))
     room = " " if plain.startswith("`") or plain.endswith("`") else ""
@@ -66,34 +93,90 @@ def in_code(text: object) -> str:
 
 
 def in_block(text: object) -> str:
-    """Any text, indented as a Markdown code block, which no text can end."""
+    """Return any text indented as a Markdown code block, which no text can end."""
     return "\n".join(f"    {line}".rstrip() for line in str(text).strip("\n").splitlines())
 
 
-def _front_matter(known: Mapping[str, Any]) -> dict[str, Any]:
-    base, files = known.get("base"), known.get("files", {})
-    front: dict[str, Any] = {}
-    if "license" in known:
-        front["license"] = known["license"]
-    front["library_name"] = known.get("library_name") or (
-        "peft" if any("adapter_" in name for name in files) else "transformers"
-    )
-    if isinstance(base, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base):  # only a Hub id means something to others
-        front |= {"base_model": base, "base_model_relation": "merge"}
-    return {**front, "tags": ["emomerge", "merge", "model-merging"]}
+def _front_matter(card: Card) -> str:
+    library = "peft" if any("adapter_" in name for name in card.files) else "transformers"
+    front: dict[str, str | list[str]] = {"license": card.license} if card.license else {}
+    front["library_name"] = card.library_name or library
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", card.base):  # only a Hub id means something to others
+        front |= {"base_model": card.base, "base_model_relation": "merge"}
+    front["tags"] = ["emomerge", "merge", "model-merging"]
+    return yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()
 
 
-def _hashes(value: object) -> dict[str, str]:
-    """File → hash, of a mapping or of one hash alone."""
-    if isinstance(value, Mapping):
-        return {str(name): str(digest) for name, digest in value.items()}
-    return {"": str(value)} if value else {}
+def _origin(card: Card) -> str:
+    if not card.method:
+        return ""
+    version = f" {card.version}" if card.version else ""
+    runs = f" from {len(card.runs)} run{'s' if len(card.runs) > 1 else ''}" if card.runs else ""
+    base = f" over {in_code(card.base)}" if card.base else ""
+    return f"Merged by emomerge{version} with the method {in_code(card.method)}{runs}{base}.\n"
 
 
-def _plain(value: object) -> str:
-    if isinstance(value, (list, tuple)):
+def _params(card: Card) -> str:
+    params = [f"{in_code(key)} {in_table(_plain(value))}" for key, value in card.params.items() if value is not None]
+    return f"Parameters: {'; '.join(params)}.\n" if params else ""
+
+
+def _warnings(card: Card) -> list[str]:
+    warnings = card.diagnostics.warnings if card.diagnostics else ()
+    return [f"> **Warning:** {in_table(warning.rstrip('.'))}.\n" for warning in warnings]
+
+
+def _section(title: str, lines: Sequence[str]) -> str:
+    return f"## {title}\n\n" + "".join(f"{line}\n" for line in lines) if lines else ""
+
+
+def _figures(card: Card) -> str:
+    if card.results is None or not (rows := [row for row in artefacts(card.results) if row.role != "control"]):
+        return ""
+    columns = filled_columns(card.results.model_copy(update={"artefacts": tuple(rows)}), "card")
+    names = [f"**{in_table(row.name)}**" if row.name == card.name else in_table(row.name) for row in rows]
+    lines = [
+        _line("", [in_table(filled.column.title) for filled in columns]),
+        "|---|" + "---:|" * len(columns),
+        *(_line(f" {name}", _cells(columns, i)) for i, name in enumerate(names)),
+    ]
+    return _section("Figures", [*lines, "", CHOICES])
+
+
+def _line(name: str, cells: Sequence[str]) -> str:
+    return f"|{name} |" + "".join(f" {cell} |" for cell in cells)
+
+
+def _cells(columns: Sequence[FilledColumn], row: int) -> list[str]:
+    return [filled.cells[row] for filled in columns]
+
+
+def _diagnostics(card: Card) -> list[str]:
+    facts = card.diagnostics
+    if facts is None:
+        return []
+    numbers = {words: getattr(facts, field) for field, words in DIAGNOSTICS.items()}
+    masks = [f"- mask of {in_code(run)}: {percent(density)} of the weights" for run, density in facts.mask_density.items()]
+    return [f"- {in_table(words)}: {short(value, 4)}" for words, value in numbers.items() if value is not None] + masks
+
+
+def _run(run: MergedRun) -> str:
+    hashes = run.sha256 if isinstance(run.sha256, Mapping) else {"": run.sha256} if run.sha256 else {}
+    source = f" from {in_code(run.source)}" if run.source else ""
+    return f"- {in_code(run.name)}{source}" + "".join(f"; {_hash(file, digest)}" for file, digest in hashes.items())
+
+
+def _hash(file: str, digest: str) -> str:
+    return (f"{in_code(file)} " if file else "") + f"SHA-256 {in_code(digest)}"
+
+
+def _repeat(card: Card) -> str:
+    command = f"{in_block(card.command)}\n" if card.command else ""
+    recipe = f"\nThe recipe:\n\n{in_block(card.recipe_yaml)}\n" if card.recipe_yaml else ""
+    return f"## Repeat it\n\n{command}{recipe}" if command or recipe else ""
+
+
+def _plain(value: JsonValue) -> str:
+    if isinstance(value, list):
         return ", ".join(map(_plain, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-environment().filters |= {"md": in_table, "code": in_code, "block": in_block}

@@ -1,21 +1,21 @@
-"""What a figure is, and how charts get their colours."""
+"""A figure of the report, and the pieces that all figures are drawn with."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from emomerge.reporting.palette import LIGHT, VARIABLES, chart_config
 
 if TYPE_CHECKING:
     from altair import Color, Fill, LayerChart, Scale
 
-Results = Mapping[str, Any]
-Row = dict[str, Any]
+Row: TypeAlias = dict[str, Any]
+"""A row of a chart's data: field → number, text or None."""
 
 WIDE, HALF, NARROW = 700, 335, 290
 """Pixels of the plotting area of a figure as wide as the page, of one that shares it with another, and on a telephone."""

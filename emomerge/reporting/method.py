@@ -1,17 +1,19 @@
-"""How the figures of a full probe were taken, and what they cannot say: only of what was measured."""
+"""How the figures beyond the average sharpness were measured, and what they cannot say: only of what was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from emomerge.reporting.figure import Results
-from emomerge.reporting.table import adaptive_radii, artefacts, hessian, worst_case_radii
-from emomerge.reporting.text import finite, short
+from emomerge.reporting.table import measured, radii
+from emomerge.reporting.text import short
+from emomerge.results import ArtefactRow, Estimate, Results, Surface
+
+WORST_CASE = "worst case "
+"""Prefix of the families of worst-case figures; the ball's name follows."""
 
 
 def measures(results: Results) -> dict[str, str]:
-    """Measure → how it was taken, of those beyond the average sharpness."""
+    """Return measure → how it was taken."""
     balls = worst_case_radii(results)
     told = {
         "Adaptive": _adaptive(results),
@@ -28,69 +30,83 @@ def measures(results: Results) -> dict[str, str]:
 
 
 def cautions(results: Results) -> list[str]:
-    """What those measures cannot say."""
+    """Return what those measures cannot say."""
     found = []
     if worst_case_radii(results):
         found.append("A worst case is the highest loss that the ascent found: the true one may be higher.")
-    if any(map(hessian, artefacts(results))):
+    if any(map(_has_hessian, results.artefacts)):
         found.append(
             "The Hessian describes the loss right at the weights; what lies further off is for sharpness at several radii."
         )
-    if results.get("plane") or results.get("surfaces"):
+    if results.plane or results.surfaces:
         found.append("A map of the loss shows two directions of very many: an illustration, no evidence.")
     return found
 
 
+def worst_case_radii(results: Results) -> dict[str, list[float]]:
+    """Return ball → radii of the worst case, ascending."""
+    families = dict.fromkeys(c.family for c in measured(results) if c.family.startswith(WORST_CASE))
+    return {family.removeprefix(WORST_CASE): radii(results, family) for family in families}
+
+
+def _has_hessian(row: ArtefactRow) -> bool:
+    return row.hessian is not None or "lambda_max" in row.estimates
+
+
 def _adaptive(results: Results) -> str:
-    radii = adaptive_radii(results)
-    count = _count(a.get("adaptive", {}).values() for a in artefacts(results) if a.get("adaptive"))
+    every = radii(results, "adaptive")
+    count = _count(_estimates(results, [f"adaptive_{radius:g}" for radius in every]))
     across = f"in {count} directions; " if count else ""
     return (
-        f"as sharpness, with δ of σ = {_listed(radii)} times each weight's own size, {across}small weights look flat by it, so "
+        f"as sharpness, with δ of σ = {_listed(every)} times each weight's own size, {across}small weights look flat by it, so "
         "it decides nothing"
-        if radii
+        if every
         else ""
     )
 
 
 def _basin(results: Results) -> str:
-    entries = [a["basin"] for a in artefacts(results) if a.get("basin")]
-    count = _count([entries])
+    entries = _estimates(results, ["basin"])
+    count = _count(entries)
     across = f", by bisection along each of {count} directions" if count else ""
     return f"the largest σ of Gaussian noise that raises the loss by at most 0.1{across}" if entries else ""
 
 
 def _hessian(results: Results) -> str:
-    found = [hessian(a) for a in artefacts(results) if hessian(a)]
-    if not found:
-        return ""
-    probes = _count([[h["trace"] for h in found if h.get("trace")]])
+    found = [row.hessian for row in results.artefacts if row.hessian]
+    probes = _count(_estimates(results, ["trace"]))
     parts = {
-        "lambda_max": "ends of the spectrum by Lanczos' method",
-        "density": "its density by stochastic Lanczos quadrature, smoothed",
-        "trace": "trace by random probe vectors" + (f" ({probes})" if probes else "") + " that all artefacts share",
-        "layers": "its parts by layer from the same vectors",
-        "subspace": "and without sampling in the span of the runs' task vectors",
+        "ends of the spectrum by Lanczos' method": any(row.mean("lambda_max") is not None for row in results.artefacts),
+        "its density by stochastic Lanczos quadrature, smoothed": any(h.density for h in found),
+        "trace by random probe vectors" + (f" ({probes})" if probes else "") + " that all artefacts share": bool(
+            _estimates(results, ["trace"])
+        ),
+        "its parts by layer from the same vectors": any(h.layers for h in found),
+        "and without sampling in the span of the runs' task vectors": any(h.subspace for h in found),
     }
-    told = [text for key, text in parts.items() if any(h.get(key) is not None for h in found)]
+    told = [text for text, present in parts.items() if present]
     return f"of the loss on the same rows as sharpness: {'; '.join(told)}" if told else ""
 
 
 def _landscape(results: Results) -> str:
-    parts = []
-    if results.get("barriers"):
-        parts.append("barriers on the straight lines between weights")
-    maps = {"the plane": [results.get("plane") or {}], "surfaces": list((results.get("surfaces") or {}).values())}
+    parts = ["barriers on the straight lines between weights"] if results.barriers else []
+    maps: dict[str, list[Surface]] = {
+        "the plane": [results.plane] if results.plane else [],
+        "surfaces": list(results.surfaces.values()),
+    }
     for name, held in maps.items():
-        sizes = {f"{len(m.get('x') or [])} × {len(m.get('y') or [])}" for m in held if m}
-        if sizes:
+        if sizes := {f"{len(surface.x)} × {len(surface.y)}" for surface in held}:
             parts.append(f"{name} at {' or '.join(sorted(sizes))} points")
     return "; ".join(parts)
 
 
-def _count(groups: Iterable[Iterable[Mapping[str, Any]]]) -> str:
-    """How many samples the measurements are of, if all are of equally many."""
-    counts = {finite(entry.get("n")) for group in groups for entry in group}
+def _estimates(results: Results, keys: Sequence[str]) -> list[Estimate]:
+    return [row.estimates[key] for row in results.artefacts for key in keys if key in row.estimates]
+
+
+def _count(estimates: Iterable[Estimate]) -> str:
+    """How many samples the figures are means of, if all are of equally many."""
+    counts = {estimate.n for estimate in estimates}
     return short(counts.pop()) if len(counts) == 1 and None not in counts else ""
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from emomerge.results import ArtefactRow
+
 
 def mix(first: str, second: str, share: float) -> str:
     """A colour `share` of the way from the first to the second."""
@@ -39,13 +41,17 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 OPTIMIZERS = ("sens", "airy", "cats", "tion", "void", "adamw")
 
 
-def colour_of(artefact: Mapping[str, Any]) -> str:
-    """The palette's name for an artefact or a trace: its optimizer's hue, ink for merges, grey for the base."""
-    role = artefact.get("role", "run")
-    if role in ("base", "merge"):
-        return "muted" if role == "base" else "ink"
-    optimizer = str(artefact.get("optimizer")).removeprefix("emo")
-    return optimizer if optimizer in OPTIMIZERS else "other"
+def colour_of(row: ArtefactRow) -> str:
+    """Return the palette's name for an artefact: its optimizer's hue, ink for merges, grey for the base."""
+    if row.role in ("base", "merge"):
+        return "muted" if row.role == "base" else "ink"
+    return optimizer_colour(row.optimizer)
+
+
+def optimizer_colour(optimizer: str | None) -> str:
+    """Return the palette's name for an optimizer."""
+    name = (optimizer or "").removeprefix("emo")
+    return name if name in OPTIMIZERS else "other"
 
 
 def chart_config(colours: Mapping[str, str]) -> dict[str, Any]:

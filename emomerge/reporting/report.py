@@ -1,22 +1,26 @@
-"""report.html: one self-contained page that works without a network, and its figures as PNG."""
+"""report.html: one self-contained page that works without a network, and its figures as PNG files."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emomerge.reporting.figure import Figure, Results
-from emomerge.reporting.figures import figures
-from emomerge.reporting.forest import evidence
-from emomerge.reporting.kinds import explained
-from emomerge.reporting.method import cautions, measures
+from pydantic import JsonValue
+
+from emomerge.extras import needed_by
+from emomerge.reporting.figure import Figure
+from emomerge.reporting.figures import draw_figures, sections
+from emomerge.reporting.figures.forest import evidence
+from emomerge.reporting.kinds import explained_controls
+from emomerge.reporting.method import cautions, measures, worst_case_radii
 from emomerge.reporting.palette import DARK, LIGHT, colour_of
-from emomerge.reporting.table import artefacts, columns, details, worst_case_radii
-from emomerge.reporting.text import duration, finite, fixed, percent, short, unit
+from emomerge.reporting.table import artefacts, filled_columns
+from emomerge.reporting.text import duration, fixed, percent, short, unit
+from emomerge.results import Results
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -40,36 +44,50 @@ def environment() -> Environment:
 
 
 def write_report(results: Results, out: str | Path, *, png_dir: Path | None = None) -> Path:
-    """Render the page of some results.
+    """Write the page of an experiment.
 
     Args:
-        results: content of results.json; parts that are missing are left out of the page.
+        results: what was measured; the page leaves out what was not.
         out: the page.
-        png_dir: where to put each figure as PNG too; a folder that is there is replaced.
+        png_dir: folder for each figure as a PNG file; an existing one is replaced.
 
     Returns:
         `out`.
-    """
-    from emomerge.checkpoints import atomic  # late: it brings torch, which drawing does not need
 
-    drawn = figures(results)
-    verdict = results.get("verdict") or {}
-    page = (
+    Raises:
+        MissingExtra: the extra `report` is not installed.
+    """
+    from emomerge.checkpoints import atomic  # late: it brings torch, which cards and tables do not need
+
+    with needed_by("the report"):
+        drawn = draw_figures(results)
+        atomic.write_text(out, _page(results, drawn))
+        if png_dir is not None:
+            with atomic.new_folder(png_dir, force=True) as folder:
+                for name, figure in drawn.items():
+                    (folder / f"{name}.png").write_bytes(figure.png())
+    return Path(out)
+
+
+def _page(results: Results, drawn: Mapping[str, Figure]) -> str:
+    verdict = results.verdict
+    claims = {"better": verdict.better, "flatter": verdict.flatter} if verdict else {}
+    return (
         environment()
         .get_template("report.html.j2")
         .render(
-            results={key: value for key, value in results.items() if value is not None},
-            verdict=verdict,
-            tone=_tone(verdict.get("status")),
-            tones={claim: _tone((verdict.get(claim) or {}).get("status")) for claim in ("better", "flatter")},
-            evidence={claim: evidence(results, claim) for claim in ("better", "flatter")},
+            results=results,
+            tone=_tone(verdict.status) if verdict else "",
+            claims={name: (claim, _tone(claim.status)) for name, claim in claims.items()},
+            evidence={"better": evidence(results, "better"), "flatter": evidence(results, "flatter")},
             figures=drawn,
+            sections=sections(drawn.keys()),
             stills={name: _still(figure) for name, figure in drawn.items()},
             specs={name: _specs(figure) for name, figure in drawn.items()},
             vega=_script_safe(_vega()) if drawn else "",
-            rows=[{**artefact, "colour": colour_of(artefact)} for artefact in artefacts(results)],
-            tables={"columns": columns(results), "details": details(results)},
-            controls=explained(results),
+            rows=[(row, colour_of(row)) for row in artefacts(results)],
+            tables={"columns": filled_columns(results, "table"), "details": filled_columns(results, "details")},
+            controls=explained_controls(results),
             measures=measures(results),
             merges=_merges(results),
             limits=limits(results),
@@ -78,47 +96,40 @@ def write_report(results: Results, out: str | Path, *, png_dir: Path | None = No
             dark=DARK,
         )
     )
-    atomic.write_text(out, page)
-    if png_dir is not None:
-        with atomic.new_folder(png_dir, force=True) as folder:
-            for name, figure in drawn.items():
-                (folder / f"{name}.png").write_bytes(figure.png())
-    return Path(out)
 
 
 def limits(results: Results) -> list[str]:
-    """What the figures cannot say, beyond the caveats that stand beside the verdict."""
+    """Return what the figures cannot say, beyond the caveats that stand beside the verdict."""
+    rows, data, probe = results.artefacts, results.data, results.probe
     found = []
-    data, probe = results.get("data") or {}, results.get("probe") or {}
-    caveats = " ".join((results.get("verdict") or {}).get("caveats") or [])
-    seeds = {a.get("seed") for a in artefacts(results) if a.get("role") == "run"} - {None}
+    seeds = {row.seed for row in rows if row.role == "run"} - {None}
+    caveats = " ".join(results.verdict.caveats) if results.verdict else ""
     if 0 < len(seeds) < 3 and "training seed" not in caveats:
         found.append(
             f"Trained with {len(seeds)} seed{'s' if len(seeds) > 1 else ''}: the intervals hold measurement error only, not "
             "the spread between trainings."
         )
-    rows = (data.get("rows") or {}).get("test")
-    best = max((a for a in (finite(row.get("test_accuracy")) for row in artefacts(results)) if a is not None), default=None)
-    if rows and best is not None and data.get("classes"):  # tokens of a row are no independent labels
-        margin = fixed(196 * math.sqrt(max(best * (1 - best), 0) / rows), 1)
-        found.append(f"With {short(rows)} test rows, an accuracy of {percent(best)} is known to ± {margin} percentage points.")
-    if any(a.get("sharpness") for a in artefacts(results)):
+    best = max((accuracy for row in rows if (accuracy := row.accuracy("test")) is not None), default=None)
+    if data and best is not None and data.classes:  # tokens of a row are no independent labels
+        margin = fixed(196 * math.sqrt(max(best * (1 - best), 0) / data.rows.test), 1)
+        known = f"an accuracy of {percent(best)} is known to ± {margin} percentage points"
+        found.append(f"With {short(data.rows.test)} test rows, {known}.")
+    shaken = {row.name for row in rows if any(key.startswith("sharpness_") for key in row.estimates)}
+    if probe and shaken:
         found.append(
-            f"Sharpness is the average over random directions on {short(probe.get('rows'))} rows of the "
-            f"{probe.get('data', 'probed')} data"
+            f"Sharpness is the average over random directions on {short(probe.rows)} rows of the {probe.data} data"
             + ("." if worst_case_radii(results) else "; it says nothing of the worst direction.")
         )
-    if any(a.get("sharpness") and a.get("entropy") is not None for a in artefacts(results)):
+    if any(row.name in shaken and row.mean("entropy") is not None for row in rows):
         found.append("The curvature of cross-entropy falls as predictions grow confident: compare the entropy of all figures.")
     found += cautions(results)
     found.append("One base and one data set: whether the finding carries over to others takes their own experiments.")
     return found
 
 
-def _tone(status: object) -> str:
+def _tone(status: str) -> str:
     """The colour of a status: good, bad or unclear."""
-    words = str(status)
-    return "bad" if "refuted" in words else "good" if words in ("better", "flatter", "better and flatter") else "unclear"
+    return "bad" if status == "refuted" else "unclear" if status == "not shown" else "good"
 
 
 def _merges(results: Results) -> list[dict[str, Any]]:
@@ -126,30 +137,26 @@ def _merges(results: Results) -> list[dict[str, Any]]:
     return [
         {
             "label": label,
-            "parameters": "; ".join(
-                f"{key} {_value(value)}"
-                for key, value in {**(facts.get("params") or {}), **(facts.get("chosen") or {})}.items()
-                if value is not None
-            ),
-            "lambda_crit": short(facts.get("lambda_crit")),
-            "masks": _span([v for v in map(finite, (facts.get("mask_density") or {}).values()) if v is not None]),
-            "kept_density": percent(facts.get("kept_density")),
-            "kept_energy": percent(facts.get("kept_energy")),
-            "cosine": fixed(facts.get("cosine_to_mean"), 3),
-            "norm": short(facts.get("merged_norm", facts.get("norm"))),
-            "warnings": [str(w).rstrip(".") for w in facts.get("warnings") or []],
+            "parameters": "; ".join(f"{key} {_value(v)}" for key, v in facts.params.items() if v is not None),
+            "lambda_crit": short(facts.lambda_crit),
+            "masks": _span([density for density in facts.mask_density.values() if density is not None]),
+            "kept_density": percent(facts.kept_density),
+            "kept_energy": percent(facts.kept_energy),
+            "cosine": fixed(facts.cosine_to_mean, 3),
+            "norm": short(facts.merged_norm),
+            "warnings": [warning.rstrip(".") for warning in facts.warnings],
         }
-        for label, facts in (results.get("merges") or {}).items()
+        for label, facts in results.merges.items()
     ]
 
 
-def _value(value: object) -> str:
-    if isinstance(value, (list, tuple)):
+def _value(value: JsonValue) -> str:
+    if isinstance(value, list):
         return ", ".join(map(_value, value))
-    return short(value) if finite(value) is not None else str(value)
+    return short(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
 
 
-def _span(values: list[float]) -> str:
+def _span(values: Sequence[float]) -> str:
     if not values:
         return "–"
     low, high = percent(min(values), 0), percent(max(values), 0)

@@ -1,63 +1,79 @@
-"""The table that ends `emomerge run`."""
+"""The table of figures that ends `emomerge run`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
-from rich.table import Table
-from rich.text import Text
 
-from emomerge.reporting.table import Column, artefacts, columns, middle_radius
+from emomerge.reporting.table import FilledColumn, artefacts, filled_columns, middle_radius
+from emomerge.results import Column, Results
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FIRST = ("validation_loss", "test_loss", "test_accuracy", "sharpness", "distance")
+"""Columns or families that are shown first and left out last."""
 
 
-def figures_table(results: Mapping[str, Any], width: int = 80) -> Table:
-    """Losses, accuracy, sharpness at the middle radius, curvature and distance of every artefact: base, runs, merges, controls.
+def figures_table(results: Results, width: int = 80) -> Table:
+    """Return a table of losses, accuracy, sharpness at the middle radius, curvature and distance of every artefact.
 
-    The best run or merge of a column is bold. Columns that find no room in `width` characters are left out, the least
+    The best run or merge of a column is bold. Columns that do not fit in `width` characters are left out, the least
     important ones first.
     """
+    from rich.table import Table
+    from rich.text import Text
+
     rows = artefacts(results)
-    chosen = _fitting(_wanted(results), width - 4 - max((cell_len(str(a["name"])) for a in rows), default=0))
-    table = Table(title=str(results.get("name", "")))
+    chosen = _fitting(_wanted(results), width - 4 - max((cell_len(row.name) for row in rows), default=0))
+    table = Table(title=results.name)
     table.add_column("", no_wrap=True)
-    for column in chosen:
-        table.add_column("\n".join(_title(column)), justify="right", no_wrap=True)
+    for filled in chosen:
+        table.add_column("\n".join(_title(filled.column)), justify="right", no_wrap=True)
     role = None
-    for i, artefact in enumerate(rows):
-        if role not in (None, artefact.get("role")):
+    for i, row in enumerate(rows):
+        if role not in (None, row.role):
             table.add_section()
-        role = artefact.get("role")
-        cells = [Text(_cell(c, i), style="bold green" if i in c.best else "") for c in chosen]
-        table.add_row(Text(str(artefact["name"])), *cells)
+        role = row.role
+        cells = [Text(_cell(filled, i), style="bold green" if i in filled.best else "") for filled in chosen]
+        table.add_row(Text(row.name), *cells)
     return table
 
 
-def _wanted(results: Mapping[str, Any]) -> list[Column]:
-    """The columns worth a place, the first ones most."""
+def _wanted(results: Results) -> list[FilledColumn]:
+    """The columns in order of importance; of sharpness the middle radius."""
     radius = middle_radius(results)
-    sharpness = [] if radius is None else [f"sharpness_{radius:g}"]
-    keys = ["validation_loss", "test_loss", "test_accuracy", *sharpness, "distance", "lambda_max", "trace", "basin"]
-    known = {column.key: column for column in columns(results)}
-    return [known[key] for key in keys if key in known]
+    shown = [
+        filled
+        for filled in filled_columns(results, "terminal")
+        if filled.column.family != "sharpness" or filled.column.radius == radius
+    ]
+    return sorted(shown, key=lambda filled: _rank(filled.column))
 
 
-def _fitting(wanted: Sequence[Column], room: int) -> list[Column]:
+def _rank(column: Column) -> int:
+    name = column.family or column.key
+    return FIRST.index(name) if name in FIRST else len(FIRST)
+
+
+def _fitting(wanted: Sequence[FilledColumn], room: int) -> list[FilledColumn]:
     """As many of the first columns as fit, each with two spaces and a line."""
     fitting = []
-    for column in wanted:
-        room -= 3 + max(map(cell_len, [*_title(column), *(_cell(column, i) for i in range(len(column.cells)))]))
+    for filled in wanted:
+        texts = [*_title(filled.column), *(_cell(filled, i) for i in range(len(filled.cells)))]
+        room -= 3 + max(map(cell_len, texts))
         if room < 0:
             break
-        fitting.append(column)
+        fitting.append(filled)
     return fitting
 
 
 def _title(column: Column) -> list[str]:
-    """The heading, a line a word."""
+    """The heading, one word a line."""
     return column.title.replace("validation", "valid.").replace("sharpness", "sharp.").split()
 
 
-def _cell(column: Column, row: int) -> str:
-    return column.cells[row].partition(" ± ")[0]
+def _cell(filled: FilledColumn, row: int) -> str:
+    return filled.cells[row].partition(" ± ")[0]

@@ -1,67 +1,55 @@
-"""Numbers as a reader wants them: a true minus, fitting digits, a dash for what is not known."""
+"""Numbers in print: a true minus sign, fitting digits, a dash for what is not known."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+
+from emomerge.results import Results
 
 UNKNOWN = "–"
 
 
-def unit(results: Mapping[str, Any]) -> str:
-    """What losses are counted in."""
-    return str((results.get("data") or {}).get("unit") or "nats")
+def unit(results: Results) -> str:
+    """Return the unit of losses."""
+    return results.data.unit if results.data else "nats"
 
 
-def finite(value: object) -> float | None:
-    """The value as a float, or None where it is missing, no number, NaN or infinite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def decimals(values: Iterable[object], significant: int = 3) -> int:
-    """Decimal places (0…7) that give the median magnitude `significant` digits; one figure for a whole column."""
-    magnitudes = [abs(v) for v in map(finite, values) if v]
+def decimals(values: Iterable[float | None], significant: int = 3) -> int:
+    """Return the decimal places (0…7) that give the median magnitude `significant` digits; one number for a whole column."""
+    magnitudes = [abs(value) for value in values if value]
     if not magnitudes:
         return significant
     return min(max(significant - 1 - math.floor(math.log10(statistics.median(magnitudes))), 0), 7)
 
 
-def fixed(value: object, places: int, *, signed: bool = False) -> str:
-    """A number with that many decimal places: `0.0120`, `−3.1`, `+0.02` if signed."""
-    number = finite(value)
-    if number is None:
+def fixed(value: float | None, places: int, *, signed: bool = False) -> str:
+    """Format a number with that many decimal places: `0.0120`, `−3.1`, `+0.02` if signed."""
+    return UNKNOWN if value is None else f"{value:{'+' if signed else ''}.{places}f}".replace("-", "−")
+
+
+def short(value: float | None, significant: int = 3) -> str:
+    """Format a number that stands alone with that many significant digits: `0.0123`, `1.2e−07`, `128`."""
+    if value is None:
         return UNKNOWN
-    return f"{number:{'+' if signed else ''}.{places}f}".replace("-", "−")
+    if value == int(value) and abs(value) < 1e6:
+        return f"{int(value):,}".replace(",", " ").replace("-", "−")
+    return f"{value:.{significant}g}".replace("-", "−")
 
 
-def short(value: object, significant: int = 3) -> str:
-    """One number alone, with that many significant digits: `0.0123`, `1.2e−07`, `128`."""
-    number = finite(value)
-    if number is None:
+def percent(value: float | None, places: int = 1) -> str:
+    """Format a share as a percentage: `91.4 %`."""
+    return UNKNOWN if value is None else f"{fixed(100 * value, places)} %"
+
+
+def duration(seconds: float | None) -> str:
+    """Format a time span: `0.8 s`, `42 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds is None:
         return UNKNOWN
-    if number == int(number) and abs(number) < 1e6:
-        return f"{int(number):,}".replace(",", " ").replace("-", "−")
-    return f"{number:.{significant}g}".replace("-", "−")
-
-
-def percent(value: object, places: int = 1) -> str:
-    """A share as a percentage: `91.4 %`."""
-    number = finite(value)
-    return UNKNOWN if number is None else f"{fixed(100 * number, places)} %"
-
-
-def duration(seconds: object) -> str:
-    """A time span: `0.8 s`, `42 s`, `3 min 20 s`, `2 h 5 min`."""
-    number = finite(seconds)
-    if number is None:
-        return UNKNOWN
-    if number < 10:
-        return f"{number:.1f} s"
-    whole = round(number)
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:

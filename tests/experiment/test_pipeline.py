@@ -15,10 +15,11 @@ from emomerge.cli.status import status_of
 from emomerge.errors import BadInput, RunFailed
 from emomerge.experiment.controls import long_adamw_runs
 from emomerge.experiment.measure import Measurer
-from emomerge.experiment.pipeline import Pipeline, load_results
+from emomerge.experiment.pipeline import Pipeline
 from emomerge.experiment.workspace import Workspace
 from emomerge.merging import merge
 from emomerge.recipe import parse_recipe
+from emomerge.results import load_results
 from emomerge.training import RunDir
 
 
@@ -41,31 +42,31 @@ def hashes(out):
 
 def test_everything_is_there(finished, tiny_recipe):
     results = load_results(finished)
-    names = [a["name"] for a in results["artefacts"]]
+    names = [row.name for row in results.artefacts]
     runs = ["sens-0", "airy-0", "cats-0", "tion-0", "void-0"]
     merges = ["tall-mask", "ties", "mean", "greedy-soup"]
     assert names[:10] == ["base", *runs, *merges]
     controls = ["long-run", "adamw-long-run", *["distance-matched"] * 5, "loss-matched"]
-    assert [a["control"] for a in results["artefacts"]][10:] == controls
-    for artefact in results["artefacts"]:
-        assert artefact["test_loss"] > 0
-        assert 0 <= artefact["test_accuracy"] <= 1
-        assert set(artefact["sharpness"]) == {"0.01", "0.03", "0.1"}
-    assert set(results["traces"]) == set(runs)
-    assert all(len(t["rate"]) == 6 for t in results["traces"].values())
-    assert results["merges"]["tall-mask"]["lambda_crit"] == pytest.approx(0.25)
+    assert [row.control for row in results.artefacts][10:] == controls
+    for row in results.artefacts:
+        assert row.loss("test") > 0
+        assert 0 <= row.accuracy("test") <= 1
+        assert {key for key in row.estimates if key.startswith("sharp")} == {f"sharpness_{r}" for r in ("0.01", "0.03", "0.1")}
+    assert set(results.traces) == set(runs)
+    assert all(len(trace.rate) == 6 for trace in results.traces.values())
+    assert results.merges["tall-mask"].lambda_crit == pytest.approx(0.25)
     assert (finished / "report.html").stat().st_size > 100_000
-    assert results["verdict"]["sentence"] in (finished / "report.html").read_text().replace("&#39;", "'")
-    assert results["selected"]["name"] in names
+    assert results.verdict.sentence in (finished / "report.html").read_text().replace("&#39;", "'")
+    assert results.selected.name in names
 
 
 def test_controls_have_the_length_of_the_merge(finished):
     results = load_results(finished)
-    by_name = {a["name"]: a for a in results["artefacts"]}
-    merged = by_name[results["verdict"]["merge"]]
-    for control in (a for a in results["artefacts"] if a["control"] == "distance-matched"):
-        assert control["distance"] == pytest.approx(merged["distance"], rel=1e-4)
-        assert control["of"] in by_name
+    by_name = {row.name: row for row in results.artefacts}
+    merged = by_name[results.verdict.merge]
+    for control in (row for row in results.artefacts if row.control == "distance-matched"):
+        assert control.mean("distance") == pytest.approx(merged.mean("distance"), rel=1e-4)
+        assert control.of in by_name
 
 
 def test_test_figures_come_from_the_test_split_and_choices_from_validation(finished, tiny_recipe):
@@ -76,8 +77,8 @@ def test_test_figures_come_from_the_test_split_and_choices_from_validation(finis
     assert not rows[0] & rows[1]
     assert not rows[1] & rows[2]
     results = load_results(finished)
-    best = min((a for a in results["artefacts"] if a["role"] in ("run", "merge")), key=lambda a: a["validation_loss"])
-    assert results["selected"]["name"] == best["name"]
+    best = min((a for a in results.artefacts if a.role in ("run", "merge")), key=lambda a: a.loss("validation"))
+    assert results.selected.name == best.name
 
 
 def test_the_written_merge_is_what_was_evaluated(finished, tiny_recipe):
@@ -106,7 +107,7 @@ def test_only_what_changed_is_done_again(finished, tiny_recipe, tmp_path):
     assert Pipeline(parse_recipe(changed), out).run()
     assert before == {f: f.stat().st_mtime_ns for f in (out / "runs").rglob("*.safetensors")}
     assert json.loads((out / "merges/ties/merge.json").read_text())["params"] == {"density": 0.5}
-    assert [a["name"] for a in load_results(out)["artefacts"] if a["role"] == "merge"] == ["mean", "ties"]
+    assert [row.name for row in load_results(out).artefacts if row.role == "merge"] == ["mean", "ties"]
     (out / "merges/mean/model.safetensors").unlink()
     assert Pipeline(parse_recipe(changed), out).run()
     assert (out / "merges/mean/model.safetensors").exists()
@@ -181,11 +182,10 @@ def test_killed_anywhere_it_ends_with_the_same_bits(finished, tiny_recipe, tmp_p
     assert in_child(tiny_recipe, out) == 0
     assert hashes(out) == hashes(finished)
     again, whole = load_results(out), load_results(finished)
-    for a, b in zip(again["artefacts"], whole["artefacts"], strict=True):
-        assert {k: v for k, v in a.items() if k not in ("seconds", "path")} == {
-            k: v for k, v in b.items() if k not in ("seconds", "path")
-        }
-    assert again["verdict"] == whole["verdict"]
+    elsewhere = {"seconds": None, "path": None}
+    for a, b in zip(again.artefacts, whole.artefacts, strict=True):
+        assert a.model_copy(update=elsewhere) == b.model_copy(update=elsewhere)
+    assert again.verdict == whole.verdict
     assert not [f for f in out.rglob("*") if f.name.endswith((".tmp", ".old"))]
 
 
@@ -211,8 +211,8 @@ def test_training_seeds_are_merged_and_judged_apart(tiny_recipe, tmp_path):
     out = tmp_path / "out"
     assert Pipeline(parse_recipe(recipe), out).run()
     results = load_results(out)
-    assert {a["name"] for a in results["artefacts"] if a["role"] == "merge"} == {"mean-seed0", "mean-seed1"}
-    assert any("2 training seeds" in caveat for caveat in results["verdict"]["caveats"])
+    assert {row.name for row in results.artefacts if row.role == "merge"} == {"mean-seed0", "mean-seed1"}
+    assert any("2 training seeds" in caveat for caveat in results.verdict.caveats)
 
 
 def test_train_all_only(tiny_recipe, tmp_path):
@@ -237,13 +237,13 @@ def test_a_recipe_with_rounds_comes_to_its_end(tiny_recipe, tmp_path):
     assert Pipeline(parse_recipe(recipe), out).run()
     assert not Pipeline(parse_recipe(recipe), out).run()
     results = load_results(out)
-    assert any("3 rounds" in caveat for caveat in results["verdict"]["caveats"])
+    assert any("3 rounds" in caveat for caveat in results.verdict.caveats)
     assert [row["step"] for row in RunDir(out / "runs/cats-0").metrics()] == [1, 2, 3, 4, 5, 6]
-    artefacts = {a["name"]: a for a in results["artefacts"]}
-    assert artefacts["sens-0"]["path"].endswith("adapter-average")
+    artefacts = {row.name: row for row in results.artefacts}
+    assert artefacts["sens-0"].path.endswith("adapter-average")
     assert "in 3 rounds" in (out / "runs/sens-0/adapter-average/README.md").read_text()
-    (long,) = (a for a in results["artefacts"] if a["control"] == "long-run")
-    assert len(list(RunDir(out / "runs" / long["name"]).metrics())) == 12
+    (long,) = (row for row in results.artefacts if row.control == "long-run")
+    assert len(list(RunDir(out / "runs" / long.name).metrics())) == 12
     assert {run["rounds"] for run in status_of(out)["runs"] if run["name"] in ("sens-0", "cats-0")} == {3}
 
 
@@ -320,10 +320,10 @@ def test_the_controls_that_a_sceptic_asks_for(tiny_recipe, tmp_path):
     pipeline = Pipeline(parse_recipe(recipe), out)
     assert pipeline.run()
     assert not Pipeline(parse_recipe(recipe), out).run()
-    by_control = {a["control"]: a for a in load_results(out)["artefacts"] if a["control"]}
+    by_control = {row.control: row for row in load_results(out).artefacts if row.control}
     assert set(by_control) == set(recipe["controls"])
     rates = [pipeline.measurer.loss(pipeline.run_artefact(s), "validation") for s in long_adamw_runs(pipeline.recipe, 0)]
-    assert by_control["adamw-long-run"]["validation_loss"] == min(rates) < max(rates)
+    assert by_control["adamw-long-run"].loss("validation") == min(rates) < max(rates)
 
     (long,) = [spec for spec in pipeline.rival_runs if spec.control == "long-run"]
     assert long.snapshots == (3, 6, 9, 12)
@@ -333,9 +333,9 @@ def test_the_controls_that_a_sceptic_asks_for(tiny_recipe, tmp_path):
     assert torch.equal(snapshots[-1][name], last[name])
     swa = pipeline.rivals()["swa"][0]
     assert torch.equal(swa.checkpoint[name], merge(pipeline.base, snapshots[2:], method="mean")[name])
-    matched, merged = by_control["loss-matched"], next(a for a in load_results(out)["artefacts"] if a["role"] == "merge")
+    matched, merged = by_control["loss-matched"], next(row for row in load_results(out).artefacts if row.role == "merge")
     losses = [pipeline.measurer.loss(pipeline.snapshot_artefact(long, step), "train") for step in long.snapshots]
-    assert matched["train_loss"] == min(losses, key=lambda loss: abs(loss - merged["train_loss"]))
+    assert matched.loss("train") == min(losses, key=lambda loss: abs(loss - merged.loss("train")))
     members = [spec for spec in pipeline.rival_runs if spec.control == "adamw-average"]
     first, second = (open_run(pipeline.base, pipeline.run_dir(spec).path)[name] for spec in members)
     assert not torch.equal(first, second), "the members see their data in different orders"
@@ -359,25 +359,24 @@ def probed(tiny_recipe, tmp_path_factory):
 def test_the_standard_probe_measures_the_merge_its_rivals_and_the_base(probed):
     _, out = probed
     results = load_results(out)
-    by_name = {a["name"]: a for a in results["artefacts"]}
-    single = results["verdict"]["best_single"][0]
-    rivals = {a["name"] for a in results["artefacts"] if a["control"] in ("long-run", "adamw-long-run", "loss-matched")}
-    matched = {a["name"] for a in results["artefacts"] if a["control"] == "distance-matched" and a["of"] == single}
-    measured = {name for name, a in by_name.items() if "hessian" in a}
+    by_name = {row.name: row for row in results.artefacts}
+    single = results.verdict.best_single[0]
+    rivals = {a.name for a in results.artefacts if a.control in ("long-run", "adamw-long-run", "loss-matched")}
+    matched = {a.name for a in results.artefacts if a.control == "distance-matched" and a.of == single}
+    measured = {name for name, a in by_name.items() if a.hessian}
     assert measured == {"base", "tall-mask", "mean", single} | rivals | matched
     for name in measured:
         found = by_name[name]
-        assert set(found["adaptive"]) == {"0.05", "0.1", "0.2"}
-        assert found["basin"]["mean"] > 0
-        hessian = found["hessian"]
-        assert hessian["lambda_min"] <= hessian["lambda_max"]
-        assert sum(hessian["layers"].values()) == pytest.approx(hessian["trace"]["mean"], rel=1e-4)
-    assert len(by_name["tall-mask"]["hessian"]["subspace"]["eigenvalues"]) == 2
-    assert results["barriers"]["names"] == ["tall-mask", "sens-0", "cats-0"]
-    flatter = results["verdict"]["flatter"]
-    assert {e["what"] for e in flatter["evidence"]} >= {"λmax", "trace"}
-    assert {e["against"] for e in flatter["evidence"]} == {"best single run", "distance-matched", "loss-matched"}
-    assert flatter["note"] == "", "nothing that the claim needs is left unmeasured"
+        assert {f"adaptive_{radius}" for radius in ("0.05", "0.1", "0.2")} <= set(found.estimates)
+        assert found.mean("basin") > 0
+        assert found.mean("lambda_min") <= found.mean("lambda_max")
+        assert sum(found.hessian.layers.values()) == pytest.approx(found.mean("trace"), rel=1e-4)
+    assert len(by_name["tall-mask"].hessian.subspace.eigenvalues) == 2
+    assert results.barriers.names == ("tall-mask", "sens-0", "cats-0")
+    flatter = results.verdict.flatter
+    assert {e.what for e in flatter.evidence} >= {"λmax", "trace"}
+    assert {e.against for e in flatter.evidence} == {"best single run", "distance-matched", "loss-matched"}
+    assert flatter.note == "", "nothing that the claim needs is left unmeasured"
 
 
 def test_a_probe_whose_ledger_lost_rows_ends_with_the_same_figures(probed, tmp_path):
@@ -390,7 +389,7 @@ def test_a_probe_whose_ledger_lost_rows_ends_with_the_same_figures(probed, tmp_p
     (copy / "stamps" / "probe.json").unlink()
     assert Pipeline(parse_recipe(recipe), copy).run()
     for part in ("artefacts", "verdict", "barriers", "curves"):
-        before, after = (json.dumps(load_results(folder)[part]) for folder in (out, copy))
+        before, after = (json.dumps(json.loads(load_results(folder).to_json())[part]) for folder in (out, copy))
         assert before.replace(str(out), "") == after.replace(str(copy), ""), part
 
 
@@ -406,17 +405,17 @@ def test_a_long_run_that_diverges_is_a_finding_and_no_obstacle(tiny_recipe, tmp_
     recipe = {**tiny_recipe, "merge": [{"method": "mean"}], "runs": {**tiny_recipe["runs"], "optimizers": ["sens", "cats"]}}
     out = tmp_path / "out"
     assert Pipeline(parse_recipe(recipe), out).run()
-    assert "long run" in " ".join(load_results(out)["verdict"]["caveats"])
+    assert "long run" in " ".join(load_results(out).verdict.caveats)
     assert not Pipeline(parse_recipe(recipe), out).run()
 
 
 def test_every_written_model_has_a_card_and_a_worse_merge_says_so(finished):
     results = load_results(finished)
-    by_name = {a["name"]: a for a in results["artefacts"]}
-    for artefact in results["artefacts"]:
-        if artefact["path"]:
-            assert artefact["name"] in (Path(artefact["path"]) / "README.md").read_text()
-    best = min(a["validation_loss"] for a in results["artefacts"] if a["role"] == "run")
-    for name, facts in results["merges"].items():
-        warned = any("use that run instead" in warning for warning in facts["warnings"])
-        assert warned == (by_name[name]["validation_loss"] > best)
+    by_name = {row.name: row for row in results.artefacts}
+    for row in results.artefacts:
+        if row.path:
+            assert row.name in (Path(row.path) / "README.md").read_text()
+    best = min(row.loss("validation") for row in results.artefacts if row.role == "run")
+    for name, facts in results.merges.items():
+        warned = any("use that run instead" in warning for warning in facts.warnings)
+        assert warned == (by_name[name].loss("validation") > best)

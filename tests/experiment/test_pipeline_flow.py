@@ -8,9 +8,10 @@ import torch
 
 import emomerge
 from emomerge.checkpoints import load_into
-from emomerge.experiment.pipeline import Pipeline, load_results
+from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import load_recipe
 from emomerge.reporting import png
+from emomerge.results import load_results
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "flow-fashion.yaml"
 
@@ -34,24 +35,24 @@ def finished(tmp_path_factory):
 
 def test_it_learns_and_reports_without_accuracies(finished):
     results = load_results(finished.space.out)
-    losses = {a["name"]: a["test_loss"] for a in results["artefacts"]}
+    losses = {row.name: row.loss("test") for row in results.artefacts}
     assert losses["sens-0"] < losses["base"] - 0.02
-    assert all("test_accuracy" not in a and "entropy" not in a for a in results["artefacts"])
-    assert results["data"]["unit"] == "mean squared error" and len(results["data"]["classes"]) == 10
+    assert all(not {"test_accuracy", "entropy"} & set(row.estimates) for row in results.artefacts)
+    assert results.data.unit == "mean squared error" and len(results.data.classes) == 10
     page = finished.space.report.read_text()
     assert "nats" not in page.split("<script>")[0] and "cross-entropy" not in page.split("<script>")[0]
 
 
 def test_the_report_shows_what_models_draw(finished):
-    samples = load_results(finished.space.out)["samples"]
-    best = load_results(finished.space.out)["verdict"]["best_single"][0]
-    assert list(samples["images"]) == ["base", best, "tall-mask"]
-    pictures = [base64.b64decode(image) for image in samples["images"].values()]
+    samples = load_results(finished.space.out).samples
+    best = load_results(finished.space.out).verdict.best_single[0]
+    assert list(samples.images) == ["base", best, "tall-mask"]
+    pictures = [base64.b64decode(image) for image in samples.images.values()]
     assert len(set(pictures)) == 3 and all(picture.startswith(b"\x89PNG") for picture in pictures)
-    assert samples["images"]["tall-mask"] in finished.space.report.read_text()
+    assert samples.images["tall-mask"] in finished.space.report.read_text()
     finished.measurer.load(finished.merge_artefact(finished.recipe.merge[0], 0))
     again = png(finished.task.samples(finished.measurer.model).picture.numpy())
-    assert base64.b64encode(again).decode() == samples["images"]["tall-mask"]
+    assert base64.b64encode(again).decode() == samples.images["tall-mask"]
 
 
 def test_a_run_is_base_and_adapter_in_peft(finished):

@@ -9,8 +9,9 @@ import torch
 
 import emomerge
 from emomerge.checkpoints import load_into
-from emomerge.experiment.pipeline import Pipeline, load_results
+from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import load_recipe
+from emomerge.results import load_results
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 NOUNS, VERBS = ["cat", "dog", "bird", "fish"], ["sees", "likes", "hears"]
@@ -39,14 +40,14 @@ def finished(tmp_path_factory):
 
 def test_it_learns_and_reports(finished):
     results = load_results(finished.space.out)
-    losses = {a["name"]: a["test_loss"] for a in results["artefacts"]}
+    losses = {row.name: row.loss("test") for row in results.artefacts}
     assert losses["sens-0"] < losses["base"] - 0.1
-    assert results["data"]["classes"] == [] and "each blind to the others" in results["data"]["summary"]
+    assert results.data.classes == () and "each blind to the others" in results.data.summary
     page = finished.space.report.read_text()
     assert "perplexity" in page and "What they make" in page and "percentage points" not in page
-    best = results["verdict"]["best_single"][0]
-    assert list(results["samples"]["texts"]) == ["base", best, "tall-mask"]
-    assert all(len(found) == len(results["samples"]["prompts"]) for found in results["samples"]["texts"].values())
+    best = results.verdict.best_single[0]
+    assert list(results.samples.texts) == ["base", best, "tall-mask"]
+    assert all(len(found) == len(results.samples.prompts) for found in results.samples.texts.values())
 
 
 def test_reported_losses_are_means_over_tokens(finished):
@@ -61,8 +62,8 @@ def test_reported_losses_are_means_over_tokens(finished):
             for row, place in (batch["labels"][:, 1:] != -100).nonzero().tolist():
                 total -= float(logits[row, place].log_softmax(-1)[batch["labels"][row, place + 1]])
                 count += 1
-    row = next(a for a in load_results(finished.space.out)["artefacts"] if a["name"] == "tall-mask")
-    assert row["test_loss"] == pytest.approx(total / count, abs=1e-5)
+    row = next(row for row in load_results(finished.space.out).artefacts if row.name == "tall-mask")
+    assert row.loss("test") == pytest.approx(total / count, abs=1e-5)
     weights = finished.measurer.scores(finished.merge_artefact(finished.recipe.merge[0], 0), "test")["weight"]
     assert weights.sum() == count and len(np.unique(weights)) > 1
 

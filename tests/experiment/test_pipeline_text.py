@@ -7,8 +7,9 @@ import torch
 
 import emomerge
 from emomerge.checkpoints import load_into
-from emomerge.experiment.pipeline import Pipeline, load_results
+from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import parse_recipe
+from emomerge.results import load_results
 
 GOOD, BAD, FILLER = ["good", "fine", "lovely"], ["bad", "dull", "awful"], ["the", "film", "a", "story", "is", "and"]
 
@@ -53,10 +54,10 @@ def finished(tmp_path_factory):
 
 def test_it_learns_and_reports(finished):
     results = load_results(finished.space.out)
-    losses = {a["name"]: a["test_loss"] for a in results["artefacts"]}
+    losses = {row.name: row.loss("test") for row in results.artefacts}
     assert losses["sens-0"] < losses["base"] - 0.02
-    assert results["data"]["classes"] == ["negative", "positive"]
-    assert "120 rows in 2 classes; 1 left out" in results["data"]["summary"]
+    assert results.data.classes == ("negative", "positive")
+    assert "120 rows in 2 classes; 1 left out" in results.data.summary
 
 
 def test_the_merge_loads_by_itself_and_is_what_was_evaluated(finished):

@@ -46,7 +46,7 @@ def given(tmp_path_factory):
 
 def probe(recipe, root, out, engine=None):
     found = probe_models(recipe, [str(root / "model")], root / "base", out, Display(quiet=True), METRICS, engine)
-    return json.dumps({key: found[key] for key in ("artefacts", "curves")})
+    return json.dumps([found.model_dump(mode="json", include={"artefacts", "columns", "curves"})])
 
 
 class Dying:

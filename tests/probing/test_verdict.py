@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from emomerge.probing import verdict
-from emomerge.probing.verdict import Evidence
+from emomerge.results import Evidence
 
 
 def noise(scale=1.0, seed=0, shape=(16, 4)):
@@ -60,7 +60,9 @@ def test_a_divergence_decides_nothing():
 
 
 def evidence(sign, against="best single run", what="gaussian"):
-    return Evidence(against, what, "log-ratio", float(sign), float(sign) - 0.1, float(sign) + 0.1)
+    return Evidence(
+        against=against, what=what, scale="log-ratio", estimate=float(sign), low=float(sign) - 0.1, high=float(sign) + 0.1
+    )
 
 
 def flat(gaussian, hessian=(-1, 0), against="best single run"):
@@ -89,9 +91,9 @@ def flat(gaussian, hessian=(-1, 0), against="best single run"):
 )
 def test_flatter_needs_two_of_three_radii_and_one_of_the_hessians_and_nothing_missing(gaussian, hessian, missing, status):
     found = verdict.judge_flatter(flat(gaussian, hessian), 3, missing)
-    assert found["status"] == status
-    assert all(name in found["note"] for name in missing)
-    assert ("λmax and trace" in found["note"]) is (not hessian)
+    assert found.status == status
+    assert all(name in found.note for name in missing)
+    assert ("λmax and trace" in found.note) is (not hessian)
 
 
 @pytest.mark.parametrize(("sign", "status"), [(-1, "flatter"), (0, "not shown"), (1, "refuted")])
@@ -99,7 +101,7 @@ def test_flatter_needs_two_of_three_radii_and_one_of_the_hessians_and_nothing_mi
 def test_flatter_needs_every_rival(rival, sign, status):
     rivals = ["best single run", "distance-matched", "loss-matched"]
     found = [e for r in rivals for e in flat([sign if r == rival else -1] * 3, against=r)]
-    assert verdict.judge_flatter(found, 3, [])["status"] == status
+    assert verdict.judge_flatter(found, 3, []).status == status
 
 
 def test_curvature_of_one_model_more_than_another_is_evidence_too():
@@ -107,7 +109,7 @@ def test_curvature_of_one_model_more_than_another_is_evidence_too():
     top = verdict.sharpness_ratio([noise(0.5, shape=(1, 4))], [noise(shape=(1, 4))], WEIGHT, against="rival", what="λmax")
     assert (trace.sign, top.sign) == (-1, -1)
     found = verdict.judge_flatter([*[evidence(-1, "rival")] * 3, trace, top], 3, [])
-    assert found["status"] == "flatter"
+    assert found.status == "flatter"
 
 
 def test_the_interval_of_a_few_seeds_is_students():
@@ -124,28 +126,28 @@ def test_the_interval_of_a_few_seeds_is_students():
 
 
 def test_better_needs_every_rival():
-    assert verdict.judge_better([evidence(-1), evidence(-1, "plain mean")], [])["status"] == "better"
-    assert verdict.judge_better([evidence(-1), evidence(0, "plain mean")], [])["status"] == "not shown"
-    assert verdict.judge_better([evidence(-1), evidence(1, "plain mean")], [])["status"] == "refuted"
-    assert verdict.judge_better([], [])["status"] == "not shown"
+    assert verdict.judge_better([evidence(-1), evidence(-1, "plain mean")], []).status == "better"
+    assert verdict.judge_better([evidence(-1), evidence(0, "plain mean")], []).status == "not shown"
+    assert verdict.judge_better([evidence(-1), evidence(1, "plain mean")], []).status == "refuted"
+    assert verdict.judge_better([], []).status == "not shown"
 
 
 def overall(better, flatter, seeds=3):
-    return verdict.overall("tall-mask", better, flatter, seeds)
+    return verdict.overall("tall-mask", better, flatter, merge="tall-mask", best_single=["airy-0"] * seeds)
 
 
 def test_the_sentence_says_what_was_found():
     yes, flatter = verdict.judge_better([evidence(-1)], []), verdict.judge_flatter(flat([-1] * 3), 3, [])
     no, open_ = verdict.judge_better([evidence(1)], []), verdict.judge_flatter([evidence(-1)] * 3, 3, [])
-    assert overall(yes, flatter)["status"] == "better and flatter"
-    assert overall(yes, open_)["status"] == "better"
-    assert overall(no, flatter)["status"] == "refuted"
-    assert "is not better (it loses to best single run)" in overall(no, flatter)["sentence"]
-    assert "flatter in everything measured, which is not yet all that the claim needs" in overall(yes, open_)["sentence"]
-    assert any("not measured: λmax and trace of the Hessian" in c for c in overall(yes, open_)["caveats"])
+    assert overall(yes, flatter).status == "better and flatter"
+    assert overall(yes, open_).status == "better"
+    assert overall(no, flatter).status == "refuted"
+    assert "is not better (it loses to best single run)" in overall(no, flatter).sentence
+    assert "flatter in everything measured, which is not yet all that the claim needs" in overall(yes, open_).sentence
+    assert any("not measured: λmax and trace of the Hessian" in c for c in overall(yes, open_).caveats)
 
 
 def test_fewer_than_three_seeds_are_measurement_error_only():
     yes, flatter = verdict.judge_better([evidence(-1)], []), verdict.judge_flatter(flat([-1] * 3), 3, [])
-    assert any("measurement error only" in c for c in overall(yes, flatter, seeds=1)["caveats"])
-    assert not overall(yes, flatter, seeds=3)["caveats"]
+    assert any("measurement error only" in c for c in overall(yes, flatter, seeds=1).caveats)
+    assert not overall(yes, flatter, seeds=3).caveats

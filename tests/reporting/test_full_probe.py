@@ -7,22 +7,24 @@ import re
 import numpy as np
 import pytest
 
-from emomerge.reporting import figures, write_report
-from emomerge.reporting.curvature import MOST_LAYERS, _brief
+from emomerge.controls import CONTROLS
+from emomerge.reporting import draw_figures, write_report
 from emomerge.reporting.figures import FIGURES
-from emomerge.reporting.kinds import KINDS, contestants, explained, kind_of
+from emomerge.reporting.figures.curvature import MOST_LAYERS, _brief
+from emomerge.reporting.figures.landscape import Map, levels
+from emomerge.reporting.kinds import SYMBOLS, contestants, explained_controls, kind_of
 from emomerge.reporting.labels import text_width
-from emomerge.reporting.landscape import Map, levels
 from emomerge.reporting.method import measures
 from emomerge.reporting.palette import LIGHT, STEPS, mix
 from emomerge.reporting.report import limits
-from emomerge.reporting.table import columns, details
+from emomerge.reporting.table import filled_columns
+from emomerge.results import Estimate, Matrix, Surface
 
 NEW = {"spectral-density", "layer-traces", "barriers", "plane", "surfaces"}
 
 
 def named(full, name):
-    return next(a for a in full["artefacts"] if a["name"] == name)
+    return next(row for row in full.artefacts if row.name == name)
 
 
 def drawn_rows(figure, *fields):
@@ -33,16 +35,20 @@ def page_of(full, tmp_path):
     return write_report(full, tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def keys(found):
-    return [column.key for column in found]
+def by_key(results, view):
+    return {filled.column.key: filled for filled in filled_columns(results, view)}
+
+
+def keys(results, view="table"):
+    return [*by_key(results, view)]
 
 
 def test_a_quick_probe_shows_nothing_of_it(results, tmp_path):
     page = page_of(results, tmp_path)
-    assert not NEW & set(figures(results))
-    assert not details(results)
+    assert not NEW & set(draw_figures(results))
+    assert not keys(results, "details")
     assert not measures(results)
-    assert keys(columns(results))[:6] == [
+    assert keys(results)[:6] == [
         "test_loss", "test_accuracy", "sharpness_0.01", "sharpness_0.03", "sharpness_0.1", "distance"
     ]  # fmt: skip
     assert "says nothing of the worst direction" in page
@@ -50,85 +56,86 @@ def test_a_quick_probe_shows_nothing_of_it(results, tmp_path):
         assert word not in page
 
 
-def test_the_limits_follow_what_was_measured(full):
+def test_the_limits_follow_what_was_measured(full, edit):
     told = " ".join(limits(full))
     assert "worst direction" not in told
     for word in ("true one may be higher", "Hessian describes", "illustration"):
         assert word in told
-    for artefact in full["artefacts"]:
-        artefact["worst_case"] = {}
-    assert "says nothing of the worst direction" in " ".join(limits(full))
+    assert "says nothing of the worst direction" in " ".join(limits(edit.without(full, "worst", "slope")))
 
 
 @pytest.mark.parametrize(
-    ("part", "key", "term"),
+    ("prefixes", "key", "term"),
     [
-        ("adaptive", "adaptive_0.1", "Adaptive"),
-        ("worst_case", "worst_ℓ2_1", "Worst case"),
-        ("basin", "basin", "Basin"),
-        ("hessian", "trace", "Hessian"),
+        (("adaptive",), "adaptive_0.1", "Adaptive"),
+        (("worst", "slope"), "worst_ℓ2_1", "Worst case"),
+        (("basin",), "basin", "Basin"),
+        (("lambda", "trace"), "trace", "Hessian"),
     ],
 )
-def test_each_measure_has_its_column_and_its_method_or_neither(full, part, key, term):
-    assert key in keys(columns(full))
+def test_each_measure_has_its_column_and_its_method_or_neither(full, edit, prefixes, key, term):
+    assert key in keys(full)
     assert term in measures(full)
-    for artefact in full["artefacts"]:
-        artefact[part] = None
-    assert key not in keys(columns(full))
+    full = edit.without(full, *prefixes)
+    assert key not in keys(full)
     assert term not in measures(full)
 
 
 def test_the_table_holds_one_radius_and_the_details_all(full):
-    assert [k for k in keys(columns(full)) if k.startswith(("worst", "adaptive"))] == [
+    assert [k for k in keys(full) if k.startswith(("worst", "adaptive"))] == [
         "adaptive_0.1", "worst_ℓ2_1", "worst_ℓ∞_0.001", "worst_ℓ2 adaptive_1", "worst_ℓ∞ adaptive_0.001"
     ]  # fmt: skip
-    full = keys(details(full))
-    assert sum(k.startswith("worst") for k in full) == sum(k.startswith("slope") for k in full) == 12
-    assert {"adaptive_0.05", "adaptive_0.2", "lambda_min", "lambda_span"} <= set(full)
+    found = keys(full, "details")
+    assert sum(k.startswith("worst") for k in found) == sum(k.startswith("slope") for k in found) == 12
+    assert {"adaptive_0.05", "adaptive_0.2"} <= set(found)
+    assert found[-2:] == ["lambda_min", "lambda_span"]
 
 
-def test_methods_state_the_counts_of_the_results(full):
+def test_methods_state_the_counts_of_the_results(full, edit):
     told = measures(full)
     assert "in 32 directions" in told["Adaptive"]
     assert "each of 8 directions" in told["Basin"]
     assert "(32)" in told["Hessian"]
     assert told["Landscape"].endswith("the plane at 21 × 21 points; surfaces at 21 × 21 points")
-    named(full, "mean")["basin"]["n"] = 4  # no longer the same for all
+    full = edit.row(full, "mean", estimates={"basin": Estimate(mean=0.1, n=4)})  # no longer the same for all
     assert "directions" not in measures(full)["Basin"]
 
 
 def test_wide_basins_and_low_curvature_win(full):
-    by_key = {column.key: column for column in columns(full)}
-    names = [a["name"] for a in full["artefacts"]]
+    table, names = by_key(full, "table"), [row.name for row in full.artefacts]
     for key in ("lambda_max", "trace", "basin", "worst_ℓ2_1", "adaptive_0.1"):
-        assert [names[i] for i in by_key[key].best] == ["tall-mask"]
-    assert not any(column.best for column in details(full) if column.key.startswith(("slope", "lambda")))
+        assert [names[i] for i in table[key].best] == ["tall-mask"]
+    assert not any(filled.best for key, filled in by_key(full, "details").items() if key.startswith(("slope", "lambda")))
 
 
-def test_what_a_measurement_found_stands_with_its_meaning(full):
-    named(full, "ties")["basin"]["finding"] = "3 of 8 widths lie outside 0.001 … 10"
-    (basin,) = (column for column in columns(full) if column.key == "basin")
-    assert basin.meaning.endswith("; ties: 3 of 8 widths lie outside 0.001 … 10")
+def test_what_a_measurement_found_stands_with_its_meaning(full, edit):
+    finding = "3 of 8 widths lie outside 0.001 … 10"
+    full = edit.row(full, "ties", estimates={"basin": Estimate(mean=0.1, finding=finding)})
+    assert by_key(full, "table")["basin"].meaning.endswith(f"; ties: {finding}")
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf])
-def test_diverged_figures_are_named_and_sort_last(full, tmp_path, nothing):
-    merge, single = named(full, "tall-mask"), named(full, "airy-0")
-    row = next(i for i, a in enumerate(full["artefacts"]) if a is merge)
-    merge["basin"]["mean"] = merge["adaptive"]["0.1"]["mean"] = nothing
-    merge["worst_case"]["ℓ2"]["1"].update(mean=nothing, gradient=nothing)
-    merge["hessian"].update(lambda_max=nothing, trace={"mean": nothing}, subspace={"eigenvalues": [nothing]})
-    merge["hessian"]["density"] = nothing and {"at": [nothing] * 9, "density": [nothing] * 9}
-    single["hessian"]["layers"]["encoder.layer.5.mlp.up"] = nothing
-    full["plane"]["loss"][0][0] = full["surfaces"]["airy-0"]["loss"][3][3] = nothing
-    full["barriers"]["matrix"][0][1] = full["barriers"]["matrix"][1][0] = nothing
-    found = {column.key: column for column in (*columns(full), *details(full))}
-    for key in ("lambda_max", "trace", "adaptive_0.1", "worst_ℓ2_1", "slope_ℓ2_1", "lambda_span"):
+def test_diverged_figures_are_named_and_sort_last(full, edit, tmp_path, nothing):
+    gone = ("lambda_max", "trace", "adaptive_0.1", "worst_ℓ2_1", "slope_ℓ2_1", "lambda_span")
+    estimates = {key: Estimate(mean=nothing) for key in (*gone, "basin")}
+    hessian, layers = named(full, "tall-mask").hessian, named(full, "airy-0").hessian.layers
+    full = edit.row(full, "tall-mask", estimates=estimates, hessian=hessian.model_copy(update={"density": None}))
+    layers = layers | {"encoder.layer.5.mlp.up": None}
+    full = edit.row(full, "airy-0", hessian=hessian.model_copy(update={"layers": layers}))
+    names, matrix = full.barriers.names, [list(row) for row in full.barriers.matrix]
+    matrix[0][1] = matrix[1][0] = nothing
+    plane = full.plane.model_copy(update={"loss": with_hole(full.plane, nothing)})
+    surface = full.surfaces["airy-0"]
+    surfaces = full.surfaces | {"airy-0": Surface(x=surface.x, y=surface.y, loss=with_hole(surface, nothing))}
+    changes = {"barriers": Matrix(names=names, matrix=matrix), "plane": plane, "surfaces": surfaces}
+    full = full.model_copy(update=changes)
+    found, row = by_key(full, "table") | by_key(full, "details"), [a.name for a in full.artefacts].index("tall-mask")
+    for key in gone:
         assert found[key].cells[row] == "diverged"
         assert found[key].values[row] == math.inf
         assert row not in found[key].best
     assert found["basin"].values[row] == -math.inf
-    drawn = figures(full)
+    drawn = draw_figures(full)
     assert "Diverged and not drawn: tall-mask." in drawn["spectral-density"].caption
     assert "one diverged: 1 layers" in drawn["layer-traces"].caption
     assert "∞" in drawn["barriers"].svg()
@@ -136,43 +143,51 @@ def test_diverged_figures_are_named_and_sort_last(full, tmp_path, nothing):
     for name in ("plane", "surfaces"):
         assert "Grey: the loss diverged." in drawn[name].caption
         assert ">diverged</text>" in drawn[name].svg()
-    if nothing is None:  # as written by the pipeline
+    if nothing is None:
         page_of(full, tmp_path)
 
 
-@pytest.mark.parametrize("change", [
-    lambda r: r["plane"].update(loss=[[None] * 21] * 21),
-    lambda r: r["plane"].update(loss=r["plane"]["loss"][:-1]),
-    lambda r: r["plane"].update(x=[]),
-    lambda r: r["plane"].update(y=[0.5] * 21),
-])  # fmt: skip
+def with_hole(surface, nothing):
+    rows = [list(row) for row in surface.loss]
+    rows[3][3] = nothing
+    return Surface(x=surface.x, y=surface.y, loss=rows).loss
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss": ((None,) * 21,) * 21},
+        {"loss": ((0.5,) * 21,) * 20},
+        {"x": ()},
+        {"y": (0.5,) * 21},
+    ],
+)
 def test_a_plane_without_points_is_no_figure(full, change):
-    change(full)
-    assert "plane" not in figures(full)
+    full = full.model_copy(update={"plane": full.plane.model_copy(update=change)})
+    assert "plane" not in draw_figures(full)
 
 
 def test_one_artefact_alone_has_its_spectrum(full, tmp_path):
-    full["artefacts"] = [named(full, "tall-mask")]
-    full["verdict"] = None
-    drawn = figures(full)
+    full = full.model_copy(update={"artefacts": (named(full, "tall-mask"),), "verdict": None})
+    drawn = draw_figures(full)
     assert "spectral-density" in drawn
     assert "layer-traces" not in drawn
     page_of(full, tmp_path)
 
 
-def test_without_a_verdict_the_lowest_validation_loss_is_compared(full):
+def test_without_a_verdict_the_lowest_validation_loss_is_compared(full, edit):
     merge, single = contestants(full)
-    assert (merge["name"], single["name"]) == ("tall-mask", "airy-0")
-    full["verdict"] = None
-    named(full, "ties")["validation_loss"] = 0.1
-    named(full, "void-0")["validation_loss"] = 0.1
-    named(full, "mean")["validation_loss"] = math.nan
+    assert (merge.name, single.name) == ("tall-mask", "airy-0")
+    full = full.model_copy(update={"verdict": None})
+    for name in ("ties", "void-0"):
+        full = edit.row(full, name, estimates={"validation_loss": Estimate(mean=0.1)})
+    full = edit.diverged(full, "mean", "validation_loss")
     merge, single = contestants(full)
-    assert (merge["name"], single["name"]) == ("ties", "void-0")
+    assert (merge.name, single.name) == ("ties", "void-0")
 
 
 def test_spectra_are_those_of_the_contest(full):
-    figure = FIGURES["spectral-density"](full)
+    figure = FIGURES["spectral-density"].draw(full)
     text = figure.svg()
     for name in ("tall-mask", "airy-0", "airy-0 at |tall-mask|", "long-airy-0 at step 900"):
         assert f">{name}, λmax" in text
@@ -181,12 +196,12 @@ def test_spectra_are_those_of_the_contest(full):
 
 
 def test_layers_are_the_largest_and_keep_the_model_s_order(full):
-    figure = FIGURES["layer-traces"](full)
+    figure = FIGURES["layer-traces"].draw(full)
     rows = [row for row in drawn_rows(figure, "layer", "name") if row["name"] == "tall-mask"]
-    layers = named(full, "tall-mask")["hessian"]["layers"]
+    layers = named(full, "tall-mask").hessian.layers
     assert len(rows) == MOST_LAYERS < len(layers)
     assert [row["layer"] for row in rows] == [name for name in layers if name in {row["layer"] for row in rows}]
-    single = named(full, "airy-0")["hessian"]["layers"]
+    single = named(full, "airy-0").hessian.layers
     largest = {name: max(layers[name], single[name]) for name in layers}
     left = [largest[name] for name in layers if name not in {row["layer"] for row in rows}]
     assert min(largest[row["layer"]] for row in rows) >= max(left)
@@ -202,24 +217,25 @@ def test_long_layer_names_stay_apart():
     assert _brief(["a.only.layer"], 110) == ["a.only.layer"]
 
 
-def test_every_kind_of_control_has_its_mark_and_its_explanation(results, tmp_path):
-    kinds = {kind_of(a) for a in results["artefacts"] if a["role"] == "control"}
-    assert kinds == set(explained(results)) == set(KINDS) - {"base", "run", "merge", "control"}
-    assert len({kind.shape for name, kind in KINDS.items() if name != "control"}) == len(KINDS) - 1
-    drawn = {row["name"]: row["kind"] for row in drawn_rows(FIGURES["loss-sharpness"](results), "label")}
+def test_every_kind_of_control_has_its_mark_and_its_explanation(results, edit, tmp_path):
+    kinds = {row.control for row in results.artefacts if row.role == "control"}
+    assert kinds == set(explained_controls(results)) == set(CONTROLS)
+    marks = [symbol.shape for kind, symbol in SYMBOLS.items() if kind != "control"]
+    assert len(set(marks)) == len(marks)
+    drawn = {row["name"]: row["kind"] for row in drawn_rows(FIGURES["loss-sharpness"].draw(results), "label")}
     assert drawn["adamw-average-0"] == "adamw-average"
     page = page_of(results, tmp_path)
     for kind in kinds:
         assert f"<dt>{kind}</dt><dd>" in page
-    named(results, "adamw-average-0")["control"] = "of some other kind"
+    results = edit.row(results, "adamw-average-0", control="of some other kind")
     assert kind_of(named(results, "adamw-average-0")) == "control"
-    assert "loss-sharpness" in figures(results)
+    assert "loss-sharpness" in draw_figures(results)
 
 
 def test_a_map_puts_every_point_into_its_step():
     axis = np.linspace(-1, 1, 9)
-    held = {"x": axis.tolist(), "y": axis.tolist(), "loss": (axis[:, None] ** 2 + 2 * axis**2 + 0.3).tolist()}
-    found = Map.of(held)
+    loss = axis[:, None] ** 2 + 2 * axis**2 + 0.3
+    found = Map.of(Surface(x=axis.tolist(), y=axis.tolist(), loss=loss.tolist()))
     edges = levels([found])
     assert edges == sorted(set(edges))
     assert len(edges) == len(STEPS) - 1
@@ -238,7 +254,7 @@ def test_a_map_puts_every_point_into_its_step():
 
 
 def test_surfaces_share_their_levels(full):
-    maps = [Map.of(held) for held in full["surfaces"].values()]
+    maps = [Map.of(surface) for surface in full.surfaces.values()]
     edges = levels(maps)
     first, second = ({row["step"] for row in m.bands(edges, 300)} for m in maps)
     assert STEPS[-1] in first  # the steeper one
@@ -247,27 +263,28 @@ def test_surfaces_share_their_levels(full):
 
 
 def test_a_flat_plane_has_one_step(full):
-    full["plane"]["loss"] = [[0.7] * 21 for _ in range(21)]
-    figure = FIGURES["plane"](full)
+    full = full.model_copy(update={"plane": full.plane.model_copy(update={"loss": ((0.7,) * 21,) * 21})})
+    figure = FIGURES["plane"].draw(full)
     assert {row["step"] for row in drawn_rows(figure, "step")} == {STEPS[0]}
     assert "≤ 0.7" in figure.svg()
 
 
 def test_small_barriers_stay_pale(full):
-    full["barriers"] = {"names": ["a", "b"], "matrix": [[0, 1e-5], [1e-5, 0]]}
-    cells = drawn_rows(FIGURES["barriers"](full), "strength")
+    full = full.model_copy(update={"barriers": Matrix(names=("a", "b"), matrix=((0, 1e-5), (1e-5, 0)))})
+    cells = drawn_rows(FIGURES["barriers"].draw(full), "strength")
     assert max(cell["strength"] for cell in cells) < 0.01
-    full["barriers"]["matrix"] = [[0, 2.0], [2.0, 0]]
-    cells = drawn_rows(FIGURES["barriers"](full), "strength")
+    full = full.model_copy(update={"barriers": Matrix(names=("a", "b"), matrix=((0, 2.0), (2.0, 0)))})
+    cells = drawn_rows(FIGURES["barriers"].draw(full), "strength")
     assert max(cell["strength"] for cell in cells) == pytest.approx(0.85)
 
 
 def test_the_evidence_may_be_curvature(results):
-    assert "curvature" in FIGURES["flatter"](results).svg()
-    results["verdict"]["flatter"]["evidence"] = [
-        e for e in results["verdict"]["flatter"]["evidence"] if e["what"] not in ("λmax", "trace")
-    ]
-    assert "curvature" not in FIGURES["flatter"](results).svg()
+    assert "curvature" in FIGURES["flatter"].draw(results).svg()
+    flatter = results.verdict.flatter
+    gaussian = tuple(e for e in flatter.evidence if e.what not in ("λmax", "trace"))
+    verdict = results.verdict.model_copy(update={"flatter": flatter.model_copy(update={"evidence": gaussian})})
+    results = results.model_copy(update={"verdict": verdict})
+    assert "curvature" not in FIGURES["flatter"].draw(results).svg()
 
 
 def test_steps_of_colour_go_from_paper_to_full():
@@ -290,8 +307,6 @@ def test_layouts_share_their_data(full, tmp_path):
     assert names(specs["wide"]) | names(specs["narrow"]) == set(specs["datasets"])
 
 
-@pytest.mark.parametrize("name", ["barriers", "plane", "surfaces"])
-@pytest.mark.parametrize("nothing", [None, {}])
-def test_a_landscape_that_was_not_measured_is_no_figure(full, name, nothing):
-    full[name] = nothing
-    assert FIGURES[name](full) is None
+@pytest.mark.parametrize(("name", "absent"), [("barriers", None), ("plane", None), ("surfaces", {})])
+def test_a_landscape_that_was_not_measured_is_no_figure(full, name, absent):
+    assert FIGURES[name].draw(full.model_copy(update={name: absent})) is None

@@ -1,19 +1,23 @@
-import json
 import math
 import re
 import struct
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
 from markupsafe import escape
 from rich.console import Console
 
-from emomerge.reporting import figures, figures_table, model_card, write_report
+from emomerge.errors import MissingExtra
+from emomerge.reporting import Card, draw_figures, figures_table, model_card, write_report
 from emomerge.reporting.figures import FIGURES
-from emomerge.reporting.forest import evidence
+from emomerge.reporting.figures.forest import evidence
 from emomerge.reporting.report import limits
-from emomerge.reporting.table import columns
+from emomerge.reporting.table import filled_columns
+from emomerge.results import ArtefactRow, Column, Estimate, Results
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -56,17 +60,17 @@ def test_the_page_is_whole_and_needs_no_network(full, tmp_path):
     markup = re.sub(r"<script>.*?</script>", "", page, flags=re.S)  # Vega's own code names addresses it does not load
     assert not re.search(r"@import|url\(", markup)
     assert set(re.findall(r"https?://[^\"' <)]+", markup)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    assert full["verdict"]["sentence"] in text
-    assert full["selected"]["sentence"] in text
-    for artefact in full["artefacts"]:
-        assert artefact["name"] in text
-    for warning in full["merges"]["ties"]["warnings"]:
+    assert full.verdict.sentence in text
+    assert full.selected.sentence in text
+    for row in full.artefacts:
+        assert row.name in text
+    for warning in full.merges["ties"].warnings:
         assert warning in text
-    for figure in figures(full).values():
+    for figure in draw_figures(full).values():
         assert figure.title in text
         assert escape(figure.alt) in page
     assert "name: movie-reviews" in page
-    assert full["verdict"]["caveats"][0] in text
+    assert full.verdict.caveats[0] in text
     assert len(page) < 3_000_000
 
 
@@ -83,21 +87,26 @@ def test_every_figure_is_drawn_and_is_a_real_png(full, tmp_path):
 
 
 def test_equal_results_give_equal_pages(results, tmp_path):
-    assert render(results, tmp_path) == render(json.loads(json.dumps(results)), tmp_path)
+    assert render(results, tmp_path) == render(Results.from_json(results.to_json(), "a file"), tmp_path)
 
 
-def test_hostile_names_stay_text(full, tmp_path):
+def test_hostile_names_stay_text(full, edit, tmp_path):
     evil = "</script><script>alert(1)</script><!-- <b>"
-    full["artefacts"][1]["name"] = evil
-    merge = next(a for a in full["artefacts"] if a["name"] == "tall-mask")
-    merge["name"] = full["verdict"]["merge"] = evil
-    for artefact in full["artefacts"]:
-        artefact["hessian"]["layers"] = {evil: 2.0, "'] + alert(1) + ['": 1.0}
-    full["barriers"]["names"][0] = full["plane"]["points"][1]["name"] = evil
-    full["surfaces"] = {evil: full["surfaces"]["tall-mask"]}
-    full["verdict"]["sentence"] = evil
-    full["recipe_yaml"] = evil
-    full["name"] = evil
+    layers = {evil: 2.0, "'] + alert(1) + ['": 1.0}
+    for row in full.artefacts:
+        full = edit.row(full, row.name, hessian=row.hessian.model_copy(update={"layers": layers}))
+    full = edit.row(edit.row(full, "sens-0", name=evil), "tall-mask", name=evil)
+    points = tuple(point.model_copy(update={"name": evil}) for point in full.plane.points)
+    full = full.model_copy(
+        update={
+            "verdict": full.verdict.model_copy(update={"merge": evil, "sentence": evil}),
+            "barriers": full.barriers.model_copy(update={"names": (evil, *full.barriers.names[1:])}),
+            "plane": full.plane.model_copy(update={"points": points}),
+            "surfaces": {evil: full.surfaces["tall-mask"]},
+            "recipe_yaml": evil,
+            "name": evil,
+        }
+    )
     page = render(full, tmp_path)
     text, _ = parse(page)
     assert "<script>alert" not in page
@@ -109,42 +118,56 @@ def test_hostile_names_stay_text(full, tmp_path):
     "part", ["curves", "traces", "cosines", "merges", "verdict", "selected", "probe", "data", "seconds", "recipe_yaml"]
 )
 def test_missing_parts_are_left_out(results, tmp_path, part):
-    results[part] = None
-    parse(render(results, tmp_path))
+    absent = Results.model_fields[part].get_default(call_default_factory=True)
+    text, _ = parse(render(results.model_copy(update={part: absent}), tmp_path))
+    whole, _ = parse(render(results, tmp_path))
+    assert len(text) < len(whole)
 
 
 def test_no_results_at_all_give_a_page(tmp_path):
-    text, _ = parse(render({}, tmp_path))
+    text, _ = parse(render(Results(name="nothing"), tmp_path))
     assert "What the figures cannot say" in text
 
 
-def test_unknown_and_diverged_figures(results, tmp_path):
-    base, *others = results["artefacts"]
-    base["test_loss"] = None
-    others[0]["sharpness"]["0.1"] = {"mean": None, "stderr": None, "n": 16}
-    others[1]["sharpness"] = {}
-    results["verdict"]["flatter"]["evidence"][0].update(estimate=None, low=None, high=None)
+def test_unknown_and_diverged_figures(results, edit, tmp_path):
+    results = edit.row(edit.diverged(results, "sens-0", "sharpness_0.1", "test_loss"), "airy-0", estimates={})
+    results = edit.evidence(results, "flatter", 0, estimate=None, low=None, high=None)
     text, _ = parse(render(results, tmp_path))
     assert "diverged" in text
+    assert "not comparable" in text
 
 
 def test_one_artefact_alone(results, tmp_path):
-    results["artefacts"] = results["artefacts"][:1]
+    text, _ = parse(render(results.model_copy(update={"artefacts": results.artefacts[:1]}), tmp_path))
+    assert results.artefacts[0].name in text
+
+
+def test_a_new_metric_is_shown_everywhere(results, edit, tmp_path):
+    column = Column(key="roughness", title="roughness", meaning="an invented figure", better="higher")
+    results = results.model_copy(update={"columns": (*results.columns, column)})
+    for number, row in enumerate(results.artefacts[:-1]):
+        results = edit.row(results, row.name, estimates={"roughness": Estimate(mean=1 + number / 8, stderr=0.25)})
     text, _ = parse(render(results, tmp_path))
-    assert results["artefacts"][0]["name"] in text
+    assert "roughness" in text and "an invented figure" in text and "1.12 ± 0.25" in text
+    assert "roughness" in card(results=results) and "1.12 ± 0.25" in card(results=results)
+    console = Console(width=500, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115 - a sink
+    console.print(figures_table(results, 300))
+    assert "roughness" in console.export_text()
+    (filled,) = (c for c in filled_columns(results, "table") if c.column.key == "roughness")
+    assert [results.artefacts[i].name for i in filled.best] == ["greedy-soup"]
+    assert filled.cells[-1] == "–"
 
 
-def test_artefacts_in_one_point_have_a_picture_too(results):
-    for artefact in results["artefacts"]:
-        artefact["test_loss"] = 0.3
-        for entry in artefact["sharpness"].values():
-            entry.update(mean=1e-3, stderr=1e-19)
-    assert figures(results)["loss-sharpness"].png().startswith(b"\x89PNG")
+def test_artefacts_in_one_point_have_a_picture_too(results, edit):
+    for row in results.artefacts:
+        same = {key: Estimate(mean=1e-3, stderr=1e-19) for key in row.estimates if key.startswith("sharpness")}
+        results = edit.row(results, row.name, estimates=same | {"test_loss": Estimate(mean=0.3)})
+    assert draw_figures(results)["loss-sharpness"].png().startswith(b"\x89PNG")
 
 
-def test_a_far_point_does_not_squeeze_the_rest_and_tells_its_figures(results):
-    results["artefacts"][0]["test_loss"] = 9.0
-    figure = figures(results)["loss-sharpness"]
+def test_a_far_point_does_not_squeeze_the_rest_and_shows_its_numbers(results, edit):
+    results = edit.row(results, "base", estimates={"test_loss": Estimate(mean=9.0)})
+    figure = draw_figures(results)["loss-sharpness"]
     assert "drawn at its edge, with their figures: base." in figure.caption
     assert "base ↑ sharpness 0.0021, loss 9" in figure.svg()
     heights = [row["y"] for rows in figure.spec()["datasets"].values() for row in rows if "label" in row]
@@ -152,7 +175,7 @@ def test_a_far_point_does_not_squeeze_the_rest_and_tells_its_figures(results):
 
 
 def test_every_point_is_labelled_on_a_desk_and_on_a_telephone(results):
-    figure = figures(results)["loss-sharpness"]
+    figure = draw_figures(results)["loss-sharpness"]
     for narrow in (False, True):
         shown = {
             row["name"]: row["shown"]
@@ -160,16 +183,16 @@ def test_every_point_is_labelled_on_a_desk_and_on_a_telephone(results):
             for row in rows
             if "label" in row
         }
-        assert shown == {artefact["name"]: True for artefact in results["artefacts"]}
+        assert shown == {row.name: True for row in results.artefacts}
 
 
-def test_evidence_keeps_its_sign_and_its_scale(results):
+def test_evidence_keeps_its_sign_and_its_scale(results, edit):
     better, flatter = evidence(results, "better"), evidence(results, "flatter")
     assert [row["outcome"] for row in better][:2] == ["good", "unclear"]
     assert better[0]["figures"] == "−0.0153 [−0.0240, −0.0068]"
     assert flatter[1]["estimate"] == pytest.approx(math.exp(-0.46))
     assert flatter[1]["figures"] == "×0.63 [0.57, 0.71]"
-    results["verdict"]["better"]["evidence"][0].update(low=0.1, high=0.3, estimate=0.2)
+    results = edit.evidence(results, "better", 0, low=0.1, high=0.3, estimate=0.2)
     assert evidence(results, "better")[0]["outcome"] == "bad"
 
 
@@ -178,13 +201,13 @@ def test_evidence_keeps_its_sign_and_its_scale(results):
     [("better and flatter", "good"), ("better", "good"), ("flatter", "good"), ("refuted", "bad"), ("not shown", "unclear")],
 )
 def test_the_verdict_wears_the_colour_of_its_status(results, tmp_path, status, tone):
-    results["verdict"]["status"] = status
+    results = results.model_copy(update={"verdict": results.verdict.model_copy(update={"status": status})})
     assert f'class="verdict {tone}"' in render(results, tmp_path)
 
 
 def test_the_best_is_marked_among_runs_and_merges_only(results):
-    by_key = {column.key: column for column in columns(results)}
-    names = [artefact["name"] for artefact in results["artefacts"]]
+    by_key = {filled.column.key: filled for filled in filled_columns(results, "table")}
+    names = [row.name for row in results.artefacts]
     for key in ("test_loss", "test_accuracy", "sharpness_0.03"):
         assert [names[i] for i in by_key[key].best] == ["tall-mask"]
     assert not by_key["distance"].best
@@ -194,17 +217,16 @@ def test_few_seeds_and_few_rows_are_told(results):
     told = " ".join(limits(results))
     assert "Trained with 1 seed" in told
     assert "With 210 test rows" in told
-    results["verdict"]["caveats"] = ["1 training seed: the intervals hold measurement error only"]
+    caveats = ("1 training seed: the intervals hold measurement error only",)
+    results = results.model_copy(update={"verdict": results.verdict.model_copy(update={"caveats": caveats})})
     assert "Trained with" not in " ".join(limits(results))
 
 
 def test_long_and_many_traces_stay_light(results):
-    trace = results["traces"]["sens-0"]
-    long = {key: value * 60 if isinstance(value, list) else value for key, value in trace.items()} | {
-        "step": list(range(18_000))
-    }
-    results["traces"] = {f"sens-{seed}": long for seed in range(15)}
-    drawn = figures(results)["training-loss"].spec()
+    trace = results.traces["sens-0"]
+    steps = {"step": tuple(range(2400)), "loss": trace.loss * 60, "rate": trace.rate * 60}
+    results = results.model_copy(update={"traces": {f"sens-{seed}": trace.model_copy(update=steps) for seed in range(15)}})
+    drawn = draw_figures(results)["training-loss"].spec()
     assert all(len(rows) <= 202 for rows in drawn["datasets"].values())
     assert sum(row.get("label") == "sens" for rows in drawn["datasets"].values() for row in rows) == 1
 
@@ -213,8 +235,8 @@ def test_the_terminal_table(results):
     console = Console(width=90, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115 - a sink
     console.print(figures_table(results))
     shown = console.export_text()
-    for artefact in results["artefacts"]:
-        assert artefact["name"] in shown
+    for row in results.artefacts:
+        assert row.name in shown
     assert "σ=0.03" in shown
     assert "0.3215" in shown
 
@@ -229,24 +251,23 @@ def test_the_terminal_table_keeps_within_the_width(full, width, last):
     assert shown.splitlines()[3].split()[-2] == last
 
 
-def card(**context):
-    return model_card(
-        {
-            "title": "reviews, tall-mask", "name": "tall-mask", "base": "some/base", "method": "tall-mask", "params": {"k": 2},
-            "runs": [{"name": "sens-0", "source": "runs/sens-0", "sha256": {"adapter_model.safetensors": "ab12"}}],
-            "diagnostics": {"lambda_crit": 0.25, "warnings": ["too little is kept"]}, "command": "emomerge run x.yaml",
-            "recipe_yaml": "name: x\n", "version": "0.1.0",
-        }
-        | context
-    )  # fmt: skip
+def card(**known):
+    diagnostics = {"method": "tall-mask", "runs": ["sens-0"], "lambda_crit": 0.25, "warnings": ["too little is kept"]}
+    runs = [{"name": "sens-0", "source": "runs/sens-0", "sha256": {"adapter_model.safetensors": "ab12"}}]
+    shared = {
+        "title": "reviews, tall-mask", "name": "tall-mask", "base": "some/base", "method": "tall-mask", "params": {"k": 2},
+        "runs": runs, "diagnostics": diagnostics, "command": "emomerge run x.yaml", "recipe_yaml": "name: x\n",
+        "version": "0.1.0",
+    }  # fmt: skip
+    return model_card(Card.model_validate(shared | known))
 
 
 def test_the_model_card(results):
-    text = card(figures=results["artefacts"])
+    text = card(results=results)
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == "some/base"
     assert "emomerge" in yaml.safe_load(front)["tags"]
-    for word in ("tall-mask", "too little is kept", "ab12", "λ" if "λ" in body else "lambda_crit", "emomerge run x.yaml"):
+    for word in ("tall-mask", "too little is kept", "ab12", "λ\\_crit", "emomerge run x.yaml"):
         assert word in body
     rows = [line for line in body.splitlines() if line.startswith("| ")]
     assert len({line.count("|") for line in rows}) == 1
@@ -254,8 +275,26 @@ def test_the_model_card(results):
     assert not any("at |tall-mask|" in line for line in rows)
 
 
+def test_the_model_card_is_the_recorded_one(results):
+    diagnostics = {
+        "method": "tall-mask", "runs": ["sens-0"], "lambda_crit": 0.25, "kept_density": 0.123456, "merged_norm": 1.5,
+        "mask_density": {"sens-0": 0.5, "x": 0.25}, "warnings": ["too little is kept.", "b"],
+    }  # fmt: skip
+    runs = [
+        {"name": "sens-0", "source": "runs/sens-0", "sha256": {"adapter_model.safetensors": "ab12", "b": "cd"}},
+        {"name": "a|b", "sha256": "ff"},
+        {"name": "c"},
+    ]
+    text = card(
+        results=results, diagnostics=diagnostics, runs=runs, about="About *this*.", license="mit", library_name="x",
+        params={"k": 2, "lambda": 0.43219, "weights": [0.5, 0.25], "x": None},
+        files={"model.safetensors": "aa", "other": "bb"}, recipe_yaml="name: x\nb: 1\n",
+    )  # fmt: skip
+    assert text == (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
+
+
 def test_a_local_base_is_no_hub_id_and_missing_parts_are_left_out():
-    text = model_card({"title": "t", "base": "/somewhere/base", "method": "mean"})
+    text = model_card(Card(title="t", base="/somewhere/base", method="mean"))
     assert "base_model" not in text.split("---")[1]
     assert "## Runs" not in text
     assert "## Figures" not in text
@@ -263,12 +302,14 @@ def test_a_local_base_is_no_hub_id_and_missing_parts_are_left_out():
 
 def test_hostile_names_are_text_in_the_card_too():
     evil = "a|b `c` <script>\n# x"
+    row = ArtefactRow(name=evil, role="merge", estimates={"test_loss": Estimate(mean=0.5)})
+    column = Column(key="test_loss", title=evil, meaning="")
     text = model_card(
-        {
-            "title": evil, "name": evil, "method": evil, "recipe_yaml": "```\n# no heading", "license": evil,
-            "runs": [{"name": evil, "source": evil, "sha256": "ab"}],
-            "figures": [{"name": evil, "role": "merge", "test_loss": 0.5}],
-        }
+        Card(
+            title=evil, name=evil, method=evil, recipe_yaml="```\n# no heading", license=evil,
+            runs=[{"name": evil, "source": evil, "sha256": "ab"}],
+            results=Results(name=evil, artefacts=(row,), columns=(column,)),
+        )
     )  # fmt: skip
     front, body = text.split("---\n", 2)[1:]
     assert yaml.safe_load(front)["license"] == evil
@@ -281,15 +322,30 @@ def test_hostile_names_are_text_in_the_card_too():
 
 
 def test_an_adapter_is_peft_s_and_outputs_are_hashed():
-    text = model_card({"method": "mean", "about": "One run.", "files": {"adapter_model.safetensors": "ffee"}})
+    text = model_card(Card(method="mean", about="One run.", files={"adapter_model.safetensors": "ffee"}))
     assert "\nOne run.\n" in text
     assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "peft"
     assert "`ffee`" in text
 
 
-def test_an_interval_open_to_one_side(results, tmp_path):
-    results["verdict"]["flatter"]["evidence"][0].update(estimate=-0.5, low=None, high=-0.2)
-    results["verdict"]["flatter"]["evidence"][1].update(estimate=0.4, low=-0.1, high=None)
+def test_cards_and_tables_need_no_drawing_packages():
+    code = (
+        "import sys; from emomerge.reporting import Card, figures_table, model_card; from emomerge.results import Results;"
+        "model_card(Card(title='t')); figures_table(Results(name='x'));"
+        "assert not {'jinja2', 'markupsafe', 'altair', 'vl_convert', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_report_without_its_extra_says_so(results, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "altair", None)
+    with pytest.raises(MissingExtra, match=r"emomerge\[report\]"):
+        write_report(results, tmp_path / "report.html")
+
+
+def test_an_interval_open_to_one_side(results, edit, tmp_path):
+    results = edit.evidence(results, "flatter", 0, estimate=-0.5, low=None, high=-0.2)
+    results = edit.evidence(results, "flatter", 1, estimate=0.4, low=-0.1, high=None)
     text, _ = parse(render(results, tmp_path))
     assert "×0.61 [0, 0.82]" in text
     assert "×1.49 [0.90, ∞]" in text

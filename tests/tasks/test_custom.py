@@ -10,8 +10,9 @@ from torch import nn
 import emomerge
 from emomerge.checkpoints import load_into
 from emomerge.errors import BadInput
-from emomerge.experiment.pipeline import Pipeline, load_results
+from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import Base, load_recipe
+from emomerge.results import load_results
 from emomerge.tasks import make_task
 from emomerge.tasks.custom import Custom
 
@@ -192,9 +193,9 @@ def test_the_example(tmp_path):
     made = Pipeline(load_recipe(RECIPES / "autoencoder.yaml", changes), tmp_path / "out")
     assert made.run()
     results = load_results(tmp_path / "out")
-    losses = {a["name"]: a["test_loss"] for a in results["artefacts"]}
-    assert losses["sens-0"] < losses["base"] and results["data"]["unit"] == "mean squared error"
-    assert list(results["samples"]["images"]) == ["base", results["verdict"]["best_single"][0], "mean"]
+    losses = {row.name: row.loss("test") for row in results.artefacts}
+    assert losses["sens-0"] < losses["base"] and results.data.unit == "mean squared error"
+    assert list(results.samples.images) == ["base", results.verdict.best_single[0], "mean"]
     from peft import PeftModel
 
     live = PeftModel.from_pretrained(made.task.reload_model(made.space.base), made.space.runs / "sens-0" / "adapter").eval()

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emomerge.reporting import labels
-from emomerge.reporting.figure import HALF, NARROW, WIDE, Figure, Results, Row, chart_of, filled, painted
-from emomerge.reporting.kinds import KINDS, kind_of
+from emomerge.reporting.figure import HALF, NARROW, WIDE, Figure, Row, chart_of, filled, painted
+from emomerge.reporting.kinds import SYMBOLS, kind_of
 from emomerge.reporting.palette import STEPS, colour_of
-from emomerge.reporting.table import artefacts
-from emomerge.reporting.text import finite, short, unit
+from emomerge.reporting.text import short, unit
+from emomerge.results import Point, Results, Surface
 
 Array = NDArray[np.float64]
 PIXELS = 4
@@ -37,14 +37,13 @@ class Map:
     loss: Array
 
     @classmethod
-    def of(cls, held: Mapping[str, Any]) -> Map | None:
-        """From its JSON; None where it lacks points."""
-        x, y, loss = held.get("x") or [], held.get("y") or [], held.get("loss") or []
+    def of(cls, held: Surface) -> Map | None:
+        """Return a measured surface as a map; None where it lacks points."""
+        x, y, loss = held.x, held.y, held.loss
         if len(x) < 2 or len(y) < 2 or len(loss) != len(y) or any(len(row) != len(x) for row in loss):
             return None
-        values = np.array([[np.nan if finite(v) is None else float(v) for v in row] for row in loss])
-        made = cls(np.array(x, float), np.array(y, float), values)
-        return made if made.x[0] < made.x[-1] and made.y[0] < made.y[-1] and np.isfinite(values).any() else None
+        made = cls(np.array(x, float), np.array(y, float), np.array(loss, float))  # None becomes NaN
+        return made if made.x[0] < made.x[-1] and made.y[0] < made.y[-1] and np.isfinite(made.loss).any() else None
 
     def bands(self, levels: Sequence[float], width: int) -> list[Row]:
         """Rectangles of one step each, in shares of the map; each reaches under those after it, so that no seam shows.
@@ -83,15 +82,15 @@ class Map:
 
 def plane(results: Results) -> Figure | None:
     """The loss over the plane through base, merge and best single run."""
-    held = results.get("plane") or {}
-    found = Map.of(held)
-    if found is None:
+    held = results.plane
+    found = Map.of(held) if held else None
+    if held is None or found is None:
         return None
-    points, edges = _points(results, held.get("points") or [], found), levels([found])
+    points, edges = _points(results, held.points, found), levels([found])
     bands = [found.place(band) for band in found.bands(edges, WIDE)]
     x, y = (float(np.ptp(axis)) for axis in (found.x, found.y))
     at, low = np.unravel_index(int(np.nanargmin(found.loss)), found.loss.shape), float(np.nanmin(found.loss))
-    split = str((results.get("probe") or {}).get("data", "train"))
+    split = results.probe.data if results.probe else "train"
     names = ", ".join(p["name"] for p in points)
     caption = (
         f"The {split} loss over the plane through {names or 'three models'}, measured at {len(found.x)} × {len(found.y)} "
@@ -110,13 +109,12 @@ def plane(results: Results) -> Figure | None:
 
 def surfaces(results: Results) -> Figure | None:
     """Filter-normalised surfaces around several models, on one scale of colours."""
-    pairs = [(str(name), Map.of(held or {})) for name, held in (results.get("surfaces") or {}).items()]
-    maps = {name: found for name, found in pairs if found is not None}
+    maps = {name: found for name, held in results.surfaces.items() if (found := Map.of(held)) is not None}
     if not maps:
         return None
     edges = levels(list(maps.values()))
     bands = {name: found.bands(edges, HALF) for name, found in maps.items()}
-    colours = {str(a.get("name")): colour_of(a) for a in artefacts(results)}
+    colours = {row.name: colour_of(row) for row in results.artefacts}
     reach = short(max(float(np.abs(m.x).max()) for m in maps.values()))
     caption = (
         f"The loss around {' and '.join(maps)} (at the crosses), on one scale: along two random directions, each filter of "
@@ -164,17 +162,15 @@ def _about_divergence(maps: Sequence[Map]) -> str:
     return "" if all(np.isfinite(m.loss).all() for m in maps) else " Grey: the loss diverged."
 
 
-def _points(results: Results, held: Sequence[Mapping[str, Any]], found: Map) -> list[Row]:
+def _points(results: Results, held: Sequence[Point], found: Map) -> list[Row]:
     """The named points in shares of the map, in the looks they have everywhere."""
-    by_name = {a.get("name"): a for a in artefacts(results)}
+    by_name = {row.name: row for row in results.artefacts}
     points = []
     for point in held:
-        x, y = finite(point.get("x")), finite(point.get("y"))
-        artefact = by_name.get(point.get("name"), {"role": point.get("name")})
-        if x is not None and y is not None:
-            shares = [(v - axis[0]) / np.ptp(axis) for v, axis in ((x, found.x), (y, found.y))]
-            look = {"kind": kind_of(artefact), "colour": colour_of(artefact)}
-            points.append({"name": str(point.get("name")), "x": float(shares[0]), "y": float(shares[1]), **look})
+        row = by_name.get(point.name)
+        x, y = (float((v - axis[0]) / np.ptp(axis)) for v, axis in ((point.x, found.x), (point.y, found.y)))
+        look = {"kind": kind_of(row), "colour": colour_of(row)} if row else {"kind": "control", "colour": "other"}
+        points.append({"name": point.name, "x": x, "y": y, **look})
     return points
 
 
@@ -235,7 +231,7 @@ def _named(points: Sequence[Row], x: Any, y: Any) -> list[Any]:
     layers = [joins.encode(x=x, y=y, x2="x2:Q", y2="y2:Q", color=painted())]
     tooltip = [alt.Tooltip("name:N", title="model"), *(alt.Tooltip(f"{c}:Q", format=".4g") for c in "xy")]
     for point in points:
-        kind = KINDS[point["kind"]]
+        kind = SYMBOLS[point["kind"]]
         mark = chart_of([point]).mark_point(filled=True, shape=kind.shape, size=kind.area, opacity=1)
         layers.append(mark.encode(x=x, y=y, color=painted(), tooltip=tooltip))
     look = {

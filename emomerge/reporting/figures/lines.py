@@ -6,13 +6,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from emomerge.reporting import labels
-from emomerge.reporting.figure import HALF, WIDE, Axis, Figure, Results, Row, chart_of, painted
-from emomerge.reporting.palette import colour_of
+from emomerge.reporting.figure import HALF, WIDE, Axis, Figure, Row, chart_of, painted
+from emomerge.reporting.palette import colour_of, optimizer_colour
 from emomerge.reporting.table import artefacts
-from emomerge.reporting.text import finite, short, unit
+from emomerge.reporting.text import short, unit
+from emomerge.results import Results
 
 TRACE_POINTS = 200
 """A trace is thinned to at most about this many points: more than the figure has pixels would only make the page heavy."""
@@ -39,19 +40,18 @@ def alpha_curves(results: Results) -> Figure | None:
     """The loss along θ₀ + α·τ, one line an artefact."""
     lines: list[Line] = []
     merges = 0
-    held = results.get("curves") or {}
     for artefact in artefacts(results):
-        curve = held.get(artefact.get("name")) or {}
-        points = _pairs(curve.get("alpha"), curve.get("loss"))
+        curve = results.curves.get(artefact.name)
+        points = _pairs(curve.alpha, curve.loss) if curve else []
         if not points:
             continue
-        role = artefact.get("role")
+        role = artefact.role
         dash = DASHES[merges % len(DASHES)] if role == "merge" else DASHES[1] if role == "control" else None
         merges += role == "merge"
-        lines.append(Line(str(artefact["name"]), colour_of(artefact), points, dash=dash, width=2.4 if role == "merge" else 1.7))
+        lines.append(Line(artefact.name, colour_of(artefact), points, dash=dash, width=2.4 if role == "merge" else 1.7))
     if not lines:
         return None
-    split = str((results.get("probe") or {}).get("data", "train"))
+    split = results.probe.data if results.probe else "train"
     loss, name, alpha = min((loss, line.name, alpha) for line in lines for alpha, loss in line.points)
     return Figure(
         "From the base through every artefact",
@@ -66,7 +66,7 @@ def alpha_curves(results: Results) -> Figure | None:
 
 def training_loss(results: Results) -> Figure | None:
     """The loss of every step of every run, smoothed, with the raw figures behind."""
-    lines = _traces(results, "loss", positive=False)
+    lines = _traces(results, "loss")
     if not lines:
         return None
     ends = sorted((line.points[-1][1], line.name) for line in lines)
@@ -82,7 +82,7 @@ def training_loss(results: Results) -> Figure | None:
 
 def training_rate(results: Results) -> Figure | None:
     """The learning rate that emoPulse gave at every step."""
-    lines = _traces(results, "rate", positive=True)
+    lines = _traces(results, "rate")
     if not lines:
         return None
     rates = [rate for line in lines for _, rate in line.raw or []]
@@ -97,26 +97,27 @@ def training_rate(results: Results) -> Figure | None:
     )
 
 
-def _traces(results: Results, field: str, *, positive: bool) -> list[Line]:
-    """Smoothed lines of one column of the traces; what has to be positive is smoothed as its logarithm."""
-    roles = {a.get("name"): a.get("role") for a in artefacts(results)}
+def _traces(results: Results, field: Literal["loss", "rate"]) -> list[Line]:
+    """Smoothed lines of one column of the traces; rates, which are positive, are smoothed as logarithms."""
+    controls = {row.name for row in results.artefacts if row.role == "control"}
+    logarithmic = field == "rate"
     lines = []
-    for name, trace in (results.get("traces") or {}).items():
-        raw = [(step, value) for step, value in _pairs(trace.get("step"), trace.get(field)) if value > 0 or not positive]
+    for name, trace in results.traces.items():
+        values = trace.rate if logarithmic else trace.loss
+        raw = [(step, value) for step, value in _pairs(trace.step, values) if value > 0 or not logarithmic]
         if not raw:
             continue
-        smooth = _smooth([math.log(value) if positive else value for _, value in raw])
+        smooth = _smooth([math.log(value) if logarithmic else value for _, value in raw])
         kept = sorted({*range(0, len(raw), -(-len(raw) // TRACE_POINTS)), len(raw) - 1})
-        points = [(raw[k][0], math.exp(smooth[k]) if positive else smooth[k]) for k in kept]
-        dash = DASHES[1] if roles.get(name) == "control" else None
-        lines.append(Line(str(name), colour_of(trace), points, raw=[raw[k] for k in kept], dash=dash))
+        points = [(raw[k][0], math.exp(smooth[k]) if logarithmic else smooth[k]) for k in kept]
+        dash = DASHES[1] if name in controls else None
+        lines.append(Line(name, optimizer_colour(trace.optimizer), points, raw=[raw[k] for k in kept], dash=dash))
     return lines
 
 
-def _pairs(xs: Sequence[Any] | None, ys: Sequence[Any] | None) -> Points:
-    """The points whose both coordinates are finite."""
-    pairs = ((finite(x), finite(y)) for x, y in zip(xs or [], ys or [], strict=False))
-    return [(x, y) for x, y in pairs if x is not None and y is not None]
+def _pairs(xs: Sequence[float], ys: Sequence[float | None]) -> Points:
+    """The points whose ordinate is finite."""
+    return [(float(x), y) for x, y in zip(xs, ys, strict=False) if y is not None]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from emomerge.reporting import labels
-from emomerge.reporting.figure import NARROW, WIDE, Axis, Figure, Results, Row, chart_of, filled, painted
-from emomerge.reporting.kinds import KINDS, kind_of
+from emomerge.reporting.figure import NARROW, WIDE, Axis, Figure, Row, chart_of, filled, painted
+from emomerge.reporting.kinds import SYMBOLS, kind_of
 from emomerge.reporting.palette import colour_of
-from emomerge.reporting.table import artefacts, middle_radius, sharpness_at
-from emomerge.reporting.text import finite, short, unit
+from emomerge.reporting.table import artefacts, middle_radius
+from emomerge.reporting.text import short, unit
+from emomerge.results import Results, Split
 
 if TYPE_CHECKING:
     import altair as alt
@@ -25,8 +26,11 @@ ARROWS = {
 def loss_and_sharpness(results: Results) -> Figure | None:
     """Every artefact that has both figures: flat to the left, good at the bottom."""
     radius = middle_radius(results)
-    split = next((s for s in ("test", "validation", "train") if any(a.get(f"{s}_loss") for a in artefacts(results))), "test")
-    rows, diverged = _points(results, f"{split}_loss", radius)
+    splits: tuple[Split, ...] = ("test", "validation", "train")
+    split = next((s for s in splits if any(row.loss(s) for row in results.artefacts)), None)
+    if radius is None or split is None:
+        return None
+    rows, diverged = _points(results, split, radius)
     if not rows:
         return None
     x = _frame([r["sharpness"] for r in rows], [v for r in rows for v in (r["low"], r["high"])])
@@ -46,29 +50,28 @@ def loss_and_sharpness(results: Results) -> Figure | None:
     )
 
 
-def _points(results: Results, loss_key: str, radius: float | None) -> tuple[list[Row], list[str]]:
-    """The points, and the names of those whose loss under noise was not finite."""
+def _points(results: Results, split: Split, radius: float) -> tuple[list[Row], list[str]]:
+    """Return the points, and the names of artefacts whose loss under noise was not finite."""
     rows, diverged = [], []
     for artefact in artefacts(results):
-        name, role = str(artefact.get("name")), str(artefact.get("role"))
-        loss, entry = finite(artefact.get(loss_key)), sharpness_at(artefact, radius)
-        mean = finite(entry.get("mean")) if entry else None
-        if entry is not None and mean is None:
-            diverged.append(name)
-        if entry is None or mean is None or loss is None:
+        loss, estimate = artefact.loss(split), artefact.estimates.get(f"sharpness_{radius:g}")
+        if estimate is None:
             continue
-        error = 1.96 * (finite(entry.get("stderr")) or 0.0)
-        rows.append(
-            {
-                "name": name, "role": role, "kind": kind_of(artefact), "of": artefact.get("of"), "colour": colour_of(artefact),
-                "loss": loss, "sharpness": mean, "low": mean - error, "high": mean + error,
-                "distance": finite(artefact.get("distance")),
-            }
-        )  # fmt: skip
+        if estimate.mean is None:
+            diverged.append(artefact.name)
+        elif loss is not None:
+            mean, error = estimate.mean, 1.96 * (estimate.stderr or 0.0)
+            rows.append(
+                {
+                    "name": artefact.name, "role": artefact.role, "kind": kind_of(artefact), "of": artefact.of,
+                    "colour": colour_of(artefact), "loss": loss, "sharpness": mean, "low": mean - error, "high": mean + error,
+                    "distance": artefact.mean("distance"),
+                }
+            )  # fmt: skip
     return rows, diverged
 
 
-def _caption(rows: Sequence[Row], diverged: Sequence[str], x: Axis, y: Axis, split: str, radius: float | None) -> str:
+def _caption(rows: Sequence[Row], diverged: Sequence[str], x: Axis, y: Axis, split: Split, radius: float) -> str:
     roles = {r["role"] for r in rows}
     parts = [
         f"Each artefact by its {split} loss and by how much Gaussian noise of σ = {radius:g} times the base's RMS raises its "
@@ -135,7 +138,7 @@ def _draw(
     def by_kind(channel: type[Any], look: dict[str, Any], **more: Any) -> Any:
         return channel("kind:N", scale=alt.Scale(type="ordinal", domain=list(look), range=list(look.values())), **more)
 
-    present = [kind for kind in KINDS if any(p["kind"] == kind for p in points)]
+    present = [kind for kind in SYMBOLS if any(p["kind"] == kind for p in points)]
     legend = alt.Legend(title=None, orient="top", values=present, columns=2 if width < 400 else 5)
     tooltip = [
         alt.Tooltip("name:N", title="artefact"), alt.Tooltip("kind:N"), alt.Tooltip("loss:Q", format=".4f"),
@@ -152,8 +155,8 @@ def _draw(
         leads.encode(x=across, x2="x", y=up, y2="y", color=painted()),
         marks.encode(
             x=across, y=up, color=painted(), fill=filled("inside"), tooltip=tooltip,
-            shape=by_kind(alt.Shape, {name: kind.shape for name, kind in KINDS.items()}, legend=legend),
-            size=by_kind(alt.Size, {name: kind.area for name, kind in KINDS.items()}),
+            shape=by_kind(alt.Shape, {name: kind.shape for name, kind in SYMBOLS.items()}, legend=legend),
+            size=by_kind(alt.Size, {name: kind.area for name, kind in SYMBOLS.items()}),
         ),
         names.encode(x=across, y=up, text="label:N", color=painted()),
     ]  # fmt: skip

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from emomerge.reporting.figure import HALF, Figure, Results, Row, chart_of, filled, painted
-from emomerge.reporting.text import decimals, finite, fixed, percent, short, unit
+from emomerge.reporting.figure import HALF, Figure, Row, chart_of, filled, painted
+from emomerge.reporting.text import decimals, fixed, percent, short, unit
+from emomerge.results import Results
 
 ROOMY, READABLE = 8, 14
 """Up to so many runs a cell holds two numbers, or one; with more, colour alone."""
@@ -16,13 +17,14 @@ NO_BARRIER = 0.01
 
 def cosines(results: Results) -> Figure | None:
     """The cosine of every pair of task vectors, with the share of coordinates whose signs agree."""
-    held = results.get("cosines") or {}
-    names, matrix, signs = [str(n) for n in held.get("names") or []], held.get("matrix") or [], held.get("sign_agreement") or []
+    if results.cosines is None:
+        return None
+    names, matrix, signs = results.cosines.names, results.cosines.matrix, results.cosines.sign_agreement
     cells = [
-        _cell(names[i], names[j], cosine, _at(signs, i, j) if i != j else None)
+        _cell(names[i], names[j], cosine, signs[i][j] if signs and i != j else None)
         for i in range(len(names))
         for j in range(len(names))
-        if (cosine := _at(matrix, i, j)) is not None
+        if (cosine := matrix[i][j]) is not None
     ]
     if len(names) < 2 or not cells:
         return None
@@ -42,10 +44,10 @@ def cosines(results: Results) -> Figure | None:
 
 def barriers(results: Results) -> Figure | None:
     """By how much the loss rises between every pair of models."""
-    held = results.get("barriers") or {}
-    names, matrix = [str(n) for n in held.get("names") or []], held.get("matrix") or []
-    pairs = [(i, j) for i in range(len(names)) for j in range(len(names)) if i < len(matrix) and j < len(matrix[i])]
-    heights = {(i, j): finite(matrix[i][j]) for i, j in pairs}
+    if results.barriers is None:
+        return None
+    names, matrix = results.barriers.names, results.barriers.matrix
+    heights = {(i, j): height for i, row in enumerate(matrix) for j, height in enumerate(row)}
     apart = {pair: height for pair, height in heights.items() if pair[0] != pair[1]}
     if not apart:
         return None
@@ -86,18 +88,16 @@ def _barrier(row: str, column: str, height: float | None, places: int, top: floa
     }  # fmt: skip
 
 
-def _at(matrix: Any, i: int, j: int) -> float | None:
-    return finite(matrix[i][j]) if i < len(matrix) and j < len(matrix[i]) else None
-
-
-def _draw(names: list[str], cells: list[Row], told: Mapping[str, str], *, two: bool) -> Any:
+def _draw(names: Sequence[str], cells: list[Row], told: Mapping[str, str], *, two: bool) -> Any:
     """A cell for every pair; `told`: field → its name where the mouse rests."""
     import altair as alt
 
     roomy = len(names) <= ROOMY
     angle = 0 if len(names) * max(len(n) for n in names) <= 36 else -50
-    x = alt.X("column:N", sort=names, axis=alt.Axis(title=None, orient="top", labelAngle=angle, domain=False, ticks=False))
-    y = alt.Y("row:N", sort=names, axis=alt.Axis(title=None, domain=False, ticks=False))
+    x = alt.X(
+        "column:N", sort=list(names), axis=alt.Axis(title=None, orient="top", labelAngle=angle, domain=False, ticks=False)
+    )
+    y = alt.Y("row:N", sort=list(names), axis=alt.Axis(title=None, domain=False, ticks=False))
     tooltip = [alt.Tooltip(field, title=title) for field, title in {"row:N": "between", "column:N": "and", **told}.items()]
     strength = alt.FillOpacity("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0, 1]), legend=None)
     chart = chart_of(cells, "grid")

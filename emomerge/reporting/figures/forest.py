@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from emomerge.reporting.figure import HALF, Axis, Figure, Results, Row, chart_of, painted
+from emomerge.reporting.figure import HALF, Axis, Figure, Row, chart_of, painted
 from emomerge.reporting.labels import text_width
-from emomerge.reporting.text import finite, fixed, unit
+from emomerge.reporting.text import fixed, unit
+from emomerge.results import Results
 
+ClaimName: TypeAlias = Literal["better", "flatter"]
 SHAPES = {"good": "circle", "bad": "square", "unclear": "diamond"}
 
 
@@ -24,32 +26,27 @@ def flatter(results: Results) -> Figure | None:
     return _forest(results, "flatter", "Is it flatter?", f"{measure} of the merge ÷ that of the rival")
 
 
-def evidence(results: Results, claim: str) -> list[Row]:
-    """Every comparison behind a claim: rival, measure, estimate, low, high, and whom the interval favours.
+def evidence(results: Results, claim: ClaimName) -> list[Row]:
+    """Return every comparison behind a claim: rival, measure, estimate, low, high, and whom the interval favours.
 
-    Losses stay differences in nats; the logarithms of sharpness become ratios. Figures that do not exist are None.
+    Losses stay differences; the logarithms of sharpness become ratios. Numbers that do not exist are None.
     """
+    if results.verdict is None:
+        return []
     found = []
-    for item in ((results.get("verdict") or {}).get(claim) or {}).get("evidence") or []:
-        estimate = next((item[key] for key in ("estimate", "difference", "log_ratio") if key in item), None)
-        low, high = finite(item.get("low")), finite(item.get("high"))
-        outcome = "good" if high is not None and high < 0 else "bad" if low is not None and low > 0 else "unclear"
-        row: Row = {
-            "against": str(item.get("against")),
-            "what": str(item.get("what")).removeprefix("gaussian "),
-            "outcome": outcome,
-        }
-        row |= {"estimate": finite(estimate), "low": low, "high": high}
+    for item in getattr(results.verdict, claim).evidence:
+        bounds = {"estimate": item.estimate, "low": item.low, "high": item.high}
         if claim == "flatter":
-            row |= {
-                key: None if row[key] is None else math.exp(min(max(row[key], -50.0), 50.0))
-                for key in ("estimate", "low", "high")
-            }
+            bounds = {key: None if v is None else math.exp(min(max(v, -50.0), 50.0)) for key, v in bounds.items()}
+        row: Row = {
+            "against": item.against, "what": item.what.removeprefix("gaussian "),
+            "outcome": {-1: "good", 0: "unclear", 1: "bad"}[item.sign], **bounds,
+        }  # fmt: skip
         found.append(row | {"figures": interval(row, claim)})
     return found
 
 
-def interval(row: Row, claim: str) -> str:
+def interval(row: Row, claim: ClaimName) -> str:
     """An estimate with its interval in print: `−0.0153 [−0.0240, −0.0068]`, `×0.63 [0.55, 0.72]`, `×0.63 [0, 0.72]`."""
     places, mark, signed = (2, "×", False) if claim == "flatter" else (4, "", True)
     if row["estimate"] is None:
@@ -61,12 +58,13 @@ def interval(row: Row, claim: str) -> str:
     return f"{mark}{estimate} [{bottom}, {'∞' if row['high'] is None else high}]"
 
 
-def _forest(results: Results, claim: str, title: str, x_title: str) -> Figure | None:
+def _forest(results: Results, claim: ClaimName, title: str, x_title: str) -> Figure | None:
     found = evidence(results, claim)
     plain = claim == "better" and len({r["what"] for r in found}) == 1  # the axis says it already
     rows = [{**r, "row": i, "label": r["against"] if plain else f"{r['against']} · {r['what']}"} for i, r in enumerate(found)]
     known = [v for r in rows for v in (r["estimate"], r["low"], r["high"]) if v is not None]
-    if not known:
+    verdict = results.verdict
+    if verdict is None or not known:
         return None
     for row in rows:  # an interval open to one side is drawn to the end of the axis
         if (row["low"] is None) != (row["high"] is None):
@@ -74,10 +72,9 @@ def _forest(results: Results, claim: str, title: str, x_title: str) -> Figure | 
                 "low": min(known) if row["low"] is None else row["low"],
                 "high": max(known) if row["high"] is None else row["high"],
             }
-    verdict = results["verdict"]
-    merge = str(verdict.get("merge") or "the merge")
+    merge = verdict.merge or "the merge"
     wins, losses = (sum(r["outcome"] == outcome for r in rows) for outcome in ("good", "bad"))
-    single = ", ".join(str(name) for name in verdict.get("best_single") or [])
+    single = ", ".join(verdict.best_single)
     caption = (
         f"{merge} against each rival, with 95 % intervals. Green circle: the whole interval favours the merge; red square: the "
         f"rival; grey diamond: the interval holds {'1' if claim == 'flatter' else '0'} and decides nothing."
@@ -90,7 +87,7 @@ def _forest(results: Results, claim: str, title: str, x_title: str) -> Figure | 
     return Figure(title, caption, summary, _draw(rows, known, claim, x_title), half=True)
 
 
-def _draw(rows: list[Row], known: list[float], claim: str, x_title: str) -> Any:
+def _draw(rows: list[Row], known: list[float], claim: ClaimName, x_title: str) -> Any:
     import altair as alt
 
     log = claim == "flatter"

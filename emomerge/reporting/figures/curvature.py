@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from emomerge.reporting import labels
-from emomerge.reporting.figure import NARROW, WIDE, Axis, Figure, Results, Row, chart_of, painted
-from emomerge.reporting.kinds import KINDS, contestants, kind_of
+from emomerge.reporting.figure import NARROW, WIDE, Axis, Figure, Row, chart_of, painted
+from emomerge.reporting.kinds import SYMBOLS, contestants, kind_of
 from emomerge.reporting.palette import colour_of
-from emomerge.reporting.table import artefacts, hessian
-from emomerge.reporting.text import finite, percent, short
+from emomerge.reporting.table import artefacts
+from emomerge.reporting.text import percent, short
+from emomerge.results import ArtefactRow, Results
 
 FAINTEST = 1e-7
 """Densities below this part of the highest are not drawn: there the tails of the smoothing would be all there is."""
@@ -42,7 +43,7 @@ class Spectrum:
 
 def spectral_density(results: Results) -> Figure | None:
     """How the Hessian's eigenvalues are spread: the merge, the best single run, and the controls matched to either."""
-    compared = [a for a in _compared(results) if "density" in hessian(a)]
+    compared = [row for row in _compared(results) if row.hessian]
     found = [_spectrum(a) for a in compared]
     spectra = [s for s in found if s is not None]
     if not spectra:
@@ -54,7 +55,7 @@ def spectral_density(results: Results) -> Figure | None:
         f"right are the steep directions: the further left a line ends, the flatter; {reach}Right of 0 the loss curves "
         "upwards, left of it downwards. The curves are smoothed estimates from random vectors: read the ends, not the ripples."
     )
-    diverged = [str(a["name"]) for a, s in zip(compared, found, strict=True) if s is None]
+    diverged = [row.name for row, s in zip(compared, found, strict=True) if s is None]
     if diverged:
         caption += f" Diverged and not drawn: {', '.join(diverged)}."
     return Figure(
@@ -86,53 +87,50 @@ def layer_traces(results: Results) -> Figure | None:
     ]  # fmt: skip
     lower = sum(r["outcome"] == "good" for r in rows)
     caption = (
-        f"The Hessian's trace, layer by layer in the model's order: {merge['name']} (diamond) and the best single run "
-        f"{single['name']} (circle). The line is green where the merge curves less, red where it curves more. Estimates from "
+        f"The Hessian's trace, layer by layer in the model's order: {merge.name} (diamond) and the best single run "
+        f"{single.name} (circle). The line is green where the merge curves less, red where it curves more. Estimates from "
         "random vectors; small differences mean nothing."
     )
     if len(rows) < len(every):
         whole = sum(abs(of_merge[name]) for name in every)
         share = sum(abs(r["merge"]) for r in rows) / whole if whole else None
         caption += f" Drawn are the {len(rows)} largest of {len(every)} layers, with {percent(share, 0)} of the merge's trace."
-    diverged = len(_names(merge) | _names(single)) - len(every)
+    diverged = len(_layer_names(merge) | _layer_names(single)) - len(every)
     if diverged:
         caption += f" Without a figure for both, because one diverged: {diverged} layers."
     return Figure(
         "Where the curvature lies",
         caption,
-        f"Dot plot of the Hessian's trace in {len(rows)} layers: {merge['name']} is below {single['name']} in {lower}.",
+        f"Dot plot of the Hessian's trace in {len(rows)} layers: {merge.name} is below {single.name} in {lower}.",
         _draw_layers(rows, (merge, single), WIDE),
         _draw_layers(rows, (merge, single), NARROW),
     )
 
 
-def _compared(results: Results) -> list[Mapping[str, Any]]:
+def _compared(results: Results) -> list[ArtefactRow]:
     """The merge, the best single run and the controls that are matched to one of them."""
-    pair = [a for a in contestants(results) if a is not None]
-    names = {a.get("name") for a in pair}
-    return [*pair, *(a for a in artefacts(results) if kind_of(a) in DASHES and a.get("of") in names)]
+    pair = [row for row in contestants(results) if row is not None]
+    names = {row.name for row in pair}
+    return [*pair, *(row for row in artefacts(results) if kind_of(row) in DASHES and row.of in names)]
 
 
-def _spectrum(artefact: Mapping[str, Any]) -> Spectrum | None:
-    found = hessian(artefact)
-    held = found.get("density") or {}
-    pairs = ((finite(x), finite(y)) for x, y in zip(held.get("at") or [], held.get("density") or [], strict=False))
+def _spectrum(row: ArtefactRow) -> Spectrum | None:
+    held = row.hessian and row.hessian.density
+    pairs = zip(held.at, held.density, strict=False) if held else ()
     points = [(x, y) for x, y in pairs if x is not None and y is not None]
     if len(points) < 2 or max(y for _, y in points) <= 0:
         return None
-    trace = finite((found.get("trace") or {}).get("mean"))
-    largest, dash = finite(found.get("lambda_max")), DASHES.get(kind_of(artefact))
-    return Spectrum(str(artefact["name"]), colour_of(artefact), dash, points, largest, trace)
+    return Spectrum(row.name, colour_of(row), DASHES.get(kind_of(row)), points, row.mean("lambda_max"), row.mean("trace"))
 
 
-def _layers(artefact: Mapping[str, Any]) -> dict[str, float]:
-    """Layer → trace, of those that are finite."""
-    found = ((str(name), finite(trace)) for name, trace in (hessian(artefact).get("layers") or {}).items())
-    return {name: trace for name, trace in found if trace is not None}
+def _layers(row: ArtefactRow) -> dict[str, float]:
+    """Layer → trace, of the finite ones."""
+    found = row.hessian.layers if row.hessian else {}
+    return {name: trace for name, trace in found.items() if trace is not None}
 
 
-def _names(artefact: Mapping[str, Any]) -> set[str]:
-    return set(map(str, hessian(artefact).get("layers") or {}))
+def _layer_names(row: ArtefactRow) -> set[str]:
+    return set(row.hessian.layers) if row.hessian else set()
 
 
 def _draw_spectra(spectra: Sequence[Spectrum], width: int, height: int) -> Any:
@@ -180,7 +178,7 @@ def _above(points: Sequence[tuple[float, float]], lowest: float) -> list[Row]:
     ]
 
 
-def _draw_layers(rows: Sequence[Row], pair: Sequence[Mapping[str, Any]], width: int) -> Any:
+def _draw_layers(rows: Sequence[Row], pair: Sequence[ArtefactRow], width: int) -> Any:
     import altair as alt
 
     values = [r[side] for r in rows for side in ("merge", "single")]
@@ -198,16 +196,16 @@ def _draw_layers(rows: Sequence[Row], pair: Sequence[Mapping[str, Any]], width: 
     y = alt.Y("row:O", axis=look)
     tooltip = [
         alt.Tooltip("layer:N"),
-        *(alt.Tooltip(f"{s}:Q", title=str(a["name"]), format=".4g") for s, a in zip(("merge", "single"), pair, strict=True)),
+        *(alt.Tooltip(f"{s}:Q", title=a.name, format=".4g") for s, a in zip(("merge", "single"), pair, strict=True)),
     ]
-    names = [str(a["name"]) for a in pair]
-    shapes = alt.Scale(domain=names, range=[KINDS[kind_of(a)].shape for a in pair])
+    names = [a.name for a in pair]
+    shapes = alt.Scale(domain=names, range=[SYMBOLS[kind_of(a)].shape for a in pair])
     shape = alt.Shape("name:N", scale=shapes, legend=alt.Legend(title=None, orient="top"))
     joins = chart_of(rows).mark_rule(strokeWidth=3, opacity=0.55)
     layers = [joins.encode(x=x("single"), x2="merge:Q", y=y, color=painted("outcome"))]
     for side, artefact, name in zip(("merge", "single"), pair, names, strict=True):
         spots = chart_of([{**r, "name": name} for r in rows], colour_of(artefact))
-        mark = spots.mark_point(filled=True, size=KINDS[kind_of(artefact)].area, opacity=1)
+        mark = spots.mark_point(filled=True, size=SYMBOLS[kind_of(artefact)].area, opacity=1)
         layers.append(mark.encode(x=x(side), y=y, color=painted(), shape=shape, tooltip=tooltip))
     return alt.layer(*layers).properties(width=width, height=alt.Step(19))
 

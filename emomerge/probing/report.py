@@ -1,0 +1,132 @@
+"""From the summaries of metrics to figures of the report: each function returns columns and their estimates for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from emomerge.results import Column, Estimate, View
+
+Figures: TypeAlias = list[tuple[Column, Estimate]]
+Summary: TypeAlias = Mapping[str, Any]
+BALLS = {"l2": "ℓ2", "adaptive l2": "ℓ2 adaptive", "linf": "ℓ∞", "adaptive linf": "ℓ∞ adaptive"}
+"""Ball in the summary of `worst-case` → in print."""
+
+
+def gaussian(summary: Mapping[str, Summary]) -> Figures:
+    """Return the average-case sharpness at every radius."""
+    return [
+        (
+            Column(
+                key=f"sharpness_{radius:g}",
+                title=f"sharpness σ={radius:g}",
+                meaning=f"mean rise of the loss under Gaussian noise of {radius:g} times the RMS of the base's tensor, "
+                "± standard error",
+                better="lower", family="sharpness", radius=radius,
+            ),
+            _average(entry),
+        )
+        for radius, entry in _by_radius(summary)
+    ]  # fmt: skip
+
+
+def adaptive(summary: Mapping[str, Summary]) -> Figures:
+    """Return the adaptive average-case sharpness at every radius: secondary, the table of figures shows the middle one."""
+    middle = _middle(summary)
+    return [
+        (
+            Column(
+                key=f"adaptive_{radius:g}",
+                title=f"adaptive σ={radius:g}",
+                meaning=f"mean rise of the loss under Gaussian noise of {radius:g} times each weight's own size, ± standard "
+                "error; small weights look flat by it, so it is secondary",
+                better="lower", family="adaptive", radius=radius, views=_secondary(radius, middle),
+            ),
+            _average(entry),
+        )
+        for radius, entry in _by_radius(summary)
+    ]  # fmt: skip
+
+
+def worst_case(summary: Mapping[str, Mapping[str, Summary]]) -> Figures:
+    """Return the worst case in every ball at every radius beyond the slope's part, and the slope's part."""
+    figures: Figures = []
+    for name, of_radius in summary.items():
+        ball, middle = BALLS[name], _middle(of_radius)
+        for radius, entry in _by_radius(of_radius):
+            rise = Column(
+                key=f"worst_{ball}_{radius:g}",
+                title=f"worst case {ball} ρ={radius:g}",
+                meaning=f"highest rise of the loss found within ρ = {radius:g} of the weights ({ball} ball) beyond the slope's "
+                "part ρ‖g‖, ± standard error",
+                better="lower", family=f"worst case {ball}", radius=radius, views=_secondary(radius, middle),
+            )  # fmt: skip
+            slope = Column(
+                key=f"slope_{ball}_{radius:g}",
+                title=f"slope {ball} ρ={radius:g}",
+                meaning=f"ρ‖g‖, the slope's part of the rise within the {ball} ball of ρ = {radius:g}",
+                family=f"slope {ball}", radius=radius, views=("details",),
+            )  # fmt: skip
+            figures += [
+                (rise, Estimate(mean=entry["excess"], finding=entry.get("finding"), facts={"rise": entry["rise"]})),
+                (slope, Estimate(mean=entry["gradient"])),
+            ]
+    return figures
+
+
+def hessian(largest: float | None, trace: Summary, smallest: float | None) -> Figures:
+    """Return λmax, the trace and λmin."""
+    columns = (
+        Column(
+            key="lambda_max", title="λmax", better="lower", views=("table", "terminal"),
+            meaning="largest eigenvalue of the Hessian: the curvature of the steepest direction",
+        ),
+        Column(
+            key="trace", title="trace", better="lower", views=("table", "terminal"),
+            meaning="sum of the Hessian's eigenvalues: the curvature of all directions together, ± standard error",
+        ),
+        Column(
+            key="lambda_min", title="λmin", views=("details",),
+            meaning="smallest eigenvalue of the Hessian; clearly below 0 the point is no minimum",
+        ),
+    )  # fmt: skip
+    return list(zip(columns, (Estimate(mean=largest), _average(trace), Estimate(mean=smallest)), strict=True))
+
+
+def span(eigenvalues: Sequence[float | None] | None) -> Figures:
+    """Return λmax in the span of the runs' task vectors, from the eigenvalues there; None where they diverged."""
+    column = Column(
+        key="lambda_span", title="λmax in span τ", views=("details",),
+        meaning="largest eigenvalue of the Hessian within the span of the runs' task vectors, computed without sampling",
+    )  # fmt: skip
+    known = [value for value in eigenvalues or () if value is not None]
+    return [(column, Estimate(mean=max(known, default=None)))]
+
+
+def basin(summary: Summary) -> Figures:
+    """Return the basin's width and its standard error, to first order from that of its logarithm."""
+    column = Column(
+        key="basin", title="basin width", better="higher", views=("table", "terminal"),
+        meaning="largest σ of Gaussian noise, in RMS of the base's tensor, that raises the loss by at most 0.1; "
+        "larger is flatter",
+    )  # fmt: skip
+    width, error = summary["width"], summary["log_stderr"]
+    stderr = None if error is None else width * error
+    return [(column, Estimate(mean=width, stderr=stderr, n=summary["n"], finding=summary.get("finding")))]
+
+
+def _average(entry: Summary) -> Estimate:
+    facts = {f"realised_{name}": value for name, value in entry.get("realised", {}).items()}
+    return Estimate(mean=entry["mean"], stderr=entry["stderr"], n=entry["n"], finding=entry.get("finding"), facts=facts)
+
+
+def _by_radius(summary: Mapping[str, Summary]) -> Iterable[tuple[float, Summary]]:
+    return sorted(((float(radius), entry) for radius, entry in summary.items()), key=lambda pair: pair[0])
+
+
+def _middle(summary: Mapping[str, Summary]) -> float:
+    return sorted(map(float, summary))[len(summary) // 2]
+
+
+def _secondary(radius: float, middle: float) -> tuple[View, ...]:
+    return ("table", "details") if radius == middle else ("details",)
