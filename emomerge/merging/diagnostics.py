@@ -1,7 +1,7 @@
-"""What a merge did to the runs: norms, cosines, sign agreement, what was kept.
+"""Describe what a merge did to the runs: norms, cosines, sign agreement, kept share.
 
-Counts are exact. Other sums are float64 over rows of a fixed length, which no thread count splits; `math.fsum`, exact
-in any order, joins them.
+Counts are exact. Other sums are float64 over rows of a fixed length, independent of the number of threads, added up by
+`math.fsum`, which is exact in any order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from emomerge.numerics.sums import PIECE, row_sums, run_sum
 
 
 class Figures:
-    """Sums over the coordinates of a tensor, or of several, for N runs.
+    """Sums over the elements of a tensor, or of several, for N runs.
 
     `products[i, j]` = Σ x_i·x_j, where the first N x are the τ_t, then come τ_m, the mean τ̄, and τ̄ where τ_m ≠ 0.
     """
@@ -34,18 +34,18 @@ class Figures:
         ]
         self.products: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
         self.signs = torch.zeros(runs, runs, dtype=torch.int64)
-        """Coordinates that two runs move alike, less those that they move apart."""
+        """Elements that two runs move in the same direction, minus those that they move in opposite directions."""
         self.shared = torch.zeros(runs, runs, dtype=torch.int64)
-        """Coordinates that both runs move."""
+        """Elements that both runs move."""
         self.masked = torch.zeros(runs, dtype=torch.int64)
-        """Coordinates in each run's mask."""
+        """Elements in each run's mask."""
         self.moved = 0
-        """Coordinates that any run moves."""
+        """Elements that any run moves."""
         self.kept = 0
-        """Coordinates that the merge moves."""
+        """Elements that the merge moves."""
 
     def add(self, deltas: Tensor, merged: Tensor, masks: Tensor | None) -> None:
-        """A tensor or a piece of one: deltas (runs, *shape), merged (*shape), masks (runs, *shape) or None."""
+        """Add a tensor or a piece of one: deltas (runs, *shape), merged (*shape), masks (runs, *shape) or None."""
         pieces = deltas.reshape(len(deltas), -1).split(PIECE, dim=1), merged.flatten().split(PIECE)
         for some_deltas, some_merged in zip(*pieces, strict=True):
             self._add(some_deltas, some_merged)
@@ -53,7 +53,7 @@ class Figures:
             self.masked += masks.reshape(len(masks), -1).sum(dim=1).cpu()
 
     def add_sums(self, products: Tensor, counts: Tensor) -> None:
-        """What kernels.c has summed up: products (pieces, pairs) of some pieces, and their counts."""
+        """Add sums from kernels.c: products (pieces, pairs) of some pieces, and their counts."""
         for sums, new in zip(self.products.values(), products.T.tolist(), strict=True):
             sums += new
         runs = len(self.masked)
@@ -77,7 +77,7 @@ class Figures:
         self.kept += int(merged.count_nonzero())
 
     def join(self, others: Iterable[Figures]) -> Figures:
-        """These figures and all the others."""
+        """Add other figures to these and return these."""
         for other in others:
             for pair, sums in other.products.items():
                 self.products[pair] += sums
@@ -90,12 +90,12 @@ class Figures:
 
 
 def describe(figures: Figures, labels: Sequence[str], elements: int, *, masking: bool) -> dict[str, Any]:
-    """The figures in the reader's terms, ready for JSON; what has no value (a cosine with zero) is None.
+    """Derive the diagnostics from the figures, ready for JSON; None for undefined values, such as a cosine with zero.
 
     Args:
-        figures: of the whole task vectors.
+        figures: figures of the whole task vectors.
         labels: the runs' names.
-        elements: coordinates of a task vector, which densities are fractions of.
+        elements: number of elements of a task vector; densities are shares of it.
         masking: whether the method gives each run a mask.
     """
     runs = len(labels)
@@ -130,5 +130,5 @@ def describe(figures: Figures, labels: Sequence[str], elements: int, *, masking:
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """part/whole, or None of nothing."""
+    """Return part/whole, or None if whole is zero."""
     return part / whole if whole else None

@@ -1,9 +1,9 @@
-"""A merge as one PEFT LoRA adapter: every matrix of its task vector truncated to the leading singular triples.
+"""Truncate a merge to one LoRA adapter: every matrix of its task vector to the leading singular triples.
 
     τ ≈ BA,  B = U·√Σ (rows, r),  A = √Σ·Vᵀ (r, columns),  α = r
 
-No matrices of rank r are nearer (Eckart and Young 1936); of large ones the triples are found in a random sketch (Halko,
-Martinsson and Tropp 2011). What a truncation captures is its share of the energy, ‖BA‖²/‖τ‖².
+No matrix of rank r is nearer (Eckart and Young 1936). The triples of large matrices come from a random sketch (Halko,
+Martinsson and Tropp 2011). A truncation captures the share ‖BA‖²/‖τ‖² of the energy.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from emomerge.numerics.sums import sum_of_row_norms
 from emomerge.numerics.threads import one_thread
 
 SMALL = 512
-"""Matrices with no more rows or columns are decomposed exactly."""
+"""Matrices with at most so many rows or columns are decomposed exactly."""
 SKETCH = 32
-"""Columns of the first sketch where the rank is not known."""
+"""Columns of the first sketch if the rank is not known."""
 OVERSAMPLING = 16
-"""Columns of a sketch beyond the rank that it is for."""
+"""Columns of a sketch in addition to the rank."""
 POWER_ITERATIONS = 8
-"""Of a sketch; each pulls it towards the leading triples."""
+"""Power iterations of a sketch."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Layer:
     """The truncated task vector of one matrix."""
 
     name: str
-    """In the base."""
+    """Name of the tensor in the base."""
     factors: LowRank
     energy: float
     """‖τ‖²."""
@@ -55,10 +55,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor of a head, which the adapter holds whole, as PEFT's `modules_to_save`."""
+    """A tensor of a head, which the adapter holds in full, as PEFT's `modules_to_save`."""
 
     live: str
-    """Its name in a live model."""
+    """Its name in an instantiated model."""
     tensor: Tensor
     """θ."""
     energy: float
@@ -71,25 +71,28 @@ class Truncation:
 
     layers: tuple[Layer, ...]
     left_out: Mapping[str, float]
-    """The energy of each tensor that moved and is not in the adapter."""
+    """The energy of each tensor that moved but is not in the adapter."""
     source: str
-    """The base, as it is named in the adapter."""
+    """The name of the base in the adapter."""
     modules: frozenset[str]
     """All modules of the base that have a weight."""
     heads: tuple[str, ...]
-    """Modules that are held whole."""
+    """Modules that are held in full."""
     saved: Mapping[str, Saved]
     """Their tensors, by the base's names."""
 
     @property
     def energy(self) -> float:
-        """‖τ‖² of all tensors, those that are left out included."""
+        """‖τ‖² of all tensors, including those that are left out."""
         whole = (saved.energy for saved in self.saved.values())
         return math.fsum([*(layer.energy for layer in self.layers), *self.left_out.values(), *whole])
 
     def figures(self) -> dict[str, Any]:
-        """Ready for JSON: `energy`, the captured share of ‖τ‖² in total; `layers` with rank, own share and share of the
-        total that is their own; `saved` whole and `left_out`: each one's share of the total."""
+        """Return the shares of ‖τ‖², ready for JSON.
+
+        `energy` is the share captured in total; `layers` have their rank, the captured share of their own energy and their
+        share of the total; `saved` (held in full) and `left_out` are shares of the total.
+        """
         total = self.energy
         saved = {name: each.energy / total for name, each in self.saved.items()}
         return {
@@ -121,7 +124,7 @@ def truncate(
     allow_partial: bool = False,
     progress: Callable[[str, int], None] | None = None,
 ) -> Truncation:
-    """The adapter nearest to θ − θ₀, matrix by matrix.
+    """Compute the adapter nearest to θ − θ₀, matrix by matrix.
 
     Embeddings are matrices too, unless they are tied to a head. Without a `config.json` beside the base every 2-D
     `….weight` is taken for that of a Linear; with it, a layer right below the model's root, such as a fresh classifier,
@@ -130,14 +133,14 @@ def truncate(
     Args:
         merged: θ.
         base: θ₀.
-        rank: of every matrix, or "auto": for each the smallest that captures `energy`.
-        energy: share of ‖τ‖² of each matrix.
-        max_rank: what "auto" does not exceed.
+        rank: rank of every matrix, or "auto": for each the smallest that captures `energy`.
+        energy: share of ‖τ‖² to capture of each matrix.
+        max_rank: upper limit of "auto".
         allow_partial: leave out what no LoRA can hold (biases, norms, convolutions, …) instead of refusing.
         progress: called with each tensor's name and bytes once it is done.
 
     Raises:
-        BadInput: nothing moved, or something that no LoRA can hold did.
+        BadInput: nothing moved, or a tensor that no LoRA can hold did.
     """
     if rank != "auto" and rank < 1:
         raise BadInput("a rank is at least 1", found=rank)
@@ -176,13 +179,13 @@ def truncate(
 
 
 def low_rank(tau: Tensor, rank: int, *, energy: float | None = None, name: str) -> tuple[Tensor, Tensor]:
-    """A (r, columns) and B (rows, r), of which BA is τ (rows, columns) truncated.
+    """Return A (r, columns) and B (rows, r); BA is the truncation of τ (rows, columns).
 
     Args:
         tau: the matrix.
         rank: r, or what it does not exceed.
         energy: the share of ‖τ‖² for which r is to be the smallest, if any.
-        name: what a random sketch depends on.
+        name: name of the tensor, which seeds the random sketch.
     """
     full = min(tau.shape)
     rank = min(rank, full)
@@ -196,7 +199,7 @@ def low_rank(tau: Tensor, rank: int, *, energy: float | None = None, name: str) 
 
 
 def _triples(tau: Tensor, rank: int, energy: float | None, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triples, U (rows, k), S (k,), V (columns, k); k as large as the rank or the energy needs."""
+    """Return the leading singular triples, U (rows, k), S (k,), V (columns, k), as many as the rank or the energy needs."""
     size = rank if energy is None else min(SKETCH, rank)
     while min(tau.shape) > SMALL and 4 * size < min(tau.shape):
         u, s, v = _sketched(tau, size + OVERSAMPLING, name)

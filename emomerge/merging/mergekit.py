@@ -1,4 +1,4 @@
-"""mergekit's YAML: the same merge in our terms, or an error that names the field that cannot be done."""
+"""Read mergekit's YAML as a merge of ours, or name the field that is not supported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emomerge.merging.settings import layer_count, resolve
 
 
 class MergekitMerge(NamedTuple):
-    """The arguments of `merge` that a configuration stands for, and the dtype to write."""
+    """The arguments of `merge` that a configuration describes, and the dtype to write."""
 
     base: str
     runs: tuple[str, ...]
@@ -25,21 +25,21 @@ class MergekitMerge(NamedTuple):
     dtype: str
 
 
-class Dialect(NamedTuple):
-    """How one of mergekit's methods is said here. Names on the left are mergekit's, on the right ours."""
+class Translation(NamedTuple):
+    """How a method of mergekit's translates to ours. Keys are mergekit's names, values ours."""
 
     method: str
     points: Literal["others", "all", "base-optional"] = "others"
-    """What is merged: all models but the base, all of them, or either, as there is a base (then `origin` follows)."""
+    """The models that are merged: all but the base, all, or either, depending on a base, which also sets `origin`."""
     fixed: Mapping[str, Any] = {}
     each_model: Mapping[str, tuple[str, float | None]] = {}
-    """Numbers of each model, with mergekit's default; None where it demands one."""
+    """Numbers of each model, with mergekit's default; None if a number is required."""
     shared: Mapping[str, tuple[str, float | None]] = {}
-    """Numbers that hold for all models, likewise."""
+    """Numbers for all models, likewise."""
     plain: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {}
-    """Flags: value → what it means here. The first value is the default; a later flag overrides an earlier one."""
+    """Flags: value → our parameters. The first value is the default; a later flag overrides an earlier one."""
     copied: tuple[str, ...] = ()
-    """Plain values of the same name and meaning."""
+    """Values of the same name and meaning."""
 
 
 Numbers = dict[str, tuple[str, float | None]]
@@ -55,33 +55,33 @@ _ELECT = {"elect": "weighted"}
 _EPSILON = {**_DENSE, "epsilon": ("epsilon", 0.15)}
 _GAMMA = {**_DENSE, "gamma": ("gamma", 0.01)}
 
-DIALECTS = {
-    "linear": Dialect("mean", "all", {}, _WEIGHT, {}, {"normalize": {True: {}, False: {"method": "task-arithmetic"}}}),
-    "slerp": Dialect("slerp", "all", {"origin": "zero"}, {}, {"t": ("t", None)}),
-    "nuslerp": Dialect(
+TRANSLATIONS = {
+    "linear": Translation("mean", "all", {}, _WEIGHT, {}, {"normalize": {True: {}, False: {"method": "task-arithmetic"}}}),
+    "slerp": Translation("slerp", "all", {"origin": "zero"}, {}, {"t": ("t", None)}),
+    "nuslerp": Translation(
         "nuslerp", "base-optional", {}, _WEIGHT, {},
         {"nuslerp_row_wise": {False: {"along": "row"}, True: {"along": "column"}},
          "nuslerp_flatten": {True: {"along": "tensor"}, False: {}}},
     ),
-    "task_arithmetic": Dialect(
+    "task_arithmetic": Translation(
         "task-arithmetic", "others", {}, _WEIGHT, _SCALE,
         {"normalize": {False: {}, True: {"method": "mean"}}, "rescale": {False: {}, True: {}}, **_INT8},
     ),
-    "ties": Dialect("ties", "others", {"preset": "mergekit"}, _DENSE, _SCALE,
+    "ties": Translation("ties", "others", {"preset": "mergekit"}, _DENSE, _SCALE,
                     {"normalize": _MEAN, "rescale": {False: {}}, **_INT8}),
-    "dare_linear": Dialect("dare-linear", "others", {}, _DENSE, _SCALE, {"normalize": _SUM, "rescale": _L1, **_INT8}),
-    "dare_ties": Dialect("dare-ties", "others", _ELECT, _DENSE, _SCALE, {"normalize": _SUM, "rescale": _L1, **_INT8}),
-    "della": Dialect("della", "others", _ELECT, _EPSILON, _SCALE, {"normalize": _MEAN, "rescale": _L1, **_INT8}),
-    "della_linear": Dialect("della-linear", "others", {}, _EPSILON, _SCALE, {"normalize": _SUM, "rescale": _L1, **_INT8}),
-    "breadcrumbs": Dialect("breadcrumbs", "others", {}, _GAMMA, _SCALE, {"normalize": _SUM, "rescale": _NO_L1, **_INT8}),
-    "breadcrumbs_ties": Dialect("breadcrumbs-ties", "others", _ELECT, _GAMMA, _SCALE,
+    "dare_linear": Translation("dare-linear", "others", {}, _DENSE, _SCALE, {"normalize": _SUM, "rescale": _L1, **_INT8}),
+    "dare_ties": Translation("dare-ties", "others", _ELECT, _DENSE, _SCALE, {"normalize": _SUM, "rescale": _L1, **_INT8}),
+    "della": Translation("della", "others", _ELECT, _EPSILON, _SCALE, {"normalize": _MEAN, "rescale": _L1, **_INT8}),
+    "della_linear": Translation("della-linear", "others", {}, _EPSILON, _SCALE, {"normalize": _SUM, "rescale": _L1, **_INT8}),
+    "breadcrumbs": Translation("breadcrumbs", "others", {}, _GAMMA, _SCALE, {"normalize": _SUM, "rescale": _NO_L1, **_INT8}),
+    "breadcrumbs_ties": Translation("breadcrumbs-ties", "others", _ELECT, _GAMMA, _SCALE,
                                 {"normalize": _SUM, "rescale": _NO_L1, **_INT8}),
-    "model_stock": Dialect("model-stock", plain={"filter_wise": {False: {}, True: {"filter_wise": True}}}),
-    "sce": Dialect("sce", shared={"select_topk": ("density", 1.0)}, plain=_INT8),
-    "karcher": Dialect("karcher", "all", {"origin": "zero", "max_iter": 10, "tol": 1e-5}, copied=("max_iter", "tol")),
-    "multislerp": Dialect("multislerp", "base-optional", {}, _WEIGHT, {}, {"normalize_weights": {True: {}}}),
+    "model_stock": Translation("model-stock", plain={"filter_wise": {False: {}, True: {"filter_wise": True}}}),
+    "sce": Translation("sce", shared={"select_topk": ("density", 1.0)}, plain=_INT8),
+    "karcher": Translation("karcher", "all", {"origin": "zero", "max_iter": 10, "tol": 1e-5}, copied=("max_iter", "tol")),
+    "multislerp": Translation("multislerp", "base-optional", {}, _WEIGHT, {}, {"normalize_weights": {True: {}}}),
 }  # fmt: skip
-"""Every method of mergekit's that can be read."""
+"""The methods of mergekit's that are supported."""
 
 
 class Reference(NamedTuple):
@@ -105,7 +105,7 @@ def _reference(value: Any) -> Reference:
 
 
 Given = Mapping[str, Any]
-"""Parameters as they are written."""
+"""Parameters as they are written in the file."""
 
 
 class _Part(BaseModel):
@@ -121,20 +121,20 @@ class Model(_Part):
 
 
 class Slice(_Part):
-    """Layers of the models; only all of them can be merged."""
+    """Layers of the models; only all layers together can be merged."""
 
     sources: list[Model] = Field(min_length=1)
     parameters: dict[str, Any] = {}
 
 
 class Tokenizer(_Part):
-    """Whose tokenizer is written."""
+    """The tokenizer to write."""
 
     source: Literal["base"]
 
 
 class Config(_Part):
-    """A configuration, as far as it can be done."""
+    """The supported part of a configuration."""
 
     merge_method: str
     base_model: Annotated[Reference, BeforeValidator(_reference)] | None = None
@@ -148,38 +148,43 @@ class Config(_Part):
     chat_template: Literal["auto"] | None = None
 
     def sources(self) -> list[tuple[str, Model]]:
-        """The models, each with the name of its field."""
+        """Return the models, each with the name of its field."""
         if bool(self.models) == bool(self.slices):
             raise BadInput("either models or slices must be given", where="models")
         field, models = ("models", self.models) if self.models else ("slices.0.sources", self.slices[0].sources)
         return [(f"{field}.{i}", model) for i, model in enumerate(models)]
 
     def shared(self) -> list[tuple[str, Given]]:
-        """The parameters for all models, each set with the name of its field; the first that says something counts."""
+        """Return the sets of parameters for all models, each with the name of its field; the first that has a value counts."""
         slices = [(f"slices.{i}.parameters", part.parameters) for i, part in enumerate(self.slices)]
         return [*slices, ("parameters", self.parameters)]
 
 
 def read_config(path: str | Path) -> MergekitMerge:
-    """What a configuration asks for. Opens the headers of its base.
+    """Read the merge that a configuration describes. Opens the headers of its base.
 
     `dtype` and `out_dtype` decide what is written; the arithmetic is in float32 in any case.
 
     Raises:
-        BadInput: the file is no such configuration, or asks for something that cannot be done; `where` is the field.
+        BadInput: the file is not a mergekit configuration, or a field of it is not supported; `where` is the field.
     """
     config = _load(Path(path))
-    if config.merge_method not in DIALECTS:
-        raise BadInput("no such method", where="merge_method", found=config.merge_method, expected=", ".join(DIALECTS))
-    dialect = DIALECTS[config.merge_method]
-    base, sources = _base_and_points(config, dialect)
-    method, params = _parameters(config, dialect, sources)
-    if dialect.points == "base-optional":
+    if config.merge_method not in TRANSLATIONS:
+        raise BadInput(
+            "unsupported mergekit method",
+            where="merge_method",
+            found=config.merge_method,
+            expected=", ".join(TRANSLATIONS),
+        )
+    translation = TRANSLATIONS[config.merge_method]
+    base, sources = _base_and_points(config, translation)
+    method, params = _parameters(config, translation, sources)
+    if translation.points == "base-optional":
         params["origin"] = "zero" if config.base_model is None else "base"
     params = check_params(method, params)
     names = open_dense(base).names()
     _check_layers(config, layer_count(names))
-    if dialect.method == "mean" and method == "task-arithmetic":
+    if translation.method == "mean" and method == "task-arithmetic":
         _check_weights_sum_to_one(params["weights"], names)
     runs = tuple(model.model.lora or model.model.path for _, model in sources)
     return MergekitMerge(base, runs, method, params, config.out_dtype or config.dtype or "base")
@@ -194,16 +199,16 @@ def _load(path: Path) -> Config:
         first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or path
     if first["type"] == "extra_forbidden":
-        raise BadInput("a field of mergekit's that cannot be done", where=where, found=repr(first["input"]))
+        raise BadInput("unsupported mergekit field", where=where, found=repr(first["input"]))
     message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    raise BadInput("a value that cannot be done", where=where, expected=message, found=repr(first["input"]))
+    raise BadInput("unsupported mergekit value", where=where, expected=message, found=repr(first["input"]))
 
 
-def _base_and_points(config: Config, dialect: Dialect) -> tuple[str, list[tuple[str, Model]]]:
-    """θ₀, and the models that are merged; where mergekit needs no base, the first model is as good as any."""
+def _base_and_points(config: Config, translation: Translation) -> tuple[str, list[tuple[str, Model]]]:
+    """Return θ₀ and the models to merge; if mergekit needs no base, the first model serves as one."""
     sources = config.sources()
     if config.base_model is None:
-        if dialect.points == "others" or dialect.method == "slerp":
+        if translation.points == "others" or translation.method == "slerp":
             raise BadInput("this method needs a base", where="base_model", found="nothing")
         base = sources[0][1].model.path
     else:
@@ -212,7 +217,7 @@ def _base_and_points(config: Config, dialect: Dialect) -> tuple[str, list[tuple[
             raise BadInput("a base with an adapter", where="base_model", found=lora, fix="bake it first")
         itself = [source for source in sources if source[1].model == config.base_model]
         others = [source for source in sources if source[1].model != config.base_model]
-        if dialect.points == "all":
+        if translation.points == "all":
             itself = itself or [("base_model", Model.model_validate({"model": base}))]
             sources = [*itself, *others]
         else:
@@ -226,39 +231,39 @@ def _base_and_points(config: Config, dialect: Dialect) -> tuple[str, list[tuple[
     return base, sources
 
 
-def _parameters(config: Config, dialect: Dialect, sources: Sequence[tuple[str, Model]]) -> tuple[str, dict[str, Any]]:
-    """Our method and its parameters, from those of each model and those of all."""
+def _parameters(config: Config, translation: Translation, sources: Sequence[tuple[str, Model]]) -> tuple[str, dict[str, Any]]:
+    """Translate the parameters of each model and of all models to our method and its parameters."""
     shared = config.shared()
     own = [(f"{field}.parameters", model.parameters) for field, model in config.sources()]
-    each = {*dialect.each_model, *(["density"] if config.merge_method == "task_arithmetic" else [])}  # read, and not used
+    each = {*translation.each_model, *(["density"] if config.merge_method == "task_arithmetic" else [])}  # read, and not used
     _refuse_unknown(own, each)
-    _refuse_unknown(shared, {*each, *dialect.shared, *dialect.plain, *dialect.copied})
+    _refuse_unknown(shared, {*each, *translation.shared, *translation.plain, *translation.copied})
     everywhere = [given for _, given in shared]
-    params = dict(dialect.fixed)
-    for theirs, (ours, default) in dialect.shared.items():
+    params = dict(translation.fixed)
+    for theirs, (ours, default) in translation.shared.items():
         params[ours] = _combined(theirs, everywhere, default, "parameters")
-    for theirs, (ours, default) in dialect.each_model.items():
+    for theirs, (ours, default) in translation.each_model.items():
         settings = [_combined(theirs, [m.parameters, *everywhere], default, f"{f}.parameters") for f, m in sources]
         params[ours] = settings if ours == "weights" else _by_run(settings)
     meant: dict[str, Any] = {}
-    for theirs, meanings in dialect.plain.items():
+    for theirs, meanings in translation.plain.items():
         meant |= _meaning(theirs, meanings, shared)
-    method = meant.pop("method", dialect.method)
-    params |= meant | {key: given[key] for key in dialect.copied for given in everywhere if key in given}
+    method = meant.pop("method", translation.method)
+    params |= meant | {key: given[key] for key in translation.copied for given in everywhere if key in given}
     return method, params
 
 
 def _meaning(theirs: str, meanings: Mapping[Any, Given], shared: Sequence[tuple[str, Given]]) -> Given:
-    """What the value of a flag means here."""
+    """Return our parameters for the value of a flag."""
     where, value = next(((w, given[theirs]) for w, given in shared if theirs in given), ("", next(iter(meanings))))
     if not isinstance(value, bool) or value not in meanings:
         expected = " or ".join(str(each).lower() for each in meanings)
-        raise BadInput("a value that cannot be done", where=f"{where}.{theirs}", expected=expected, found=repr(value))
+        raise BadInput("unsupported mergekit value", where=f"{where}.{theirs}", expected=expected, found=repr(value))
     return meanings[value]
 
 
 def _combined(parameter: str, places: Sequence[Given], default: float | None, where: str) -> Any:
-    """One setting of those in several places, the first of which counts wherever it says something, the default last."""
+    """Combine the settings in several places: the first that has a value counts, the default last."""
     settings = [given[parameter] for given in places if parameter in given] + ([] if default is None else [default])
     if not settings:
         raise BadInput("a number is missing", where=f"{where}.{parameter}")
@@ -272,7 +277,7 @@ def _combined(parameter: str, places: Sequence[Given], default: float | None, wh
 
 
 def _by_run(settings: Sequence[Any]) -> Any:
-    """A setting of each run as one."""
+    """Combine the settings of the runs into one."""
     if all(setting == settings[0] for setting in settings):
         return settings[0]
     by_run = [setting if _has_entries(setting) else [{"value": setting}] for setting in settings]
@@ -296,7 +301,7 @@ def _check_weights_sum_to_one(weights: Sequence[Any], names: Sequence[str]) -> N
         total = sum(run[name][0] for run in by_run)
         if abs(total - 1) > 1e-6:
             found = f"false, and weights of sum {total:g} for {name}"
-            raise BadInput("a sum of models that is no average", where="parameters.normalize", expected="true", found=found)
+            raise BadInput("a sum of models that is not an average", where="parameters.normalize", expected="true", found=found)
 
 
 def _refuse_unknown(places: Sequence[tuple[str, Given]], known: set[str]) -> None:
@@ -304,4 +309,4 @@ def _refuse_unknown(places: Sequence[tuple[str, Given]], known: set[str]) -> Non
         for key in given:
             if key not in known:
                 expected = ", ".join(sorted(known)) or "no parameters"
-                raise BadInput("a parameter that cannot be done", where=f"{where}.{key}", expected=expected)
+                raise BadInput("unsupported mergekit parameter", where=f"{where}.{key}", expected=expected)

@@ -1,4 +1,4 @@
-"""The fast path on the CPU: methods that treat every element alike, from kernels.c, with what is summed up on the way."""
+"""Compiled kernels for elementwise methods on the CPU (kernels.c), which also sum up the figures of the diagnostics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 KERNELS = Path(__file__).with_name("kernels.c")
 PIECE = 2**17
-"""Elements whose sums go on in one double, and the least that is worth a thread (kernels.c)."""
+"""Elements that are summed in one double; no thread gets fewer (kernels.c)."""
 MOST_RUNS = 64
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -35,7 +35,7 @@ AGGREGATE = {"mean": 0, "count": 1, "sum": 2, "max": 3}
 
 
 class Part(NamedTuple):
-    """A range of elements, which one thread works on."""
+    """A range of elements, the work of one thread."""
 
     start: int
     stop: int
@@ -49,12 +49,12 @@ class RoundedOutput:
     scale: float
     finite: bool = True
     stepped: int = 0
-    """Elements that the merge moves."""
+    """Number of elements that the merge moves."""
     unchanged: int = 0
-    """Those of them that are written as the base's would be."""
+    """Number of these that round to the same value as the base's."""
     squared_errors: list[float] = field(default_factory=list)
     squared_lengths: list[float] = field(default_factory=list)
-    """Of parts of the tensor: the squared length of what rounding takes from scale·τ_m, and of that itself."""
+    """For parts of the tensor: the squared lengths of the rounding error of scale·τ_m, and of scale·τ_m."""
 
 
 class _Job(ctypes.Structure):
@@ -80,9 +80,9 @@ class _Job(ctypes.Structure):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the base and of the runs as it is stored, in 32 or 16 bits; or a task vector that is known exactly.
+    """One tensor of the base and of the runs as it is stored, in 32 or 16 bits; or an exact task vector in place of a run's.
 
-    Where `written` is given, `merge` makes what is written instead of τ_m.
+    If `written` is given, `merge` returns the rounded output instead of τ_m.
     """
 
     base: Tensor
@@ -94,7 +94,7 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        """Elements of the tensor."""
+        """Number of elements."""
         return self.base.numel()
 
     @property
@@ -112,15 +112,15 @@ class StoredTensor:
         options: Sequence[int] = (),
         figures: Figures,
     ) -> Tensor:
-        """τ_m in float32, or what is written, of the tensor's shape; the figures are added up.
+        """Return τ_m in float32, or the rounded output, in the tensor's shape, and add to the figures.
 
         Args:
             method: a key of `METHODS`.
             weights: (runs,).
-            numbers: (runs,): λ of tall-mask, thresholds of ties.
-            last: (runs,): of the elements equal to a threshold the last place that counts (ties).
+            numbers: (runs,), λ or thresholds, as the kernel requires.
+            last: (runs,), the last index of an element equal to the threshold that is kept.
             options: see kernels.c.
-            figures: where the sums go.
+            figures: the sums are added to these.
         """
         merged = torch.empty(self.base.shape, dtype=self.written.dtype if self.written else torch.float32)
         for sums, counts in self._run(method, weights, numbers, last, options, merged):
@@ -133,11 +133,11 @@ class StoredTensor:
         return merged
 
     def balance(self, weights: Tensor, *, numbers: Tensor, last: Tensor | None, elect: int) -> int:
-        """Coordinates that elect plus, less those that elect minus (ties)."""
+        """Return the number of elements that elect plus, minus the number of those that elect minus (ties)."""
         return sum(int(counts[-4]) for _, counts in self._run("balance", weights, numbers, last, (elect,), None))
 
     def largest(self, counts: Sequence[int]) -> Cut | None:
-        """Exactly so many elements of each run, of equal ones the first; None where a sample misled the search."""
+        """Select the `counts` largest elements of each run, the first of equal ones; None if a sample misled the search."""
         found: list[tuple[float, int] | None] = [None] * len(self.runs)
 
         def work(run: int) -> None:
@@ -168,7 +168,7 @@ class StoredTensor:
         return rank.value, self._place(run, rank.value, wanted - before, piece * PIECE)
 
     def sample(self, run: int, step: int) -> NDArray[np.int32]:
-        """The magnitudes of every step-th element of a run, as bit patterns."""
+        """Return the magnitudes of every step-th element of a run, as bit patterns."""
         patterns = np.empty(-(-self.numel // step), np.int32)
         job, _keep = self._job("linear", (), None)
         arguments = ctypes.c_int(run), ctypes.c_long(self.numel), ctypes.c_long(step), ctypes.c_void_p(patterns.ctypes.data)
@@ -176,7 +176,7 @@ class StoredTensor:
         return patterns
 
     def collect(self, run: int, bracket: Bracket) -> NDArray[np.int64]:
-        """Add the magnitudes of one run to a bracket; returns what was added, by pieces of the tensor (see `Bracket.add`)."""
+        """Add the magnitudes of one run to a bracket; return the counts added by each piece (see `Bracket.add`)."""
         counts, inside = np.zeros((-(-self.numel // PIECE), 4), np.int64), np.empty(min(bracket.room, self.numel), np.int32)
         job, _keep = self._job("linear", (), None)
         arguments = ctypes.c_int32(bracket.low), ctypes.c_int32(bracket.high), ctypes.c_int64(len(inside))
@@ -194,7 +194,7 @@ class StoredTensor:
         return int(function(ctypes.byref(job), ctypes.c_int(run), *places, ctypes.c_float(value), ctypes.c_int64(nth)))
 
     def _job(self, method: str, options: Sequence[int], merged: Tensor | None, *numbers: Tensor) -> tuple[_Job, list[object]]:
-        """The arguments for a kernel, and what they point to."""
+        """Return the arguments for a kernel, and the objects that they point to."""
         thetas = (ctypes.c_void_p * len(self.runs))(*(None if t is None else t.data_ptr() for t in self.runs))
         kinds = (ctypes.c_int * len(self.runs))(*self.kinds)
         job = _Job(
@@ -223,7 +223,7 @@ class StoredTensor:
         options: Sequence[int],
         merged: Tensor | None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Sums (pieces, pairs and more) and counts of every part."""
+        """Run a kernel; return sums (pieces, pairs and more) and counts of every part."""
         runs = len(self.runs)
         numbers = (torch.zeros(runs) if numbers is None else numbers).float().contiguous()
         last = (torch.full((runs,), self.numel) if last is None else last).contiguous()
@@ -256,7 +256,7 @@ class StoredTensor:
 
 
 def open_stored(name: str, base: Checkpoint, runs: Sequence[Checkpoint], labels: Sequence[str]) -> StoredTensor | None:
-    """One tensor as it is stored; None where the kernels cannot work on it."""
+    """Return one tensor as it is stored; None if the kernels do not support it."""
     if len(runs) > MOST_RUNS or base.info(name).dtype not in KINDS or native.library(KERNELS) is None:
         return None
     plain = [type(run).delta is Checkpoint.delta for run in runs]
@@ -274,7 +274,7 @@ def open_stored(name: str, base: Checkpoint, runs: Sequence[Checkpoint], labels:
 
 
 def _parts(numel: int, threads: int) -> list[Part]:
-    """About equal ranges that begin at whole pieces."""
+    """Split into about equal ranges that begin at whole pieces."""
     pieces = -(-numel // PIECE)
     threads = max(min(threads, pieces), 1)
     cuts = [min(pieces * index // threads * PIECE, numel) for index in range(threads + 1)]

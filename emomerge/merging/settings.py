@@ -1,8 +1,8 @@
 """Numbers that may differ from tensor to tensor and from run to run, as recipes and mergekit's YAML write them.
 
-A setting is one number; a gradient, which is a list of numbers spread evenly over the layers and interpolated between
-them; or a list of entries `{filter, value}`, of which the first whose filter the tensor's name contains counts. Entries
-of what a method takes for each run may also name a `run`, by its name or by its place from 1.
+A setting is one number; a gradient, which is a list of numbers spread evenly over the layers and interpolated; or a list
+of entries `{filter, value}`, of which the first applies whose filter is part of the tensor's name. Entries of a parameter
+that may differ from run to run may also name a `run`, by its name or by its number from 1.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ T = TypeVar("T")
 EACH_TENSOR, EACH_RUN = "each tensor", "each run"
 
 PerTensor = Annotated[T, EACH_TENSOR]
-"""A method's parameter that the user may set tensor by tensor."""
+"""A parameter of a method that may differ from tensor to tensor."""
 PerRun = Annotated[T | Sequence[T], EACH_RUN]
-"""The same for each run: the method is given one number a run."""
+"""A parameter that may also differ from run to run: the method gets a tuple with one number per run."""
 
 _LAYER = re.compile(r"(?:(.*?)\.)??(\d+)(?:\.|$)")
-"""The stack and the number of a layer."""
+"""Matches the stack and the number of a layer."""
 
 Setting = Any
 """A checked setting, as plain data: float | list[float] | {filter, run, value} | list of these."""
 
 
 class Entry(BaseModel, Generic[T]):
-    """`value`, a number or a gradient, where the name of the tensor contains `filter`."""
+    """`value`, a number or a gradient, for tensors whose name contains `filter`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -50,18 +50,18 @@ class Entry(BaseModel, Generic[T]):
 
 
 class RunEntry(Entry[T], Generic[T]):
-    """An entry that may be of one run only: by its name, or its place from 1."""
+    """An entry that may apply to one run only, by its name or by its number from 1."""
 
     run: int | str | None = None
 
 
 def setting_of(number: Any, *, each_run: bool = False, or_word: Any = None) -> Any:
-    """The pydantic type of a setting.
+    """Return the pydantic type of a setting.
 
     Args:
         number: type of one number.
         each_run: whether entries may name a run.
-        or_word: a Literal type that may stand instead.
+        or_word: a Literal type that is accepted as well.
     """
     entry: Any = RunEntry if each_run else Entry
     one = number if or_word is None else number | or_word
@@ -72,7 +72,7 @@ def setting_of(number: Any, *, each_run: bool = False, or_word: Any = None) -> A
 
 
 def _shape(value: Any) -> Literal["number", "gradient", "entry", "entries"]:
-    """What kind of setting something is meant to be, so that a mistake is explained in those terms."""
+    """Return the kind of setting that a value is meant to be, so that errors refer to that kind."""
     if isinstance(value, Mapping | BaseModel):
         return "entry"
     if isinstance(value, list | tuple):
@@ -83,17 +83,17 @@ def _shape(value: Any) -> Literal["number", "gradient", "entry", "entries"]:
 def resolve(
     setting: Setting, names: Iterable[str], runs: Sequence[str] = ("",), *, default: float | None = None, what: str
 ) -> dict[str, tuple[float, ...]]:
-    """The number of each run for each tensor.
+    """Resolve a setting to the number of each run for each tensor.
 
     Args:
         setting: checked by a type that `setting_of` made.
-        names: the tensors; a gradient spreads over their layers.
+        names: the tensors; a gradient is spread over their layers.
         runs: the runs' names.
-        default: the number where no entry matches.
-        what: the parameter, for messages.
+        default: the number if no entry matches.
+        what: name of the parameter for messages.
 
     Raises:
-        BadInput: a filter that no tensor matches, a run that there is not, or no number for a tensor.
+        BadInput: a filter that no tensor matches, an unknown run, or no number for a tensor.
     """
     names = list(names)
     if isinstance(setting, int | float):
@@ -111,13 +111,13 @@ def resolve(
 
 
 def constant(resolved: Mapping[str, T]) -> T | None:
-    """What all tensors have in common; None where they differ, or where there are none."""
+    """Return the value that all tensors share; None if they differ, or if there are none."""
     values = list(resolved.values())
     return values[0] if values and all(value == values[0] for value in values) else None
 
 
 def layer_positions(names: Iterable[str]) -> dict[str, float]:
-    """Where a tensor lies in its stack of layers, from 0 to 1; outside a stack 0, in a stack of one layer 1.
+    """Return the position of each tensor in its stack of layers, from 0 to 1; 0 outside a stack, 1 in a stack of one layer.
 
     The first number among the parts of a name is the layer, what precedes it the stack: `model.layers.3.mlp.up.weight`
     is layer 3 of `model.layers`.
@@ -135,12 +135,12 @@ def layer_positions(names: Iterable[str]) -> dict[str, float]:
 
 
 def layer_count(names: Iterable[str]) -> int:
-    """Layers of the longest stack."""
+    """Return the number of layers of the longest stack."""
     return max((int(match[2]) + 1 for match in map(_LAYER.match, names) if match is not None), default=0)
 
 
 def _number(setting: Setting, name: str, run: tuple[int, str], position: float) -> float | None:
-    """The number for one tensor and run, or None where no entry matches."""
+    """Return the number for one tensor and run, or None if no entry matches."""
     if isinstance(setting, int | float):
         return float(setting)
     if isinstance(setting, Mapping):
@@ -165,11 +165,11 @@ def _matches(pattern: str | None, name: str) -> bool:
 
 
 def _check_entries(setting: Setting, names: Sequence[str], runs: Sequence[str], what: str) -> None:
-    """An entry that can never count is a mistake."""
+    """Raise BadInput for an entry that can never apply."""
     entries = [setting] if isinstance(setting, Mapping) else [item for item in setting if isinstance(item, Mapping)]
     for entry in entries:
         pattern, run = entry.get("filter"), entry.get("run")
         if not any(_matches(pattern, name) for name in names):
-            raise BadInput("a filter that is part of no tensor's name", where=what, found=repr(pattern))
+            raise BadInput("a filter that matches no tensor's name", where=what, found=repr(pattern))
         if run is not None and run not in (*range(1, len(runs) + 1), *runs):
-            raise BadInput("an entry of a run that is not merged", where=what, found=repr(run), expected=", ".join(runs))
+            raise BadInput("an entry for a run that is not merged", where=what, found=repr(run), expected=", ".join(runs))

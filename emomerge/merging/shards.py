@@ -1,4 +1,4 @@
-"""A merge whose files are written by workers, each of them one shard: the same bytes as written here."""
+"""Write the shards of a merge in workers, one each; the bytes are those of a single process."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from emomerge.merging.engine import MergedCheckpoint
 
 
 class Engine(Protocol):
-    """What starts workers: `emomerge.training.open_engine`."""
+    """Starts workers; see `emomerge.training.open_engine`."""
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Let a worker call a function; the call has `result()` and `cancel()`."""
+        """Call a function in a worker; returns a handle with `result()` and `cancel()`."""
         ...
 
 
 class Shard(NamedTuple):
-    """A file that a worker has written, and what it saw on the way."""
+    """A file that a worker has written, with the figures and the rounding loss of its tensors."""
 
     sha256: str
     figures: dict[str, Figures]
@@ -35,15 +35,15 @@ class ShardWriter:
     """Writes the shards of a merge in workers that see the same file system, with `write_checkpoint(…, shards_by=…)`.
 
     Args:
-        merged: the merge; what a held-out loss chooses is chosen.
-        engine: starts the workers, all at once.
+        merged: the merge; choices by held-out loss have been made.
+        engine: starts all workers at once.
     """
 
     def __init__(self, merged: MergedCheckpoint, engine: Engine) -> None:
         self._merged, self._engine = merged, engine
 
     def __call__(self, shards: Sequence[tuple[Plan, Path]], options: WriteOptions) -> list[str]:
-        """Write the tensors of each plan to its path; returns the files' SHA-256. The figures are those of one process."""
+        """Write the tensors of each plan to its path and return the files' SHA-256; adds up figures and rounding loss."""
         sent = options._replace(loss=None, progress=None)
         calls = [
             self._engine.submit(write_shard, self._merged, plan, path.absolute(), sent, Path.cwd()) for plan, path in shards
@@ -69,7 +69,7 @@ class ShardWriter:
 def write_shard(
     merged: MergedCheckpoint, plan: Plan, path: Path, options: WriteOptions, working_directory: Path
 ) -> Shard | EmomergeError:
-    """What a worker does."""
+    """Write one shard in a worker."""
     loss = RoundingLoss(merged.base)
     try:
         with contextlib.chdir(working_directory):

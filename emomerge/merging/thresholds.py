@@ -1,4 +1,4 @@
-"""Exact ranks: the k-th smallest magnitude of a stream of tensors, the largest elements of one."""
+"""Exact order statistics: the k-th smallest magnitude of a stream of tensors, the largest elements of a tensor."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 DIGIT = 16
-"""Bits counted in one reading of the stream."""
+"""Bits counted in one pass over the stream."""
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def kth_magnitude(stream: Callable[[], Iterable[Tensor]], ranks: Sequence[int], *, numel: int, dtype: torch.dtype) -> Tensor:
-    """Each row's k-th smallest |x|: the bit patterns of magnitudes sort as the magnitudes do, so counting finds it.
+    """Find each row's k-th smallest |x| by counting bit patterns, which sort like the magnitudes.
 
     Args:
-        stream: starts a reading of the pieces (rows, n); there is one reading for every 16 bits of the dtype.
+        stream: starts a pass over the pieces (rows, n); there is one pass for every 16 bits of the dtype.
         ranks: k of each row, up to `numel`; a k below 1 gives 0.
-        numel: elements of a row; those that the stream leaves out are zeros, and so is the one of an empty row.
+        numel: number of elements of a row; those missing from the stream count as zeros; an empty row counts as one zero.
         dtype: float32 or float64, no narrower than any piece.
 
     Returns:
@@ -55,23 +55,23 @@ def kth_magnitude(stream: Callable[[], Iterable[Tensor]], ranks: Sequence[int], 
 
 
 class Ranked(NamedTuple):
-    """The magnitude of some rank."""
+    """The magnitude of a rank."""
 
     value: float
     equal: int
-    """Elements that have it."""
+    """Number of elements that have it."""
     within: int
-    """The rank (from 1) among these."""
+    """Rank (from 1) among these."""
 
 
 class Bracket:
-    """A rank of many float32 magnitudes in one reading: those outside two values are counted, the few inside are held.
+    """Finds a rank among many float32 magnitudes in one pass: those outside two values are counted, the few inside are kept.
 
     A sample gives the two values (Floyd and Rivest 1975). Magnitudes are compared by their bit patterns, which sort alike.
 
     Args:
-        low, high: the patterns; −1 and 2³¹ − 1 leave a side open.
-        room: patterns that one call of `add` may hold.
+        low, high: bit patterns; −1 and 2³¹ − 1 leave a side open.
+        room: number of patterns that one call of `add` may keep.
     """
 
     def __init__(self, low: int, high: int, room: int) -> None:
@@ -81,7 +81,7 @@ class Bracket:
 
     @classmethod
     def of(cls, sample: NDArray[np.int32], rank: int, numel: int) -> Bracket:
-        """What probably holds a rank (from 1) among so many elements, of which the magnitudes of some are given."""
+        """Return a bracket that probably contains a rank (from 1) among `numel` elements, given the magnitudes of a sample."""
         size = len(sample)
         place, margin = rank * size // numel, 2 * math.isqrt(size) + 1  # 4 standard deviations or more
         left, right = max(place - margin, -1), min(place + margin, size)
@@ -92,7 +92,7 @@ class Bracket:
         return cls(low, high, 2 * numel * (right - left) // size + 4096)
 
     def add(self, counts: Sequence[int], inside: NDArray[np.int32]) -> None:
-        """Elements below `low`, equal to it, equal to `high`, inside; and the patterns of the last, as many as had room."""
+        """Add counts of elements below `low`, equal to it, equal to `high` and inside, and the patterns inside that fit."""
         below, lowest, highest, held = counts
         self._below, self._lowest, self._highest = self._below + below, self._lowest + lowest, self._highest + highest
         if self._inside is not None:
@@ -101,7 +101,7 @@ class Bracket:
             self._inside = None
 
     def equal(self, value: float, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many elements equal a value that was found, by pieces (pieces,).
+        """Return how many elements of each piece equal a value that was found (pieces,).
 
         Args:
             value: between the two or one of them.
@@ -114,7 +114,7 @@ class Bracket:
         return np.bincount(np.searchsorted(counts[:, 3].cumsum(), hits, side="right"), minlength=len(counts))
 
     def find(self, rank: int) -> Ranked | None:
-        """The magnitude of a rank among all that were added; None where the sample misled, and it is not inside."""
+        """Return the magnitude of a rank among all elements added; None if it lies outside the bracket."""
         inside = None if self._inside is None else np.concatenate([np.empty(0, np.int32), *self._inside])
         if inside is None or (rank := rank - self._below) < 1:
             return None
@@ -129,7 +129,7 @@ class Bracket:
 
 
 def sample_step(numel: int) -> int:
-    """How far apart the elements of a sample lie, so that it has about n^⅔ of n; odd, so that no column is left out."""
+    """Return the distance between the elements of a sample of about n^⅔ of n elements; odd, so that every column is sampled."""
     return int(numel ** (1 / 3)) | 1
 
 
@@ -138,14 +138,14 @@ def _magnitude(pattern: int | np.int32) -> float:
 
 
 SAMPLE = 2**14
-"""Elements that bracket a rank before it is found exactly."""
+"""Size of the sample that brackets a rank before it is found exactly."""
 
 
 def kth_smallest(values: Tensor, k: int) -> Tensor:
-    """The k-th smallest of a flat tensor, k from 1: `kthvalue`, most of it skipped (Floyd and Rivest 1975).
+    """Return the k-th smallest of a flat tensor, k from 1: `kthvalue` on a bracket of it (Floyd and Rivest 1975).
 
-    A sample brackets the value, the elements below are counted, and only those inside are searched. Where the bracket
-    misses, all are: the answer is exact.
+    A sample brackets the value, the elements below are counted, and only those inside are searched; if the bracket misses
+    the value, all are searched. The answer is exact.
     """
     n = len(values)
     if n > 4 * SAMPLE:
@@ -161,14 +161,14 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
 
 
 class Cut(NamedTuple):
-    """The elements of largest magnitude: above the threshold, or equal to it and up to the `last` place. Both (rows, 1)."""
+    """The elements of largest magnitude: above the threshold, or equal to it up to the index `last`. Both (rows, 1)."""
 
     threshold: Tensor
     last: Tensor | None = None
-    """None where all that equal the threshold are among them."""
+    """None if all elements equal to the threshold are included."""
 
     def mask(self, values: Tensor, offset: int = 0) -> Tensor:
-        """Where elements (rows, n) that start at a place are among them."""
+        """Return the mask of the elements (rows, n) that start at `offset`."""
         size, threshold = values.abs(), self.threshold.to(values.device)
         if self.last is None:
             return size >= threshold
@@ -177,7 +177,7 @@ class Cut(NamedTuple):
 
 
 def largest(rows: Sequence[Tensor], counts: Sequence[int]) -> Cut:
-    """Exactly so many elements of each flat row; of equal ones the first."""
+    """Select the `counts` largest elements of each flat row; the first of equal ones."""
     found = [_largest(row, count) for row, count in zip(rows, counts, strict=True)]
     threshold, last = torch.stack([threshold for threshold, _ in found]), [last for _, last in found]
     all_equal = all(place == len(row) for row, place in zip(rows, last, strict=True))
@@ -185,7 +185,7 @@ def largest(rows: Sequence[Tensor], counts: Sequence[int]) -> Cut:
 
 
 def _largest(row: Tensor, count: int) -> tuple[Tensor, int]:
-    """The threshold of one row, and the last place of an element equal to it that counts."""
+    """Return the threshold of one row, and the last index of an element equal to it that is selected."""
     n = len(row)
     if count >= n or count <= 0:
         return row.new_tensor(0 if count > 0 else torch.inf), n

@@ -1,11 +1,14 @@
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from rich.cells import cell_len  # combining marks take no column
 
+import emomerge
 from emomerge.cli import main
 from emomerge.merging import METHODS
 
@@ -46,6 +49,13 @@ def test_facts_and_parameters_as_json():
     }
     assert [m["name"] for m in everything if m["held_out_loss"] == "required"] == ["greedy-soup", "positioning"]
     assert [m["name"] for m in everything if m["saves_masks"]] == ["tall-mask"]
+
+
+def test_no_method_is_named_outside_the_registry():
+    package = Path(emomerge.__file__).parent
+    for file in [*(package / "cli").glob("*.py"), package / "merging/record.py", package / "merging/masks.py"]:
+        strings = {node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant)}
+        assert not strings & METHODS.keys(), file
 
 
 def test_an_unknown_method_suggests_the_nearest():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from emomerge.cli import main
 from emomerge.errors import BadInput
 from emomerge.merging import check_params
-from emomerge.merging.mergekit import DIALECTS, read_config
+from emomerge.merging.mergekit import TRANSLATIONS, read_config
 
 NAMES = ["embed.w", "layers.0.attn.w", "layers.0.mlp.w", "layers.1.attn.w", "layers.1.mlp.w"]
 
@@ -36,9 +36,9 @@ def read(folder, **fields):
     return read_config(folder / "c.yaml")
 
 
-@pytest.mark.parametrize("method", DIALECTS)
+@pytest.mark.parametrize("method", TRANSLATIONS)
 def test_every_method_of_the_table_is_one_of_ours(method):
-    dialect = DIALECTS[method]
+    dialect = TRANSLATIONS[method]
     ours = {new for new, _ in [*dialect.each_model.values(), *dialect.shared.values()]}
     known = check_params(dialect.method, {})
     assert {*ours, *dialect.fixed, *dialect.copied} <= {key.rstrip("_") for key in known}
@@ -88,13 +88,13 @@ SOURCES = [{"model": f"{name}.safetensors", "layer_range": [0, 2]} for name in (
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"merge_method": "passthrough"}, "no such method: merge_method;"),
+        ({"merge_method": "passthrough"}, "unsupported mergekit method: merge_method;"),
         ({"merge_method": "arcee_fusion"}, "found arcee_fusion"),
         ({"base_model": None}, "needs a base: base_model"),
         ({"base_model": "base.safetensors+x"}, "base with an adapter: base_model"),
-        ({"modules": {}}, "cannot be done: modules"),
-        ({"tokenizer_source": "union"}, "cannot be done: tokenizer_source; expected 'base'; found 'union'"),
-        ({"tokenizer": {"source": "base", "tokens": {}}}, "cannot be done: tokenizer.tokens"),
+        ({"modules": {}}, "mergekit field: modules"),
+        ({"tokenizer_source": "union"}, "mergekit value: tokenizer_source; expected 'base'; found 'union'"),
+        ({"tokenizer": {"source": "base", "tokens": {}}}, "mergekit field: tokenizer.tokens"),
         ({"chat_template": "chatml"}, "chat_template"),
         ({"dtype": "float64"}, "dtype"),
         ({"models": [{"model": "a@main"}]}, "models.0.model; expected path or path+adapter; found 'a@main'"),
@@ -110,7 +110,7 @@ SOURCES = [{"model": f"{name}.safetensors", "layer_range": [0, 2]} for name in (
          "rearranged: slices.0.sources.0.layer_range; expected [0, 2]: all of them; found (0, 1)"),
         ({"merge_method": "slerp", "base_model": "a.safetensors", "models": [{"model": "b.safetensors"}]},
          "a number is missing: parameters.t"),
-        ({"parameters": {"densty": 1}}, "cannot be done: parameters.densty; expected density, int8_mask"),
+        ({"parameters": {"densty": 1}}, "mergekit parameter: parameters.densty; expected density, int8_mask"),
         ({"parameters": {"rescale": True}}, "parameters.rescale; expected false; found True"),
         ({"parameters": {"normalize": "maybe"}}, "parameters.normalize; expected true or false"),
         ({"parameters": {"density": 2}}, "`density` of ties"),
@@ -119,7 +119,7 @@ SOURCES = [{"model": f"{name}.safetensors", "layer_range": [0, 2]} for name in (
         ({"merge_method": "multislerp", "parameters": {"normalize_weights": False}}, "parameters.normalize_weights"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_named(folder, fields, message):
+def test_unsupported_fields_are_named(folder, fields, message):
     with pytest.raises(BadInput) as error:
         read(folder, **fields)
     assert message in str(error.value)
@@ -127,7 +127,7 @@ def test_what_cannot_be_done_is_named(folder, fields, message):
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "merge_method: ties\nmodels: 3"])
-def test_what_is_no_configuration_is_refused(tmp_path, text):
+def test_other_files_are_refused(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(BadInput):
         read_config(tmp_path / "c.yaml")

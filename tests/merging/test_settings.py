@@ -45,12 +45,12 @@ def test_entries_of_one_run():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ([{"filter": "atn", "value": 1}, {"value": 2}], "part of no tensor's name: t; found 'atn'"),
+        ([{"filter": "atn", "value": 1}, {"value": 2}], "matches no tensor's name: t; found 'atn'"),
         ([{"filter": "attn", "value": 1}], "t has no number for a tensor: embed.w"),
         ([{"run": 4, "value": 1}], "a run that is not merged: t; expected a, b; found 4"),
     ],
 )
-def test_an_entry_that_can_never_count_is_a_mistake(setting, message):
+def test_an_entry_that_can_never_apply_is_refused(setting, message):
     with pytest.raises(BadInput) as error:
         resolve(setting, NAMES, ["a", "b"], what="t")
     assert message in str(error.value)
