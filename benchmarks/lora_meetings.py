@@ -63,7 +63,7 @@ class Study:
         self.seeds, self.cache = range(seeds), cache
         self.pipeline = Pipeline(load_recipe(RECIPE), cache / "base")
         self.pipeline.begin()
-        self.pipeline.make_base()
+        self.pipeline.stages[0].complete(self.pipeline.space)
         test = self.pipeline.data.test
         self.batch = test.batch(range(len(test)))
 

@@ -66,7 +66,7 @@ class Study:
         self.name, self.seeds, self.folder = name, tuple(range(seeds)), cache / name
         self.pipeline = Pipeline(recipe, self.folder / "base")
         self.pipeline.begin()
-        self.pipeline.make_base()
+        self.pipeline.stages[0].complete(self.pipeline.space)
         self._log = self.folder / "losses.jsonl"
         lines = self._log.read_text().splitlines() if self._log.exists() else []
         self._known: dict[str, Any] = {key: value for line in lines for key, value in json.loads(line).items()}

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from emomerge.errors import BadInput
+from emomerge.experiment.controls import possible_controls
 from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import load_recipe
 from emomerge.training import holder_of
@@ -24,7 +25,7 @@ def status_of(folder: Path) -> dict[str, Any]:
         raise BadInput("not an output folder of emomerge", where=folder, expected="a folder with recipe.yaml")
     pipeline = Pipeline(load_recipe(folder / "recipe.yaml"), folder)
     runs, ends = [], round_ends(pipeline.recipe.runs)
-    for spec in [*pipeline.specs, *(spec for spec in pipeline.possible_rivals() if pipeline.run_dir(spec).state)]:
+    for spec in [*pipeline.specs, *(spec for spec in possible_controls(pipeline) if pipeline.run_dir(spec).state)]:
         run = pipeline.run_dir(spec)
         last = max(run.metrics(), key=lambda row: int(row["step"]), default={})
         state = "done" if pipeline.run_is_done(spec) else run.state.get("state", "waiting")
@@ -43,7 +44,7 @@ def status_of(folder: Path) -> dict[str, Any]:
             | {"worker": None if holder is None else asdict(holder)}
         )
     busy = pipeline.space.is_busy() or any(run["worker"] for run in runs)
-    return {"folder": str(folder), "busy": busy, "runs": runs, "stages": pipeline.stages()}
+    return {"folder": str(folder), "busy": busy, "runs": runs, "stages": pipeline.status()}
 
 
 def show_status(found: dict[str, Any]) -> Table:

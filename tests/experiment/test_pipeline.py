@@ -13,11 +13,12 @@ from emomerge.adapters import open_run
 from emomerge.checkpoints import load_into, open_checkpoint
 from emomerge.cli.status import status_of
 from emomerge.errors import BadInput, RunFailed
-from emomerge.experiment.controls import long_adamw_runs
+from emomerge.experiment.controls import control_artefacts, long_adamw_runs
 from emomerge.experiment.measure import Measurer
 from emomerge.experiment.pipeline import Pipeline
 from emomerge.experiment.workspace import Workspace
 from emomerge.merging import merge
+from emomerge.progress import Display
 from emomerge.recipe import parse_recipe
 from emomerge.results import load_results
 from emomerge.training import RunDir
@@ -302,7 +303,7 @@ def test_another_base_makes_everything_after_it_stale(finished, tiny_recipe, tmp
     changed = json.loads(stamp.read_text())
     changed["sha256"] = {"model.safetensors": "other bits"}
     stamp.write_text(json.dumps(changed))
-    stages = Pipeline(parse_recipe(tiny_recipe), out).stages()
+    stages = Pipeline(parse_recipe(tiny_recipe), out).status()
     assert stages.pop("base")
     assert not any(stages.values())
 
@@ -325,18 +326,18 @@ def test_the_controls_that_a_sceptic_asks_for(tiny_recipe, tmp_path):
     rates = [pipeline.measurer.loss(pipeline.run_artefact(s), "validation") for s in long_adamw_runs(pipeline.recipe, 0)]
     assert by_control["adamw-long-run"].loss("validation") == min(rates) < max(rates)
 
-    (long,) = [spec for spec in pipeline.rival_runs if spec.control == "long-run"]
+    (long,) = [spec for spec in pipeline.trained_controls if spec.control == "long-run"]
     assert long.snapshots == (3, 6, 9, 12)
     snapshots = [open_run(pipeline.base, pipeline.run_dir(long).snapshot(step)) for step in long.snapshots]
     last = open_run(pipeline.base, pipeline.run_dir(long).path)
     name = next(n for n in last if "query" in n and n.endswith("weight"))
     assert torch.equal(snapshots[-1][name], last[name])
-    swa = pipeline.rivals()["swa"][0]
+    swa = control_artefacts(pipeline)["swa"][0]
     assert torch.equal(swa.checkpoint[name], merge(pipeline.base, snapshots[2:], method="mean")[name])
     matched, merged = by_control["loss-matched"], next(row for row in load_results(out).artefacts if row.role == "merge")
     losses = [pipeline.measurer.loss(pipeline.snapshot_artefact(long, step), "train") for step in long.snapshots]
     assert matched.loss("train") == min(losses, key=lambda loss: abs(loss - merged.loss("train")))
-    members = [spec for spec in pipeline.rival_runs if spec.control == "adamw-average"]
+    members = [spec for spec in pipeline.trained_controls if spec.control == "adamw-average"]
     first, second = (open_run(pipeline.base, pipeline.run_dir(spec).path)[name] for spec in members)
     assert not torch.equal(first, second), "the members see their data in different orders"
     assert members[0].rate == 1e-2, "the rate whose long run did best"
@@ -419,3 +420,22 @@ def test_every_written_model_has_a_card_and_a_worse_merge_says_so(finished):
     for name, facts in results.merges.items():
         warned = any("use that run instead" in warning for warning in facts.warnings)
         assert warned == (by_name[name].loss("validation") > best)
+
+
+def test_results_of_another_schema_are_measured_again_from_the_ledger(finished, tiny_recipe, tmp_path, capsys):
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    (out / "results.json").write_text(json.dumps({"name": "tiny", "artefacts": [], "verdict": {}}))
+    for name in ("probe", "report"):
+        stamp = json.loads((out / f"stamps/{name}.json").read_text())
+        (out / f"stamps/{name}.json").write_text(json.dumps({**stamp, "inputs": "without a schema version"}))
+    weights = {f: f.stat().st_mtime_ns for f in out.rglob("*.safetensors")}
+    evaluations = (out / "evaluations.jsonl").read_text()
+    pipeline = Pipeline(parse_recipe(tiny_recipe), out, display=Display())
+    assert [name for name, done in pipeline.status().items() if not done] == ["probe", "report"]
+    assert pipeline.run()
+    assert "results.json was written by another version" in capsys.readouterr().err
+    assert {f: f.stat().st_mtime_ns for f in out.rglob("*.safetensors")} == weights
+    assert (out / "evaluations.jsonl").read_text() == evaluations
+    estimates = [[row.estimates for row in load_results(folder).artefacts] for folder in (out, finished)]
+    assert estimates[0] == estimates[1]

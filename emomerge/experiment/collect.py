@@ -1,0 +1,112 @@
+"""The probe stage: measure all artefacts, and collect everything that results.json holds."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from emomerge.experiment.assessment import Contestants, assess
+from emomerge.experiment.controls import control_artefacts
+from emomerge.experiment.experiment import Experiment
+from emomerge.experiment.measure import Artefact
+from emomerge.reporting import png
+from emomerge.results import Cosines, Data, MergeFacts, Results, Rows, Samples, Trace
+from emomerge.tasks import Images, Texts
+from emomerge.training import Engine
+
+
+def collect_results(experiment: Experiment, engine: Engine | None = None) -> Results:
+    """Measure all artefacts and judge the first merge; return the content of results.json.
+
+    Args:
+        experiment: with its runs, controls and merges done.
+        engine: starts workers for the measurements; None measures in this process.
+    """
+    seeds = experiment.recipe.runs.seeds
+    merges = {spec.label: [experiment.merge_artefact(spec, seed) for seed in seeds] for spec in experiment.recipe.merge}
+    base = Artefact("base", "base", experiment.base, experiment.base_hash, path=experiment.space.base)
+    best = [experiment.run_artefact(experiment.best_run(seed)) for seed in seeds]
+    controls = control_artefacts(experiment)
+    snapshots = controls.pop("snapshots")
+    runs = [experiment.run_artefact(spec) for spec in experiment.specs]
+    contestants = Contestants(base, runs, merges, best, controls, snapshots)
+    assessed = assess(experiment.recipe, experiment.measurer, contestants, display=experiment.display, engine=engine)
+    return assessed.model_copy(
+        update={
+            **_heading(experiment),
+            "samples": _samples(experiment, [base, best[0], merges[experiment.recipe.merge[0].label][0]]),
+            "traces": _traces(experiment),
+            "cosines": _cosines(experiment, merges),
+            "merges": {
+                n: MergeFacts.model_validate(experiment.merge_record(n)["diagnostics"]) for n in experiment.merge_stamps()
+            },
+        }
+    )
+
+
+def _heading(experiment: Experiment) -> dict[str, Any]:
+    """Return facts on the recipe, the machine and the data."""
+    packages = ("emomerge", "torch", "transformers", "peft", "numpy")
+    data = experiment.data
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": experiment.command,
+        "recipe": experiment.recipe.model_dump(mode="json"),
+        "recipe_yaml": experiment.recipe_yaml,
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        "device": str(experiment.device),
+        "data": Data(
+            summary=data.summary,
+            rows=Rows(train=len(data.train), validation=len(data.validation), test=len(data.test)),
+            classes=tuple(data.classes),
+            unit=experiment.task.unit,
+        ),
+    }
+
+
+def _samples(experiment: Experiment, artefacts: Sequence[Artefact]) -> Samples | None:
+    """What some artefacts generate, for tasks whose models generate something."""
+    made = {}
+    for artefact in artefacts:
+        experiment.measurer.load(artefact)
+        made[artefact.name] = experiment.task.samples(experiment.measurer.model)
+    texts = {name: samples for name, samples in made.items() if isinstance(samples, Texts)}
+    if texts:
+        first = texts["base"]
+        of_artefact = {name: tuple(samples.texts) for name, samples in texts.items()}
+        return Samples(about=first.about, prompts=tuple(first.prompts), texts=of_artefact)
+    images = {name: samples for name, samples in made.items() if isinstance(samples, Images)}
+    if not images:
+        return None
+    shown = {name: base64.b64encode(png(samples.picture.numpy())).decode() for name, samples in images.items()}
+    return Samples(about=images["base"].about, images=shown)
+
+
+def _traces(experiment: Experiment) -> dict[str, Trace]:
+    """Return the metrics of every step of every run."""
+    columns = ("step", "loss", "rate", "sigma", "trust")
+    traces = {}
+    for spec in experiment.specs:
+        rows = list(experiment.run_dir(spec).metrics())
+        steps = {column: tuple(row[column] for row in rows) for column in columns}
+        traces[spec.name] = Trace(optimizer=spec.optimizer, seed=spec.seed, **steps)
+    return traces
+
+
+def _cosines(experiment: Experiment, merges: dict[str, list[Artefact]]) -> Cosines:
+    """Return the pairwise cosines of the task vectors, which are the same for every merge of a seed."""
+    diagnostics = experiment.merge_record(next(iter(merges.values()))[0].name)["diagnostics"]
+    return Cosines(names=diagnostics["runs"], matrix=diagnostics["cosines"], sign_agreement=diagnostics["sign_agreement"])
+
+
+def seconds_of_stages(experiment: Experiment) -> dict[str, float]:
+    """Return the seconds that base, runs and merges took."""
+    return {
+        "base": experiment.space.stamp("base").get("seconds", 0.0),
+        "runs": sum(experiment.run_dir(spec).state["seconds"] for spec in experiment.specs),
+        "merge": sum(experiment.space.stamp(f"merge-{name}").get("seconds", 0.0) for name in experiment.merge_stamps()),
+    }

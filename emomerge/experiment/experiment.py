@@ -1,0 +1,163 @@
+"""One recipe in one output folder: what all stages share, and the artefacts that they leave."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from emomerge.adapters import open_run
+from emomerge.checkpoints import Checkpoint, atomic, open_checkpoint
+from emomerge.experiment.measure import Artefact, Measurer
+from emomerge.experiment.workspace import Workspace
+from emomerge.numerics.hashing import digest
+from emomerge.progress import Display
+from emomerge.recipe import Merge, Recipe
+from emomerge.tasks import Task, TaskData, make_task
+from emomerge.training import Context, RunDir, RunSpec, choose_device, planned_runs, run_inputs
+
+
+class Experiment:
+    """State that the stages share: task, data, base, measurer, hashes of inputs, and artefacts.
+
+    Args:
+        recipe: the recipe.
+        out: the output folder.
+        display: shows progress; by default nothing is shown.
+        command: the command line, for the report.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, *, display: Display | None = None, command: str = "") -> None:
+        self.recipe, self.command = recipe, command
+        self.space = Workspace(out)
+        self.display = display or Display(quiet=True)
+        self.base_inputs = digest(["base", recipe.base, recipe.task, self.space.input_hash(recipe)])
+        self.specs = planned_runs(recipe)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device that models are trained and measured on."""
+        return choose_device(self.recipe.device)
+
+    @cached_property
+    def task(self) -> Task:
+        """The recipe's task."""
+        return make_task(self.recipe.task)
+
+    @cached_property
+    def data(self) -> TaskData:
+        """The splits of the task's data."""
+        return self.task.load_data(self.recipe.base)
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The base's weights."""
+        return open_checkpoint(self.space.base)
+
+    @property
+    def context(self) -> Context:
+        """The context of training and measuring; needs the base."""
+        context = Context(self.recipe, self.space.base, self.base_hash, self.space.runs)
+        return context.using(self.task, self.data)
+
+    @cached_property
+    def measurer(self) -> Measurer:
+        """The measurer of artefacts, which holds one model."""
+        return Measurer(
+            self.recipe,
+            self.task,
+            self.data,
+            self.base,
+            self.space.base,
+            self.base_hash,
+            self.device,
+            self.space.ledger,
+        )
+
+    @cached_property
+    def recipe_yaml(self) -> str:
+        """The recipe as YAML, including defaults."""
+        return yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @property
+    def base_hash(self) -> str:
+        """Hash of the base and its inputs; everything trained from another base is stale."""
+        return digest([self.base_inputs, self.space.stamp("base").get("sha256")])
+
+    def run_dir(self, spec: RunSpec) -> RunDir:
+        """Return the directory of a run."""
+        return RunDir(self.space.runs / spec.name)
+
+    def run_is_done(self, spec: RunSpec) -> bool:
+        """Return whether a run's result is up to date."""
+        return self.run_dir(spec).is_done(run_inputs(self.recipe, spec, self.base_hash))
+
+    def run_hashes(self, seed: int | None = None) -> list[Any]:
+        """Return inputs and weight hashes of the runs of one training seed, or of all."""
+        wanted = [spec for spec in self.specs if seed in (None, spec.seed)]
+        return [[run_inputs(self.recipe, run, self.base_hash), self.run_dir(run).state.get("sha256")] for run in wanted]
+
+    def best_run(self, seed: int) -> RunSpec:
+        """Return the run of a training seed with the lowest validation loss."""
+        runs = [spec for spec in self.specs if spec.seed == seed]
+        return min(runs, key=lambda spec: self.measurer.loss(self.run_artefact(spec), "validation"))
+
+    def run_artefact(self, spec: RunSpec) -> Artefact:
+        """Return a trained run as an artefact."""
+        run = self.run_dir(spec)
+        state = run.state
+        return Artefact(
+            spec.name, spec.role, open_run(self.base, run.path),
+            digest([self.base_hash, state["sha256"]]), path=run.artefact, optimizer=spec.optimizer, seed=spec.seed,
+            control=spec.control,
+            seconds=state["seconds"], sha256=state["sha256"],
+        )  # fmt: skip
+
+    def snapshot_artefact(self, spec: RunSpec, step: int) -> Artefact:
+        """Return a snapshot of a control as an artefact."""
+        folder = self.run_dir(spec).snapshot(step)
+        weights = {file.name: atomic.sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+        return Artefact(
+            f"{spec.name} at step {step}", "control", open_run(self.base, folder),
+            digest([self.base_hash, weights]), optimizer=spec.optimizer, seed=spec.seed,
+        )  # fmt: skip
+
+    def merge_name(self, spec: Merge, seed: int) -> str:
+        """Return the name of a merge's folder. Every training seed is merged separately, as a repetition of the experiment."""
+        return spec.label if len(self.recipe.runs.seeds) == 1 else f"{spec.label}-seed{seed}"
+
+    def merge_stamps(self) -> dict[str, str]:
+        """Return the inputs hash of every merge, by name."""
+        shared = [self.recipe.task, self.recipe.probe.batch_size, version("emomerge")]
+        return {
+            self.merge_name(spec, seed): digest([spec, self.run_hashes(seed), shared])
+            for spec in self.recipe.merge
+            for seed in self.recipe.runs.seeds
+        }
+
+    def merge_record(self, name: str) -> dict[str, Any]:
+        """Return merge.json of a written merge."""
+        record: dict[str, Any] = json.loads((self.space.merges / name / "merge.json").read_text(encoding="utf-8"))
+        return record
+
+    def merge_artefact(self, spec: Merge, seed: int) -> Artefact:
+        """Return a written merge as an artefact."""
+        name = self.merge_name(spec, seed)
+        folder = self.space.merges / name
+        weights = {file.name: atomic.sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+        return Artefact(
+            name, "merge", open_checkpoint(folder), digest(weights), path=folder, seed=seed, method=spec.method, sha256=weights,
+            seconds=self.space.stamp(f"merge-{name}").get("seconds"),
+            cosine_to_mean=self.merge_record(name)["diagnostics"].get("cosine_to_mean"),
+        )  # fmt: skip
+
+    @property
+    def trained_controls(self) -> list[RunSpec]:
+        """The controls that have been trained."""
+        plans = self.space.stamp("controls").get("trained", [])
+        return [RunSpec(**{**plan, "snapshots": tuple(plan["snapshots"])}) for plan in plans]

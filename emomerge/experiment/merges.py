@@ -1,0 +1,67 @@
+"""The merge stage: one model per merge of the recipe and training seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from emomerge.checkpoints import RoundingLoss, write_checkpoint
+from emomerge.experiment.cards import merge_card
+from emomerge.experiment.experiment import Experiment
+from emomerge.experiment.measure import Artefact
+from emomerge.experiment.workspace import local_files
+from emomerge.merging import merge
+from emomerge.merging.record import MergeRecord, Output, Run, as_json
+from emomerge.recipe import Merge
+
+
+def write_merge(experiment: Experiment, spec: Merge, seed: int) -> None:
+    """Merge the runs of a training seed and write the model, its record and its card."""
+    name = experiment.merge_name(spec, seed)
+    inputs = experiment.merge_stamps()[name]
+    artefacts = [experiment.run_artefact(run) for run in experiment.specs if run.seed == seed]
+    merged = merge(
+        experiment.base, [a.checkpoint for a in artefacts], method=spec.method, names=[a.name for a in artefacts],
+        held_out_loss=experiment.measurer.held_out_loss,
+        run_losses=[experiment.measurer.loss(a, "validation") for a in artefacts],
+        **spec.params,
+    )  # fmt: skip
+
+    loss = RoundingLoss(experiment.base)
+
+    def extra_files() -> dict[str, str]:
+        decided_by = local_files([str(experiment.space.recipe), *experiment.recipe.external_sources()])
+        asked = _merge_record(experiment, spec, artefacts).with_hashes(decided_by)
+        record = as_json(asked, rounding_loss=loss.figures(), diagnostics=merged.diagnostics())
+        record |= {"name": name, "dtype": spec.dtype, "inputs": inputs, "emomerge": version("emomerge")}
+        return {"merge.json": json.dumps(record, indent=2) + "\n", "README.md": merge_card(experiment, name, record)}
+
+    write_checkpoint(
+        merged,
+        experiment.space.merges / name,
+        dtype=spec.dtype,
+        loss=loss,
+        files_from=experiment.space.base,
+        extra_files=extra_files,
+        force=True,
+    )
+
+
+def _merge_record(experiment: Experiment, spec: Merge, artefacts: Sequence[Artefact]) -> MergeRecord:
+    """Return the record that `emomerge merge --again` repeats."""
+    runs = tuple(Run(name=a.name, source=str(a.path)) for a in artefacts)
+    return MergeRecord(
+        method=spec.method, params=spec.params, base=str(experiment.space.base), runs=runs, recipe=str(experiment.space.recipe),
+        output=Output(dtype=spec.dtype),
+    )  # fmt: skip
+
+
+def merge_note(experiment: Experiment, name: str) -> str:
+    """Return the main diagnostics of a written merge, for the progress display."""
+    diagnostics = experiment.merge_record(name)["diagnostics"]
+    shown = [
+        ("scale", diagnostics["params"].get("scale")), ("kept", diagnostics.get("kept_density")),
+        ("cos(τ, mean)", diagnostics.get("cosine_to_mean")),
+    ]  # fmt: skip
+    return "   ".join(f"{key} {value:.3g}" for key, value in shown if isinstance(value, (int, float)))
