@@ -1,4 +1,4 @@
-"""The emo optimizers in other people's trainers. Names are imported when they are first used."""
+"""The emo optimizers in trainers of other libraries. Names are imported when they are first used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer with an emo optimizer that sees the loss Trainer logs."""
+"""A transformers Trainer with an emo optimizer, which observes the loss that Trainer logs."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from emomerge.optim.table import OPTIMIZERS, known_names
 
 
 class EmoTrainer(Trainer):  # type: ignore[misc]
-    """Trainer, with everything it takes, whose optimizer is an emo optimizer.
+    """A Trainer whose optimizer is an emo optimizer.
 
-    The rate is emoPulse's: `learning_rate`, `optim` and `adam_*` of the arguments are not used, and `lr` in `emo_options`
-    (emoScope, 1.0) multiplies it. The schedule is constant. TrainingArguments' own default, "linear", reads as no
-    wish; another schedule or a warmup is refused. `weight_decay` of the arguments holds, for the usual groups.
-    Logs show the pulse: `learning_rate` is the effective rate of the first group, beside `sigma`, `trust` and `dnr`.
+    emoPulse sets the rate: `learning_rate`, `optim` and `adam_*` of the TrainingArguments are not used, and `lr` in
+    `emo_options` (emoScope, 1.0) multiplies the rate. The schedule is constant: "linear", the default of TrainingArguments, is
+    ignored; any other schedule and a warmup are refused. `weight_decay` of the TrainingArguments applies to the usual groups.
+    Logs contain the pulse: `learning_rate` is the effective rate of the first group, next to `sigma`, `trust` and `dnr`.
 
     Args:
-        emo: a name in `OPTIMIZERS` or an optimizer class. `optimizers=(optimizer, None)` takes its place.
+        emo: a name in `OPTIMIZERS` or an optimizer class. Not used if `optimizers=(optimizer, None)` is passed.
         emo_options: its keyword arguments, such as `{"preset": "v3.9"}`.
 
     Raises:
-        BadInput: a schedule or warmup was asked for, an optimizer is not an emo optimizer, or options cannot apply.
+        BadInput: a schedule or warmup is set, the optimizer is not an emo optimizer, or options cannot be applied.
 
     Example:
         >>> trainer = EmoTrainer(model, args, train_dataset=data, emo="cats")
         >>> trainer.train(resume_from_checkpoint=True)
-        >>> class EmoSFTTrainer(EmoTrainer, SFTTrainer): ...  # and any other trainer that is a Trainer
+        >>> class EmoSFTTrainer(EmoTrainer, SFTTrainer): ...  # and likewise for any other subclass of Trainer
     """
 
     optimizer: Any
@@ -54,39 +54,39 @@ class EmoTrainer(Trainer):  # type: ignore[misc]
         if self.optimizer is not None:
             _unwrap(self.optimizer)
             if emo_options:
-                raise BadInput("`emo_options` are for an optimizer that EmoTrainer makes", fix="give them to yours")
+                raise BadInput("`emo_options` only apply to an optimizer created by EmoTrainer", fix="pass them to your own")
         elif self.optimizer_cls_and_kwargs is None:
             self.optimizer_cls_and_kwargs = _optimizer_class(emo), _options(emo_options)
 
     @property
     def emo_optimizer(self) -> EmoOptimizer:
-        """The emo optimizer inside accelerate's wrapper; there is none before `train()` unless it was given."""
+        """The emo optimizer inside accelerate's wrapper. Before `train()` it exists only if it was passed in."""
         return _unwrap(self.optimizer)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """A constant schedule, unless a scheduler was given."""
+        """Create a constant schedule, unless a scheduler was passed in."""
         if self.lr_scheduler is None:
             self.lr_scheduler = get_constant_schedule(optimizer or self.optimizer)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of the coming step, as in Trainer."""
-        self.emo_optimizer.intake.forget()  # what a step skipped by a GradScaler left
+        """Return the micro-batches of the coming step, as in Trainer."""
+        self.emo_optimizer.intake.forget()  # losses of a step that a GradScaler skipped
         batches: tuple[list[Any], Tensor | int | None] = super().get_batch_samples(*args, **kwargs)
         return batches
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of one micro-batch; the loss that Trainer logs for it is observed.
+        """Run forward and backward on one micro-batch and observe the loss that Trainer logs for it.
 
-        Trainer sums these over the step: they are divided already, by micro-batches or by `num_items_in_batch`.
+        Trainer sums them over the step; they are already divided by the number of micro-batches or `num_items_in_batch`.
         """
         loss: Tensor = super().training_step(model, *args, **kwargs)
         self.emo_optimizer.observe(loss, divided=True)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as Trainer does, with the pulse in the place of the constant schedule."""
+        """Log as Trainer does, with the pulse in place of the constant schedule."""
         if "learning_rate" in logs:
             pulse = self.emo_optimizer.pulse
             logs |= {"learning_rate": pulse.rate, "sigma": pulse.sigma, "trust": pulse.trust, "dnr": pulse.dnr}
@@ -94,11 +94,11 @@ class EmoTrainer(Trainer):  # type: ignore[misc]
 
 
 def _unwrap(optimizer: Any) -> EmoOptimizer:
-    """The emo optimizer inside the wrappers of accelerate and DeepSpeed, which keep theirs in `.optimizer`."""
+    """Return the emo optimizer inside the wrappers of accelerate and DeepSpeed, which keep it in `.optimizer`."""
     inner = optimizer
     while not isinstance(inner, EmoOptimizer):
         if not hasattr(inner, "optimizer"):
-            raise BadInput("EmoTrainer is for emo optimizers", found=type(optimizer).__name__, fix="use Trainer for others")
+            raise BadInput("EmoTrainer takes emo optimizers only", found=type(optimizer).__name__, fix="use Trainer for others")
         inner = inner.optimizer
     return inner
 
@@ -115,7 +115,7 @@ def _options(emo_options: Mapping[str, Any] | None) -> dict[str, Any]:
     options = dict(emo_options or {})
     if "weight_decay" in options:
         raise BadInput(
-            "Trainer's parameter groups have their own weight decay",
+            "the parameter groups of Trainer set their own weight decay",
             where="emo_options['weight_decay']",
             fix="set `weight_decay` in the TrainingArguments",
         )
@@ -126,7 +126,7 @@ def _check_schedule(args: TrainingArguments) -> None:
     schedule = SchedulerType(args.lr_scheduler_type)
     if schedule not in (SchedulerType.LINEAR, SchedulerType.CONSTANT) or args.warmup_steps:
         raise BadInput(
-            "emoPulse sets the rate itself, so there is no schedule and no warmup",
+            "emoPulse sets the rate itself; schedules and warmup do not apply",
             where="TrainingArguments",
             found=f"lr_scheduler_type={schedule.value}, warmup_steps={args.warmup_steps}",
             fix='use lr_scheduler_type="constant" and warmup_steps=0',

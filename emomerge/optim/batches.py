@@ -1,4 +1,4 @@
-"""Which tensors go through a rule together: many small ones in one call, a large one block by block."""
+"""Grouping of tensors: many small ones go through a rule in one call, a large one block by block."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Lists = dict[str, Tensors]
 
 @dataclass
 class Batch:
-    """Tensors of one device, dtype and sharding, with what belongs to each of them at the same place of every list."""
+    """Weights of one device, dtype and sharding; gradients and state are lists in the same order."""
 
     w: Tensors
     g: Tensors
     state: Lists
     native: bool
-    """Whether compiled kernels can work on them."""
+    """Whether compiled kernels can process them."""
 
     def parts(self, limit: int) -> Iterator[Batch]:
-        """Batches of at most `limit` elements, unless one tensor alone has more."""
+        """Yield batches of at most `limit` elements, or of a single larger tensor."""
         start, total = 0, 0
         for index, w in enumerate(self.w):
             if index > start and total + w.numel() > limit:
@@ -38,7 +38,7 @@ class Batch:
         yield self._slice(start, len(self.w))
 
     def blocks(self, limit: int) -> Iterator[Batch]:
-        """The batch itself, or blocks of its one large tensor; state that has not its shape goes with every block."""
+        """Yield the batch itself, or blocks of its single large tensor. State of another shape goes with every block, uncut."""
         w = self.w[0]
         if len(self.w) > 1 or w.numel() <= limit:
             yield self
@@ -50,7 +50,7 @@ class Batch:
             yield Batch(w_part, g_part, rest | dict(zip(alike, parts, strict=True)), self.native)
 
     def local(self) -> Batch:
-        """What of sharded tensors (DTensor) is on this rank, as views."""
+        """Return the shards of this rank as views, or the batch itself if its tensors are not DTensors."""
         if sharding(self.w[0]) is None:
             return self
         state: Lists = {name: [local(t) for t in ts] for name, ts in self.state.items()}
@@ -62,7 +62,7 @@ class Batch:
 
 
 class Sorter:
-    """Sorts the tensors of a step by kind. Mostly they are as in the step before, and then the result is known."""
+    """Groups the tensors of a step by kind and reuses the result while the tensors stay the same."""
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
@@ -70,7 +70,7 @@ class Sorter:
         self._kinds: dict[Any, list[int]] = {}
 
     def batches(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]) -> list[Batch]:
-        """What goes through a rule together. For each parameter an item of every list."""
+        """Return one batch for each kind of tensor. All arguments have one item for each parameter."""
         kinds = by_kind(params, grads, states) if torch.compiler.is_compiling() else self._sorted(params, grads, states)
         return [
             Batch(
@@ -83,7 +83,7 @@ class Sorter:
         ]
 
     def _sorted(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]) -> dict[Any, list[int]]:
-        """`by_kind`, from memory if it can be."""
+        """Return `by_kind`, from the last step if nothing has changed."""
         kept = [*params, *(t for state in states for t in state.values())]
         looks = [(p.dtype, native.is_dense(p), g.dtype, native.is_dense(g)) for p, g in zip(params, grads, strict=True)]
         if looks != self._looks or len(kept) != len(self._kept) or not all(map(is_, kept, self._kept)):
@@ -92,7 +92,7 @@ class Sorter:
 
 
 def by_kind(params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]) -> dict[Any, list[int]]:
-    """Which parameters are alike in fitness for compiled kernels, device, dtypes, sharding and names of the state."""
+    """Return the indices of parameters that share native support, device, dtypes, sharding and names of the state."""
     kinds: dict[Any, list[int]] = {}
     for index, (p, g, state) in enumerate(zip(params, grads, states, strict=True)):
         fits = native.fits(p, g, *state.values())
@@ -102,7 +102,7 @@ def by_kind(params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[
 
 
 def blocks(*tensors: Tensor, limit: int) -> Iterator[tuple[Tensor, ...]]:
-    """Matching views of tensors of one shape that together cover them. Any layout will do."""
+    """Yield matching views that together cover tensors of one shape, in any memory layout."""
     first = tensors[0]
     if first.numel() <= limit:
         yield tensors
@@ -116,47 +116,47 @@ def blocks(*tensors: Tensor, limit: int) -> Iterator[tuple[Tensor, ...]]:
 
 
 def block_size(device: torch.device) -> int:
-    """Elements of a block.
+    """Return the number of elements in a block.
 
-    On the CPU a block fits the cache and stays below the size at which torch divides a sum among threads, so that results do
-    not depend on their number; elsewhere it is large enough to keep the device busy.
+    On the CPU a block fits the cache and stays below the size at which torch splits a sum among threads, so that results do
+    not depend on the number of threads; on other devices it is large enough to keep them busy.
     """
     return 2**15 - 1 if device.type == "cpu" else 2**24
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of arithmetic and state: float64 for float64, else float32."""
+    """Return the dtype of arithmetic and state: float64 for float64, otherwise float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def wide_zeros(w: Tensor) -> Tensor:
-    """Zeros in the shape and layout of w, in the dtype of arithmetic and state."""
+    """Return zeros in the shape and layout of w, in the dtype of arithmetic and state."""
     return torch.zeros_like(w, dtype=wide(w.dtype))
 
 
 def to_wide(tensors: Tensors) -> Tensors:
-    """The tensors in the dtype of arithmetic: copies of half-precision ones, else the same list."""
+    """Return the tensors in the dtype of arithmetic: copies of half-precision tensors, otherwise the same list."""
     dtype = wide(tensors[0].dtype)
     return tensors if tensors[0].dtype == dtype else [t.to(dtype) for t in tensors]
 
 
 def local(t: Tensor) -> Tensor:
-    """What of a sharded tensor (DTensor) is on this rank, as a view; any other tensor as it is."""
+    """Return the shard of a DTensor on this rank as a view; any other tensor unchanged."""
     return t.to_local() if hasattr(t, "to_local") else t
 
 
 def sharding(t: Tensor) -> Any:
-    """Mesh and placements of a DTensor; None for any other tensor."""
+    """Return the mesh and placements of a DTensor, None for any other tensor."""
     return (getattr(t, "device_mesh"), getattr(t, "placements")) if hasattr(t, "to_local") else None  # noqa: B009
 
 
 def exact(device: torch.device) -> torch.dtype:
-    """float64, or float32 on MPS, which has no float64."""
+    """Return float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def sum_over_shards(sums: Tensor, like: Tensor) -> Tensor:
-    """Add up what the ranks that hold shards of `like` found, in place; nothing to do for an ordinary tensor."""
+    """Sum in place over the ranks that hold shards of `like`; does nothing for an ordinary tensor."""
     if (layout := sharding(like)) is not None:
         mesh, placements = layout
         for dimension, placement in enumerate(placements):
@@ -166,7 +166,7 @@ def sum_over_shards(sums: Tensor, like: Tensor) -> Tensor:
 
 
 def reduced(t: Tensor) -> Tensor:
-    """A sum over a DTensor's sharded dimension that every rank has a part of, as the sum; any other tensor as it is."""
+    """Complete a DTensor of partial sums over the ranks; return any other tensor unchanged."""
     if sharding(t) is None:
         return t
     from torch.distributed.tensor import DTensor, Replicate

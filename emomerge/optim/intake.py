@@ -1,4 +1,4 @@
-"""How the loss reaches a pulse: observed or captured where it is computed, one mean where the step needs it."""
+"""Collects the losses of a step, observed or captured, and averages them for the pulse."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emomerge.errors import BadInput, MissingLossError
 
 
 class LossIntake:
-    """The losses since the last step. They stay on their device: nothing here waits for one."""
+    """The losses since the last step. They stay on their device, without host synchronization."""
 
     def __init__(self) -> None:
         self._observed: list[Tensor | float] = []
@@ -18,44 +18,44 @@ class LossIntake:
         self._captured: list[Tensor | float] = []
 
     def observe(self, loss: Tensor | float, divided: bool = False) -> None:
-        """Note the loss of one micro-batch: a scalar tensor (detached here) or a number.
+        """Record the loss of one micro-batch: a scalar tensor (detached here) or a number.
 
         Args:
-            loss: the loss that goes backward, before a GradScaler.
-            divided: it has been divided by the number of micro-batches, as transformers and accelerate do before backward;
-                the losses of a step are then summed instead of averaged.
+            loss: the loss on which backward is called, before a GradScaler.
+            divided: the loss is already divided by the number of micro-batches, as transformers and accelerate do before
+                backward; the losses of a step are then summed instead of averaged.
 
         Raises:
-            BadInput: the tensor has more than one element or is complex, or one step mixes both kinds.
+            BadInput: the tensor has more than one element or is complex, or one step mixes divided and undivided losses.
         """
         if self._observed and divided != self._divided:
             raise BadInput(
-                "one step observes losses divided by the number of micro-batches and undivided ones",
+                "one step observes both divided and undivided losses",
                 fix="give `divided` the same value for every micro-batch",
             )
         self._observed.append(_scalar(loss))
         self._divided = divided
 
     def capture(self, loss: Tensor) -> None:
-        """Note what went backward without being observed. The sum of it is the loss of the step, unless one is observed."""
+        """Record a loss seen in backward. The captured losses are summed, and used only if none is observed."""
         self._captured.append(_scalar(loss))
 
     def take(self, device: torch.device) -> Tensor:
-        """The loss of the step, averaged over the ranks of torch.distributed; then forget it all. No host sync.
+        """Return the loss of the step, averaged over the ranks of torch.distributed, and clear the record. No host sync.
 
-        Every rank must take its loss at the same step, so that all replicas see one mean and stay alike.
+        Every rank must call this in the same step, so that all replicas see one mean and stay identical.
 
         Returns:
             A float64 tensor (float32 on MPS, which has no float64) of shape () on `device`.
 
         Raises:
-            MissingLossError: nothing was observed or captured since the last call.
+            MissingLossError: no loss was observed or captured since the last call.
         """
         losses = self._observed or self._captured
         if not losses:
             raise MissingLossError(
-                "step() without a loss: call `observe(loss)` before it or give it a closure that returns the loss; under "
-                "transformers use `emomerge.integrations.EmoTrainer`, and in a loop that is not yours give the optimizer "
+                "step() without a loss: call `observe(loss)` before it or pass a closure that returns the loss; with "
+                "transformers use `emomerge.integrations.EmoTrainer`, and in a loop you cannot change pass the optimizer "
                 "`capture_loss=True`, which sees `loss.backward()`"
             )
         dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -71,12 +71,12 @@ class LossIntake:
         return mean
 
     def forget(self) -> None:
-        """Drop everything."""
+        """Drop all losses."""
         self._observed.clear()
         self.forget_captured()
 
     def forget_captured(self) -> None:
-        """Drop what was captured, because its gradients were thrown away."""
+        """Drop the captured losses, because their gradients were discarded."""
         self._captured.clear()
 
 

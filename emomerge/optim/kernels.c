@@ -1,13 +1,13 @@
 /* The rules of EmoAiry, EmoCats, EmoTion and EmoVoid on lists of contiguous tensors: every weight and gradient is read from
- * memory once. The formulas are those of reference.py, in the same notation; REAL is float or double.
+ * memory once. The formulas and notation are those of reference.py; REAL is float or double.
  *
- * One thread works on one tensor, front to back, so that no result depends on the number of threads. What is returned is 0,
- * or 1 where memory ran out. */
+ * A tensor is processed by one thread, front to back, so that no result depends on the number of threads. The functions
+ * return 0, or 1 if out of memory. */
 
 #include <math.h>
 #include <stdlib.h>
 
-#define BLOCK 4096 /* elements summed in REAL before their sum goes on in double */
+#define BLOCK 4096 /* elements summed in REAL before the sum is continued in double */
 
 typedef REAL *const restrict *tensors;
 

@@ -1,4 +1,4 @@
-"""The fast path on the CPU: the rules compiled from kernels.c."""
+"""The fast path on the CPU: rules compiled from kernels.c."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from emomerge.native import in_parallel, library, longs, pointers, threads
 
 KERNELS = Path(__file__).with_name("kernels.c")
 SHARE = 2**19
-"""Elements that are worth another thread."""
+"""Number of elements for which another thread pays off."""
 
 PLAIN = (Tensor, torch.nn.Parameter)
 REALS = {torch.float32: "REAL=float", torch.float64: "REAL=double"}
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether compiled kernels can work on these tensors: dense, all float32 or all float64, in the memory of the host."""
+    """Return whether compiled kernels can process the tensors: dense, all float32 or all float64, in host memory."""
     if torch.compiler.is_compiling():
         return False
     dtype = tensors[0].dtype
@@ -31,27 +31,27 @@ def fits(*tensors: Tensor) -> bool:
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether a tensor lies in the memory of the host, element after element."""
+    """Return whether a plain tensor is contiguous in host memory."""
     return type(t) in PLAIN and t.is_cpu and t.is_contiguous()
 
 
 def run(kernel: str, sizes: Sequence[Sequence[int]], tensors: Sequence[Sequence[Tensor]], scalars: Sequence[float]) -> None:
-    """Run a kernel of kernels.c over a list of tensors, on as many threads as torch uses.
+    """Run a kernel of kernels.c over lists of tensors, on as many threads as torch uses.
 
     Args:
-        kernel: its name.
-        sizes: for each of the kernel's size arguments one number a tensor; their product is the number of elements.
-        tensors: for each of the kernel's tensor arguments one tensor for each parameter.
-        scalars: the kernel's last arguments.
+        kernel: name of the C function.
+        sizes: a list for each size argument, with one number per parameter; their product is its number of elements.
+        tensors: a list for each tensor argument, with one tensor per parameter.
+        scalars: the last arguments of the function.
     """
     compiled = _compiled(tensors[0][0].dtype)
     assert compiled is not None, "ask `fits` first"
     numels = [math.prod(size) for size in zip(*sizes, strict=True)] if len(sizes) > 1 else sizes[0]
     wanted = [numels, *sizes, [1] * len(numels)]
-    if not all(list(map(Tensor.numel, column)) in wanted for column in tensors[1:]):  # else C would write beyond their ends
+    if not all(list(map(Tensor.numel, column)) in wanted for column in tensors[1:]):  # otherwise C would write out of bounds
         raise BadInput(
-            f"{kernel}: gradients or state have not the shape of their parameters",
-            fix="after giving a parameter other `.data`, make the optimizer anew",
+            f"{kernel}: gradients or state differ in shape from their parameters",
+            fix="after replacing `.data` of a parameter, create the optimizer again",
         )
     function = getattr(compiled, kernel)
     last = [ctypes.c_double(value) for value in scalars]
@@ -59,7 +59,7 @@ def run(kernel: str, sizes: Sequence[Sequence[int]], tensors: Sequence[Sequence[
     def work(part: slice) -> None:
         counts = [longs(column[part]) for column in sizes]
         if function(ctypes.c_long(len(counts[0])), *counts, *(pointers(column[part]) for column in tensors), *last):
-            raise MemoryError(f"no memory for the sums of {kernel}")
+            raise MemoryError(f"out of memory in {kernel}")
 
     in_parallel(work, _shares(numels, threads()))
 
@@ -70,7 +70,7 @@ def _compiled(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 
 def _shares(numels: Sequence[int], most: int) -> list[slice]:
-    """Consecutive tensors for each thread, about equally many elements each; one share where threads would not pay."""
+    """Return consecutive tensors for each thread, with about equally many elements; one slice if threads would not pay off."""
     total = sum(numels)
     threads = max(min(most, total // SHARE), 1)
     if threads == 1:

@@ -1,7 +1,7 @@
-"""emoPulse: a learning rate from nothing but the loss (paper, chapters 2–4 and supplementary material 1).
+"""emoPulse: a learning rate computed from the loss alone (paper, chapters 2–4 and supplementary material 1).
 
-Numbers in IEEE double precision: Python's, or (`device_pulse.py`) tensors of one element. The order of operations is part of
-the definition: where σ compares two quantities that differ only by rounding, rounding decides.
+All values are IEEE doubles: Python floats, or (`device_pulse.py`) 0-d tensors. The order of operations is part of the
+definition, because σ compares two quantities that differ only by rounding.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class Preset:
     min_rate: float = 1e-7
     max_rate: float = 3e-3
     hold_first: bool = False
-    """The first step leaves dNR_hist alone."""
+    """Whether the first step leaves dNR_hist unchanged."""
     span: float = 0.0
-    """If above 0, dNR_hist follows span^(c/w), where c and w are slow EMAs of σ and |σ|: progress over wandering."""
+    """If above 0, dNR_hist follows span^(c/w), where c and w are slow EMAs of σ and |σ|."""
     chained: bool = False
-    """emoScope is stretched by 100^c, where c is a short EMA of σ, and the largest rate follows emoScope."""
+    """Whether emoScope is multiplied by 100^c, where c is a short EMA of σ, and the largest rate scales with emoScope."""
     stop: Literal["v3.7", "v3.8", "v3.9"] = "v3.8"
-    """Which rule turns `should_stop` on."""
+    """The rule for `should_stop`."""
 
     def next_dnr(self, dnr: Any, goal: Any, trust: Any, do: Operations) -> Any:
-        """dNR_hist after a step (paper 3.2): trust is hard to earn and easy to lose. `goal` is what it moves to."""
+        """Return dNR_hist after a step (paper 3.2), rising slowly and falling fast. `goal` is the value it moves towards."""
         grown = do.minimum(goal, dnr * self.grow)
         hesitant = (trust >= -0.5) & (trust <= 0.5)
-        if self.span:  # never up in the band, and down as far as it goes while the loss rises
+        if self.span:  # does not rise in the band; while the loss rises, falls towards its minimum
             held = do.minimum(dnr, do.where(trust > 0, goal, 1 / self.span))
             return do.maximum(do.where(hesitant, held, grown), dnr * self.decay)
         return do.where((goal >= dnr) & (trust >= 0.5), grown, do.where(hesitant, goal * self.decay, dnr))
@@ -58,8 +58,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 """Every preset by name; `v3.8-fft` is for full fine-tuning.
 
-`guarded` is ours. The published rules raise dNR_hist while the loss falls steeply, and once it is nearly still nothing brings
-it down again. Here it follows 10^(c/w): up to tenfold while the loss keeps falling, 1 when it wanders, a tenth when it rises.
+`guarded` is not from the paper. The published rules raise dNR_hist while the loss falls steeply and do not lower it again once
+the loss hardly moves. `guarded` follows 10^(c/w): up to 10 while the loss keeps falling, 1 while it fluctuates, 0.1 while it
+rises.
 """
 
 
@@ -86,7 +87,7 @@ class EmoPulse:
     cautious: bool = False
 
     steps: int = field(default=0, init=False)
-    """Losses seen so far."""
+    """Number of losses seen."""
     loss: float = field(default=0.0, init=False)
     """The last loss."""
     short: float = field(default=0.0, init=False)
@@ -94,57 +95,57 @@ class EmoPulse:
     medium: float = field(default=0.0, init=False)
     long: float = field(default=0.0, init=False)
     noise: float = field(default=1.0, init=False)
-    """N, the EMA of |σ|: wandering."""
+    """N, the EMA of |σ|."""
     distance: float = field(default=0.02, init=False)
-    """d, the EMA of |trust|: progress."""
+    """d, the EMA of |trust|."""
     chain: float = field(default=0.0, init=False)
     """c, the EMA of σ: short in v3.9, slow in `guarded`."""
     swing: float = field(default=0.0, init=False)
     """w, the slow EMA of |σ| (`guarded`)."""
     dnr_now: float = field(default=0.0, init=False)
-    """dNR_now of the last step, before dNR_hist takes it in."""
+    """dNR_now of the last step."""
     dnr: float = field(default=1.0, init=False)
-    """dNR_hist, the signal-to-noise ratio that the rate is proportional to."""
+    """dNR_hist, the signal-to-noise ratio; the rate is proportional to it."""
     sigma: float = field(default=0.0, init=False)
     """σ in [−1, 1]: above 0 while the loss falls."""
     trust: float = field(default=1.0, init=False)
     """sgn(σ)·(1 − |σ|)."""
     gain: float = field(default=1.0, init=False)
-    """What the version multiplies emoScope by: 100^c (v3.9), or 0.1 once the loss has come to rest (v3.8)."""
+    """The factor of the version on emoScope: 100^c (v3.9), or 0.1 once the loss has converged (v3.8)."""
     rate: float = field(default=0.0, init=False)
-    """η of the last step; before the first, the rate that dNR_hist = 1 stands for."""
+    """η of the last step; before the first step, the rate at dNR_hist = 1."""
     stop_steps: int = field(default=0, init=False)
-    """For how many steps in a row `should_stop` has been true."""
+    """Number of consecutive steps for which `should_stop` has been true."""
 
     def __post_init__(self) -> None:
         _require_preset(self.preset)
         if not 0 <= self.scope < math.inf:
-            raise BadInput("emoScope (`lr`, `scope`) is not usable", expected="a finite number ≥ 0", found=self.scope)
+            raise BadInput("emoScope (`lr`, `scope`) out of range", expected="a finite number ≥ 0", found=self.scope)
         if self.cautious:
             self.noise = self.distance = 0.2
-        vars(self).update(asdict(self))  # defaults, too, become figures of the instance
+        vars(self).update(asdict(self))  # class-level defaults become instance attributes
         self.rate = self.rate_at(self.scope)
 
     @property
     def should_stop(self) -> bool:
-        """The early-stop signal: the loss has come to rest. A hint only; nothing stops by itself."""
+        """The early-stop signal: the loss has converged. Only a hint; nothing stops by itself."""
         return self.stop_steps > 0
 
     @property
     def purity(self) -> float:
-        """(d_base / noise_base)³, the paper's meta-indicator of how pure the progress is (its last chapter). Steers nothing."""
+        """(d_base / noise_base)³, the paper's meta-indicator of pure progress (last chapter). Does not affect the rate."""
         return math.sqrt(self.dnr_now) ** 3
 
     def figures(self) -> dict[str, Any]:
-        """What a log wants to know of the last step."""
+        """Return the values of the last step for a log."""
         names = ("loss", "rate", "sigma", "trust", "dnr", "purity", "should_stop")
         return {"step": self.steps, **{name: getattr(self, name) for name in names}}
 
     def update(self, loss: float) -> float:
-        """Take in the loss of a step and return its learning rate η.
+        """Update with the loss of a step and return its learning rate η.
 
         Raises:
-            NonFiniteLossError: the loss is NaN or infinite; the state is as it was. Catch it to skip the step.
+            NonFiniteLossError: the loss is NaN or infinite; the state is unchanged. Catch the error to skip the step.
         """
         loss = float(loss)
         if not math.isfinite(loss):
@@ -154,18 +155,18 @@ class EmoPulse:
         return self.rate
 
     def rate_at(self, scope: float) -> float:
-        """η of the last step for another emoScope, such as that of another parameter group (paper 3.2)."""
+        """Return η of the last step for another emoScope, such as that of another parameter group (paper 3.2)."""
         return float(rate_at(PRESETS[self.preset], vars(self), scope, FLOATS))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as plain numbers and one string; always the same keys."""
+        """Return all values as plain numbers and one string, always under the same keys."""
         return {name: getattr(self, name) for name in _NAMES}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue bit-identically from a `state_dict()`, whose preset and scope replace the present ones.
+        """Load a `state_dict()`, including preset and scope, to continue with the same bits.
 
         Raises:
-            BadInput: a figure is missing, or the preset is unknown; the state is as it was.
+            BadInput: a value is missing, or the preset is unknown; the state is unchanged.
         """
         missing = [name for name in _NAMES if name not in state]
         if missing:
@@ -185,7 +186,7 @@ def _require_preset(name: str) -> None:
 
 @dataclass(frozen=True)
 class Operations:
-    """What the formulas need beyond arithmetic, so that they are written once for numbers and for tensors."""
+    """Operations beyond arithmetic, so that the formulas are written once for numbers and tensors."""
 
     where: Callable[[Any, Any, Any], Any]
     maximum: Callable[[Any, Any], Any]
@@ -201,17 +202,17 @@ FLOATS = Operations(
     tanh=math.tanh,
     copysign=math.copysign,
 )
-"""Python's numbers."""
+"""Operations on Python floats."""
 
 
 def advance(preset: Preset, s: Mapping[str, Any], loss: Any, do: Operations) -> dict[str, Any]:
-    """One step of the controller (paper, chapters 2 and 3): the figures of `EmoPulse` after a loss.
+    """Compute one step of the controller (paper, chapters 2 and 3): the values of `EmoPulse` after a loss.
 
     Args:
-        preset: the constants of the version.
-        s: the figures before it, by the names of `EmoPulse`'s fields; numbers, or 0-d float64 tensors.
-        loss: a finite loss, of the same kind.
-        do: the operations of that kind.
+        preset: constants of the version.
+        s: values before the step, by the names of `EmoPulse`'s fields: numbers, or 0-d float64 tensors.
+        loss: a finite loss of the same type.
+        do: operations of that type.
     """
     first = s["steps"] == 0
     short = 0.30 * loss + 0.70 * do.where(first, loss, s["short"])
@@ -237,7 +238,7 @@ def advance(preset: Preset, s: Mapping[str, Any], loss: Any, do: Operations) -> 
     if preset.chained:
         chain = 0.7 * chain + 0.3 * sigma
         gain = do.maximum(100**chain, 1e-2)
-    elif preset.stop == "v3.8" and not preset.span:  # the signal of a step is judged after its rate, so it slows the next one
+    elif preset.stop == "v3.8" and not preset.span:  # judged after the rate of its step, so it slows the next one
         gain = do.where(s["stop_steps"] > 0, 0.1, 1.0)
     after = {
         "steps": s["steps"] + 1, "loss": loss, "short": short, "medium": medium, "long": long, "noise": noise,
@@ -251,7 +252,7 @@ def advance(preset: Preset, s: Mapping[str, Any], loss: Any, do: Operations) -> 
 
 
 def snr(d_base: Any, noise_base: Any) -> Any:
-    """dNR of this moment: certainty over time against doubt of the moment, squared (paper 3.2)."""
+    """dNR_now = (d_base / noise_base)² (paper 3.2)."""
     return (d_base / noise_base) ** 2
 
 
@@ -262,7 +263,7 @@ def rate_at(preset: Preset, s: Mapping[str, Any], scope: float, do: Operations) 
 
 
 def _at_rest(preset: Preset, s: Mapping[str, Any], sigma_long: Any, imbalance: Any) -> Any:
-    """Whether the loss has come to rest, by the rule of the version (paper, supplementary material 1)."""
+    """Return whether the loss has converged, by the rule of the version (paper, supplementary material 1)."""
     if preset.stop == "v3.7":
         return (abs(sigma_long) <= 1e-6) & (abs(imbalance) <= 1e-7)
     if preset.stop == "v3.8":
@@ -272,7 +273,7 @@ def _at_rest(preset: Preset, s: Mapping[str, Any], sigma_long: Any, imbalance: A
 
 
 def _sigma(short: Any, medium: Any, long: Any, do: Operations) -> tuple[Any, Any]:
-    """σ, the compressed relative fall of the loss (paper 2.1), and σ_long, the same by the long EMA alone.
+    """Return σ, the compressed relative decrease of the loss (paper 2.1), and σ_long, the same from the long EMA alone.
 
     Both sides of the second test equal |long − short| up to rounding; it is kept as published.
     """

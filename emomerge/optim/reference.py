@@ -1,7 +1,7 @@
-"""The five rules as the paper states them: one tensor at a time, plain arithmetic, nothing in place. Slow, and to be read.
+"""Reference implementation of the five rules as the paper states them: one tensor at a time, nothing in place, slow.
 
-Tests hold the optimizers equal to this. Notation: w weights, g gradient, eta the learning rate of the step (emoPulse), s the
-rule's state before the step (empty at first); each rule returns the new weights and the new state.
+Tests compare the optimizers with it. Notation: w weights, g gradient, eta the learning rate of the step (emoPulse), s the state
+before the step (empty at first), o the hyperparameters; each rule returns the new weights and the new state.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ State = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Hyper-parameters, by the names of the optimizers' arguments."""
+class Hyperparameters:
+    """Hyperparameters, named like the arguments of the optimizers."""
 
     beta1: float = 0.9
     beta2: float = 0.995
@@ -32,7 +32,7 @@ class Settings:
     l1_change: float | None = None
     """EmoTion, `l1`: q = |L1_t − L1_{t−1}| / (L1_{t−1} + 1e-8), L1 = Σ|W| over all parameters; None at the first step."""
     l1_scale: float = 1.0
-    """EmoVoid, `l1`: L1_ref / (L1_t + 1e-8) in the steps that hold Σ|W|."""
+    """EmoVoid, `l1`: L1_ref / (L1_t + 1e-8) in steps that hold Σ|W|."""
 
 
 def rho(w: Tensor, g: Tensor, eps: float) -> Tensor:
@@ -42,21 +42,21 @@ def rho(w: Tensor, g: Tensor, eps: float) -> Tensor:
 
 
 def shadow(w: Tensor, slow: Tensor, sigma: float, trust: float) -> tuple[Tensor, Tensor]:
-    """Weights and shadow before the update, with `use_shadow` (paper, chapter 4)."""
+    """Return weights and shadow before the update, with `use_shadow` (paper, chapter 4)."""
     if abs(sigma) > 0.625:
         ratio = 1 - abs(sigma)
         return w * (1 - ratio) + abs(trust) * slow, slow
     return w, slow + 0.1 * abs(trust) * (w - slow)
 
 
-def sens(w: Tensor, g: Tensor, s: State, eta: float, o: Settings) -> tuple[Tensor, State]:
+def sens(w: Tensor, g: Tensor, s: State, eta: float, o: Hyperparameters) -> tuple[Tensor, State]:
     """Adam type: two moments without bias correction (paper, chapter 4)."""
     m = o.beta1 * s.get("m", 0) + (1 - o.beta1) * g
     v = o.beta2 * s.get("v", 0) + (1 - o.beta2) * g**2
     return w * (1 - o.weight_decay * eta) - eta * m / (v.sqrt() + o.eps), {"m": m, "v": v}
 
 
-def airy(w: Tensor, g: Tensor, s: State, eta: float, o: Settings) -> tuple[Tensor, State]:
+def airy(w: Tensor, g: Tensor, s: State, eta: float, o: Hyperparameters) -> tuple[Tensor, State]:
     """Adafactor type: a second moment factored into rows and columns (paper, chapter 5)."""
 
     def average(name: str, square: Tensor) -> Tensor:
@@ -74,15 +74,15 @@ def airy(w: Tensor, g: Tensor, s: State, eta: float, o: Settings) -> tuple[Tenso
     return w * (1 - o.weight_decay * eta) - eta * (u.sign() if o.sign else u), state
 
 
-def cats(w: Tensor, g: Tensor, s: State, eta: float, o: Settings) -> tuple[Tensor, State]:
+def cats(w: Tensor, g: Tensor, s: State, eta: float, o: Hyperparameters) -> tuple[Tensor, State]:
     """Lion type: the sign of a blend of momentum and gradient (paper, chapter 5)."""
     m = s.get("m", torch.zeros_like(g))
     new = w * (1 - o.weight_decay * eta) - eta * (o.beta1 * m + (1 - o.beta1) * g).sign()
     return new, {"m": o.beta2 * m + (1 - o.beta2) * g}
 
 
-def tion(w: Tensor, g: Tensor, s: State, eta: float, o: Settings) -> tuple[Tensor, State]:
-    """The sign of a first moment that takes in what is news to the weights (paper 6.2; `l1`: 6.4)."""
+def tion(w: Tensor, g: Tensor, s: State, eta: float, o: Hyperparameters) -> tuple[Tensor, State]:
+    """The sign of a first moment that weights each gradient by its freshness (paper 6.2; `l1`: 6.4)."""
     m = s.get("m", torch.zeros_like(g))
     state: State = {}
     if o.geometry == "l1":
@@ -96,14 +96,14 @@ def tion(w: Tensor, g: Tensor, s: State, eta: float, o: Settings) -> tuple[Tenso
     return w * (1 - o.weight_decay * eta) - eta * m.sign(), {**state, "m": m}
 
 
-def void(w: Tensor, g: Tensor, s: State, eta: float, o: Settings) -> tuple[Tensor, State]:
-    """No moments, no decay: a sign step, the shorter the more of the gradient lies along the weights (paper 6.3; `l1`: 6.4)."""
+def void(w: Tensor, g: Tensor, s: State, eta: float, o: Hyperparameters) -> tuple[Tensor, State]:
+    """No moments, no decay: a sign step, shortened where the gradient is parallel to the weights (paper 6.3; `l1`: 6.4)."""
     if o.geometry == "l1":
         return w * o.l1_scale - eta * g.sign(), {}
     return w - eta * (1 - rho(w, g, o.eps)) * g.sign(), {}
 
 
-Rule = Callable[[Tensor, Tensor, State, float, Settings], tuple[Tensor, State]]
+Rule = Callable[[Tensor, Tensor, State, float, Hyperparameters], tuple[Tensor, State]]
 
 REFERENCE: Mapping[str, Rule] = MappingProxyType({"sens": sens, "airy": airy, "cats": cats, "tion": tion, "void": void})
 """The rules by the names of `OPTIMIZERS`."""

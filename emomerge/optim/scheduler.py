@@ -19,39 +19,41 @@ class EmoPulseLR(LRScheduler):
     """Sets the `lr` of every parameter group to emoPulse (paper, chapter 3).
 
     Args:
-        optimizer: any torch optimizer that has an `lr`; the emo optimizers have a pulse of their own.
+        optimizer: any torch optimizer with an `lr`; emo optimizers have a pulse of their own.
         preset: the version of emoPulse, a name in `PRESETS`.
-        scope: emoScope, a multiplier of the rate; the optimizer's own `lr` is not used.
+        scope: emoScope, a multiplier of the rate; the `lr` of the optimizer is overwritten.
         cautious: start the pulse with N = d = 0.2.
 
     Raises:
-        BadInput: an emo optimizer, an unknown preset, or a scope out of range.
+        BadInput: the optimizer is an emo optimizer, the preset is unknown, or the scope is out of range.
 
     Example:
         >>> scheduler = EmoPulseLR(torch.optim.AdamW(model.parameters()))
         >>> loss.backward()
-        >>> scheduler.step(loss)  # before the optimizer's step, so that the rate knows this loss
+        >>> scheduler.step(loss)  # before optimizer.step(), so that the rate follows this loss
         >>> optimizer.step()
     """
 
     def __init__(self, optimizer: Optimizer, preset: str = "v3.8", scope: float = 1.0, cautious: bool = False) -> None:
         if isinstance(optimizer, EmoOptimizer):
-            raise BadInput("an emo optimizer needs no EmoPulseLR", found=type(optimizer).__name__, fix="use its own `pulse`")
+            raise BadInput(
+                "emo optimizers do not take an EmoPulseLR", found=type(optimizer).__name__, fix="use its own `pulse`"
+            )
         self.optimizer = optimizer
         self.pulse = EmoPulse(preset, scope, cautious)
         self._intake = LossIntake()
         self._write_lr()
 
     def observe(self, loss: Tensor | float, divided: bool = False) -> None:
-        """Note the loss of a micro-batch of the coming step; see `EmoOptimizer.observe`."""
+        """Record the loss of a micro-batch of the coming step; see `EmoOptimizer.observe`."""
         self._intake.observe(loss, divided)
 
     def step(self, loss: Tensor | float | None = None) -> None:
-        """Set the rate of the coming optimizer step from this loss and those observed before.
+        """Set the rate of the coming optimizer step from this loss and the losses observed so far.
 
         Raises:
-            MissingLossError: neither given nor observed.
-            NonFiniteLossError: the loss is NaN or infinite; pulse and rate are as before.
+            MissingLossError: no loss was passed or observed.
+            NonFiniteLossError: the loss is NaN or infinite; pulse and rate are unchanged.
         """
         if loss is not None:
             self.observe(loss)
@@ -61,18 +63,18 @@ class EmoPulseLR(LRScheduler):
         self._write_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """The pulse, as plain numbers."""
+        """Return the pulse as plain numbers."""
         return self.pulse.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue bit-identically from a `state_dict()`."""
+        """Load a `state_dict()`, to continue with the same bits."""
         self.pulse.load_state_dict(state_dict)
         self._write_lr()
 
     def _write_lr(self) -> None:
         self.last_epoch = self.pulse.steps
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):  # kept by compiled and capturable optimizers
+            if isinstance(group["lr"], Tensor):  # of compiled and capturable optimizers
                 group["lr"].fill_(self.pulse.rate)
             else:
                 group["lr"] = self.pulse.rate

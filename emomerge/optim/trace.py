@@ -1,4 +1,4 @@
-"""A record of the pulse: what the loss was, and what became of it."""
+"""A record of the pulse at every step."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from emomerge.optim.base import EmoOptimizer
 
 
 class PulseTrace:
-    """Records the pulse of an optimizer after every step, until it is closed. The optimizer does not notice.
+    """Records the pulse of an optimizer after every step, until closed. Does not affect the optimizer.
 
     Args:
-        optimizer: any emo optimizer. With `capturable=True` every row waits for the device.
+        optimizer: any emo optimizer. With `capturable=True`, recording a row waits for the device.
 
     Example:
         >>> with PulseTrace(optimizer) as trace:
@@ -23,7 +23,7 @@ class PulseTrace:
     """
 
     rows: list[dict[str, Any]]
-    """One for each step: the figures that `EmoPulse.figures` gives."""
+    """One row per step: the result of `EmoPulse.figures`."""
 
     def __init__(self, optimizer: EmoOptimizer) -> None:
         self.rows = []
@@ -32,7 +32,7 @@ class PulseTrace:
 
     def _record(self, optimizer: Any, *_: Any) -> None:
         figures = optimizer.pulse.figures()
-        if figures["step"] != self._step:  # a step with lr=0 leaves the pulse alone
+        if figures["step"] != self._step:  # a step with lr=0 does not change the pulse
             self.rows.append(figures)
         self._step = figures["step"]
 
@@ -41,7 +41,7 @@ class PulseTrace:
         self._handle.remove()
 
     def save(self, path: str | Path) -> None:
-        """Write the rows as JSON, one a line."""
+        """Write the rows as JSON lines."""
         Path(path).write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def __enter__(self) -> PulseTrace:

@@ -32,9 +32,9 @@ def _products_kernel(w_pointer, g_pointer, sums, n, block: tl.constexpr, real: t
 
 
 def products(w: Tensor, g: Tensor) -> Tensor:
-    """⟨W, G⟩, ‖W‖² and ‖G‖² of contiguous tensors, shape (3,), in float64 for float64 and else in float32.
+    """Return ⟨W, G⟩, ‖W‖² and ‖G‖² of contiguous tensors, shape (3,), in float64 for float64 and else in float32.
 
-    Each program writes its own sums and torch adds them up, so that the result does not depend on the order of their ends.
+    Each program writes its own sums and torch adds them up, so the result does not depend on which program ends first.
     """
     double = w.dtype == torch.float64
     programs = max(min(triton.cdiv(w.numel(), BLOCK), PROGRAMS), 1)

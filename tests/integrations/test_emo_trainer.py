@@ -266,7 +266,7 @@ def test_other_optimizers_are_refused(tmp_path: Path) -> None:
     model = llama()
     with pytest.raises(BadInput, match="found AdamW"):
         emo(model, arguments(tmp_path), optimizers=(torch.optim.AdamW(model.parameters()), None))
-    with pytest.raises(BadInput, match="give them to yours"):
+    with pytest.raises(BadInput, match="pass them to your own"):
         emo(model, arguments(tmp_path), optimizers=(EmoSens(model.parameters()), None), emo_options={"preset": "v3.9"})
 
 

@@ -65,7 +65,7 @@ def test_is_the_reference(path: str, name: str, options: dict[str, Any], shadow:
     for loss, grads in zip(LOSSES, gradients, strict=True):
         now = sum(float(w.abs().sum()) for w in ws)  # before the shadow
         scale = 1.0 if last is None else last / (now + 1e-8)
-        settings = reference.Settings(**options, l1_change=change_of_l1(now, last), l1_scale=scale)
+        settings = reference.Hyperparameters(**options, l1_change=change_of_l1(now, last), l1_scale=scale)
         last = now * (scale if name == "void" else 1)
         for p, g in zip(params, grads, strict=True):
             p.grad = g.clone()
@@ -95,7 +95,7 @@ def test_blocks_cover_large_tensors(path: str, name: str, options: dict[str, Any
         q.grad = grad
         one.observe(1.0)
         one.step()
-    w, state = REFERENCE[name](w, grad, {}, opt.pulse.rate, reference.Settings(**options))
+    w, state = REFERENCE[name](w, grad, {}, opt.pulse.rate, reference.Hyperparameters(**options))
     for one, q in ((opt, p), (other, turned)):
         torch.testing.assert_close(q.detach(), w, atol=1e-12, rtol=1e-12)
         for key, value in state.items():
@@ -145,7 +145,7 @@ def test_a_gradient_that_is_not_a_number(path: str, name: str, options: dict[str
     w.grad = torch.tensor([1.0, math.nan, -1.0], dtype=torch.float64)
     opt.observe(1.0)
     opt.step()
-    new, state = REFERENCE[name](before, w.grad, {}, opt.pulse.rate, reference.Settings(**options))
+    new, state = REFERENCE[name](before, w.grad, {}, opt.pulse.rate, reference.Hyperparameters(**options))
     torch.testing.assert_close(w.detach(), new, atol=1e-12, rtol=1e-12, equal_nan=True)
     for key, value in state.items():
         torch.testing.assert_close(opt.state[w][key], value, atol=1e-12, rtol=1e-12, equal_nan=True)

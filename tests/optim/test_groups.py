@@ -77,7 +77,7 @@ def test_each_group_follows_its_own_options(path: str, name: str, options: dict[
                 continue
             beta1, beta2 = group.get("betas", (0.9, 0.995))
             own = {key: group[key] for key in ("weight_decay", "eps") if key in group}
-            settings = reference.Settings(beta1, beta2, **own, **options, l1_change=change, l1_scale=scale)
+            settings = reference.Hyperparameters(beta1, beta2, **own, **options, l1_change=change, l1_scale=scale)
             rate = opt.pulse.rate_at(group.get("lr", 1.0))
             for k, p in enumerate(ps):
                 new[k], state[k] = REFERENCE[name](new[k], p.grad, state[k], rate, settings)
@@ -122,7 +122,7 @@ def test_a_late_group(path: str, name: str, options: dict[str, Any]) -> None:
             assert all(torch.equal(p, q) for p, q in zip(first, alone, strict=True))
         if step == 5:
             states = [
-                REFERENCE[name](w, p.grad, {}, opt.pulse.rate_at(0.25), reference.Settings(weight_decay=0.0, **options))
+                REFERENCE[name](w, p.grad, {}, opt.pulse.rate_at(0.25), reference.Hyperparameters(weight_decay=0.0, **options))
                 for w, p in zip(before, late, strict=True)
             ]
             for p, (w, _) in zip(late, states, strict=True):
