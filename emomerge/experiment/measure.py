@@ -251,9 +251,9 @@ class Measurer:
         distance = controls.distance(self.model, self.base_parameters)
         splits: tuple[SplitName, ...] = ("test", "validation", "train")
         scores = {split: self.scores(artefact, split) for split in splits}
-        language = self.recipe.task.kind == "causal-lm"
         test, validation, train = (
-            score_figures(split, scores[split], self.task.unit, perplexity=language and split == "test") for split in splits
+            score_figures(split, scores[split], self.task.unit, perplexity=self.task.perplexity and split == "test")
+            for split in splits
         )
         figures = [*test, *found, (DISTANCE, exact(distance)), *validation, *train]
         if artefact.cosine_to_mean is not None:
