@@ -1,7 +1,6 @@
-"""The output folder of a recipe: what is in it, what is up to date, and that only one process works in it.
+"""The output folder of a recipe: its paths, the stamps of its stages, and a lock against other processes.
 
-A stage is stamped with the hash of its inputs and the sizes of its files once it is complete; a stamp that agrees lets the
-stage be skipped: an up-to-date folder is recognised in a moment.
+A completed stage is stamped with the hash of its inputs and the sizes of its files. A stage whose stamp matches is skipped.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Workspace:
         self._stamps = out / "stamps"
 
     def stamp(self, stage: str) -> dict[str, Any]:
-        """What is known of a stage that was completed once; empty otherwise."""
+        """Return the stamp of a completed stage; empty if there is none."""
         try:
             stamp = json.loads((self._stamps / f"{stage}.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
@@ -50,7 +49,7 @@ class Workspace:
         return stamp if isinstance(stamp, dict) else {}
 
     def is_done(self, stage: str, inputs: str) -> bool:
-        """Whether the stage was completed from these inputs and its files are as long as they were."""
+        """Return whether the stage was completed from these inputs and its files still have their sizes."""
         stamp = self.stamp(stage)
         return stamp.get("inputs") == inputs and sizes_agree(self.out, stamp.get("sizes", {}))
 
@@ -60,15 +59,15 @@ class Workspace:
         atomic.write_json(self._stamps / f"{stage}.json", {"inputs": inputs, "sizes": sizes, **facts})
 
     def forget(self, stage: str) -> None:
-        """Let a stage be done again."""
+        """Remove a stage's stamp, so that it is done again."""
         (self._stamps / f"{stage}.json").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out of the folder while the block runs; a folder that stays empty is removed again.
+        """Lock the folder while the block runs, and remove it afterwards if it is empty.
 
         Raises:
-            BadInput: another process is in it already.
+            BadInput: another process holds the lock.
         """
         with atomic.translate_os_error(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
@@ -76,12 +75,12 @@ class Workspace:
         with lock, self._held(lock):
             try:
                 yield
-            finally:  # only who holds the lock may tidy up: another process may have the folder and nothing in it yet
+            finally:  # only under the lock: another process may be about to write into the folder
                 if [place.name for place in self.out.iterdir()] == [".lock"]:
                     shutil.rmtree(self.out)
 
     def is_busy(self) -> bool:
-        """Whether a process is working in the folder."""
+        """Return whether a process is working in the folder."""
         if not (self.out / ".lock").exists():
             return False
         with (self.out / ".lock").open("r") as lock:
@@ -95,7 +94,7 @@ class Workspace:
     def _held(self, lock: TextIO) -> Iterator[None]:
         try:
             import fcntl
-        except ImportError:  # no such locks on this system; the atomic files still keep everything whole
+        except ImportError:  # no file locks on this system; files are still replaced atomically
             yield
             return
         try:
@@ -107,7 +106,7 @@ class Workspace:
         yield
 
     def clear(self) -> None:
-        """Remove what an earlier run of a recipe left here, and nothing else. Raises BadInput in a folder of another kind."""
+        """Remove the files of an earlier run and nothing else. Raises BadInput if this is not an output folder."""
         if not any(place.name != ".lock" for place in self.out.iterdir()):
             return
         if not self.recipe.is_file():
@@ -120,13 +119,13 @@ class Workspace:
             file.unlink(missing_ok=True)
 
     def input_hash(self, recipe: Recipe) -> str:
-        """Hash of what comes from outside the recipe: data files and a local base model."""
+        """Return the hash of all external inputs: data files and a local base model."""
         return digest([self._fingerprint(Path(source).expanduser()) or source for source in recipe.external_sources()])
 
     def _fingerprint(self, path: Path) -> str | None:
-        """Content hash of a file or folder; None where there is none (a Hub or datasets id).
+        """Return the content hash of a file or folder; None if there is none, as for a Hub id.
 
-        Hashes are remembered with size and modification time, so that a large base is read once.
+        Hashes are cached with size and modification time, so that a large base is read once.
         """
         if not path.exists():
             return None
@@ -152,19 +151,19 @@ class Workspace:
 
 
 def local_files(sources: Iterable[str]) -> list[Path]:
-    """The files of those sources that are paths here."""
+    """Return the files below all sources that are local paths."""
     places = [place for source in sources if (place := Path(source).expanduser()).exists()]
     return [file for place in places for file in (files_below(place) if place.is_dir() else [place])]
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted."""
+    """Return every file below a folder, sorted."""
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 @contextlib.contextmanager
 def stopwatch() -> Iterator[dict[str, float]]:
-    """Seconds a block took, under `seconds` once it is over."""
+    """Measure the duration of a block in seconds, available as `seconds` after it."""
     started, measured = time.perf_counter(), {"seconds": 0.0}
     try:
         yield measured
