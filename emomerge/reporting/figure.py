@@ -23,14 +23,14 @@ WIDE, HALF, NARROW = 700, 335, 290
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with what a reader needs to understand it, with or without seeing it."""
+    """A chart with its title, its caption and a text for readers who cannot see it."""
 
     title: str
     caption: str
     alt: str
     chart: LayerChart
     narrow: LayerChart | None = None
-    """The same picture laid out for a telephone, where stretching would not do."""
+    """The same picture laid out for a telephone, where stretching would not be enough."""
     half: bool = False
     """Whether two such figures fit side by side."""
 

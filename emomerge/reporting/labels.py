@@ -1,4 +1,4 @@
-"""Where the names go: labels that touch neither each other nor the points they name. Pure geometry, in pixels."""
+"""Placement of labels that overlap neither each other nor the points they name. Pure geometry, in pixels."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def place(
     bars: Sequence[Box] = (),
     lines: Sequence[Line] = (),
 ) -> list[Offset | None]:
-    """A place for each label, the first ones served first; None where nothing is free.
+    """Return an offset for each label, the first labels first; None where no position is free.
 
     Each label takes the cheapest free candidate around its point, then every label chooses once more with the others in
     place. Labels stay inside width x height, never cover a point or another label, and avoid error bars and
@@ -89,7 +89,7 @@ def place(
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions moved as little as needed to lie at least `gap` apart within low…high, in their order.
+    """Return positions moved as little as needed to lie at least `gap` apart within low…high, in their order.
 
     With more labels than room, the gap shrinks to what fits.
     """

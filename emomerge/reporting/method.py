@@ -18,7 +18,7 @@ def measures(results: Results) -> dict[str, str]:
     told = {
         "Adaptive": _adaptive(results),
         "Worst case": "the highest loss that gradient ascent finds in a ball around the weights, each batch by itself; its "
-        "slope ρ‖g‖, which says nothing of flatness, is split off. Radii ρ: "
+        "slope ρ‖g‖, which says nothing about flatness, is split off. Radii ρ: "
         + "; ".join(f"{ball} {_listed(every)}" for ball, every in balls.items())
         if balls
         else "",
@@ -36,10 +36,10 @@ def cautions(results: Results) -> list[str]:
         found.append("A worst case is the highest loss that the ascent found: the true one may be higher.")
     if any(map(_has_hessian, results.artefacts)):
         found.append(
-            "The Hessian describes the loss right at the weights; what lies further off is for sharpness at several radii."
+            "The Hessian describes the loss right at the weights; sharpness at several radii covers what lies further away."
         )
     if results.plane or results.surfaces:
-        found.append("A map of the loss shows two directions of very many: an illustration, no evidence.")
+        found.append("A map of the loss shows two directions of very many: an illustration, not evidence.")
     return found
 
 

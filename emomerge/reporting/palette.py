@@ -1,6 +1,6 @@
-"""Colours for both schemes: named once, used by the page's style sheet, the charts in the page and the PNG files.
+"""Colours for both schemes, named once and used by the page's style sheet, the charts in the page and the PNG files.
 
-Optimizers wear the colour-blind-safe hues of Okabe and Ito (2008), the same in every figure.
+Optimizers have the colour-blind-safe hues of Okabe and Ito (2008), the same in every figure.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def optimizer_colour(optimizer: str | None) -> str:
 
 
 def chart_config(colours: Mapping[str, str]) -> dict[str, Any]:
-    """The Vega-Lite configuration that dresses every chart in some colours."""
+    """Return the Vega-Lite configuration that applies a palette to a chart."""
     quiet = {"font": FONT, "labelColor": colours["muted"], "titleColor": colours["ink"]}
     return {
         "background": None,

@@ -1,4 +1,4 @@
-"""Pictures as files, without a library for images."""
+"""PNG files without an image library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
-    """A picture (height, width, 1 or 3) as PNG (ISO/IEC 15948): 8 bits, rows unfiltered."""
+    """Encode a picture (height, width, 1 or 3) as PNG (ISO/IEC 15948): 8 bits, rows unfiltered."""
     height, width, channels = pixels.shape
     rows = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(pixels))
     header = struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)

@@ -110,7 +110,7 @@ def limits(results: Results) -> list[str]:
             "the spread between trainings."
         )
     best = max((accuracy for row in rows if (accuracy := row.accuracy("test")) is not None), default=None)
-    if data and best is not None and data.classes:  # tokens of a row are no independent labels
+    if data and best is not None and data.classes:  # tokens of a row are not independent labels
         margin = fixed(196 * math.sqrt(max(best * (1 - best), 0) / data.rows.test), 1)
         known = f"an accuracy of {percent(best)} is known to ± {margin} percentage points"
         found.append(f"With {short(data.rows.test)} test rows, {known}.")
@@ -118,12 +118,12 @@ def limits(results: Results) -> list[str]:
     if probe and shaken:
         found.append(
             f"Sharpness is the average over random directions on {short(probe.rows)} rows of the {probe.data} data"
-            + ("." if worst_case_radii(results) else "; it says nothing of the worst direction.")
+            + ("." if worst_case_radii(results) else "; it says nothing about the worst direction.")
         )
     if any(row.name in shaken and row.mean("entropy") is not None for row in rows):
         found.append("The curvature of cross-entropy falls as predictions grow confident: compare the entropy of all figures.")
     found += cautions(results)
-    found.append("One base and one data set: whether the finding carries over to others takes their own experiments.")
+    found.append("One base and one data set: whether the findings carry over to others needs further experiments.")
     return found
 
 

@@ -44,7 +44,7 @@ def test_it_learns_and_reports(finished):
     assert losses["sens-0"] < losses["base"] - 0.1
     assert results.data.classes == () and "each blind to the others" in results.data.summary
     page = finished.space.report.read_text()
-    assert "perplexity" in page and "What they make" in page and "percentage points" not in page
+    assert "perplexity" in page and "Samples" in page and "percentage points" not in page
     best = results.verdict.best_single[0]
     assert list(results.samples.texts) == ["base", best, "tall-mask"]
     assert all(len(found) == len(results.samples.prompts) for found in results.samples.texts.values())

@@ -51,7 +51,7 @@ def test_a_quick_probe_shows_nothing_of_it(results, tmp_path):
     assert keys(results)[:6] == [
         "test_loss", "test_accuracy", "sharpness_0.01", "sharpness_0.03", "sharpness_0.1", "distance"
     ]  # fmt: skip
-    assert "says nothing of the worst direction" in page
+    assert "says nothing about the worst direction" in page
     for word in ("<h2>The curvature", "Secondary measures", "Hessian describes", "illustration"):
         assert word not in page
 
@@ -61,7 +61,7 @@ def test_the_limits_follow_what_was_measured(full, edit):
     assert "worst direction" not in told
     for word in ("true one may be higher", "Hessian describes", "illustration"):
         assert word in told
-    assert "says nothing of the worst direction" in " ".join(limits(edit.without(full, "worst", "slope")))
+    assert "says nothing about the worst direction" in " ".join(limits(edit.without(full, "worst", "slope")))
 
 
 @pytest.mark.parametrize(

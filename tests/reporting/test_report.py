@@ -126,7 +126,7 @@ def test_missing_parts_are_left_out(results, tmp_path, part):
 
 def test_no_results_at_all_give_a_page(tmp_path):
     text, _ = parse(render(Results(name="nothing"), tmp_path))
-    assert "What the figures cannot say" in text
+    assert "Limitations" in text
 
 
 def test_unknown_and_diverged_figures(results, edit, tmp_path):

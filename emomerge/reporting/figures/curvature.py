@@ -1,4 +1,4 @@
-"""The Hessian in pictures: its spectrum, and where in the network its trace lies."""
+"""Figures of the Hessian: its spectrum, and the trace of each layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss over planes, as maps whose steps are shared by all that are compared."""
+"""The loss over planes, as maps with one scale of colours for all models compared."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def surfaces(results: Results) -> Figure | None:
     caption = (
         f"The loss around {' and '.join(maps)} (at the crosses), on one scale: along two random directions, each filter of "
         f"which is as long as the model's own, up to {reach} of that length either way (Li et al. 2018). The wider the faint "
-        "middle, the flatter. Two directions of very many: a picture, no evidence, and one that favours models with small "
+        "middle, the flatter. Two directions of very many: a picture, not evidence, and one that favours models with small "
         "weights."
     ) + _about_divergence(list(maps.values()))
     lows = ", ".join(

@@ -1,4 +1,4 @@
-"""Figures of lines that are named at their right ends: α-curves and training traces."""
+"""Line charts labelled at their right ends: α-curves and training traces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pairs of models have in common: cosines between task vectors, barriers between weights."""
+"""Figures of pairs of models: cosines between task vectors, barriers between weights."""
 
 from __future__ import annotations
 
