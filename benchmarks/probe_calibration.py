@@ -80,7 +80,7 @@ def perturbable(vector: Vector) -> Perturbable:
 
 def train_loss(vector: Vector) -> float:
     probe = perturbable(vector)
-    return float(sharpness.center(probe) @ sharpness.weights(probe))
+    return float(probe.center_losses() @ probe.unit_weights())
 
 
 @cache

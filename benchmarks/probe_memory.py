@@ -31,7 +31,7 @@ def measure(way: str, width: int = 2048, layers: int = 12, tokens: int = 128) ->
     if way == "in place":
         vars(probe)["is_swappable"] = False
     assert probe.is_swappable is (way != "in place")
-    sharpness.center(probe)
+    probe.center_losses()
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     sharpness.gaussian(probe, (0.1, 0.2, 0.3), directions=2)
     seconds = time.perf_counter() - start

@@ -322,6 +322,8 @@ class ProbeFacts(Part):
     lanczos_steps: int | None = None
     trace_probes: int | None = None
     seed: int = 0
+    metrics: tuple[str, ...] = ()
+    """Metrics beyond those of the preset."""
     options: dict[str, JsonValue] = {}
     """Metric → options that the recipe gives it."""
     rows: int | None = None

@@ -413,13 +413,10 @@ def _held_out_loss(recipe: str, overrides: Sequence[str], base: Checkpoint) -> t
     """Return the validation loss of a recipe's task as a function of the weights, and the local files that it depends on."""
     from emomerge.experiment.measure import Measurer
     from emomerge.experiment.workspace import local_files
-    from emomerge.tasks import make_task
-    from emomerge.training import choose_device
+    from emomerge.training import Context
 
     parsed = open_recipe(recipe, overrides)
     if base.folder is None:
         raise BadInput("--recipe needs a BASE folder with its config", found=base.source)
-    task = make_task(parsed.task)
-    data = task.load_data(parsed.base)
-    measurer = Measurer(parsed, task, data, base, base.folder, "base", choose_device(parsed.device), None)
+    measurer = Measurer(Context(parsed, base.folder, "base"), None)
     return measurer.held_out_loss, local_files([recipe, *parsed.external_sources()])

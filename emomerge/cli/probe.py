@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     "--metric",
     "metrics",
     multiple=True,
-    type=click.Choice(["gaussian", "curve", "adaptive", "hessian", "basin", "barriers", "worst-case", "plane", "surface"]),
-    help="Measure only this, in addition to losses, gradient norm and distance; repeatable (default: those of the preset). "
-    "barriers: between all MODELS; plane: through the base and the first two.",
+    metavar="NAME",
+    help="Measure only this metric, in addition to losses, gradient norm and distance; repeatable (default: those of the "
+    "recipe). Of metrics that compare models, the first MODEL is probed and the others are what it is compared with.",
 )
 @set_option
 @executor_option(help="Where models are measured: in this process, or split over workers by metric and direction.")

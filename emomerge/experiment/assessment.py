@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
+from typing import Any
 
 from emomerge.adapters import open_run
 from emomerge.checkpoints import atomic, open_checkpoint
 from emomerge.controls import CONTROLS, PLAIN_MEAN, SINGLE_RUN
 from emomerge.errors import BadInput
-from emomerge.experiment.measure import PRESETS, Artefact, Landscapes, Measured, Measurer, fingerprint, steps_of
-from emomerge.experiment.workers import spread
+from emomerge.experiment.measure import Artefact, Measured, Measurer, fingerprint, steps_together, united
+from emomerge.experiment.workers import measure_in_workers
 from emomerge.probing import verdict
+from emomerge.probing.registry import METRICS, recipe_metrics
 from emomerge.progress import Display
 from emomerge.recipe import Recipe
 from emomerge.results import ArtefactRow, Column, Evidence, ProbeFacts, Results, Role, Selected, Verdict
-from emomerge.tasks import make_task
-from emomerge.training import Engine, choose_device
+from emomerge.training import Context, Engine
 
 
 @dataclass(frozen=True)
@@ -71,23 +73,21 @@ def assess(
         contestants.base.name,
         *(a.name for c in comparisons for a in (c.merge, *c.in_sharpness.values(), *c.in_loss.values())),
     }
-    preset = PRESETS[recipe.probe.preset]
-    metrics = {a.name: preset if a.name in close else PRESETS["quick"] for a in everything}
+    of_all, of_close = recipe_metrics(recipe.probe)
+    metrics = {a.name: of_close if a.name in close else of_all for a in everything}
     if engine is not None:
-        spread(engine, measurer, [(a, metrics[a.name]) for a in everything], display)
-    line = display.line("probe", sum(steps_of(recipe, chosen) for chosen in metrics.values()))
+        measure_in_workers(engine, measurer, [(a, metrics[a.name]) for a in everything], display)
+    line = display.line("probe", sum(measurer.steps(a, metrics[a.name]) for a in everything) + steps_together(of_close))
     measured = {a.name: measurer.probe(a, line, metrics[a.name]) for a in everything}
-    landscapes = Landscapes()
-    if recipe.probe.preset != "quick":  # of the first training seed: pictures, not evidence
-        merge, best = contestants.merges[label][0], contestants.best[0]
-        runs = [run for run in contestants.runs if run.seed == best.seed]
-        landscapes = measurer.landscapes(merge, best, runs, line, preset)
-        measured[merge.name] = measurer.add_span(measured[merge.name], merge, runs)
-    return _results(recipe, measured, landscapes).model_copy(
+    merge, best = contestants.merges[label][0], contestants.best[0]  # of the first training seed: pictures, not evidence
+    runs = [run for run in contestants.runs if run.seed == best.seed]
+    measurer.probe_together(measured, merge, best, runs, line, of_close)
+    results = _results(recipe, measured)
+    return results.model_copy(
         update={
             "probe": _probe_facts(recipe, measurer, contestants.base),
             "verdict": _judge(recipe, measurer, comparisons, measured),
-            "selected": select([found.row for found in measured.values()]) if recipe.select == "best" else None,
+            "selected": select(results.artefacts) if recipe.select == "best" else None,
         }
     )
 
@@ -109,44 +109,32 @@ def probe_models(
         base_folder: the base they are compared with; its RMS sets the ball.
         out: folder for results and ledger.
         display: shows progress.
-        metrics: names of metrics; by default those of the recipe's preset.
+        metrics: names of metrics; by default those that the recipe asks for.
         engine: starts workers for the probe; None measures in this process.
 
     Raises:
-        BadInput: `out` is the output folder of a recipe.
+        BadInput: `out` is the output folder of a recipe, or there is no metric of some name.
     """
-    metrics = PRESETS[recipe.probe.preset] if metrics is None else metrics
+    _, chosen = recipe_metrics(recipe.probe, metrics)
     if (out / "recipe.yaml").exists():
         raise BadInput("the output folder of a recipe has results of its own", where=out, fix="choose another -o")
     base = open_checkpoint(base_folder)
-    task = make_task(recipe.task)
     checkpoints = [open_run(base, model) for model in models]
-    measurer = Measurer(
-        recipe,
-        task,
-        task.load_data(recipe.base),
-        base,
-        base_folder,
-        fingerprint(base),
-        choose_device(recipe.device),
-        out / "evaluations.jsonl",
-    )
-    artefacts = [Artefact("base", "base", base, measurer.base_hash, path=base_folder)]
+    context = Context(recipe, base_folder, fingerprint(base))
+    measurer = Measurer(context, out / "evaluations.jsonl")
+    artefacts = [Artefact("base", "base", base, context.base_hash, path=base_folder)]
     short = [Path(model).name for model in models]
     for model, checkpoint in zip(models, checkpoints, strict=True):
         name = Path(model).name if short.count(Path(model).name) == 1 and Path(model).name != "base" else model
         artefacts.append(Artefact(name, "merge", checkpoint, fingerprint(checkpoint), path=Path(model)))
-    landscapes = Landscapes()
     with display.live():
         if engine is not None:
-            spread(engine, measurer, [(artefact, metrics) for artefact in artefacts], display)
-        line = display.line("probe", len(artefacts) * steps_of(recipe, metrics))
-        measured = {artefact.name: measurer.probe(artefact, line, metrics) for artefact in artefacts}
+            measure_in_workers(engine, measurer, [(artefact, chosen) for artefact in artefacts], display)
+        line = display.line("probe", sum(measurer.steps(a, chosen) for a in artefacts) + steps_together(chosen))
+        measured = {artefact.name: measurer.probe(artefact, line, chosen) for artefact in artefacts}
         if len(artefacts) > 2:
-            landscapes = measurer.landscapes(artefacts[1], artefacts[2], artefacts[2:], line, metrics)
-    results = _results(recipe, measured, landscapes).model_copy(
-        update={"probe": ProbeFacts.model_validate(recipe.probe.model_dump())}
-    )
+            measurer.probe_together(measured, artefacts[1], artefacts[2], artefacts[2:], line, chosen)
+    results = _results(recipe, measured).model_copy(update={"probe": ProbeFacts.model_validate(recipe.probe.model_dump())})
     atomic.write_text(out / "results.json", results.to_json())
     return results
 
@@ -219,7 +207,7 @@ def _judge(recipe: Recipe, measurer: Measurer, comparisons: Sequence[Comparison]
         label,
         verdict.judge_better(_in_loss(measurer, comparisons), [f"the {name}" for name in better_missing]),
         verdict.judge_flatter(
-            _in_sharpness(recipe, comparisons, measured), len(recipe.probe.radii), [f"the {name}" for name in flatter_missing]
+            _in_sharpness(recipe, comparisons, measured), len(_radii(recipe)), [f"the {name}" for name in flatter_missing]
         ),
         merge=rivals.merge.name,
         best_single=[c.in_loss[SINGLE_RUN].name for c in comparisons],
@@ -251,20 +239,28 @@ def _in_loss(measurer: Measurer, comparisons: Sequence[Comparison]) -> list[Evid
 
 
 def _in_sharpness(recipe: Recipe, comparisons: Sequence[Comparison], measured: Mapping[str, Measured]) -> list[Evidence]:
-    looks: list[tuple[str, int | None, str]] = [("gaussian", r, f"gaussian σ={s:g}") for r, s in enumerate(recipe.probe.radii)]
-    if "hessian" in PRESETS[recipe.probe.preset]:
-        looks += [(what, None, what) for what in verdict.HESSIAN]
+    merged = measured[comparisons[0].merge.name]
+    looks: list[tuple[str, int | EllipsisType, str]] = [
+        ("gaussian", index, f"gaussian σ={radius:g}") for index, radius in enumerate(_radii(recipe))
+    ]
+    looks += [(name, ..., name) for name in verdict.HESSIAN if name in merged.series]
     return [
         verdict.sharpness_ratio(
-            [measured[c.merge.name].figures(metric, at) for c in comparisons],
-            [measured[c.in_sharpness[rival].name].figures(metric, at) for c in comparisons],
-            measured[comparisons[0].merge.name].weights[metric],
+            [measured[c.merge.name].series[name][at] for c in comparisons],
+            [measured[c.in_sharpness[rival].name].series[name][at] for c in comparisons],
+            merged.weights[name],
             against=rival,
             what=what,
         )
         for rival in comparisons[0].in_sharpness
-        for metric, at, what in looks
+        for name, at, what in looks
     ]
+
+
+def _radii(recipe: Recipe) -> Sequence[float]:
+    """Return the radii of the sharpness that the verdict is about."""
+    radii: Sequence[float] = METRICS["gaussian"].options_of(recipe.probe)["radii"]
+    return radii
 
 
 def select(rows: Sequence[ArtefactRow]) -> Selected:
@@ -288,27 +284,26 @@ def select(rows: Sequence[ArtefactRow]) -> Selected:
     return Selected(name=winner.name, path=winner.path, validation_loss=loss(winner), sentence=sentence)
 
 
-def _results(recipe: Recipe, measured: Mapping[str, Measured], landscapes: Landscapes) -> Results:
-    return Results(
-        name=recipe.name,
-        columns=tuple(united_columns(found.columns for found in measured.values())),
-        artefacts=tuple(found.row for found in measured.values()),
-        curves={name: found.curve for name, found in measured.items() if found.curve},
-        barriers=landscapes.barriers, plane=landscapes.plane, surfaces=landscapes.surfaces,
-    )  # fmt: skip
+def _results(recipe: Recipe, measured: Mapping[str, Measured]) -> Results:
+    figures: dict[str, Any] = {}
+    for found in measured.values():
+        figures = united(figures, found.results)
+    rows = [found.artefact_row() for found in measured.values()]
+    columns = united_columns(found.columns for found in measured.values())
+    return Results.model_validate({"name": recipe.name, "columns": columns, "artefacts": rows, **figures})
 
 
 def united_columns(of_artefacts: Iterable[Sequence[Column]]) -> list[Column]:
     """Return the columns of all artefacts; one that others lack keeps its place after the column before it."""
-    united: list[Column] = []
+    union: list[Column] = []
     for columns in of_artefacts:
         place = 0
         for column in columns:
-            known = next((i for i, other in enumerate(united) if other.key == column.key), None)
+            known = next((i for i, other in enumerate(union) if other.key == column.key), None)
             if known is None:
-                united.insert(place, column)
+                union.insert(place, column)
             place = (place if known is None else known) + 1
-    return united
+    return union
 
 
 def _probe_facts(recipe: Recipe, measurer: Measurer, base: Artefact) -> ProbeFacts:

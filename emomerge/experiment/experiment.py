@@ -63,21 +63,12 @@ class Experiment:
     def context(self) -> Context:
         """The context of training and measuring; needs the base."""
         context = Context(self.recipe, self.space.base, self.base_hash, self.space.runs)
-        return context.using(self.task, self.data)
+        return context.using(self.task, self.data, self.base)  # merges recognise the base that runs were opened with
 
     @cached_property
     def measurer(self) -> Measurer:
         """The measurer of artefacts, which holds one model."""
-        return Measurer(
-            self.recipe,
-            self.task,
-            self.data,
-            self.base,
-            self.space.base,
-            self.base_hash,
-            self.device,
-            self.space.ledger,
-        )
+        return Measurer(self.context, self.space.ledger)
 
     @cached_property
     def recipe_yaml(self) -> str:

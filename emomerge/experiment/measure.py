@@ -1,64 +1,35 @@
-"""What is measured of each artefact of a recipe: losses, sharpness, α-curve, and its distance-matched control.
+"""Measuring the artefacts of a recipe: losses, the metrics of the probe, and the controls derived from other artefacts.
 
-One live model serves all artefacts: their weights are streamed into it in turn. Choices (weights, λ, scale, greedy soup,
-the selected artefact) see the validation split only; the reported held-out figures come from the test split.
+All artefacts share one model, into which their weights are loaded in turn. Choices (weights, λ, scale, greedy soup, the
+selected artefact) depend on the validation split only; the reported held-out figures come from the test split.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from emomerge.checkpoints import Checkpoint, load_into
+from emomerge.experiment.scores import COSINE, DISTANCE, ENTROPY, GRADIENT_NORM, Figure, exact, score, score_figures
 from emomerge.merging import merge
 from emomerge.numerics.hashing import bytes_of, digest
-from emomerge.probing import controls, hessian, landscape, report, sharpness, worst_case
+from emomerge.probing import basics
 from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Perturbable, rms
-from emomerge.probing.registry import Measurement
+from emomerge.probing.registry import Array, Measurement, Metric
 from emomerge.progress import Line
-from emomerge.recipe import Recipe
-from emomerge.results import (
-    ArtefactRow,
-    Column,
-    Curve,
-    Density,
-    Estimate,
-    Hessian,
-    Matrix,
-    Plane,
-    Point,
-    Subspace,
-    Surface,
-    View,
-)  # fmt: skip
-from emomerge.tasks import Batch, Split, Task, TaskData
-
-Array = NDArray[np.float64]
-PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "quick": ("gaussian", "curve"),
-        "standard": ("gaussian", "curve", "adaptive", "hessian", "basin", "barriers"),
-        "full": ("gaussian", "curve", "adaptive", "hessian", "basin", "barriers", "worst-case", "plane", "surface"),
-    }
-)
-"""What is measured; `barriers`, `plane` and `surface` look at several artefacts at once."""
-BY_DIRECTION = ("gaussian", "adaptive")
-"""Metrics whose directions can be taken apart."""
-HESSIAN_PARTS = 16
-"""The rows of the probe are cut into so many batches for the Hessian: what its intervals are resampled over."""
-SplitName = Literal["train", "validation", "test"]
+from emomerge.results import ArtefactRow, Column, Role
+from emomerge.results import Split as SplitName
+from emomerge.tasks import Batch, Split
+from emomerge.training import Context
 
 
 @dataclass(frozen=True)
@@ -66,7 +37,7 @@ class Artefact:
     """A set of weights that is measured: base, run, merge or control."""
 
     name: str
-    role: Literal["base", "run", "merge", "control"]
+    role: Role
     checkpoint: Checkpoint
     hash: str
     """What the ledger files it under: equal hashes mean equal weights."""
@@ -85,70 +56,98 @@ class Artefact:
     """Between its task vector and the mean of the runs'."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
-    """All figures of one artefact."""
+    """Everything measured of one artefact.
 
-    row: ArtefactRow
-    """For the report."""
-    columns: tuple[Column, ...]
-    """Of the row's estimates, in the order of the tables."""
-    values: Mapping[str, Array]
-    """For paired statistics: `gaussian` (radii, directions, units), `λmax` (1, batches), `trace` (probes, batches)."""
-    weights: Mapping[str, Array]
-    """Of the units or batches of each, summing to one."""
-    curve: Curve | None
+    Attributes:
+        artefact: the artefact.
+        scores: its figures before those of metrics, and after them, in the order of the tables.
+        figures: columns and estimates of metrics.
+        row: further fields of its `ArtefactRow`, as plain data.
+        results: fields of `Results`, as plain data.
+        series: name → values for paired statistics, (…, directions, units) or (…, directions, batches).
+        weights: name → weights of the units or batches, summing to one.
+    """
 
-    def figures(self, metric: str, radius: int | None = None) -> Array:
-        """Values of a metric, or of one of its radii, each row a direction."""
-        return self.values[metric] if radius is None else self.values[metric][radius]
+    artefact: Artefact
+    scores: tuple[Sequence[Figure], Sequence[Figure]]
+    figures: list[Figure] = field(default_factory=list)
+    row: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    series: dict[str, Array] = field(default_factory=dict)
+    weights: dict[str, Array] = field(default_factory=dict)
+
+    def add(self, metric: Metric, found: Measurement) -> None:
+        """Add the result of a metric."""
+        report = metric.report(found.summary, self.artefact.name)
+        self.figures += report.figures
+        self.row, self.results = united(self.row, report.row), united(self.results, report.results)
+        if found.weights is not None:
+            series = found.series or {metric.name: found.values}
+            self.series |= series
+            self.weights |= dict.fromkeys(series, found.weights)
+
+    @property
+    def columns(self) -> list[Column]:
+        """Columns of the estimates in the order of the tables: scores stand around metrics, secondary metrics last."""
+        return [column for column, _ in self._all_figures()]
+
+    def artefact_row(self) -> ArtefactRow:
+        """Return the artefact's row in the results."""
+        about = self.artefact
+        plain = {
+            "name": about.name, "role": about.role, "path": None if about.path is None else str(about.path),
+            "optimizer": about.optimizer, "seed": about.seed, "control": about.control, "of": about.of,
+            "seconds": about.seconds, "sha256": about.sha256, "method": about.method,
+            "estimates": {column.key: estimate for column, estimate in self._all_figures()}, **self.row,
+        }  # fmt: skip
+        return ArtefactRow.model_validate(plain)
+
+    def _all_figures(self) -> list[Figure]:
+        before, after = self.scores
+        return [*before, *sorted(self.figures, key=lambda figure: "details" in figure[0].views), *after]
 
 
 class Measurer:
-    """Measures artefacts of one recipe on one model.
+    """Measures the artefacts of one recipe on one model.
 
     Args:
-        recipe, task, data: what is learnt.
-        base: the weights every artefact started from.
-        base_folder: where the base's model is rebuilt from.
-        base_hash: the base's hash.
-        device: where the model lives.
-        ledger: file that remembers evaluations.
-        known: another one, which is only read.
+        context: recipe, data and base.
+        ledger: the file that remembers evaluations; None remembers them in memory.
+        known: the file of another ledger, which is only read.
     """
 
-    def __init__(
-        self, recipe: Recipe, task: Task, data: TaskData, base: Checkpoint, base_folder: Path, base_hash: str,
-        device: torch.device, ledger: Path | None, *, known: Path | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, context: Context, ledger: Path | None, *, known: Path | None = None) -> None:
         torch.backends.cudnn.allow_tf32 = False  # convolutions in TF32 would round small perturbations away
-        self.recipe, self.task, self.data, self.base = recipe, task, data, base
-        self.base_hash, self.base_folder = base_hash, base_folder
-        self.device = device
+        self.context, self.recipe, self.task, self.data = context, context.recipe, context.task, context.data
         self.ledger = Ledger(ledger, known)
-        self.model: nn.Module = task.reload_model(base_folder, trust_remote_code=recipe.base.trust_remote_code).to(device)
-        load_into(self.model, base)
+        trusted = self.recipe.base.trust_remote_code
+        model = self.task.reload_model(context.base_folder, trust_remote_code=trusted)
+        self.model: nn.Module = model.to(context.device)
+        load_into(self.model, context.base)
         self.base_parameters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.reference = rms(self.model)
         self._loaded: str | None = None
+        self._probes: dict[int | None, Perturbable] = {}
 
-    # What is evaluated on.
+    # Data.
 
     @cached_property
     def probe_rows(self) -> dict[SplitName, Tensor]:
-        """Rows of the training sample, and of the probe's split, drawn with the probe's seed."""
+        """Indices of the rows that are sampled of the training and the test split, drawn with the probe's seed."""
         probe, generator = self.recipe.probe, torch.Generator().manual_seed(self.recipe.probe.seed)
         names: tuple[SplitName, ...] = ("train", "test")
         count = probe.batches * probe.batch_size
         return {n: torch.randperm(len(self.split(n)), generator=generator)[:count].sort().values for n in names}
 
     def split(self, name: SplitName) -> Split:
-        """One split of the data."""
+        """Return a split of the data."""
         split: Split = getattr(self.data, name)
         return split
 
     def batches(self, name: SplitName) -> list[Batch]:
-        """A split in batches on the device: the probe's sample of the training data, everything of the others."""
+        """Return a split in batches on the device: all rows, or the probe's sample of the training data."""
         return self._batches[name]
 
     @cached_property
@@ -163,32 +162,31 @@ class Measurer:
         }
 
     def _cut(self, split: Split, rows: Tensor, size: int) -> list[Batch]:
-        return [{k: v.to(self.device) for k, v in split.batch(part).items()} for part in rows.split(size)]
-
-    # Single artefacts.
+        return [{k: v.to(self.context.device) for k, v in split.batch(part).items()} for part in rows.split(size)]
 
     def load(self, artefact: Artefact) -> None:
-        """Put an artefact's weights into the model."""
+        """Load an artefact's weights into the model."""
         if self._loaded != artefact.hash:
             self._loaded = None
+            self._probes.clear()
             load_into(self.model, artefact.checkpoint)
             self._loaded = artefact.hash
 
     def held_out_loss(self, checkpoint: Checkpoint) -> float:
-        """Mean validation loss of any weights: what merges choose by."""
+        """Return the mean validation loss of any weights; choices of merges depend on it."""
         self._loaded = None
         load_into(self.model, checkpoint)
         rows = [score(self.task, self.model, batch) for batch in self.batches("validation")]
         return float(np.average([row["loss"] for row in rows], weights=[row["weight"] for row in rows]))
 
     def scores(self, artefact: Artefact, split: SplitName) -> dict[str, Array]:
-        """Loss, accuracy, entropy and weight of every batch of a split, each (batches,)."""
+        """Return loss, accuracy, entropy and weight of every batch of a split, each (batches,)."""
         batches = self.batches(split)
         rows = self.probe_rows["train"].tolist() if split == "train" else None
         data = digest([self.split(split).digest, split, rows, [len(next(iter(batch.values()))) for batch in batches]])
         if not self._is_known(artefact, data, split, len(batches)):
             self.load(artefact)
-        return controls.scores(
+        return basics.scores(
             self.model, batches, lambda model, batch: score(self.task, model, batch),
             ledger=self.ledger, model_hash=artefact.hash, data_hash=data, split=split,
         )  # fmt: skip
@@ -202,166 +200,109 @@ class Measurer:
         )
 
     def loss(self, artefact: Artefact, split: SplitName) -> float:
-        """Mean loss over a split."""
-        return controls.mean_score(self.scores(artefact, split), "loss")
+        """Return the mean loss over a split."""
+        return basics.mean_score(self.scores(artefact, split), "loss")
 
-    def probe(self, artefact: Artefact, line: Line, metrics: Sequence[str]) -> Measured:
-        """All figures of one artefact: losses, gradient norm and distance, and those of `metrics` that look at one artefact."""
-        self.load(artefact)
-        probe = self._perturbable(artefact)
-        values: dict[str, Array] = {}
-        weights: dict[str, Array] = {}
-        gradient_norm = controls.gradient_norm(probe)
-        found: report.Figures = []
-        curvature: Hessian | None = None
-        if "gaussian" in metrics:
-            shaken = self.shaken(artefact, "gaussian", on_direction=lambda _: line.add(1, artefact.name))
-            values["gaussian"], weights["gaussian"] = shaken.values, sharpness.weights(probe)
-            found += report.gaussian(shaken.summary)
-        if "hessian" in metrics:
-            figures, curvature, run, trace = self._hessian(artefact)
-            found += figures
-            values |= {"λmax": np.array([run.largest.units]), "trace": trace.values}
-            weights |= {"λmax": np.array(run.weight), "trace": trace.weight}
-            line.add(1, f"{artefact.name}: Hessian")
-        if "basin" in metrics:
-            found += report.basin(sharpness.basin(probe).summary)
-            line.add(1, f"{artefact.name}: basin")
-        if "adaptive" in metrics:
-            found += report.adaptive(self.shaken(artefact, "adaptive").summary)
-            line.add(1, f"{artefact.name}: adaptive")
-        if "worst-case" in metrics:
-            found += report.worst_case(worst_case.worst_case(probe).summary)
-            line.add(1, f"{artefact.name}: worst case")
-        curve = None
-        if "curve" in metrics and artefact.role in ("run", "merge"):
-            curve = Curve.model_validate(landscape.alpha_curve(probe, self.base_parameters).summary)
-        found = self._with_scores(artefact, found, gradient_norm)
-        row = ArtefactRow(
-            name=artefact.name, role=artefact.role, path=None if artefact.path is None else str(artefact.path),
-            optimizer=artefact.optimizer, seed=artefact.seed, control=artefact.control, of=artefact.of,
-            seconds=artefact.seconds, sha256=artefact.sha256, method=artefact.method,
-            estimates={column.key: estimate for column, estimate in found}, hessian=curvature,
-        )  # fmt: skip
-        return Measured(row, tuple(column for column, _ in found), values, weights, curve)
+    def probe(self, artefact: Artefact, line: Line, metrics: Sequence[Metric]) -> Measured:
+        """Measure one artefact: its scores, gradient norm and distance, and those metrics that look at single artefacts."""
+        measured = Measured(artefact, self._basic_figures(artefact))
+        for metric in metrics:
+            if metric.looks_at(artefact.role):
+                note = f"{artefact.name}: {metric.name}"
+                on_direction = None if metric.split != "directions" else lambda _, note=note: line.add(1, note)
+                measured.add(metric, self.measure(metric, artefact, on_direction=on_direction))
+                if on_direction is None:
+                    line.add(1, note)
+        return measured
 
-    def _with_scores(self, artefact: Artefact, found: report.Figures, gradient_norm: float) -> report.Figures:
-        """Put figures among those that need no perturbation, in the order of the tables."""
-        self.load(artefact)
-        distance = controls.distance(self.model, self.base_parameters)
+    def probe_together(
+        self, measured: Mapping[str, Measured], merged: Artefact, best: Artefact, runs: Sequence[Artefact], line: Line,
+        metrics: Sequence[Metric],
+    ) -> None:  # fmt: skip
+        """Measure the metrics that look at several artefacts, or only at the merge and the best run.
+
+        Args:
+            measured: name → results of single artefacts; the new results are added to them.
+            merged: the merge.
+            best: the best single run.
+            runs: all runs that the merge is compared with.
+            line: advances by `steps_together`.
+            metrics: metrics of the probe; those of single artefacts are skipped.
+        """
+        others = {None: (), "best": [best], "runs": runs}
+        for metric in metrics:
+            for artefact in {"every": (), "pair": (best, merged), "merge": (merged,)}[metric.models]:
+                found = self.measure(metric, artefact, others=others[metric.others])
+                measured[artefact.name].add(metric, found)
+                line.add(1, f"{artefact.name}: {metric.name}")
+
+    def measure(
+        self,
+        metric: Metric,
+        artefact: Artefact,
+        *,
+        others: Sequence[Artefact] = (),
+        directions: Sequence[int] | None = None,
+        on_direction: Callable[[int], None] | None = None,
+    ) -> Measurement:
+        """Measure one metric of one artefact with the recipe's options.
+
+        Args:
+            metric: the metric.
+            artefact: the artefact.
+            others: what it is compared with, if the metric looks at several artefacts.
+            directions: indices of the directions to measure; by default all.
+            on_direction: called with the index of each direction that is done.
+        """
+        arguments = metric.options_of(self.recipe.probe)
+        if directions is not None:
+            arguments["directions"] = directions
+        if on_direction is not None:
+            arguments["on_direction"] = on_direction
+        if metric.base:
+            arguments["base"] = self.base_parameters
+        if metric.others:
+            arguments["others"] = {other.name: self.weights_of(other) for other in others}
+        return metric.function(self._perturbable(artefact, metric.parts), **arguments)
+
+    def steps(self, artefact: Artefact, metrics: Sequence[Metric]) -> int:
+        """Return the number of progress steps of `probe`."""
+        return sum(metric.steps(self.recipe.probe) for metric in metrics if metric.looks_at(artefact.role))
+
+    def passes(self, metric: Metric) -> float:
+        """Return the cost of measuring one artefact, in forward passes of the recipe's batches."""
+        probe = self.recipe.probe
+        return metric.passes(metric.options_of(probe), probe.batches)
+
+    def _basic_figures(self, artefact: Artefact) -> tuple[list[Figure], list[Figure]]:
+        """The figures that are measured of every artefact, in the order of the tables: before and after those of metrics."""
+        gradient_norm = basics.gradient_norm(self._perturbable(artefact))
+        distance = basics.distance(self.model, self.base_parameters)
         splits: tuple[SplitName, ...] = ("test", "validation", "train")
         scores = {split: self.scores(artefact, split) for split in splits}
         test, validation, train = (
             score_figures(split, scores[split], self.task.unit, perplexity=self.task.perplexity and split == "test")
             for split in splits
         )
-        figures = [*test, *found, (DISTANCE, exact(distance)), *validation, *train]
+        after = [(DISTANCE, exact(distance)), *validation, *train]
         if artefact.cosine_to_mean is not None:
-            figures.append((COSINE, exact(artefact.cosine_to_mean)))
+            after.append((COSINE, exact(artefact.cosine_to_mean)))
         if "entropy" in scores["train"]:
-            figures.append((ENTROPY, exact(controls.mean_score(scores["train"], "entropy"))))
-        return [*figures, (GRADIENT_NORM, exact(gradient_norm))]
-
-    def shaken(
-        self,
-        artefact: Artefact,
-        metric: str,
-        numbers: Sequence[int] | None = None,
-        on_direction: Callable[[int], None] = lambda number: None,
-    ) -> Measurement:
-        """`gaussian` or `adaptive` sharpness of the loaded artefact, in all directions or in those of some numbers."""
-        recipe = self.recipe.probe
-        directions = recipe.directions if numbers is None else numbers
-        function = sharpness.gaussian if metric == "gaussian" else sharpness.adaptive
-        radii = recipe.radii if metric == "gaussian" else recipe.adaptive_radii
-        return function(self._perturbable(artefact), radii, directions, on_direction)
-
-    def take(self, artefact: Artefact, metric: str, numbers: Sequence[int]) -> None:
-        """Evaluate what one metric needs of one artefact, for the ledger; of directions those of some numbers."""
-        self.load(artefact)
-        if metric in BY_DIRECTION:
-            self.shaken(artefact, metric, numbers)
-        elif metric == "hessian":
-            self._hessian(artefact)
-        elif metric == "basin":
-            sharpness.basin(self._perturbable(artefact))
-        else:
-            worst_case.worst_case(self._perturbable(artefact))
-
-    def _hessian(self, artefact: Artefact) -> tuple[report.Figures, Hessian, hessian.Lanczos, hessian.Trace]:
-        """λmax, λmin and the trace; the density and the trace's parts; and what they were made of."""
-        probe = self._perturbable(artefact, parts=HESSIAN_PARTS)
-        run = hessian.lanczos(probe, self.recipe.probe.lanczos_steps)
-        found = hessian.trace(probe, self.recipe.probe.trace_probes, lanczos=run)
-        ends, curve, trace = run.summary(), hessian.density([run]), found.summary()
-        payload = Hessian(
-            density=Density(at=tuple(curve["eigenvalue"]), density=tuple(curve["density"])) if curve else None,
-            layers={module: part["mean"] for module, part in trace["modules"].items()},
-            step=run.step, disagreement=run.disagreement,
-        )  # fmt: skip
-        return report.hessian(ends["largest"], trace, ends["smallest"]), payload, run, found
-
-    def span(self, artefact: Artefact, runs: Sequence[Artefact]) -> Subspace:
-        """The exact Hessian at an artefact in the span of the runs' task vectors."""
-        base = self.base_parameters
-        vectors = [{name: w - base[name] for name, w in self.weights_of(run).items()} for run in runs]
-        self.load(artefact)
-        found = hessian.in_span(self._perturbable(artefact), vectors).summary()
-        along = dict(zip((run.name for run in runs), found["along"] or [], strict=False))
-        return Subspace.model_validate(found | {"along": along})
-
-    def add_span(self, measured: Measured, artefact: Artefact, runs: Sequence[Artefact]) -> Measured:
-        """Add the Hessian in the span of the runs' task vectors to the figures of an artefact."""
-        found = self.span(artefact, runs)
-        figures = report.span(found.eigenvalues)
-        row = measured.row
-        curvature = (row.hessian or Hessian()).model_copy(update={"subspace": found})
-        estimates = row.estimates | {column.key: estimate for column, estimate in figures}
-        return replace(
-            measured,
-            row=row.model_copy(update={"estimates": estimates, "hessian": curvature}),
-            columns=(*measured.columns, *(column for column, _ in figures)),
-        )
+            after.append((ENTROPY, exact(basics.mean_score(scores["train"], "entropy"))))
+        return test, [*after, (GRADIENT_NORM, exact(gradient_norm))]
 
     def weights_of(self, artefact: Artefact) -> dict[str, Tensor]:
-        """The parameters of an artefact by their names in the model, in memory."""
+        """Return copies of an artefact's parameters, by their names in the model."""
         self.load(artefact)
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
-    def landscapes(
-        self, merged: Artefact, best: Artefact, runs: Sequence[Artefact], line: Line, metrics: Sequence[str]
-    ) -> Landscapes:
-        """What looks at several artefacts at once: barriers between runs and merge, a plane, surfaces."""
-        found = Landscapes()
-        if "barriers" in metrics:
-            others = {run.name: self.weights_of(run) for run in runs}
-            self.load(merged)
-            entries = landscape.barriers(self._perturbable(merged), others).summary
-            found.barriers = barrier_matrix([merged.name, *others], entries)
-            line.add(1, "barriers")
-        if "plane" in metrics:
-            other = {best.name: self.weights_of(best)}
-            self.load(merged)
-            plane = landscape.plane(self._perturbable(merged), self.base_parameters, other).summary
-            corners = {merged.name if name == landscape.MODEL else name: at for name, at in plane.pop("corners").items()}
-            points = [Point(name=name, x=x, y=y) for name, (x, y) in corners.items()]
-            found.plane = Plane(**plane, points=tuple(points))
-            line.add(1, "plane")
-        if "surface" in metrics:
-            for artefact in (best, merged):
-                self.load(artefact)
-                surface = landscape.surface(self._perturbable(artefact)).summary
-                found.surfaces[artefact.name] = Surface.model_validate(surface)
-                line.add(1, f"{artefact.name}: surface")
-        return found
-
     def noise_floor(self, artefact: Artefact) -> float:
-        """By how much a repeated evaluation differs."""
+        """Return the largest difference between repeated evaluations of an artefact."""
         self.load(artefact)
-        return controls.noise_floor(self._perturbable(artefact))
+        return basics.noise_floor(self._perturbable(artefact))
 
     def grouped_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[float]]:
-        """Mean losses (groups,) of groups of rows and their weights: about 64 units over the whole probe for the bootstrap."""
+        """Return mean losses (groups,) and weights of groups of rows: about 64 units over the whole probe for the bootstrap."""
         size = max(1, len(self.probe_rows[self.recipe.probe.data]) // 64)
         rows = self.task.row_figures(model, batch)
         weights = torch.stack([group.sum() for group in rows.weight.split(size)])
@@ -370,136 +311,71 @@ class Measurer:
 
     @cached_property
     def inputs(self) -> str:
-        """Hash of what is probed on, and of how."""
+        """Hash of everything besides the artefact that decides the figures of metrics."""
         recipe = self.recipe.probe
-        return digest([self.split(recipe.data).digest, self.base_hash, recipe.model_dump(mode="json")])
+        return digest([self.split(recipe.data).digest, self.context.base_hash, recipe.model_dump(mode="json")])
 
     def _perturbable(self, artefact: Artefact, parts: int | None = None) -> Perturbable:
-        """The loaded artefact on the probe's batches, or on its rows cut into about so many."""
-        recipe = self.recipe.probe
-        split: SplitName = recipe.data
-        rows = self.probe_rows[split]
-        size = recipe.batch_size if parts is None else max(1, min(recipe.batch_size, -(-len(rows) // parts)))
-        batches = self._cut(self.split(split), rows, size)
-        data = digest([self.split(split).digest, split, rows.tolist(), size, recipe.seed])
-        return Perturbable(
-            self.model,
-            self.grouped_loss,
-            batches, self.reference,
-            seed=recipe.seed, model_hash=artefact.hash, data_hash=digest([data, self.base_hash]), ledger=self.ledger,
-        )  # fmt: skip
+        """Load an artefact, to be probed on the recipe's batches or on its rows cut into about `parts` batches."""
+        self.load(artefact)
+        if parts not in self._probes:
+            recipe = self.recipe.probe
+            split: SplitName = recipe.data
+            rows = self.probe_rows[split]
+            size = recipe.batch_size if parts is None else max(1, min(recipe.batch_size, -(-len(rows) // parts)))
+            data = digest([self.split(split).digest, split, rows.tolist(), size, recipe.seed])
+            data = digest([data, self.context.base_hash])
+            self._probes[parts] = Perturbable(
+                self.model, self.grouped_loss, self._cut(self.split(split), rows, size), self.reference,
+                seed=recipe.seed, model_hash=artefact.hash, data_hash=data, ledger=self.ledger,
+            )  # fmt: skip
+        return self._probes[parts]
 
     # Controls.
 
     def average(self, name: str, members: Sequence[Artefact], control: str) -> Artefact:
-        """The plain mean of some weights."""
+        """Return the plain mean of some artefacts."""
         return Artefact(
             name, "control",
-            merge(self.base, [a.checkpoint for a in members], method="mean", names=[a.name for a in members]),
+            merge(self.context.base, [a.checkpoint for a in members], method="mean", names=[a.name for a in members]),
             digest(["mean", *(a.hash for a in members)]),
             optimizer=members[0].optimizer, seed=members[0].seed, control=control,
         )  # fmt: skip
 
     def loss_matched(self, snapshots: Sequence[Artefact], merged: Artefact) -> Artefact:
-        """The snapshot whose training loss is nearest to the merge's: is the merge flatter, or merely less far learnt?"""
+        """Return the snapshot whose training loss is nearest to the merge's."""
         goal = self.loss(merged, "train")
         found = min(snapshots, key=lambda a: abs(self.loss(a, "train") - goal))
         return replace(found, control="loss-matched", of=merged.name)
 
     def distance_matched(self, run: Artefact, merged: Artefact) -> Artefact:
-        """The run's task vector rescaled to the merge's length: is the merge flatter, or merely nearer to the base?"""
+        """Return the run with its task vector rescaled to the norm of the merge's."""
         lengths = []
         for artefact in (run, merged):
             self.load(artefact)
-            lengths.append(controls.distance(self.model, self.base_parameters))
+            lengths.append(basics.distance(self.model, self.base_parameters))
         factor = lengths[1] / lengths[0] if lengths[0] else 0.0  # a run that did not move has no direction to rescale
         return Artefact(
             f"{run.name} at |{merged.name}|", "control",
-            merge(self.base, [run.checkpoint], method="task-arithmetic", weights=[1.0], scale=factor, names=[run.name]),
+            merge(self.context.base, [run.checkpoint], method="task-arithmetic", weights=[1.0], scale=factor, names=[run.name]),
             digest([run.hash, factor]),
             optimizer=run.optimizer, seed=run.seed, control="distance-matched", of=run.name,
         )  # fmt: skip
 
 
-@dataclass
-class Landscapes:
-    """What looks at several artefacts at once, as far as it was measured."""
-
-    barriers: Matrix | None = None
-    plane: Plane | None = None
-    surfaces: dict[str, Surface] = field(default_factory=dict)
+def united(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the union of two nested mappings; where both have a plain value, that of the second."""
+    both = {key: united(first[key], value) for key, value in second.items() if isinstance(value, Mapping) and key in first}
+    return {**first, **second, **both}
 
 
-def barrier_matrix(names: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> Matrix:
-    """The summary of `landscape.barriers` as a symmetric matrix under the artefacts' own names, the probed model first."""
-    matrix: list[list[float | None]] = [[0.0] * len(names) for _ in names]
-    place = {landscape.MODEL: 0, **{name: i for i, name in enumerate(names)}}
-    for entry in entries:
-        i, j = (place[name] for name in entry["between"])
-        matrix[i][j] = matrix[j][i] = entry["barrier"]
-    return Matrix(names=tuple(names), matrix=tuple(map(tuple, matrix)))
-
-
-DISTANCE = Column(key="distance", title="distance", meaning="‖θ − θ₀‖, the length of the task vector")
-COSINE = Column(
-    key="cosine_to_mean", title="cos to mean", views=("table",), decimals=3,
-    meaning="cosine between the task vector and the mean of the runs' task vectors",
-)  # fmt: skip
-ENTROPY = Column(
-    key="entropy", title="entropy", views=("table",),
-    meaning="mean entropy of the predictions (nats); confident models look flatter",
-)  # fmt: skip
-GRADIENT_NORM = Column(key="grad_norm", title="‖∇L‖", meaning="norm of the gradient at the artefact", views=("table",))
-
-
-def score_figures(split: SplitName, scores: Mapping[str, Array], unit: str, *, perplexity: bool) -> report.Figures:
-    """Mean loss, perplexity and accuracy over a split."""
-    everywhere: tuple[View, ...] = ("table", "card", "terminal")
-    of_loss: dict[SplitName, tuple[View, ...]] = {"train": ("table",), "validation": everywhere, "test": everywhere}
-    of_accuracy: dict[SplitName, tuple[View, ...]] = {"train": ("table",), "validation": ("table", "card"), "test": everywhere}
-    mean = controls.mean_score(scores, "loss")
-    loss = Column(
-        key=f"{split}_loss", title=f"{split} loss", meaning=f"mean loss on the {split} rows ({unit})", better="lower",
-        views=of_loss[split], digits=4,
-    )  # fmt: skip
-    figures = [(loss, exact(mean))]
-    if perplexity:
-        meaning = f"exp of the {split} loss: among so many equally likely tokens the next one is as hard to guess"
-        title, key = "perplexity", f"{split}_perplexity"
-        column = Column(key=key, title=title, meaning=meaning, better="lower", views=("table",))
-        figures.append((column, exact(math.exp(min(mean, 700.0)))))
-    if "accuracy" in scores:
-        accuracy = Column(
-            key=f"{split}_accuracy", title=f"{split} acc.", meaning=f"accuracy on the {split} rows", better="higher",
-            views=of_accuracy[split], percent=True,
-        )  # fmt: skip
-        figures.append((accuracy, exact(controls.mean_score(scores, "accuracy"))))
-    return figures
-
-
-def exact(value: float) -> Estimate:
-    """A figure without sampling error."""
-    return Estimate(mean=value)
-
-
-def score(task: Task, model: nn.Module, batch: Batch) -> dict[str, float]:
-    """Mean loss of a batch, mean accuracy and predictive entropy where the task has them, and the batch's weight."""
-    with torch.inference_mode():
-        rows = task.row_figures(model, batch)
-        found = {name: figure for name, figure in rows._asdict().items() if figure is not None and name != "weight"}
-        means = (torch.stack([*found.values()]) * rows.weight).sum(dim=1) / rows.weight.sum()
-    return dict(zip(found, means.tolist(), strict=True)) | {"weight": float(rows.weight.sum())}
-
-
-def steps_of(recipe: Recipe, metrics: Sequence[str]) -> int:
-    """Steps of a progress line that one artefact takes."""
-    return recipe.probe.directions * ("gaussian" in metrics) + sum(
-        m in metrics for m in ("adaptive", "basin", "worst-case", "hessian")
-    )
+def steps_together(metrics: Sequence[Metric]) -> int:
+    """Return the number of progress steps of `Measurer.probe_together`."""
+    return sum({"every": 0, "pair": 2, "merge": 1}[metric.models] for metric in metrics)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 over names, dtypes, shapes and data of all tensors."""
+    """Return the SHA-256 over names, dtypes, shapes and data of all tensors."""
     total = hashlib.sha256()
     for name in checkpoint:
         tensor = checkpoint[name]

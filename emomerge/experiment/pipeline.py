@@ -20,6 +20,7 @@ from emomerge.experiment.stage import Facts, Stage
 from emomerge.experiment.workspace import files_below, stopwatch
 from emomerge.merging import check_params
 from emomerge.numerics.hashing import digest
+from emomerge.probing.registry import recipe_metrics
 from emomerge.progress import Display
 from emomerge.recipe import Merge, Recipe
 from emomerge.reporting import write_report
@@ -54,6 +55,7 @@ class Pipeline(Experiment):
     ) -> None:
         for spec in recipe.merge:
             check_params(spec.method, spec.params)
+        recipe_metrics(recipe.probe)  # refuses unknown metrics and options
         super().__init__(recipe, out, display=display, command=command)
         self.engine, self.ranks = engine, ranks
 

@@ -1,6 +1,6 @@
-"""The probe in workers: each evaluates a share and remembers it in a ledger of its own, which ours then takes over.
+"""The probe in workers: each worker evaluates one job into a ledger of its own, which is then added to the main ledger.
 
-Measuring afterwards finds everything there. So it does not matter who evaluates what, how often, and where.
+Measuring afterwards finds all evaluations there, so that it does not matter who evaluates what, how often, and where.
 """
 
 from __future__ import annotations
@@ -11,102 +11,106 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emomerge.checkpoints import open_checkpoint
 from emomerge.errors import EmomergeError
-from emomerge.experiment.measure import BY_DIRECTION, Artefact, Measurer
+from emomerge.experiment.measure import Artefact, Measurer
 from emomerge.probing.ledger import Ledger
+from emomerge.probing.registry import METRICS, Metric, direction_indices
 from emomerge.progress import Display
-from emomerge.recipe import Recipe
-from emomerge.tasks import make_task
-from emomerge.training import Engine, catch_errors, choose_device, run_in_workers
+from emomerge.training import Context, Engine, catch_errors, run_in_workers
 
 DIRECTIONS = 4
-"""Of one share."""
-METRICS = (*BY_DIRECTION, "basin", "worst-case", "hessian")
-"""What workers evaluate; the rest costs a few forward passes of each model."""
+"""Number of directions in a job."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """Some evaluations as plain data, which any worker that sees the same file system can be sent."""
+class ProbeJob:
+    """Evaluations of one metric of one artefact, as plain data for any worker that sees the same file system.
 
-    recipe: Recipe
-    base_folder: Path
-    base_hash: str
+    Attributes:
+        context: recipe, data and base.
+        artefact: the artefact to measure.
+        metric: the metric's name.
+        directions: indices of its directions; empty if the metric is not split.
+        known: ledger of what has been evaluated before; read only.
+        ledger: the job's own ledger.
+    """
+
+    context: Context
     artefact: Artefact
     metric: str
-    numbers: tuple[int, ...]
+    directions: tuple[int, ...]
     known: Path
-    """The ledger of what is evaluated already."""
     ledger: Path
-    """The share's own."""
-    working_directory: Path
-    """What paths in the recipe are relative to."""
 
     def mark(self, measurer: Measurer) -> dict[str, Any]:
-        """The ledger's key of the row that says that all of it is evaluated."""
+        """Return the ledger's key of the row that marks the job as done."""
         return {
             "model": self.artefact.hash, "data": measurer.inputs, "metric": f"share of {self.metric}", "radius": 0.0,
-            "direction": self.numbers[0] if self.numbers else None, "batch": 0,
+            "direction": self.directions[0] if self.directions else None, "batch": 0,
         }  # fmt: skip
 
 
-def spread(engine: Engine, measurer: Measurer, wanted: Sequence[tuple[Artefact, Sequence[str]]], display: Display) -> None:
-    """Let workers evaluate the dear metrics of artefacts, and take their ledgers over, also those of an earlier attempt.
+def measure_in_workers(
+    engine: Engine, measurer: Measurer, wanted: Sequence[tuple[Artefact, Sequence[Metric]]], display: Display
+) -> None:
+    """Let workers evaluate the expensive metrics of artefacts; add their ledgers, also those of an earlier attempt, to ours.
 
     Args:
         engine: starts the workers.
-        measurer: whose ledger is to know everything; it lies in a folder that the workers see.
+        measurer: its ledger receives all evaluations; it lies in a folder that the workers see.
         wanted: artefacts and their metrics.
         display: shows progress.
 
     Raises:
-        EmomergeError: after all other shares were evaluated, if any could not be.
+        EmomergeError: some jobs failed; raised after all others are done.
     """
     known = measurer.ledger.path
     if known is None:
         return
     folder = known.with_name(f"{known.stem}-of-workers")
-    planned = [share for artefact, metrics in wanted for share in shares_of(measurer, artefact, metrics, known, folder)]
-    # Two artefacts may be the same weights: one worker a ledger.
-    shares = {s.ledger: s for s in planned if measurer.ledger.get(**s.mark(measurer)) is None}.values()
-    line = display.line("probe in workers", len(shares))
-    jobs = {f"{share.metric} of {share.artefact.name}, {share.ledger.stem}": share for share in shares}
+    planned = [job for artefact, metrics in wanted for job in jobs_of(measurer, artefact, metrics, known, folder)]
+    cost = {name: measurer.passes(metric) for name, metric in METRICS.items() if metric.split is not None}
+    planned.sort(key=lambda job: -cost[job.metric])  # the longest first, so that no worker is busy long after the others
+    # Two artefacts may have equal weights: one ledger, one job.
+    jobs = {job.ledger: job for job in planned if measurer.ledger.get(**job.mark(measurer)) is None}.values()
+    line = display.line("probe in workers", len(jobs))
+    named = {f"{job.metric} of {job.artefact.name}, {job.ledger.stem}": job for job in jobs}
     try:
-        run_in_workers(engine, evaluate, jobs, on_end=lambda name: line.add(1, name.partition(",")[0]))
+        run_in_workers(engine, evaluate, named, on_end=lambda name: line.add(1, name.partition(",")[0]))
     finally:
         for file in sorted(folder.glob("*.jsonl")):
             measurer.ledger.take_over(Ledger(file))
             file.unlink()
-        with contextlib.suppress(OSError):  # there was nothing to do, or a worker still ends
+        with contextlib.suppress(OSError):  # there was nothing to do, or a worker is still running
             folder.rmdir()
 
 
-def shares_of(measurer: Measurer, artefact: Artefact, metrics: Sequence[str], known: Path, folder: Path) -> list[Share]:
-    """The shares of one artefact."""
-    count = measurer.recipe.probe.directions
-    parts = [tuple(range(begin, min(begin + DIRECTIONS, count))) for begin in range(0, count, DIRECTIONS)]
+def jobs_of(measurer: Measurer, artefact: Artefact, metrics: Sequence[Metric], known: Path, folder: Path) -> list[ProbeJob]:
+    """Return the jobs that measure one artefact; metrics that cost little are left to the main process."""
     return [
-        Share(
-            measurer.recipe, measurer.base_folder, measurer.base_hash, artefact, metric, numbers, known,
-            folder / f"{artefact.hash[:16]}-{metric}-{number}.jsonl", Path.cwd(),
+        ProbeJob(
+            measurer.context, artefact, metric.name, directions, known,
+            folder / f"{artefact.hash[:16]}-{metric.name}-{number}.jsonl",
         )
-        for metric in METRICS
-        if metric in metrics
-        for number, numbers in enumerate(parts if metric in BY_DIRECTION else [()])
+        for metric in metrics
+        if metric.split is not None and metric.looks_at(artefact.role)
+        for number, directions in enumerate(_parts(measurer, metric))
     ]  # fmt: skip
 
 
-def evaluate(share: Share) -> EmomergeError | None:
-    """What a worker does with a share. Returns why it could not be evaluated, or None."""
-    return catch_errors(f"{share.metric} of {share.artefact.name}", share.working_directory, lambda: _evaluate(share))
+def _parts(measurer: Measurer, metric: Metric) -> list[tuple[int, ...]]:
+    if metric.split == "whole":
+        return [()]
+    indices = direction_indices(metric.options_of(measurer.recipe.probe)["directions"])
+    return [tuple(indices[begin : begin + DIRECTIONS]) for begin in range(0, len(indices), DIRECTIONS)]
 
 
-def _evaluate(share: Share) -> None:
-    task = make_task(share.recipe.task)
-    measurer = Measurer(
-        share.recipe, task, task.load_data(share.recipe.base), open_checkpoint(share.base_folder), share.base_folder,
-        share.base_hash, choose_device(share.recipe.device), share.ledger, known=share.known,
-    )  # fmt: skip
-    measurer.take(share.artefact, share.metric, share.numbers)
-    measurer.ledger.ask(dict, **share.mark(measurer))
+def evaluate(job: ProbeJob) -> EmomergeError | None:
+    """Evaluate a job in a worker. Return the error if it fails."""
+    return catch_errors(f"{job.metric} of {job.artefact.name}", job.context.working_directory, lambda: _evaluate(job))
+
+
+def _evaluate(job: ProbeJob) -> None:
+    measurer = Measurer(job.context, job.ledger, known=job.known)
+    measurer.measure(METRICS[job.metric], job.artefact, directions=job.directions or None)
+    measurer.ledger.ask(dict, **job.mark(measurer))

@@ -1,4 +1,4 @@
-"""Is it flat? Sharpness, curves and controls of a model, with every evaluation remembered, and the verdict over them."""
+"""Probing: sharpness, loss landscapes and basic figures of a model, a ledger of all evaluations, and the verdict on them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from emomerge.errors import BadInput
-from emomerge.probing import controls, landscape, sharpness, worst_case  # noqa: F401  (they register their metrics)
 from emomerge.probing.batch_norm import reestimate_batch_norm
-from emomerge.probing.hessian import metrics as _hessian  # noqa: F401
 from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Batch, LossFunction, Perturbable, Weights, rms
-from emomerge.probing.registry import METRICS, PRESETS, Preset, preset_metrics
+from emomerge.probing.registry import METRICS, PRESETS, Preset, find, preset_metrics
+
+# These modules register their metrics when they are imported. Reports show columns in the order of registration.
+# isort: off
+from emomerge.probing import sharpness as sharpness
+from emomerge.probing import worst_case as worst_case
+from emomerge.probing.hessian import metrics as _hessian  # noqa: F401
+from emomerge.probing import basin as basin
+from emomerge.probing import landscape as landscape
+from emomerge.probing import basics as basics
+# isort: on
 
 
 def probe(
@@ -31,29 +39,29 @@ def probe(
     ledger: str | Path | None = None,
     model_hash: str | None = None,
 ) -> dict[str, Any]:
-    """Measure a model; its weights are the same to the bit afterwards.
+    """Measure a model. Afterwards its weights are the same to the bit.
 
     Args:
-        model: any module; its trainable floating parameters are perturbed. A model spread over devices stays there.
-        loss: (model, batch) → mean loss of the batch, and the batch's weight (rows, or tokens); or tensors and lists of both
-            for groups of rows.
-        batches: what the loss is taken on; give all models of a comparison the same.
+        model: any module; its trainable floating-point parameters are perturbed. A model spread over devices stays there.
+        loss: (model, batch) → mean loss and weight (number of rows or tokens) of the batch; or a tensor and a list of both,
+            one entry for each group of rows.
+        batches: the data the loss is evaluated on; use the same for all models of a comparison.
         metrics: `quick`, `standard` or `full`; names of METRICS; or names with options, {"gaussian": {"directions": 32}}.
-            A preset leaves out what needs arguments that are not given.
-        reference: the base whose RMS per tensor sets the size of perturbations, or those numbers; by default the model
-            itself, which favours models with small weights: give the common base when models are compared. What looks at
-            the way from the base (`curve`, `plane`, `distance`) needs the module.
-        others: label → model that is compared with this one, by `barriers`, `plane` and `agreement`.
-        seed: of the directions.
-        ledger: a JSONL file to resume from, one for each loss function; None remembers nothing.
-        model_hash: what the ledger files the model under; by default the SHA-256 of its weights.
+            A preset leaves out metrics whose arguments are not given.
+        reference: the base, or its RMS per tensor, which sets the size of perturbations. By default the model itself, which
+            favours models with small weights: give the common base to compare models. Metrics that look at the path from the
+            base (`curve`, `plane`, `distance`) need the module.
+        others: label → model to compare this one with (`barriers`, `plane`, `span`, `agreement`).
+        seed: seed of the directions.
+        ledger: a JSONL file to resume from, one per loss function; None remembers nothing.
+        model_hash: identifies the model in the ledger; by default the SHA-256 of its weights.
 
     Returns:
-        metric → its summary, ready for JSON.
+        metric → summary, ready for JSON.
 
     Raises:
-        BadInput: no batches, an unknown metric, one without what it needs, or weights in a dtype that cannot hold the
-            perturbation.
+        BadInput: no batches, an unknown metric, a metric whose arguments are missing, or weights in a dtype that cannot hold
+            the perturbation.
     """
     if not batches:
         raise BadInput("the probe needs at least one batch")
@@ -62,7 +70,7 @@ def probe(
         given["base"] = _weights(reference)
     if others:
         given["others"] = {label: _weights(other) for label, other in others.items()}
-    wanted = _wanted(metrics, given)
+    wanted = _options_by_metric(metrics, given)
     scale = reference if isinstance(reference, Mapping) else rms(model if reference is None else reference)
     probed = Perturbable(
         model, loss, batches, scale, seed=seed, ledger=Ledger(None if ledger is None else Path(ledger)),
@@ -77,19 +85,16 @@ def probe(
     }
 
 
-def _wanted(
+def _options_by_metric(
     metrics: str | Sequence[str] | Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]
 ) -> dict[str, Mapping[str, Any]]:
-    """Metric → options."""
     if metrics in PRESETS:
-        return {name: {} for name in preset_metrics(metrics) if set(METRICS[name].needs) <= given.keys()}
+        return {name: {} for name in preset_metrics(metrics) if METRICS[name].needs <= given.keys()}
     if isinstance(metrics, str):
         raise BadInput("no such preset", found=metrics, expected=", ".join(PRESETS))
     wanted = dict(metrics) if isinstance(metrics, Mapping) else {name: {} for name in metrics}
     for name in wanted:
-        if name not in METRICS:
-            raise BadInput("no such metric", found=name, expected=", ".join(METRICS))
-        if missing := set(METRICS[name].needs) - given.keys():
+        if missing := find(name, "metrics").needs - given.keys():
             wants = {"base": "reference=, the base as a module", "others": "others="}
             raise BadInput(
                 "the metric needs an argument", where=name, fix=f"give {' and '.join(wants[m] for m in sorted(missing))}"
@@ -98,7 +103,7 @@ def _wanted(
 
 
 def _require_alike(probed: Perturbable, label: str, weights: Weights) -> None:
-    """Raises BadInput if another model lacks a parameter of the probed one, or has it in another shape."""
+    """Raise BadInput if another model lacks a parameter of the probed one, or has it in another shape."""
     for name, parameter in probed.parameters.items():
         if name not in weights or weights[name].shape != parameter.shape:
             raise BadInput(
@@ -112,7 +117,7 @@ def _weights(model: nn.Module | Weights) -> Weights:
 
 
 def _hash(value: Any) -> str:
-    """SHA-256 of tensors, numbers, texts, and containers of them: a ledger must not mistake one batch for another."""
+    """Return the SHA-256 of tensors, numbers, strings, and containers of them: it identifies batches in a ledger."""
     if isinstance(value, Tensor):
         array = value.detach().cpu().contiguous()
         parts = [
@@ -128,7 +133,7 @@ def _hash(value: Any) -> str:
         parts = [repr(value)]
     else:
         raise BadInput(
-            "with a ledger, batches hold tensors, numbers and texts",
+            "with a ledger, batches may hold tensors, numbers and strings only",
             found=type(value).__name__,
             fix="leave the ledger out",
         )

@@ -1,4 +1,4 @@
-"""Batch normalisation after a merge: its running statistics are those of the runs, not of the merged weights."""
+"""Re-estimation of batch norm statistics, which after a merge are those of the runs and not of the merged weights."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from emomerge.probing.perturb import Batch, LossFunction
 
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, loss: LossFunction, batches: Iterable[Batch]) -> int:
-    """Set the running mean and variance of every batch norm to their averages over batches of training data.
+    """Set the running mean and variance of every batch norm layer to averages over batches of training data.
 
-    Merging weights does not merge statistics of activations (Jordan et al. 2023, "REPAIR"); call this once before a merge is
-    measured or saved. Everything else stays in eval mode. Cost: one forward pass a batch.
+    Merging weights does not merge activation statistics (Jordan et al. 2023, "REPAIR"); call this once before a merge is
+    measured or saved. All other modules stay in eval mode. Cost: one forward pass per batch.
 
     Args:
-        model: changed in place; as it was after an exception.
+        model: changed in place; after an exception it is as it was before.
         loss: (model, batch) → anything; called for its forward pass.
-        batches: each counts alike.
+        batches: training data; all batches have equal weight.
 
     Returns:
-        how many layers were re-estimated; 0 means that there was nothing to do.
+        Number of layers that were re-estimated.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not layers:

@@ -13,56 +13,71 @@ from torch import Tensor
 from emomerge.errors import BadInput
 from emomerge.numerics.hashing import hash_tensors
 from emomerge.numerics.sums import inner
-from emomerge.probing.perturb import Lazy, Perturbable, Weights
+from emomerge.probing import report
+from emomerge.probing.perturb import LazyTensors, Perturbable, Weights
 from emomerge.probing.registry import Array, Measurement, metric
-from emomerge.probing.sharpness import losses, weights
+from emomerge.probing.report import MODEL
 
 ALPHAS: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-MODEL = "model"
-"""What the probed model is called beside others."""
 
 
-@metric("curve", preset="quick", needs=("base",))
+@metric(
+    "curve",
+    preset="quick",
+    base=True,
+    roles=("run", "merge"),
+    cost=lambda options, batches: len(options["alphas"]) * batches,
+    report=report.curve,
+)
 def alpha_curve(probe: Perturbable, base: Weights, alphas: Sequence[float] = ALPHAS) -> Measurement:
-    """Loss at θ₀ + α·τ, from the base (α = 0) through the model (α = 1) and beyond. Cost: alphas · batches forward passes.
+    """Measure the loss at θ₀ + α·τ, from the base (α = 0) to the model (α = 1) and beyond.
+
+    Cost: alphas · batches forward passes.
 
     Args:
         probe: the model θ = θ₀ + τ.
         base: parameter name → tensor of the base θ₀, on the model's device.
-        alphas: where to look.
+        alphas: values of α.
 
     Returns:
         values (alphas, units), in nats; the summary: `alpha` and the mean `loss`.
     """
-    backwards = Lazy(probe.parameters, lambda name: _single(base[name]) - _single(probe.center[name]))
+    backwards = LazyTensors(probe.parameters, lambda name: _single(base[name]) - _single(probe.center[name]))
     metric = f"curve {_hash(probe, base)}"
-    with probe.placed() as place:  # θ − (1 − α)·τ, so that α = 1 is θ to the bit
-        values = np.array([losses(probe, place, metric, a, None, probe.along(backwards, 1 - a)) for a in alphas])
-    return Measurement(values, {"alpha": list(alphas), "loss": _plain(values @ weights(probe))})
+    with probe.weight_setter() as set_weights:  # θ − (1 − α)·τ, so that α = 1 is θ to the bit
+        values = np.array([probe.losses_at(set_weights, metric, a, None, probe.along(backwards, 1 - a)) for a in alphas])
+    return Measurement(values, {"alpha": list(alphas), "loss": _plain(values @ probe.unit_weights())})
 
 
-@metric("barriers", preset="standard", needs=("others",))
+@metric(
+    "barriers",
+    preset="standard",
+    others="runs",
+    models="merge",
+    cost=lambda options, batches: options["points"] * batches,
+    report=report.barriers,
+)
 def barriers(probe: Perturbable, others: Mapping[str, Weights], points: int = 11) -> Measurement:
-    """How far the loss rises above the chord between two models: max over t of L((1−t)a + t·b) − (1−t)L(a) − t·L(b).
+    """Measure the loss barrier of every pair of models: max over t of L((1−t)a + t·b) − (1−t)L(a) − t·L(b).
 
-    Cost: points · batches forward passes a pair, of the probed model and all others.
+    Cost: points · batches forward passes per pair; the probed model is one of the models.
 
     Args:
-        probe: the model; it is called "model".
+        probe: the model, labelled "model".
         others: label → parameter name → tensor, on the model's device.
-        points: from one model to the other, both included.
+        points: number of points from one model to the other, both included.
 
     Returns:
         values (pairs, points, units), in nats; the summary: one entry a pair, `between`, `t`, `loss`, `barrier`.
     """
     hashes = {MODEL: "model", **{label: _hash(probe, tensors) for label, tensors in others.items()}}
-    grid, weight = np.linspace(0, 1, points).tolist(), weights(probe)
+    grid, weight = np.linspace(0, 1, points).tolist(), probe.unit_weights()
     values, entries = [], []
-    with probe.placed() as place:
+    with probe.weight_setter() as set_weights:
         models = {MODEL: probe.center, **others}
         for a, b in combinations(models, 2):
             of_pair = [
-                losses(probe, place, f"barrier {hashes[a]} {hashes[b]}", t, None, _mix(probe, {a: 1 - t, b: t}, models))
+                probe.losses_at(set_weights, f"barrier {hashes[a]} {hashes[b]}", t, None, _mix(probe, {a: 1 - t, b: t}, models))
                 for t in grid
             ]
             loss = np.array(of_pair) @ weight
@@ -74,26 +89,35 @@ def barriers(probe: Perturbable, others: Mapping[str, Weights], points: int = 11
     return Measurement(np.array(values), entries)
 
 
-@metric("plane", preset="full", needs=("base", "others"))
+@metric(
+    "plane",
+    preset="full",
+    base=True,
+    others="best",
+    models="merge",
+    cost=lambda options, batches: options["size"] ** 2 * batches,
+    report=report.plane,
+)
 def plane(
     probe: Perturbable, base: Weights, others: Mapping[str, Weights], size: int = 21, margin: float = 0.25
 ) -> Measurement:
-    """Loss over the plane through the base, the model and the first of the others. Cost: size² · batches forward passes.
+    """Measure the loss on the plane through the base, the model and the first of the others.
 
-    The base is at (0, 0) and the model on the x axis; distances are those between the weights.
+    The base is at (0, 0), the model on the x axis; distances on the plane are distances between weights. Cost: size² · batches
+    forward passes.
 
     Args:
-        probe: the model, as a rule a merge.
+        probe: the model, usually a merge.
         base: parameter name → tensor, on the model's device.
-        others: label → the same; the first is the third corner, as a rule the best single run.
-        size: points along either axis.
-        margin: how far the plane reaches beyond its corners, as a fraction of their extent.
+        others: label → the same; the first is the third corner, usually the best single run.
+        size: number of points along each axis.
+        margin: how far the plane extends beyond its corners, as a fraction of their extent.
 
     Returns:
         values (size, size, units), rows along y, in nats; the summary: `x`, `y`, the mean `loss` and the `corners`.
 
     Raises:
-        BadInput: the three lie on a line.
+        BadInput: the three models lie on a line.
     """
     label, third = next(iter(others.items()))
     length, along, square = 0.0, 0.0, 0.0
@@ -107,40 +131,48 @@ def plane(
         raise BadInput("three models on a line span no plane", where=f"base, model and {label}")
     x, y = (_axis(corners, size, margin) for corners in ((0.0, a, b), (0.0, 0.0, c)))
     metric = f"plane {_hash(probe, base)} {_hash(probe, third)}"
-    values = np.empty((size, size, len(weights(probe))))
-    with probe.placed() as place:
+    values = np.empty((size, size, len(probe.unit_weights())))
+    with probe.weight_setter() as set_weights:
         models = {"base": base, MODEL: probe.center, label: third}
         for j, i in np.ndindex(size, size):
             to_third = y[j] / c
             to_model = (x[i] - b * to_third) / a
             shares = {"base": 1 - to_model - to_third, MODEL: to_model, label: to_third}
-            values[j, i] = losses(probe, place, f"{metric} {y[j]!r}", x[i], None, _mix(probe, shares, models))
+            values[j, i] = probe.losses_at(set_weights, f"{metric} {y[j]!r}", x[i], None, _mix(probe, shares, models))
     corners = {"base": [0.0, 0.0], MODEL: [a, 0.0], label: [b, c]}
-    return Measurement(values, {"x": x, "y": y, "loss": [_plain(row) for row in values @ weights(probe)], "corners": corners})
+    return Measurement(
+        values, {"x": x, "y": y, "loss": [_plain(row) for row in values @ probe.unit_weights()], "corners": corners}
+    )
 
 
-@metric("surface", preset="full")
+@metric(
+    "surface",
+    preset="full",
+    models="pair",
+    cost=lambda options, batches: options["size"] ** 2 * batches,
+    report=report.surface,
+)
 def surface(probe: Perturbable, size: int = 21, reach: float = 1.0) -> Measurement:
-    """Loss over two filter-normalised Gaussian directions (Li et al. 2018), from −`reach` to `reach`.
+    """Measure the loss along two filter-normalised Gaussian directions (Li et al. 2018), from −`reach` to `reach`.
 
-    Each filter (a slice along the first dimension: an output neuron, an output channel) of a direction has the norm of the
-    model's filter; vectors (biases, scales of normalisations) stay. A picture, no measure: it rewards small weights.
-    Cost: size² · batches forward passes.
+    Each filter of a direction (a slice along the first dimension: an output neuron or channel) has the norm of the model's
+    filter; vectors (biases, scales of normalisation layers) are not moved. For pictures only: as a measure it would reward
+    small weights. Cost: size² · batches forward passes.
 
     Returns:
         values (size, size, units), rows along the second direction, in nats; the summary: `x`, `y` and the mean `loss`.
     """
     grid: list[float] = np.linspace(-reach, reach, size).tolist()
-    values = np.empty((size, size, len(weights(probe))))
-    with probe.placed() as place:
+    values = np.empty((size, size, len(probe.unit_weights())))
+    with probe.weight_setter() as set_weights:
         directions = [_filter_normalised(probe, number) for number in (0, 1)]
         for j, i in np.ndindex(size, size):
             there = _between(probe, directions, (grid[i], grid[j]))
-            values[j, i] = losses(probe, place, f"surface {grid[j]!r}", grid[i], None, there)
-    return Measurement(values, {"x": grid, "y": grid, "loss": [_plain(row) for row in values @ weights(probe)]})
+            values[j, i] = probe.losses_at(set_weights, f"surface {grid[j]!r}", grid[i], None, there)
+    return Measurement(values, {"x": grid, "y": grid, "loss": [_plain(row) for row in values @ probe.unit_weights()]})
 
 
-def _filter_normalised(probe: Perturbable, number: int) -> Lazy:
+def _filter_normalised(probe: Perturbable, number: int) -> LazyTensors:
     drawn = probe.direction(number)
 
     def compute(name: str) -> Tensor:
@@ -148,32 +180,32 @@ def _filter_normalised(probe: Perturbable, number: int) -> Lazy:
         sizes, drawn_sizes = (x.flatten(1).norm(dim=1) for x in (center, noise))
         return noise.mul((sizes / drawn_sizes).view(-1, *[1] * (noise.ndim - 1)))
 
-    return Lazy([name for name in drawn if probe.center[name].ndim > 1], compute)
+    return LazyTensors([name for name in drawn if probe.center[name].ndim > 1], compute)
 
 
-def _between(probe: Perturbable, directions: Sequence[Weights], factors: Sequence[float]) -> Lazy:
+def _between(probe: Perturbable, directions: Sequence[Weights], factors: Sequence[float]) -> LazyTensors:
     def compute(name: str) -> Tensor:
         total = _single(probe.center[name])
         for direction, factor in zip(directions, factors, strict=True):
             total = total + factor * direction[name]
         return total.to(probe.center[name].dtype)
 
-    return Lazy(directions[0], compute)
+    return LazyTensors(directions[0], compute)
 
 
-def _mix(probe: Perturbable, shares: Mapping[str, float], models: Mapping[str, Weights]) -> Lazy:
-    """Σ share · model, which is a model to the bit where its share is 1 and the others' are 0."""
+def _mix(probe: Perturbable, shares: Mapping[str, float], models: Mapping[str, Weights]) -> LazyTensors:
+    """Return Σ share · model; to the bit a model itself if its share is 1 and all others are 0."""
     used = {label: share for label, share in shares.items() if share}
 
     def compute(name: str) -> Tensor:
         terms = [share * _single(models[label][name]) for label, share in used.items()]
         return torch.stack(terms).sum(dim=0).to(probe.center[name].dtype)
 
-    return Lazy(probe.parameters, compute)
+    return LazyTensors(probe.parameters, compute)
 
 
 def _single(tensor: Tensor) -> Tensor:
-    """In float32, or as it is if that is wider: half precision is rounded to once, at the end."""
+    """Return a tensor in float32 or its own wider dtype, so that half precision is rounded to once, at the end."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -185,7 +217,7 @@ def _axis(corners: Sequence[float], size: int, margin: float) -> list[float]:
 
 
 def _hash(probe: Perturbable, tensors: Weights) -> str:
-    """What the ledger files other weights under."""
+    """Return the ledger's identifier of other weights."""
     return hash_tensors((name, tensors[name]) for name in sorted(probe.parameters))
 
 

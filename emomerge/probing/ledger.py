@@ -1,4 +1,4 @@
-"""The probe's memory: one JSON line for every evaluation, so that an interrupted probe resumes and ends with equal results."""
+"""The ledger: one JSON line per evaluation, so that an interrupted probe can be resumed and gives the same results."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, TypeAlias
 
 Key: TypeAlias = tuple[Any, ...]
 FIELDS = ("model", "data", "metric", "radius", "direction", "batch")
-"""What identifies an evaluation: hashes of model and data, then where it was taken."""
+"""The key of an evaluation: hashes of model and data, and where in weight space it was taken."""
 
 
 class Ledger:
     """Evaluations keyed by (model hash, data hash, metric, radius, direction, batch).
 
     Args:
-        path: a JSONL file, created when the first row comes; None keeps the rows in memory.
-        known: another ledger's file, whose rows need no evaluation; it is only read.
+        path: a JSONL file, created with the first row; None keeps the rows in memory.
+        known: file of another ledger whose rows need no evaluation; it is only read.
     """
 
     def __init__(self, path: Path | None = None, known: Path | None = None) -> None:
@@ -35,7 +35,7 @@ class Ledger:
                 row = json.loads(line)
                 self._rows[self._key(row)] = row
             except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # a damaged row is only evaluated again
+                continue  # a damaged row is evaluated again
         if repair and whole != text:
             path.write_text(whole, encoding="utf-8")
 
@@ -44,11 +44,11 @@ class Ledger:
         return tuple(row[field] for field in FIELDS)
 
     def get(self, **key: Any) -> dict[str, Any] | None:
-        """The row of a key (all of FIELDS), or None."""
+        """Return the row of a key (all of FIELDS), or None."""
         return self._rows.get(self._key(key))
 
     def ask(self, evaluate: Callable[[], Mapping[str, Any]], **key: Any) -> dict[str, Any]:
-        """The row of a key: from memory, or evaluated now and written down at once."""
+        """Return the row of a key. If there is none, evaluate it and append it to the file at once."""
         known = self.get(**key)
         if known is not None:
             return known
@@ -57,7 +57,7 @@ class Ledger:
         return row
 
     def take_over(self, other: Ledger) -> None:
-        """Add the rows of another ledger that this one has not."""
+        """Add those rows of another ledger that this one lacks."""
         self._add([row for key, row in other._rows.items() if key not in self._rows])
 
     def _add(self, rows: Sequence[dict[str, Any]]) -> None:

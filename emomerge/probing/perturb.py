@@ -1,8 +1,8 @@
-"""A model that can be moved and put back: the one object every metric works on.
+"""Perturbable: a model whose weights can be perturbed and restored. Every metric works on one.
 
-All models of a probe share batches, directions and ball: direction d of a tensor is drawn from a generator seeded by
-blake2b(seed, d, tensor name), and its size is the RMS of that tensor *in the base*, so that growth of a model's own
-weights is not rewarded (specification of the probe, traps 4 and 6).
+All models of a probe share their batches, directions and ball. Direction d of a tensor is drawn from a generator seeded by
+blake2b(seed, d, tensor name) and scaled by the RMS of that tensor *in the base*: a ball relative to each model's own weights
+would reward models for growing them (specification of the probe, traps 4 and 6).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Literal, TypeAlias, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from emomerge.errors import BadInput, EmomergeError
@@ -25,31 +27,33 @@ from emomerge.probing.ledger import Ledger
 
 Batch: TypeAlias = Any
 LossFunction: TypeAlias = Callable[[nn.Module, Batch], tuple[Tensor, float | Sequence[float]]]
-"""(model, batch) → mean loss and weight (rows, tokens …) of the batch as a whole, or of each of several groups of its rows:
-a scalar tensor and a number, or a tensor (groups,) and as many numbers. Groups give intervals more units to resample."""
+"""(model, batch) → mean loss and weight (number of rows or tokens), either of the whole batch (a scalar tensor and a number)
+or of several groups of its rows (a tensor (groups,) and as many numbers). Groups give bootstrap intervals more units to
+resample."""
 
+Array: TypeAlias = NDArray[np.float64]
 Weights: TypeAlias = Mapping[str, Tensor]
-"""Parameter name → tensor; what is absent is θ₀."""
-Place: TypeAlias = Callable[[Weights], None]
-"""θ ← the given weights."""
-Move: TypeAlias = Callable[[Weights, float], None]
-"""θ ← θ₀ + factor·direction."""
+"""Parameter name → tensor; parameters that are missing keep their values θ₀."""
+SetWeights: TypeAlias = Callable[[Weights], None]
+"""Set θ to the given weights."""
+Step: TypeAlias = Callable[[Weights, float], None]
+"""Set θ to θ₀ + factor·direction."""
 Ball: TypeAlias = Literal["base", "own"]
-"""What one unit of a perturbation is: the RMS of the base's tensor, or each weight's own size |w|."""
+"""The unit of a perturbation: the RMS of the base's tensor, or each weight's own magnitude |w|."""
 
 KEPT_BYTES = 2**28
-"""Directions up to this size are kept while they are in use; of larger ones each tensor is drawn again when it is needed."""
+"""Directions up to this size are cached while in use; larger ones are drawn again, one tensor at a time."""
 INTEGERS = {
     torch.float64: (torch.int64, 52),
     torch.float32: (torch.int32, 23),
     torch.float16: (torch.int16, 10),
     torch.bfloat16: (torch.int16, 7),
 }
-"""Dtype of weights → integers of its size, and how many bits its fraction has."""
+"""Dtype of weights → integer dtype of the same size, number of fraction bits."""
 
 
-class Lazy(Mapping[str, Tensor]):
-    """Tensors by name, each computed when it is asked for: of a large model only one exists at a time."""
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, computed on access, so that of a large model only one tensor exists at a time."""
 
     def __init__(self, names: Collection[str], compute: Callable[[str], Tensor]) -> None:
         self._names, self._compute = dict.fromkeys(names), compute
@@ -72,16 +76,16 @@ class Lazy(Mapping[str, Tensor]):
 
 @dataclass
 class Perturbable:
-    """A model on fixed batches, in eval mode while it is measured.
+    """A model and fixed batches; the model is in eval mode while it is measured.
 
     Args:
-        model: its floating parameters are moved; frozen ones (`requires_grad=False`) stay. Adapters must be merged into it:
-            the sharpness of factors changes with their scale A → cA, B → B/c, which changes no output.
+        model: its trainable floating-point parameters are perturbed. Adapters must be merged into it: the sharpness of LoRA
+            factors changes under A → cA, B → B/c, which leaves every output as it is.
         loss: see LossFunction.
-        batches: the same for every model that is to be compared, on the model's device.
-        reference: parameter name → RMS of that tensor in the base; tensors with RMS 0 are not moved. See `rms`.
+        batches: on the model's device; the same for all models that are compared.
+        reference: parameter name → RMS of that tensor in the base, see `rms`; tensors with RMS 0 are not perturbed.
         seed: seed of the directions.
-        model_hash, data_hash: what the ledger files evaluations under.
+        model_hash, data_hash: identify model and data in the ledger.
         ledger: remembers evaluations; by default in memory.
     """
 
@@ -111,26 +115,65 @@ class Perturbable:
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is perturbed, tied tensors once."""
+        """The parameters that are perturbed; tied tensors appear once."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad and p.is_floating_point()}
 
     @property
     def center(self) -> Weights:
-        """θ₀, also while the model is somewhere else."""
+        """θ₀, even while the model holds other weights."""
         return self.parameters if self._kept is None else self._kept
 
     def evaluate(self, index: int) -> tuple[list[float], list[float]]:
-        """Mean loss and weight of each group of rows in one batch, at the present weights."""
+        """Return the mean loss and the weight of each group of rows in one batch, at the current weights."""
         with torch.inference_mode():
             loss, weight = self.loss(self.model, self.batches[index])
         return loss.cpu().double().reshape(-1).tolist(), [*weight] if isinstance(weight, Sequence) else [float(weight)]
 
-    # Where to go.
+    def ledger_key(self, metric: str, radius: float, direction: int | None, batch: int) -> dict[str, Any]:
+        """Return the ledger's key of one evaluation."""
+        return {
+            "model": self.model_hash, "data": self.data_hash, "metric": metric,
+            "radius": radius, "direction": direction, "batch": batch,
+        }  # fmt: skip
 
-    def direction(self, number: int, ball: Ball = "base") -> Lazy:
-        """One Gaussian direction: for each tensor the ball's unit times standard normals of its shape.
+    def center_losses(self) -> Array:
+        """Return the loss at θ₀ of every unit, that is every group of rows of every batch, (units,)."""
+        return np.concatenate([self.center_row(batch)["loss"] for batch in range(len(self.batches))])
 
-        In half precision it is drawn in float32: the same direction as that of the same model in float32.
+    def unit_weights(self) -> Array:
+        """Return the weight of every unit, summing to one, (units,)."""
+        found = np.concatenate([self.center_row(batch)["weight"] for batch in range(len(self.batches))])
+        total: float = found.sum()
+        return found / total
+
+    def center_row(self, batch: int) -> dict[str, Any]:
+        """Return `loss` and `weight` of every group of rows in one batch at θ₀."""
+
+        def evaluate() -> dict[str, list[float]]:
+            with self.evaluating():
+                loss, weight = self.evaluate(batch)
+            return {"loss": loss, "weight": weight}
+
+        return self.ledger.ask(evaluate, **self.ledger_key("loss", 0.0, None, batch))
+
+    def losses_at(self, set_weights: SetWeights, metric: str, radius: float, number: int | None, weights: Weights) -> Array:
+        """Return the loss of every unit at other weights, (units,). One ledger row per batch."""
+        found = []
+        for batch in range(len(self.batches)):
+
+            def evaluate(batch: int = batch) -> dict[str, list[float]]:
+                set_weights(weights)
+                return {"loss": self.evaluate(batch)[0]}
+
+            found.append(self.ledger.ask(evaluate, **self.ledger_key(metric, radius, number, batch))["loss"])
+        return np.concatenate(found)
+
+    # Perturbations.
+
+    def direction(self, number: int, ball: Ball = "base") -> LazyTensors:
+        """Return a Gaussian direction: for each tensor, the ball's unit times standard normals of the tensor's shape.
+
+        Directions of half-precision models are drawn in float32, so that they equal those of the same model in float32.
         """
         units = self.units(ball)
 
@@ -138,29 +181,29 @@ class Perturbable:
             return normals(self.seed, number, name, self.center[name]).mul_(units[name])
 
         small = sum(p.numel() * max(4, p.element_size()) for p in self.parameters.values()) <= KEPT_BYTES
-        return Lazy(units, cache(draw) if small else draw)
+        return LazyTensors(units, cache(draw) if small else draw)
 
     def units(self, ball: Ball) -> Weights:
-        """One unit of a perturbation by name: a scalar (the base's RMS) or |θ₀| of the tensor's shape."""
+        """Return the unit of a perturbation by parameter name: a scalar (the base's RMS) or |θ₀|, of the tensor's shape."""
         if ball == "own":
-            return Lazy(self.parameters, lambda name: self.center[name].detach().abs())
+            return LazyTensors(self.parameters, lambda name: self.center[name].detach().abs())
         sizes = {name: self.reference.get(name, 0.0) for name in self.parameters}
-        return Lazy(
+        return LazyTensors(
             [name for name, size in sizes.items() if size > 0],
             lambda name: torch.tensor(sizes[name], dtype=_drawn_dtype(self.center[name]), device=self.center[name].device),
         )
 
-    def along(self, direction: Weights, factor: float) -> Lazy:
-        """θ₀ + factor·direction, rounded to the weights' dtype."""
+    def along(self, direction: Weights, factor: float) -> LazyTensors:
+        """Return θ₀ + factor·direction, rounded to the weights' dtype."""
 
         def compute(name: str) -> Tensor:
             center = self.center[name]
             return torch.add(center, direction[name], alpha=factor).to(center.dtype)
 
-        return Lazy(direction, compute)
+        return LazyTensors(direction, compute)
 
     def realised(self, direction: Weights, factor: float) -> tuple[float, float]:
-        """What is left of factor·direction after rounding: its norm as a fraction of the intended one, and their cosine.
+        """Return what rounding leaves of factor·direction: norm relative to the intended one, and cosine with it.
 
         Raises:
             BadInput: the direction is zero.
@@ -176,37 +219,38 @@ class Perturbable:
             raise BadInput("nothing to perturb", expected="trainable parameters that are not zero, in the reference either")
         return norm / (abs(factor) * intended), both / (norm * intended) * math.copysign(1, factor) if norm else 0.0
 
-    # Going there.
+    # Setting weights.
 
     @contextmanager
-    def placed(self, *, in_place: bool = False) -> Iterator[Place]:
-        """Within the block the given function sets θ; after it, also after an exception, θ is θ₀ again.
+    def weight_setter(self, *, in_place: bool = False) -> Iterator[SetWeights]:
+        """Yield a function that sets θ. At the end of the block, also after an exception, θ is θ₀ again.
 
-        For forward passes no stored weight is touched: each module is handed its tensors while it runs, one at a time. Where
-        a module reads another's weights (`is_swappable`), and for gradients, weights are moved in place and copied back.
+        For forward passes stored weights are not touched: each module receives its tensors while it runs, one at a time. If
+        a module reads another module's weights (see `is_swappable`), and for gradients, parameters are changed in place and
+        restored from a copy.
 
         Args:
-            in_place: move the parameters themselves, as gradients with respect to them need; costs a copy of them.
+            in_place: change the parameters themselves, as gradients with respect to them need. Costs a copy of them.
 
         Raises:
-            EmomergeError: the SHA-256 of all weights afterwards is not what it was.
+            EmomergeError: the SHA-256 of all weights changed.
         """
         swap = not in_place and self.is_swappable
-        with self.guarded(), self._swapped() if swap else self._copied() as place:
-            yield place
+        with self.guarded(), self._swapped() if swap else self._copied() as set_weights:
+            yield set_weights
 
     @contextmanager
-    def moved(self) -> Iterator[Move]:
-        """`placed(in_place=True)` for steps from θ₀."""
-        with self.placed(in_place=True) as place:
-            yield lambda direction, factor: place(self.along(direction, factor))
+    def stepper(self) -> Iterator[Step]:
+        """Yield a function that steps from θ₀ along a direction: `weight_setter(in_place=True)` for gradients."""
+        with self.weight_setter(in_place=True) as set_weights:
+            yield lambda direction, factor: set_weights(self.along(direction, factor))
 
     @cached_property
     def is_swappable(self) -> bool:
-        """Whether handing each module its tensors while it runs does what moving the weights does. Two forward passes, once.
+        """Whether swapping tensors into running modules is the same as changing the parameters. Two forward passes, once.
 
-        Fused layers, modules that hold a weight twice, and parents that read a child's weight (`nn.MultiheadAttention`) fail.
-        The test point needs no copy to come back from: one bit of each weight is flipped.
+        Fused layers, modules that hold a weight twice, and parents that read a child's weight (`nn.MultiheadAttention`) fail
+        this test. It flips one bit of each weight, which is undone without a copy.
         """
         with self.guarded():
             try:
@@ -214,8 +258,8 @@ class Perturbable:
                 expected = self.evaluate(0)
             finally:
                 self._flip()
-            with self._swapped() as place:
-                place(Lazy(self.parameters, lambda name: _flipped(self.parameters[name].detach())))
+            with self._swapped() as set_weights:
+                set_weights(LazyTensors(self.parameters, lambda name: _flipped(self.parameters[name].detach())))
                 return self.evaluate(0) == expected
 
     def _flip(self) -> None:
@@ -223,8 +267,8 @@ class Perturbable:
             parameter.data.copy_(_flipped(parameter.detach()))
 
     @contextmanager
-    def _swapped(self) -> Iterator[Place]:
-        """Modules see the placed weights while they run; the parameters stay what they are."""
+    def _swapped(self) -> Iterator[SetWeights]:
+        """Modules see other weights while they run; the parameters themselves stay as they are."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         slots = {
             module: [(leaf, names[id(p)]) for leaf, p in module._parameters.items() if id(p) in names]
@@ -232,7 +276,7 @@ class Perturbable:
         }
         weights: Weights = {}
 
-        def place(new: Weights) -> None:
+        def set_weights(new: Weights) -> None:
             nonlocal weights
             weights = new
 
@@ -250,7 +294,7 @@ class Perturbable:
             for module in [module for module, owned in slots.items() if owned]:
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave, always_call=True))
-            yield place
+            yield set_weights
         finally:
             for handle in handles:
                 handle.remove()
@@ -258,24 +302,24 @@ class Perturbable:
                 leave(module)
 
     @contextmanager
-    def _copied(self) -> Iterator[Place]:
-        """The parameters are moved in place, and restored from a copy."""
+    def _copied(self) -> Iterator[SetWeights]:
+        """Parameters are changed in place and restored from a copy."""
         kept = self._kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
         @torch.no_grad()
-        def place(weights: Weights) -> None:
+        def set_weights(weights: Weights) -> None:
             for name, parameter in self.parameters.items():
                 parameter.data.copy_(weights[name] if name in weights else kept[name])
 
         try:
-            yield place
+            yield set_weights
         finally:
-            place({})
+            set_weights({})
             self._kept = None
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode within the block, and each module's own mode after it."""
+        """Put all modules into eval mode within the block, and restore their modes afterwards."""
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
@@ -286,7 +330,7 @@ class Perturbable:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Eval mode, and an EmomergeError if the weights are not the same afterwards."""
+        """Put all modules into eval mode within the block; raise an EmomergeError if the weights have changed afterwards."""
         before = self.sha256()
         with self.evaluating():
             try:
@@ -296,12 +340,12 @@ class Perturbable:
                     raise EmomergeError("the probe could not restore the model's weights: their SHA-256 changed")
 
     def sha256(self) -> str:
-        """Hash of all weights, in the order of their names."""
+        """Return the SHA-256 of all weights, in the order of their names."""
         return hash_tensors(sorted(self.model.state_dict().items()))
 
 
 def normals(seed: int, number: int, name: str, like: Tensor) -> Tensor:
-    """Standard normals of a tensor's shape and device, from a generator seeded by (seed, number, name)."""
+    """Return standard normals of a tensor's shape and device, from a generator seeded by (seed, number, name)."""
     generator = generator_of(seed, number, name, device=like.device)
     return torch.empty(like.shape, dtype=_drawn_dtype(like), device=like.device).normal_(generator=generator)
 
@@ -311,7 +355,7 @@ def _drawn_dtype(like: Tensor) -> torch.dtype:
 
 
 def _flipped(x: Tensor) -> Tensor:
-    """x with the third bit of its fraction flipped, which changes a number by at most an eighth; its own inverse, exactly."""
+    """Flip the third fraction bit of each number, a change by at most an eighth. Applied twice it is the identity, exactly."""
     integers, fraction = INTEGERS[x.dtype]
     return x.view(integers).bitwise_xor(1 << (fraction - 3)).view(x.dtype)
 
@@ -322,7 +366,7 @@ def _require_in_memory(name: str, parameter: Tensor) -> None:
 
 
 def rms(model: nn.Module) -> dict[str, float]:
-    """Parameter name → root mean square: the ball every model of one probe shares, taken from the base."""
+    """Return parameter name → root mean square; taken of the base, this sets the ball that all models of a probe share."""
     for name, parameter in model.named_parameters():
         _require_in_memory(name, parameter)
     return {name: math.sqrt(square_sum(p) / p.numel()) if p.numel() else 0.0 for name, p in model.named_parameters()}

@@ -1,21 +1,23 @@
-"""From the summaries of metrics to figures of the report: each function returns columns and their estimates for one model."""
+"""How the built-in metrics are reported: (summary, name of the model) → columns, estimates and payloads of results.json."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from emomerge.probing.registry import Report
 from emomerge.results import Column, Estimate, View
 
-Figures: TypeAlias = list[tuple[Column, Estimate]]
 Summary: TypeAlias = Mapping[str, Any]
 BALLS = {"l2": "ℓ2", "adaptive l2": "ℓ2 adaptive", "linf": "ℓ∞", "adaptive linf": "ℓ∞ adaptive"}
-"""Ball in the summary of `worst-case` → in print."""
+"""Ball in the summary of `worst-case` → its printed name."""
+MODEL = "model"
+"""Label of the probed model in summaries over several models."""
 
 
-def gaussian(summary: Mapping[str, Summary]) -> Figures:
-    """Return the average-case sharpness at every radius."""
-    return [
+def gaussian(summary: Mapping[str, Summary], model: str) -> Report:
+    """Report the average-case sharpness at every radius."""
+    figures = [
         (
             Column(
                 key=f"sharpness_{radius:g}",
@@ -28,12 +30,13 @@ def gaussian(summary: Mapping[str, Summary]) -> Figures:
         )
         for radius, entry in _by_radius(summary)
     ]  # fmt: skip
+    return Report(figures)
 
 
-def adaptive(summary: Mapping[str, Summary]) -> Figures:
-    """Return the adaptive average-case sharpness at every radius: secondary, the table of figures shows the middle one."""
+def adaptive(summary: Mapping[str, Summary], model: str) -> Report:
+    """Report the adaptive average-case sharpness at every radius; it is secondary: the main table shows the middle radius."""
     middle = _middle(summary)
-    return [
+    figures = [
         (
             Column(
                 key=f"adaptive_{radius:g}",
@@ -46,11 +49,12 @@ def adaptive(summary: Mapping[str, Summary]) -> Figures:
         )
         for radius, entry in _by_radius(summary)
     ]  # fmt: skip
+    return Report(figures)
 
 
-def worst_case(summary: Mapping[str, Mapping[str, Summary]]) -> Figures:
-    """Return the worst case in every ball at every radius beyond the slope's part, and the slope's part."""
-    figures: Figures = []
+def worst_case(summary: Mapping[str, Mapping[str, Summary]], model: str) -> Report:
+    """Report, in every ball at every radius, the worst case beyond the slope's part, and the slope's part."""
+    figures: list[tuple[Column, Estimate]] = []
     for name, of_radius in summary.items():
         ball, middle = BALLS[name], _middle(of_radius)
         for radius, entry in _by_radius(of_radius):
@@ -71,11 +75,11 @@ def worst_case(summary: Mapping[str, Mapping[str, Summary]]) -> Figures:
                 (rise, Estimate(mean=entry["excess"], finding=entry.get("finding"), facts={"rise": entry["rise"]})),
                 (slope, Estimate(mean=entry["gradient"])),
             ]
-    return figures
+    return Report(figures)
 
 
-def hessian(largest: float | None, trace: Summary, smallest: float | None) -> Figures:
-    """Return λmax, the trace and λmin."""
+def hessian(summary: Summary, model: str) -> Report:
+    """Report λmax, the trace and λmin; the density and the trace's parts by module."""
     columns = (
         Column(
             key="lambda_max", title="λmax", better="lower", views=("table", "terminal"),
@@ -90,21 +94,28 @@ def hessian(largest: float | None, trace: Summary, smallest: float | None) -> Fi
             meaning="smallest eigenvalue of the Hessian; clearly below 0 the point is no minimum",
         ),
     )  # fmt: skip
-    return list(zip(columns, (Estimate(mean=largest), _average(trace), Estimate(mean=smallest)), strict=True))
+    trace, density = summary["trace"], summary["density"]
+    estimates = (Estimate(mean=summary["largest"]), _average(trace), Estimate(mean=summary["smallest"]))
+    payload = {
+        "density": density and {"at": density["eigenvalue"], "density": density["density"]},
+        "layers": {module: part["mean"] for module, part in trace["modules"].items()},
+        "step": summary["step"], "disagreement": summary["disagreement"],
+    }  # fmt: skip
+    return Report(list(zip(columns, estimates, strict=True)), row={"hessian": payload})
 
 
-def span(eigenvalues: Sequence[float | None] | None) -> Figures:
-    """Return λmax in the span of the runs' task vectors, from the eigenvalues there; None where they diverged."""
+def span(summary: Summary, model: str) -> Report:
+    """Report λmax in the span of the runs' task vectors, and the Hessian there."""
     column = Column(
         key="lambda_span", title="λmax in span τ", views=("details",),
         meaning="largest eigenvalue of the Hessian within the span of the runs' task vectors, computed without sampling",
     )  # fmt: skip
-    known = [value for value in eigenvalues or () if value is not None]
-    return [(column, Estimate(mean=max(known, default=None)))]
+    known = [value for value in summary["eigenvalues"] or () if value is not None]
+    return Report([(column, Estimate(mean=max(known, default=None)))], row={"hessian": {"subspace": summary}})
 
 
-def basin(summary: Summary) -> Figures:
-    """Return the basin's width and its standard error, to first order from that of its logarithm."""
+def basin(summary: Summary, model: str) -> Report:
+    """Report the basin's width and its standard error, to first order from that of its logarithm."""
     column = Column(
         key="basin", title="basin width", better="higher", views=("table", "terminal"),
         meaning="largest σ of Gaussian noise, in RMS of the base's tensor, that raises the loss by at most 0.1; "
@@ -112,7 +123,33 @@ def basin(summary: Summary) -> Figures:
     )  # fmt: skip
     width, error = summary["width"], summary["log_stderr"]
     stderr = None if error is None else width * error
-    return [(column, Estimate(mean=width, stderr=stderr, n=summary["n"], finding=summary.get("finding")))]
+    return Report([(column, Estimate(mean=width, stderr=stderr, n=summary["n"], finding=summary.get("finding")))])
+
+
+def curve(summary: Summary, model: str) -> Report:
+    """Report a curve."""
+    return Report(results={"curves": {model: summary}})
+
+
+def surface(summary: Summary, model: str) -> Report:
+    """Report a surface."""
+    return Report(results={"surfaces": {model: summary}})
+
+
+def plane(summary: Summary, model: str) -> Report:
+    """Report a plane, its corners under the models' own names."""
+    points = [{"name": model if name == MODEL else name, "x": x, "y": y} for name, (x, y) in summary["corners"].items()]
+    return Report(results={"plane": {**{axis: summary[axis] for axis in ("x", "y", "loss")}, "points": points}})
+
+
+def barriers(summary: Sequence[Summary], model: str) -> Report:
+    """Report barriers as a symmetric matrix under the models' own names, the probed model first."""
+    names = list(dict.fromkeys(name for entry in summary for name in entry["between"]))
+    matrix: list[list[float | None]] = [[0.0] * len(names) for _ in names]
+    for entry in summary:
+        i, j = (names.index(name) for name in entry["between"])
+        matrix[i][j] = matrix[j][i] = entry["barrier"]
+    return Report(results={"barriers": {"names": [model if n == MODEL else n for n in names], "matrix": matrix}})
 
 
 def _average(entry: Summary) -> Estimate:

@@ -20,14 +20,14 @@ Array = NDArray[np.float64]
 ClaimName: TypeAlias = Literal["better", "flatter"]
 DRAWS = 2000
 HESSIAN = ("λmax", "trace")
-"""`what` of the evidence that looks at curvature itself."""
+"""Figures of the Hessian that are evidence, by the names of their series."""
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """97.5 % quantiles of Student's t for 1 … 10 degrees of freedom."""
 NORMAL = 1.960
 
 
 def sharpness_ratio(merge: Sequence[Array], rival: Sequence[Array], weight: Array, *, against: str, what: str) -> Evidence:
-    """log(mean sharpness of the merge / of the rival).
+    """Return log(mean sharpness of the merge / of the rival) as evidence.
 
     Args:
         merge, rival: one (directions, units) array for each training seed, over the same directions and units (groups of rows).
@@ -47,7 +47,7 @@ def sharpness_ratio(merge: Sequence[Array], rival: Sequence[Array], weight: Arra
 
 
 def loss_difference(merge: Sequence[Array], rival: Sequence[Array], weight: Array, *, against: str, what: str) -> Evidence:
-    """Mean loss of the merge minus the rival's, in nats; one (batches,) array for each training seed."""
+    """Return the difference in mean loss, merge minus rival, as evidence; one (batches,) array for each training seed."""
     ours, theirs = ([loss[None] for loss in losses] for losses in (merge, rival))
     estimate, low, high = _interval(np.subtract, ours, theirs, weight)
     return Evidence(against=against, what=what, scale="difference", estimate=estimate, low=low, high=high)
@@ -56,7 +56,7 @@ def loss_difference(merge: Sequence[Array], rival: Sequence[Array], weight: Arra
 def _interval(
     statistic: Callable[[Array, Array], Array], merge: Sequence[Array], rival: Sequence[Array], weight: Array
 ) -> tuple[float | None, float | None, float | None]:
-    """Estimate and 95 % interval of a statistic of two means; a draw without a value (NaN) counts against both ends.
+    """Return estimate and 95 % interval of a statistic of two means; a draw without a value (NaN) counts against both ends.
 
     Args:
         statistic: (means of the merge, means of the rival), elementwise.
@@ -76,7 +76,7 @@ def _interval(
 
 
 def _resampled(pairs: Sequence[tuple[Array, Array]], weight: Array) -> Array:
-    """Weighted means of both models over DRAWS hierarchical resamples: seeds, then directions, then units. (2, draws)."""
+    """Return weighted means of both models over DRAWS hierarchical resamples (seeds, directions, units), (2, draws)."""
     rng = np.random.default_rng(20240229)
     seeds, means = rng.integers(0, len(pairs), (DRAWS, len(pairs))), np.zeros((2, DRAWS))
     for slot in seeds.T:
@@ -92,7 +92,7 @@ def _resampled(pairs: Sequence[tuple[Array, Array]], weight: Array) -> Array:
 
 
 def _widening(counts: Sequence[int]) -> float:
-    """By how much the percentile interval of a mean of n is too narrow: √(n/(n−1)) · t/z.
+    """Return the factor by which the percentile interval of a mean of n is too narrow: √(n/(n−1)) · t/z.
 
     n is the number of seeds, the level that varies most, or with one seed that of directions or units, whichever is less.
     """

@@ -1,7 +1,7 @@
-"""Worst-case sharpness: the highest loss in a ball around the model, by APGD, with the part that is mere slope split off.
+"""Worst-case sharpness: the highest loss in a ball around the model, found by APGD, apart from the gradient's contribution.
 
-m-sharpness (Foret et al. 2021, Andriushchenko et al. 2023): each batch has a maximiser of its own, so m is the rows of a
-batch; 128 is usual. The ascent is Auto-PGD (Croce and Hein 2020).
+m-sharpness (Foret et al. 2021, Andriushchenko et al. 2023): each batch has its own maximiser, so m is the number of rows in a
+batch; 128 is common. The ascent is Auto-PGD (Croce and Hein 2020).
 """
 
 from __future__ import annotations
@@ -17,20 +17,26 @@ from torch import Tensor
 
 from emomerge.errors import BadInput
 from emomerge.numerics.sums import inner, square_sum
-from emomerge.probing import sharpness
-from emomerge.probing.perturb import Ball, Perturbable, Place, Weights, normals
-from emomerge.probing.registry import Array, Measurement, metric
+from emomerge.probing import report
+from emomerge.probing.perturb import Ball, Perturbable, SetWeights, Weights, normals
+from emomerge.probing.registry import BACKWARD, Array, Measurement, Options, metric
 
 Norm: TypeAlias = Literal["l2", "linf"]
 RADII: Mapping[Norm, tuple[float, ...]] = {"l2": (0.5, 1.0, 2.0), "linf": (0.0005, 0.001, 0.002)}
 MOMENTUM = 0.75
-ENOUGH = 0.75
-"""The step is halved where fewer than this share of the steps since the last checkpoint went up."""
+MIN_PROGRESS = 0.75
+"""The step size is halved if fewer than this share of the steps since the last checkpoint increased the loss."""
 START_NOISE = 0.1
-"""Of the first step: at a minimum, and where the slope is orthogonal to the top curvature, the gradient alone leads nowhere."""
+"""Share of noise in the first step: at a minimum, or if the gradient is orthogonal to the top curvature, the gradient alone
+does not lead upwards."""
 
 
-@metric("worst-case", preset="full")
+def _cost(options: Options, batches: int) -> float:
+    radii: int = sum(len(options["radii"][norm]) for norm in options["norms"])
+    return float(BACKWARD * options["steps"] * radii * len(options["balls"]) * batches)
+
+
+@metric("worst-case", preset="full", split="whole", cost=_cost, report=report.worst_case)
 def worst_case(
     probe: Perturbable,
     norms: Sequence[Norm] = ("l2", "linf"),
@@ -38,18 +44,19 @@ def worst_case(
     radii: Mapping[Norm, Sequence[float]] = RADII,
     steps: int = 20,
 ) -> Measurement:
-    """max L(θ + T⊙u) − L(θ) over ‖u‖ ≤ ρ, in the ℓ2 and the ℓ∞ ball, standard (T: the base's RMS) and adaptive (T = |w|).
+    """Measure max L(θ + T⊙u) − L(θ) over ‖u‖ ≤ ρ in ℓ2 and ℓ∞ balls, standard (T: the base's RMS) and adaptive (T = |w|).
 
-    At a point that is no minimum most of it is the slope ρ‖T⊙∇L‖*, which says nothing of flatness: `gradient` is this part,
-    `excess` the rest. Nothing is divided by T, so a zero weight stays zero in the ball of |w|. A lower bound, as any ascent is.
-    Cost: `steps` · radii · batches forward and backward passes for each norm and ball, and those of `center`; memory: six
-    copies of the perturbed parameters.
+    Away from a minimum most of the rise is the slope ρ‖T⊙∇L‖*, which says nothing about flatness: `gradient` is this part,
+    `excess` the rest. Nothing is divided by T, so a zero weight stays zero in the adaptive ball. Like any ascent, it finds a
+    lower bound. Cost: `steps` · radii · batches forward and backward passes for each norm and ball, and those of
+    `Perturbable.center_losses`. Memory: six copies of the perturbed parameters.
 
     Args:
-        probe: the model; each of its batches is one of m rows.
-        norms, balls: which.
-        radii: ρ by norm, in the ball's units: ℓ2 of all weights together, ℓ∞ of each.
-        steps: of the ascent.
+        probe: the model; each of its batches holds m rows.
+        norms: norms of the balls.
+        balls: units of the balls.
+        radii: ρ by norm, in the ball's units: for ℓ2 of all weights together, for ℓ∞ of each weight.
+        steps: number of ascent steps.
 
     Returns:
         values (norms, balls, radii, units): the rise of each group of rows at its batch's maximiser, in nats; the summary by
@@ -64,33 +71,35 @@ def worst_case(
                 "an ascent's steps are below what the weights' dtype resolves", where=f"parameter {name}",
                 expected="float32", found=parameter.dtype, fix="load the model in float32",
             )  # fmt: skip
-    weight = sharpness.weights(probe)
+    weight = probe.unit_weights()
     values, summary = [], {}
-    with probe.placed(in_place=True) as place:
+    with probe.weight_setter(in_place=True) as set_weights:
         for norm in norms:
             for ball in balls:
-                found = [_by_batch(probe, place, norm, ball, radius, steps) for radius in radii[norm]]
+                found = [_by_batch(probe, set_weights, norm, ball, radius, steps) for radius in radii[norm]]
                 values.append([np.concatenate([row["rise"] for row in rows]) for rows in found])
                 name = norm if ball == "base" else f"adaptive {norm}"
                 summary[name] = {f"{r:g}": _summary(rows, weight, r) for r, rows in zip(radii[norm], found, strict=True)}
     shape = (len(norms), len(balls), -1, len(weight))
-    return Measurement(np.array(values).reshape(shape), summary)
+    return Measurement(np.array(values).reshape(shape), summary, weight)
 
 
-def _by_batch(probe: Perturbable, place: Place, norm: Norm, ball: Ball, radius: float, steps: int) -> list[dict[str, Any]]:
+def _by_batch(
+    probe: Perturbable, set_weights: SetWeights, norm: Norm, ball: Ball, radius: float, steps: int
+) -> list[dict[str, Any]]:
     rows = []
     for batch in range(len(probe.batches)):
 
         def evaluate(batch: int = batch) -> dict[str, Any]:
-            return _Ascent(probe, place, norm, ball, radius, batch).run(steps)
+            return _Ascent(probe, set_weights, norm, ball, radius, batch).run(steps)
 
         name = f"worst-case {norm} {ball} {steps}"
-        rows.append(probe.ledger.ask(evaluate, **sharpness.key(probe, name, radius, None, batch)))
+        rows.append(probe.ledger.ask(evaluate, **probe.ledger_key(name, radius, None, batch)))
     return rows
 
 
 def _summary(rows: Sequence[Mapping[str, Any]], weight: Array, radius: float) -> dict[str, Any]:
-    """Weighted means over batches of the rise, of its slope ρ‖g‖ and of the rest."""
+    """Return weighted means over batches of the rise, of the slope ρ‖g‖ and of the rest."""
     of_units = [np.full(len(row["rise"]), row["gradient"]) for row in rows]
     rise, gradient = float(np.concatenate([row["rise"] for row in rows]) @ weight), float(np.concatenate(of_units) @ weight)
     if not math.isfinite(rise):
@@ -104,7 +113,7 @@ def _finite(value: float) -> float | None:
 
 @dataclass
 class _Point:
-    """Where the ascent was: u, the loss there and by group, and T⊙∇L."""
+    """A point of the ascent: u, the loss there, overall and by group, and T⊙∇L."""
 
     u: dict[str, Tensor]
     loss: float
@@ -117,14 +126,14 @@ class _Ascent:
     """Auto-PGD on one batch."""
 
     probe: Perturbable
-    place: Place
+    set_weights: SetWeights
     norm: Norm
     ball: Ball
     radius: float
     batch: int
 
     def run(self, steps: int) -> dict[str, Any]:
-        """The rise of every group at the highest point found, and ρ‖T⊙∇L‖*, the rise of the tangent."""
+        """Return the rise of every group at the highest point found, and ρ‖T⊙∇L‖*, the rise of the tangent."""
         checkpoints = _checkpoints(steps)
         start = best = self.at({name: torch.zeros_like(self.probe.center[name]) for name in self.probe.units(self.ball)})
         slope = self.radius * self.dual(start.gradient)
@@ -140,7 +149,7 @@ class _Ascent:
             if step in checkpoints:
                 stuck = was == (size, best.loss)
                 was = (size, best.loss)
-                if rises < ENOUGH * (step - last) or stuck:
+                if rises < MIN_PROGRESS * (step - last) or stuck:
                     size, here, since = size / 2, best, best.u
                 last, rises = step, 0
         return {"rise": (best.groups - start.groups).tolist(), "gradient": slope}
@@ -148,7 +157,7 @@ class _Ascent:
     def at(self, u: Weights) -> _Point:
         units, center = self.probe.units(self.ball), self.probe.center
         with torch.no_grad():
-            self.place({name: center[name] + units[name] * x for name, x in u.items()})
+            self.set_weights({name: center[name] + units[name] * x for name, x in u.items()})
         parameters = {name: self.probe.parameters[name] for name in u}
         losses, weight = self.probe.loss(self.probe.model, self.probe.batches[self.batch])
         groups = losses.reshape(-1)
@@ -177,7 +186,7 @@ class _Ascent:
         )  # fmt: skip
 
     def steepest(self, gradient: Weights) -> dict[str, Tensor]:
-        """The direction of the unit ball along which the tangent rises most; zero where there is no slope."""
+        """Return the direction of the unit ball along which the tangent rises most; zero where the gradient is."""
         if self.norm == "linf":
             return {name: g.sign() for name, g in gradient.items()}
         norm = _l2(gradient)
@@ -190,7 +199,7 @@ class _Ascent:
         return {name: x * (self.radius / norm) if norm > self.radius else x for name, x in u.items()}
 
     def dual(self, gradient: Weights) -> float:
-        """‖·‖₂ in the ℓ2 ball, ‖·‖₁ in the ℓ∞ ball."""
+        """Return the dual norm: ‖·‖₂ for the ℓ2 ball, ‖·‖₁ for the ℓ∞ ball."""
         if self.norm == "l2":
             return _l2(gradient)
         return sum(inner(g, g.sign()) for g in gradient.values())
@@ -201,7 +210,7 @@ def _l2(tensors: Weights) -> float:
 
 
 def _checkpoints(steps: int) -> set[int]:
-    """After which steps the size is reconsidered: shares p_j of them with p_1 = .22 and shrinking distances of at least .06."""
+    """Return the steps after which the step size is reconsidered: at shares 0, 0.22, … whose distances shrink down to 0.06."""
     shares = [0.0, 0.22]
     while shares[-1] < 1:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, TypeAdapter, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    model_serializer,
+    model_validator,
+)
 
 from emomerge.controls import CONTROLS
 from emomerge.optim.table import OPTIMIZERS
@@ -295,6 +305,15 @@ class Probe(Section):
     trace_probes: int = Field(32, ge=2)
     """Random vectors of the Hessian's trace."""
     seed: int = 0
+    metrics: tuple[str, ...] = ()
+    """Metrics to measure beyond those of the preset, by name."""
+    options: dict[str, dict[str, Any]] = {}
+    """Metric → its own options, such as `{basin: {directions: 16}}`; they take precedence over the fields above."""
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `metrics` and `options` out while they are empty, so that hashes of older recipes stay the same."""
+        return {name: value for name, value in handler(self).items() if name not in ("metrics", "options") or value}
 
 
 Control = Annotated[str, name_in(("best-single", *CONTROLS))]

@@ -57,10 +57,10 @@ class Context:
         """The base's weights."""
         return open_checkpoint(self.base_folder)
 
-    def using(self, task: Task, data: TaskData) -> Context:
-        """Return a copy with a task and data that are already loaded."""
+    def using(self, task: Task, data: TaskData, base: Checkpoint | None = None) -> Context:
+        """Return a copy with a task, data and, if given, a base that are already loaded."""
         copy = Context(**self.__getstate__())
-        copy.__dict__.update(task=task, data=data)
+        copy.__dict__.update(task=task, data=data, **({} if base is None else {"base": base}))
         return copy
 
     def run_dir(self, spec: RunSpec) -> RunDir:

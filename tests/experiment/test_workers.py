@@ -2,16 +2,19 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from emomerge.checkpoints import MemoryCheckpoint, model_checkpoint, write_checkpoint
+from emomerge.checkpoints import MemoryCheckpoint, model_checkpoint, open_checkpoint, write_checkpoint
 from emomerge.errors import EmomergeError
 from emomerge.experiment.assessment import probe_models
-from emomerge.experiment.measure import Measurer
 from emomerge.probing.ledger import FIELDS, Ledger
+from emomerge.probing.registry import METRICS as REGISTRY
+from emomerge.probing.registry import Measurement, metric
 from emomerge.progress import Display
 from emomerge.recipe import parse_recipe
 from emomerge.tasks import make_task
@@ -31,7 +34,7 @@ def given(tmp_path_factory):
         "task": {"kind": "image-classification", "train": "digits", "limit": 64, "eval_fraction": 0.25},
         "probe": {"batches": 1, "batch_size": 16, "directions": 6, "lanczos_steps": 3, "trace_probes": 2, "radii": [0.03]},
     }
-    recipe, root = parse_recipe(section), tmp_path_factory.mktemp("shares")
+    recipe, root = parse_recipe(section), tmp_path_factory.mktemp("jobs")
     task = make_task(recipe.task)
     torch.manual_seed(0)
     model = task.new_model(recipe.base, task.load_data(recipe.base))
@@ -55,23 +58,23 @@ class Dying:
     max_parallel = None
 
     def __init__(self, monkeypatch):
-        self.monkeypatch, self.shares, self.rows = monkeypatch, [], 0
+        self.monkeypatch, self.jobs, self.rows = monkeypatch, [], 0
 
-    def submit(self, function, share):
-        self.shares.append(share)
+    def submit(self, function, job):
+        self.jobs.append(job)
         self.error = None
         ask, self.rows = Ledger.ask, 0
 
         def dying(ledger, *args, **key):
             self.rows += 1
-            if self.rows > 2 and len(self.shares) % 3 == 0:
+            if self.rows > 2 and len(self.jobs) % 3 == 0:
                 raise KeyboardInterrupt
             return ask(ledger, *args, **key)
 
         with self.monkeypatch.context() as patch:
             patch.setattr(Ledger, "ask", dying)
             try:
-                self.returned = function(share)
+                self.returned = function(job)
             except KeyboardInterrupt as lost:
                 self.error = lost
         return Over(self.error, None if self.error else self.returned)
@@ -98,41 +101,66 @@ def test_the_same_figures_although_workers_die(given, tmp_path, monkeypatch):
     engine = Dying(monkeypatch)
     monkeypatch.setattr("emomerge.training.workers.POLL", 0)
     assert probe(recipe, root, tmp_path / "there", engine) == here
-    per_model = 2 * 2 + 3  # six directions of two metrics in shares of four and two; three other metrics
-    assert len({share.ledger for share in engine.shares}) == 2 * per_model < len(engine.shares)
+    per_model = 2 * 2 + 3  # six directions of two metrics in jobs of four and two; three other metrics
+    assert len({job.ledger for job in engine.jobs}) == 2 * per_model < len(engine.jobs)
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["evaluations.jsonl", "results.json"]
 
     # What they found is not evaluated again, neither by us nor by workers.
     rows = (tmp_path / "there" / "evaluations.jsonl").read_text().splitlines()
     keys = [tuple(json.loads(row)[field] for field in FIELDS) for row in rows]
     assert len(set(keys)) == len(keys)
-    engine.shares.clear()
+    engine.jobs.clear()
     assert probe(recipe, root, tmp_path / "there", engine) == here
-    assert engine.shares == []
+    assert engine.jobs == []
     assert (tmp_path / "there" / "evaluations.jsonl").read_text().splitlines() == rows
 
 
-def test_the_same_weights_twice_are_one_workers_share(given, tmp_path, monkeypatch):
+def test_equal_weights_are_measured_by_one_job(given, tmp_path, monkeypatch):
     recipe, root, _ = given
     monkeypatch.setattr("emomerge.training.workers.POLL", 0)
     engine = Dying(monkeypatch)
     probe_models(recipe, [str(root / "base")], root / "base", tmp_path / "there", Display(quiet=True), ["gaussian"], engine)
-    assert len({share.ledger for share in engine.shares}) == 2
-    assert {share.artefact.hash for share in engine.shares} == {engine.shares[0].artefact.hash}
-    assert len({(share.artefact.name, share.ledger) for share in engine.shares}) == 2
+    assert len({job.ledger for job in engine.jobs}) == 2
+    assert {job.artefact.hash for job in engine.jobs} == {engine.jobs[0].artefact.hash}
+    assert len({(job.artefact.name, job.ledger) for job in engine.jobs}) == 2
 
 
-def test_what_is_wrong_is_told_and_nothing_is_lost(given, tmp_path, monkeypatch):
+def test_errors_are_reported_after_all_other_jobs_are_done(given, tmp_path, monkeypatch):
     recipe, root, here = given
     monkeypatch.setattr("emomerge.training.workers.POLL", 0)
     engine = Dying(monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(Measurer, "_hessian", lambda self, artefact: 1 / 0)
+        patch.setitem(REGISTRY, "hessian", replace(REGISTRY["hessian"], function=lambda probe, **options: 1 / 0))
         with pytest.raises(EmomergeError, match="hessian of base failed: ZeroDivisionError.*hessian of model failed"):
             probe(recipe, root, tmp_path / "there", engine)
-    engine.shares.clear()
+    engine.jobs.clear()
     assert probe(recipe, root, tmp_path / "there", engine) == here
-    assert {share.metric for share in engine.shares} == {"hessian"}
+    assert {job.metric for job in engine.jobs} == {"hessian"}
+
+
+def test_a_new_metric_runs_from_a_recipe_in_workers_and_in_the_results(given, tmp_path, monkeypatch):
+    recipe, root, _ = given
+    monkeypatch.setattr("emomerge.training.workers.POLL", 0)
+    monkeypatch.setitem(REGISTRY, "largest-weight", None)  # removed again after the test
+
+    @metric("largest-weight", split="whole")
+    def largest_weight(probe, factor: float = 1.0):
+        """Measure the largest weight."""
+        row = probe.ledger.ask(
+            lambda: {"largest": max(float(p.detach().abs().max()) for p in probe.parameters.values())},
+            **probe.ledger_key("largest weight", 0.0, None, 0),
+        )
+        return Measurement(np.array(row["largest"]), factor * row["largest"])
+
+    section = {"preset": "quick", "metrics": ("largest-weight",), "options": {"largest-weight": {"factor": 2}}}
+    recipe = recipe.model_copy(update={"probe": recipe.probe.model_copy(update=section)})
+    engine = Dying(monkeypatch)
+    results = probe_models(recipe, [str(root / "model")], root / "base", tmp_path / "there", Display(quiet=True), None, engine)
+    (column,) = [column for column in results.columns if column.key == "largest-weight"]
+    assert (column.title, column.meaning) == ("largest-weight", "Measure the largest weight")
+    weights = open_checkpoint(root / "model")
+    assert results.artefacts[1].mean(column.key) == 2 * max(float(weights[name].abs().max()) for name in weights)
+    assert {job.metric for job in engine.jobs} == {"gaussian", "largest-weight"}
 
 
 @pytest.mark.cluster

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from emomerge.errors import BadInput
-from emomerge.probing import METRICS, Perturbable, landscape, reestimate_batch_norm, rms, sharpness, worst_case
-from emomerge.probing.controls import agreement
+from emomerge.probing import METRICS, Perturbable, basin, landscape, reestimate_batch_norm, rms, sharpness, worst_case
+from emomerge.probing.basics import agreement
 
 
 class Quadratic(nn.Module):
@@ -194,7 +194,7 @@ def test_baked_measures_do_not_see_how_an_adapter_is_factored():
 @pytest.mark.parametrize("h", [0.01, 1.0, 30.0])
 def test_the_basin_of_a_quadratic_has_its_closed_form_width(h):
     probe = probe_of(Quadratic(np.ones(50), h * np.eye(50), c=1.0), batches=(1.0, 3.0))
-    found = sharpness.basin(probe, directions=3)
+    found = basin.basin(probe, directions=3)
     for number in range(3):
         z = probe.direction(number)["w"].numpy()
         assert found.values[number] == pytest.approx(math.sqrt(2 * 0.1 / (2.0 * h * (z @ z))), rel=0.003)
@@ -204,14 +204,14 @@ def test_the_basin_of_a_quadratic_has_its_closed_form_width(h):
 
 def test_a_basin_outside_its_bounds_or_that_diverges_is_a_finding():
     for h in (0.0, 1e9):
-        found = sharpness.basin(probe_of(Quadratic(np.ones(5), h * np.eye(5), c=1.0)), directions=2).summary
+        found = basin.basin(probe_of(Quadratic(np.ones(5), h * np.eye(5), c=1.0)), directions=2).summary
         assert found["finding"] == "2 of 2 widths lie outside 0.001 … 10"
 
     class Cliff(Quadratic):
         def forward(self, batch):
             return super().forward(batch) + torch.log(1.5 - self.w.max()) * 0
 
-    assert sharpness.basin(probe_of(Cliff(np.ones(50), 0 * np.eye(50))), directions=2).summary["width"] < 0.5
+    assert basin.basin(probe_of(Cliff(np.ones(50), 0 * np.eye(50))), directions=2).summary["width"] < 0.5
 
 
 # Landscapes.
@@ -243,8 +243,8 @@ def test_the_ends_of_a_path_are_the_models_to_the_bit():
     probe = Perturbable(model, lambda m, x: (m(x).square().mean(), 1.0), [torch.randn(5, 9)], rms(model))
     path = landscape.barriers(probe, {"other": dict(other.named_parameters())}).values[0]
     there = Perturbable(other, probe.loss, probe.batches, rms(model))
-    assert (path[0] == sharpness.center(probe)).all()
-    assert (path[-1] == sharpness.center(there)).all()
+    assert (path[0] == probe.center_losses()).all()
+    assert (path[-1] == there.center_losses()).all()
 
 
 def test_the_plane_goes_through_its_corners_and_keeps_distances():
@@ -284,7 +284,7 @@ def test_the_surface_has_directions_with_the_models_filters_and_leaves_vectors()
 
     probe = Perturbable(model, lambda m, x: (m(x).mean(), 1.0), [torch.ones(1, 2, 2, 2)], rms(model))
     assert probe.is_swappable
-    sharpness.center(probe)
+    probe.center_losses()
     model[0].register_forward_hook(watch)
     found = landscape.surface(probe, size=3)
     assert found.values.shape == (3, 3, 1)
@@ -383,9 +383,11 @@ def test_costs_are_those_of_the_docstrings(name):
     assert probe.is_swappable
     assert forwards == 2  # once a model
     if name not in ("loss", "gradient-norm", "noise-floor"):
-        sharpness.center(probe)
+        probe.center_losses()
     forwards = 0
     given = {"base": {"w": torch.zeros(2)}, "others": {"a": {"w": torch.tensor([1.0, 3.0])}, "b": {"w": torch.ones(2)}}}
     options, forward, backward = COSTS[name]
     METRICS[name].function(probe, **{need: given[need] for need in METRICS[name].needs}, **options)
     assert (forwards, backwards) == (forward * BATCHES, backward * BATCHES)
+    pairs = 3 if name == "barriers" else 1  # a metric declares its cost for one pair
+    assert pairs * METRICS[name].passes(options, BATCHES) == forwards + 2 * backwards

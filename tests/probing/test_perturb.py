@@ -9,7 +9,7 @@ import emomerge
 from emomerge.errors import BadInput, EmomergeError
 from emomerge.numerics.sums import inner
 from emomerge.probing import perturb, sharpness
-from emomerge.probing.perturb import Lazy, Perturbable, rms
+from emomerge.probing.perturb import LazyTensors, Perturbable, rms
 
 
 def loss(model, batch):
@@ -87,7 +87,7 @@ def test_weights_are_restored_to_the_bit_also_after_an_exception(in_place):
     model.norm.eval()
     probe = probe_of(model)
     before, state = probe.sha256(), {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(KeyError), probe.placed(in_place=in_place) as place:
+    with pytest.raises(KeyError), probe.weight_setter(in_place=in_place) as place:
         place(probe.along(probe.direction(0), 0.3))
         assert (probe.sha256() == before) is not in_place  # for forward passes no stored weight is touched
         assert not model.training
@@ -125,7 +125,7 @@ def test_an_exception_in_the_middle_of_a_forward_pass():
 
 def test_a_change_of_the_weights_behind_the_probes_back_is_noticed():
     model = Tied()
-    with pytest.raises(EmomergeError, match="could not restore"), probe_of(model).placed():
+    with pytest.raises(EmomergeError, match="could not restore"), probe_of(model).weight_setter():
         model.norm.running_mean.add_(1)
 
 
@@ -137,7 +137,7 @@ def test_swapped_weights_give_what_a_moved_clone_gives(kind):
     assert probe.is_swappable is SWAPPABLE[kind]
     there = dict(probe.along(probe.direction(5), 0.3))
     clone.load_state_dict(there, strict=False)
-    with probe.placed() as place:
+    with probe.weight_setter() as place:
         place(there)
         assert probe.evaluate(0) == probe_of(clone).evaluate(0)
         place({})
@@ -174,7 +174,7 @@ def test_large_directions_are_drawn_again_and_are_the_same(monkeypatch):
 def test_gradients_are_those_at_the_moved_weights():
     model = nn.Linear(3, 1, bias=False)
     probe = probe_of(model)
-    with probe.moved() as move:
+    with probe.stepper() as move:
         move({"weight": torch.ones(1, 3)}, 2.0)
         moved = probe.parameters["weight"].detach().clone()
         found = torch.autograd.grad(loss(model, probe.batches[0])[0], model.weight)[0]
@@ -218,7 +218,7 @@ def test_the_own_ball_scales_each_weight_and_keeps_zeros():
 def test_the_own_ball_is_that_of_the_center_while_weights_are_moved():
     probe = probe_of(Peeking())
     expected = probe.direction(0, "own")["child.weight"]
-    with probe.placed() as place:
+    with probe.weight_setter() as place:
         place(probe.along(probe.direction(0), 10.0))
         assert torch.equal(probe.direction(0, "own")["child.weight"], expected)
 
@@ -312,7 +312,7 @@ def test_sums_are_exact_enough_and_the_same_for_any_thread_count(threads):
 
 def test_lazy_tensors_are_computed_when_they_are_asked_for():
     asked = []
-    lazy = Lazy(["a", "b"], lambda name: asked.append(name) or torch.ones(1))
+    lazy = LazyTensors(["a", "b"], lambda name: asked.append(name) or torch.ones(1))
     assert len(lazy) == 2
     assert "a" in lazy
     assert not asked

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from emomerge.experiment.assessment import united_columns
-from emomerge.experiment.measure import COSINE, DISTANCE, ENTROPY, GRADIENT_NORM, score_figures
+from emomerge.experiment.scores import COSINE, DISTANCE, ENTROPY, GRADIENT_NORM, Figure, score_figures
 from emomerge.probing import report
-from emomerge.probing.report import Figures
 from emomerge.results import (
     ArtefactRow,
     Claim,
@@ -50,10 +49,10 @@ MERGES = {
 
 def figures_of(
     test: float, sharp: float, distance: float, train_accuracy: float, test_accuracy: float, cosine: bool
-) -> Figures:
+) -> list[Figure]:
     """The figures of a quick probe, in the order of the tables."""
 
-    def scores(split: str, loss: float, accuracy: float) -> Figures:
+    def scores(split: str, loss: float, accuracy: float) -> list[Figure]:
         of_rows = {"loss": np.array([loss]), "accuracy": np.array([accuracy]), "weight": np.ones(1)}
         return score_figures(split, of_rows, "nats", perplexity=False)
 
@@ -63,7 +62,7 @@ def figures_of(
     }
     return [
         *scores("test", test, test_accuracy),
-        *report.gaussian(shaken),
+        *report.gaussian(shaken, "model").figures,
         (DISTANCE, Estimate(mean=distance)),
         *scores("validation", round(test + 0.004, 4), round(1 - test / 3 - 0.002, 4)),
         *scores("train", round(test - 0.06, 4), train_accuracy),
@@ -92,7 +91,7 @@ LAYERS = [
 ]
 
 
-def full_probe(sharp: float) -> tuple[Figures, Hessian]:
+def full_probe(sharp: float) -> tuple[list[Figure], Hessian]:
     """What the full probe adds to an artefact of that sharpness; invented."""
     largest, trace = 1500 * sharp, 20_000 * sharp
     at = [-0.1 * largest + 1.14 * largest * k / 200 for k in range(201)]
@@ -115,12 +114,16 @@ def full_probe(sharp: float) -> tuple[Figures, Hessian]:
         )
     }  # fmt: skip
     basin = 0.01 / sharp**0.5
+    curvature = {
+        "largest": largest, "smallest": -0.05 * largest, "step": None, "disagreement": None, "density": None,
+        "trace": {"mean": trace, "stderr": 0.03 * trace, "n": 32, "modules": {}},
+    }  # fmt: skip
     figures = [
-        *report.hessian(largest, {"mean": trace, "stderr": 0.03 * trace, "n": 32}, -0.05 * largest),
-        *report.basin({"width": basin, "log_stderr": 0.002 / basin, "n": 8}),
-        *report.adaptive(adaptive),
-        *report.worst_case(worst),
-        *report.span(span),
+        *report.hessian(curvature, "model").figures,
+        *report.basin({"width": basin, "log_stderr": 0.002 / basin, "n": 8}, "model").figures,
+        *report.adaptive(adaptive, "model").figures,
+        *report.worst_case(worst, "model").figures,
+        *report.span({"eigenvalues": span}, "model").figures,
     ]
     layers = {
         name: trace / 30 * (0.2 + 1.6 * abs(math.sin(1 + 3 * i + 40 * sharp))) * (0.4 + i / 30) for i, name in enumerate(LAYERS)

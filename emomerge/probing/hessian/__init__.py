@@ -1,4 +1,4 @@
-"""The Hessian without its matrix: ends and density of its spectrum, trace, parts by layer, and exactly in the span of runs."""
+"""The Hessian, matrix-free: extreme eigenvalues, spectral density, trace, blocks by module, restriction to task vectors."""
 
 from __future__ import annotations
 

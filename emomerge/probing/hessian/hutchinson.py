@@ -23,22 +23,22 @@ class Trace:
     """Estimates of tr H, one for each probe vector and batch."""
 
     values: Array
-    """(probes, batches): their weighted mean over batches is one estimate of tr H."""
+    """(probes, batches): the weighted mean over batches is one estimate of tr H."""
     tensors: Mapping[str, Array]
-    """Each parameter's part of the trace, (probes,)."""
+    """Parameter name → its part of the trace, (probes,)."""
     weight: Array
-    """Of every batch, summing to one."""
+    """Weights of the batches, summing to one."""
     disagreement: float | None
-    """|difference| between the first estimate's random part at ε and at ε/2, relative; None for `autograd`."""
+    """Relative difference between the random part of the first estimate at ε and at ε/2; None for `autograd`."""
 
     def modules(self) -> dict[str, dict[str, Any]]:
-        """Mean, standard error and number of estimates of each module's part of the trace."""
+        """Return mean, standard error and number of estimates of each module's part of the trace."""
         grouped = by_module([*self.tensors]).items()
         parts = {module: np.stack([self.tensors[name] for name in names], axis=1) for module, names in grouped}
         return {module: sharpness.summary(part, np.ones(part.shape[1]), 0.0) for module, part in parts.items()}
 
     def summary(self) -> dict[str, Any]:
-        """Mean, standard error and number of estimates of the trace, and its parts."""
+        """Return mean, standard error and number of estimates of the trace, and its parts by module."""
         whole = sharpness.summary(self.values, self.weight, 0.0)
         return {**whole, "disagreement": self.disagreement, "modules": self.modules()}
 
@@ -51,33 +51,33 @@ def trace(
     hvp: Method = "finite-difference",
     on_probe: Callable[[int], None] = lambda number: None,
 ) -> Trace:
-    """tr H from zᵀHz over random signs z (Hutchinson 1989); with a Lanczos run, tr QᵀHQ + zᵀ(I−P)H(I−P)z, P = QQᵀ.
+    """Estimate tr H by zᵀHz over random signs z (Hutchinson 1989), or tr QᵀHQ + zᵀ(I−P)H(I−P)z, P = QQᵀ, given a Lanczos run.
 
-    The second is Hutch++ (Meyer et al. 2021) with the Krylov space for its sketch: the run has the outliers, which make most
-    of the estimate's variance, exactly, and at no further cost. All models share z; each tensor's part comes from the same
-    products. One row of the ledger for each z.
+    The second is Hutch++ (Meyer et al. 2021) with the Krylov space as its sketch: the run knows the outliers, which cause most
+    of the estimate's variance, exactly and at no further cost. All models share z; the part of each tensor comes from the
+    same products. One ledger row per z.
 
-    Differences are one-sided, because their error is odd in z and the signs are random: the mean has no bias from it, and
-    the standard error holds its spread. Half the cost of central ones buys twice the probes.
+    Differences are one-sided: their error is odd in z and the signs are random, so that it does not bias the mean, and its
+    variance is part of the standard error. Central differences would allow half as many probes at the same cost.
 
     Cost: `probes` + 2 gradients of all batches; `autograd`: `probes` products.
     Memory: a gradient for every batch, and Q.
 
     Args:
         probe: the model.
-        probes: how many z.
+        probes: number of z.
         lanczos: a run over the same model and all its parameters.
-        hvp: how products are taken.
-        on_probe: called with the number of each z when it is done.
+        hvp: how Hessian-vector products are computed.
+        on_probe: called with the index of each z that is done.
     """
     metric = f"trace {hvp}{f' beyond {lanczos.name}' if lanczos else ''}"
-    places = [sharpness.key(probe, metric, 0.0, number, 0) for number in range(probes)]
-    done = all(probe.ledger.get(**place) for place in places)
+    keys = [probe.ledger_key(metric, 0.0, number, 0) for number in range(probes)]
+    done = all(probe.ledger.get(**key) for key in keys)
     basis = lanczos.basis() if lanczos and not done else []  # before the weights move: it may have to be computed again
     rows = []
     with curvature(probe, hvp) as matrix:
-        for number, place in enumerate(places):
-            rows.append(probe.ledger.ask(partial(_estimate, matrix, basis, number), **place))
+        for number, key in enumerate(keys):
+            rows.append(probe.ledger.ask(partial(_estimate, matrix, basis, number), **key))
             on_probe(number)
     known = lanczos.trace_units if lanczos else 0.0
     return Trace(
@@ -92,7 +92,7 @@ def trace(
 
 
 def _estimate(matrix: Curvature, basis: list[Tensor], number: int) -> dict[str, Any]:
-    """zᵀ(I−P)H_b(I−P)z for every batch b, its parts by tensor, and for the first z how far ε and ε/2 differ."""
+    """Return zᵀ(I−P)H_b(I−P)z for every batch b, its parts by tensor, and for the first z the disagreement of ε and ε/2."""
     signs = matrix.draw("trace", number).sign_()
     rest = signs.clone()
     project_out(rest, basis)

@@ -1,13 +1,13 @@
-"""Hessian-vector products of a Perturbable: of the whole loss, and projected for every batch.
+"""Hessian-vector products of a Perturbable: of the whole loss, and projections for every batch.
 
-`finite-difference`, the default, takes Hv ≈ [∇L(θ + εv) − ∇L(θ − εv)]/2ε: two gradients, in the memory of a training step, and
-through fused attention, which has no double backward; or one gradient beside ∇L(θ), Hv ≈ [∇L(θ + εv) − ∇L(θ)]/ε. For random v
-‖εv‖ is 2e-4·‖θ‖. Rounding adds an error of fixed length to a gradient, so that ε may shrink as ‖Hv‖ grows (`shorten`), and
-with it what the third derivative adds. Where two ε disagree, the larger is halved. `autograd` is exact (double backward,
-attention computed by its formula) and costs two to three times as much as central differences.
+`finite-difference`, the default, computes Hv ≈ [∇L(θ + εv) − ∇L(θ − εv)]/2ε: two gradients, which need the memory of a training
+step and work with fused attention, which has no double backward. One-sided, Hv ≈ [∇L(θ + εv) − ∇L(θ)]/ε, it is one gradient
+besides ∇L(θ). For random v, ‖εv‖ is 2e-4·‖θ‖. Rounding adds an error of constant norm to a gradient, so that ε may shrink as
+‖Hv‖ grows (`shorten`), and the error due to the third derivative with it. If two ε disagree, the larger is halved. `autograd`
+is exact (double backward, attention in its math backend) and costs two to three times as much as central differences.
 
-A network with kinks (ReLU) has no Hessian at them. Double backward ignores them; finite differences see those that a step
-crosses, as a rough loss surface really has them, and two ε then disagree, which is reported.
+A network with kinks (ReLU) has no Hessian at them. Double backward ignores kinks; finite differences see those that a step
+crosses, since the loss surface really is rough there. Two ε then disagree, which is reported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from emomerge.errors import BadInput
 from emomerge.probing.hessian.vectors import dots, norm
-from emomerge.probing.perturb import Move, Perturbable, normals
+from emomerge.probing.perturb import Perturbable, Step, normals
 
 Array: TypeAlias = NDArray[np.float64]
 Method = Literal["finite-difference", "autograd"]
@@ -36,29 +36,29 @@ Method = Literal["finite-difference", "autograd"]
 STEP = {torch.float32: 2e-4, torch.float64: 2e-6}
 """‖εv‖/‖θ‖ of a random v."""
 AGREEMENT = 0.002
-"""Relative difference of the products by two ε at which both are small enough."""
+"""Two ε are small enough if their products differ by less than this, relatively."""
 DOUBTFUL = 0.01
-"""Relative difference that is warned of."""
+"""Relative difference above which a warning is given."""
 DISAGREES = (
     f"Hessian products by finite differences at two ε differ by more than {DOUBTFUL:.0%}: the loss has kinks, as ReLU "
     "makes them, or bends too fast for float32; see `disagreement`, or take the products by autograd"
 )
 HALVINGS = 4
-"""How often ε may be halved; below 2e-4/2⁴ of random vectors the rounding of float32 weights is felt."""
+"""How often ε may be halved; for random vectors, rounding of float32 weights matters below 2e-4/2⁴."""
 
 
 class Curvature:
-    """∇²L of a model, L the weighted mean over its batches; made by `curvature`.
+    """The Hessian ∇²L of a model, L the weighted mean over its batches; created by `curvature`.
 
     Args:
         probe: the model.
-        move: of `probe.moved()`.
-        hvp: how products are taken.
-        only: names of the parameters that make up the matrix; by default all that are perturbed.
+        step_along: from `probe.stepper()`.
+        hvp: how Hessian-vector products are computed.
+        only: names of the parameters that the matrix is about; by default all that are perturbed.
     """
 
-    def __init__(self, probe: Perturbable, move: Move, hvp: Method, only: Sequence[str] | None = None) -> None:
-        self.probe, self._move, self.hvp = probe, move, hvp
+    def __init__(self, probe: Perturbable, step_along: Step, hvp: Method, only: Sequence[str] | None = None) -> None:
+        self.probe, self._step_along, self.hvp = probe, step_along, hvp
         self.parameters = {name: p for name, p in probe.parameters.items() if only is None or name in only}
         if not self.parameters:
             raise BadInput("the Hessian has no parameters", expected="trainable floating parameters", found="none")
@@ -76,32 +76,32 @@ class Curvature:
         self._norm = norm(whole) or 1.0
         self.step = STEP[self.dtype]
         self.disagreement: float | None = None
-        """How far the products by two ε differ, relative to their length; None until compared, and for `autograd`."""
+        """Relative difference of the products by two ε; None until they are compared, and for `autograd`."""
 
-    def draw(self, what: str, number: int) -> Tensor:
-        """A vector (size,) of standard normals, seeded by the probe's seed, `what`, number and parameter name."""
-        return self.flat([normals(self.probe.seed, number, f"{what}/{name}", p) for name, p in self.parameters.items()])
+    def draw(self, purpose: str, number: int) -> Tensor:
+        """Return a vector (size,) of standard normals, seeded by the probe's seed, `purpose`, number and parameter name."""
+        return self.flat([normals(self.probe.seed, number, f"{purpose}/{name}", p) for name, p in self.parameters.items()])
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
-        """The parts of a flat vector by parameter name, in the parameters' shapes."""
+        """Return the parts of a flat vector by parameter name, in the parameters' shapes."""
         parts = zip(self.parameters.items(), vector.split(self.sizes), strict=True)
         return {name: part.view(p.shape) for (name, p), part in parts}
 
     def flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One vector (size,) of tensors in the parameters' order."""
+        """Return one vector (size,) of tensors in the parameters' order."""
         return torch.cat([t.detach().reshape(-1).to(self.device, self.dtype) for t in tensors])
 
     def sums(self, a: Tensor, b: Tensor) -> Tensor:
-        """⟨a, b⟩ of each parameter's part, (parameters,) float64 on the CPU."""
+        """Return ⟨a, b⟩ restricted to each parameter, (parameters,) float64 on the CPU."""
         return torch.cat([dots([x], y).cpu() for x, y in zip(a.split(self.sizes), b.split(self.sizes), strict=True)])
 
     @property
     def weights(self) -> Array:
-        """Weight of every batch, summing to one, (batches,); known after the first product."""
+        """Weights of the batches, summing to one, (batches,); known after the first product."""
         return np.array(self._weights) / sum(self._weights)
 
     def product(self, vector: Tensor, against: Sequence[Tensor], *, one_sided: bool = False) -> tuple[Tensor, Array]:
-        """H·v, and uᵀH_b·v for every batch b and each u of `against`.
+        """Return H·v, and uᵀH_b·v for every batch b and each u in `against`.
 
         Cost, in gradients of all batches: 2; 1 for `one_sided` (and 1 the first time); `autograd`: one gradient and one
         double backward.
@@ -109,8 +109,8 @@ class Curvature:
         Args:
             vector: v (size,).
             against: vectors u (size,).
-            one_sided: take [∇L(θ + εv) − ∇L(θ)]/ε: in error by ε/2·∇³L[v, v], which is odd in v, so that the mean over
-                random signs of v has no bias from it.
+            one_sided: compute [∇L(θ + εv) − ∇L(θ)]/ε. Its error ε/2·∇³L[v, v] makes an odd contribution to vᵀHv, so that a
+                mean over random signs of v is not biased by it.
 
         Returns:
             (size,) and (batches, len(against)).
@@ -134,10 +134,10 @@ class Curvature:
         return total.div_(sum(self._weights)), np.array(units)
 
     def shorten(self, lengths: Sequence[float]) -> None:
-        """ε for the next vector of a Krylov space, as short as rounding allows.
+        """Set ε for the next vector of a Krylov space, as small as rounding allows.
 
-        A gradient's rounding error has one length δ for all v, so that δ/ε‖Hv‖ stays what it is for a random v if ε‖Hv‖ does.
-        Of the second vector only ‖Hv₁‖ ≤ ‖Hv₂‖ ≤ ‖H‖_F ≈ √n‖Hv₁‖ is known, and their geometric mean is taken.
+        The rounding error of a gradient has the same norm δ for all v, so that the relative error δ/ε‖Hv‖ is that of a random
+        v as long as ε‖Hv‖ is. Of the second vector only ‖Hv₁‖ ≤ ‖Hv₂‖ ≤ ‖H‖_F ≈ √n‖Hv₁‖ is known; the geometric mean is used.
 
         Args:
             lengths: ‖Hv‖ of the unit vectors so far, the first of them random.
@@ -148,14 +148,14 @@ class Curvature:
     def agreed(
         self, vector: Tensor, against: Sequence[Tensor], scale: float = 0.0, known: Tensor | None = None
     ) -> tuple[Tensor, Array]:
-        """As `product`, with ε halved from its present size until ε and ε/2 agree, or until that helps no longer.
+        """Return `product` with ε halved until ε and ε/2 agree, or until halving does not help any more.
 
         Cost: 2 to 5 products, or 1 where it is `known`; `autograd`: 1.
 
         Args:
             vector, against: see `product`.
-            scale: the difference is relative to ‖Hv‖, or to this where it is larger.
-            known: Hv by another ε (size,), which saves the second product if it agrees.
+            scale: differences are relative to ‖Hv‖, or to this if it is larger.
+            known: Hv by another ε, (size,); saves the second product if it agrees.
         """
         best = self.product(vector, against)
         if self.hvp == "autograd":
@@ -189,8 +189,8 @@ class Curvature:
         return [self._gradient(batch, nowhere, 0.0)[0] for batch in range(len(self.probe.batches))]
 
     def _gradient(self, batch: int, vector: Tensor, factor: float) -> tuple[Tensor, float]:
-        """∇ of one batch's mean loss at θ + factor·vector, (size,), and the batch's weight."""
-        self._move(self.views(vector), factor)
+        """Return ∇ of the mean loss of a batch at θ + factor·vector, (size,), and the weight of the batch."""
+        self._step_along(self.views(vector), factor)
         with torch.enable_grad():
             loss, weight = self._loss(batch)
             gradients = torch.autograd.grad(loss, [*self.parameters.values()], materialize_grads=True)
@@ -224,6 +224,6 @@ class Curvature:
 
 @contextmanager
 def curvature(probe: Perturbable, hvp: Method = "finite-difference", only: Sequence[str] | None = None) -> Iterator[Curvature]:
-    """The Hessian of a model; its weights are the same to the bit afterwards, also after an exception."""
-    with probe.moved() as move:
-        yield Curvature(probe, move, hvp, only)
+    """Yield the Hessian of a model. Afterwards, also after an exception, the weights are the same to the bit."""
+    with probe.stepper() as step_along:
+        yield Curvature(probe, step_along, hvp, only)

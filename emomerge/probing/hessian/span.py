@@ -1,4 +1,4 @@
-"""The Hessian within the span of a few directions, such as the runs' task vectors: exact, not sampled."""
+"""The Hessian restricted to the span of a few directions, such as the runs' task vectors; exact, without sampling."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ from torch import Tensor
 from emomerge.probing.hessian.product import STEP, Array, Curvature, Method, curvature
 from emomerge.probing.hessian.vectors import dots, norm, project_out
 from emomerge.probing.perturb import Perturbable
-from emomerge.probing.sharpness import key
 
 DEPENDENT = 1e-5
-"""A direction with less than this part of its length outside the span of those before it adds nothing but rounding."""
+"""A direction is dependent if less than this share of its norm lies outside the span of the previous ones."""
 
 
 @dataclass(frozen=True)
 class SpanHessian:
-    """QᵀHQ for the orthonormal Q that Gram and Schmidt make of k directions, rank r ≤ k."""
+    """QᵀHQ, for Q the Gram–Schmidt orthonormalisation of k directions, of rank r ≤ k."""
 
     units: Array
     """QᵀH_bQ of every batch, symmetrised, (batches, r, r)."""
     coordinates: Array
     """The directions in the basis Q, (k, r)."""
     weight: Array
-    """Of every batch, summing to one."""
+    """Weights of the batches, summing to one."""
     asymmetry: float
-    """‖A − Aᵀ‖/‖A‖ of A = QᵀHQ before it was symmetrised: the error of the products."""
+    """‖A − Aᵀ‖/‖A‖ of A = QᵀHQ before symmetrisation: the error of the products."""
     disagreement: float | None
-    """See `Curvature`; the worst of all products."""
+    """See `Curvature`; the largest of all products."""
 
     @property
     def matrix(self) -> Array:
@@ -42,7 +41,7 @@ class SpanHessian:
         return np.tensordot(self.weight, self.units, axes=1)
 
     def summary(self) -> dict[str, Any]:
-        """Rank, eigenvalues (descending), trace, τ̂ᵀHτ̂ along every direction (None for length 0), and the products' error."""
+        """Return rank, eigenvalues (descending), trace, τ̂ᵀHτ̂ of every direction, and errors of the products."""
         lengths = np.linalg.norm(self.coordinates, axis=1)
         along = np.einsum("ki,ij,kj->k", self.coordinates, self.matrix, self.coordinates)
         curved = [float(a / x**2) if x > 0 else None for a, x in zip(along, lengths, strict=True)]
@@ -58,22 +57,22 @@ class SpanHessian:
 def in_span(
     probe: Perturbable, directions: Sequence[Mapping[str, Tensor]], *, hvp: Method = "finite-difference"
 ) -> SpanHessian:
-    """The exact Hessian in the span of directions.
+    """Return the exact Hessian in the span of directions.
 
-    Cost: for each independent direction 2 to 5 products (ε and ε/2 must agree); `autograd`: 1. One row of the ledger each.
-    Memory: a vector of the parameters' size for each.
+    Cost: 2 to 5 products for each independent direction (ε and ε/2 must agree); `autograd`: 1. One ledger row each.
+    Memory: a vector of the parameters' size for each direction.
 
     Args:
         probe: the model.
-        directions: parameter name → tensor; what is missing is 0, and names the probe does not move are left out.
-        hvp: how products are taken.
+        directions: parameter name → tensor. Missing tensors are 0; parameters that are not perturbed are ignored.
+        hvp: how Hessian-vector products are computed.
     """
     rows: list[dict[str, Any]] = []
     with curvature(probe, hvp) as matrix:
         basis, coordinates = orthonormal(matrix, directions)
-        place = f"hessian in span {hvp} {_digest(basis)}"
+        metric = f"hessian in span {hvp} {_digest(basis)}"
         for number, vector in enumerate(basis):
-            rows.append(probe.ledger.ask(partial(_column, matrix, vector, basis), **key(probe, place, 0.0, number, 0)))
+            rows.append(probe.ledger.ask(partial(_column, matrix, vector, basis), **probe.ledger_key(metric, 0.0, number, 0)))
     if not rows:
         return SpanHessian(np.zeros((1, 0, 0)), coordinates, np.ones(1), 0.0, None)
     units = np.array([row["units"] for row in rows]).transpose(1, 2, 0)  # (batches, against, column)
@@ -88,7 +87,7 @@ def in_span(
 
 
 def orthonormal(matrix: Curvature, directions: Sequence[Mapping[str, Tensor]]) -> tuple[list[Tensor], Array]:
-    """Orthonormal vectors (size,) that span the directions, and the directions in their coordinates (k, r)."""
+    """Return orthonormal vectors (size,) that span the directions, and the directions' coordinates (k, r)."""
     basis: list[Tensor] = []
     lengths: list[Tensor] = []
     for direction in directions:

@@ -1,4 +1,4 @@
-"""Stochastic Lanczos: the ends of the Hessian's spectrum, its density, and a subspace that sharpens the trace, in one run."""
+"""Stochastic Lanczos: extreme eigenvalues of the Hessian, its spectral density, and a sketch for the trace, from one run."""
 
 from __future__ import annotations
 
@@ -15,57 +15,57 @@ from torch import Tensor
 from emomerge.probing.hessian.product import Array, Curvature, Method, curvature
 from emomerge.probing.hessian.vectors import combine, norm, project_out
 from emomerge.probing.perturb import Perturbable
-from emomerge.probing.sharpness import key
 
 Ends = Literal["both", "largest"]
-CROWD = 30.0
-"""A random vector has about 1/size of its square in one eigenvector; a Ritz value with so many times that is of a crowd."""
+CLUSTER = 30.0
+"""One eigenvector holds about 1/size of the square of a random vector; a Ritz value with this many times that share stands
+for a cluster of eigenvalues."""
 
 
 @dataclass(frozen=True)
 class Extreme:
-    """One end of the spectrum: the Rayleigh quotient uᵀHu of its Ritz vector, ‖u‖ = 1."""
+    """An extreme eigenvalue: the Rayleigh quotient uᵀHu of its Ritz vector, ‖u‖ = 1."""
 
     value: float
     residual: float
-    """‖Hu − value·u‖: some eigenvalue lies this near, rounding and differences included; λmax ≥ value ≥ λmin always."""
+    """‖Hu − value·u‖: an eigenvalue lies this near, up to errors of the products; always λmax ≥ value ≥ λmin."""
     units: tuple[float, ...]
-    """uᵀH_b·u of every batch; their weighted mean is `value`. To first order this is what the eigenvalue does when batches
-    are resampled, so that it pairs models."""
+    """uᵀH_b·u of every batch; their weighted mean is `value`. To first order the eigenvalue changes like this mean when batches
+    are resampled, which allows paired comparisons of models."""
 
 
 @dataclass(frozen=True)
 class Lanczos:
-    """One run from one random vector; `summary` is its JSON."""
+    """A Lanczos run from one random vector."""
 
     name: str
-    """What the ledger calls it."""
+    """Its name in the ledger."""
     alpha: tuple[float, ...]
     """Diagonal of the tridiagonal T = QᵀHQ."""
     beta: tuple[float, ...]
-    """What stands beside it; the last is the norm of the residual that the next step would have taken up."""
+    """Off-diagonal of T; the last entry is the norm of the residual that the next step would start from."""
     largest: Extreme
     smallest: Extreme | None
     weight: tuple[float, ...]
-    """Of every batch, summing to one."""
+    """Weights of the batches, summing to one."""
     step: float
-    """ε of λmax."""
+    """ε that λmax was measured with."""
     disagreement: float | None
     """See `Curvature`."""
     trace_units: tuple[float, ...]
     """tr(QᵀH_bQ) of every batch."""
     trace_tensors: Mapping[str, float]
-    """What the span of Q explains of each tensor's part of the trace (Σ over it is tr T)."""
+    """Parameter name → its part of the trace in the span of Q; they add up to tr T."""
     basis: Callable[[], list[Tensor]] = field(repr=False, compare=False)
-    """The orthonormal Q, rows (size,); computed again where the run came from a ledger."""
+    """Returns the orthonormal Q, rows (size,); computes it again if the run came from a ledger."""
 
     def quadrature(self) -> tuple[Array, Array]:
-        """Nodes θ and weights (steps,) of Gauss's quadrature: Σ w_i·f(θ_i) ≈ tr f(H)/size (Golub and Welsch 1969)."""
+        """Return nodes θ and weights (steps,) of Gauss quadrature: Σ w_i·f(θ_i) ≈ tr f(H)/size (Golub and Welsch 1969)."""
         nodes, vectors = _ritz(self.alpha, self.beta)
         return nodes, vectors[0] ** 2
 
     def summary(self) -> dict[str, Any]:
-        """λmax, λmin, their residuals, and how they were taken."""
+        """Return λmax, λmin, their residuals, and how they were measured."""
         ends = {"largest": self.largest, "smallest": self.smallest}
         return {
             **{name: finite(end.value) for name, end in ends.items() if end},
@@ -84,25 +84,27 @@ def lanczos(
     hvp: Method = "finite-difference",
     only: Sequence[str] | None = None,
 ) -> Lanczos:
-    """λmax, λmin and the spectral density by Lanczos' method with full reorthogonalisation; one row of the ledger.
+    """Run Lanczos' method with full reorthogonalisation, for λmax, λmin and the spectral density. One ledger row.
 
-    T is taken by one-sided differences (see `Curvature.shorten`), which only tilt its Ritz vectors; λmax and λmin are Rayleigh
-    quotients of central ones at their Ritz vectors, of second order in the tilt, at twice the ε, which must give what T says.
+    T is computed by one-sided differences (see `Curvature.shorten`), whose error only tilts its Ritz vectors. λmax and λmin
+    are Rayleigh quotients of central differences at the Ritz vectors, with an error of second order in the tilt. They use
+    twice the ε of T and have to agree with T.
 
-    Cost in gradients of all batches: `steps` + 1 + 2 for each end, or up to 10 where its ε has to be halved; `autograd`: a
-    product for each step and end.
-    Memory: `steps` + 1 vectors of the parameters' size, and a gradient for every batch; fewer steps or `only` bound it.
+    Cost in gradients of all batches: `steps` + 1 + 2 for each end, or up to 10 if its ε has to be halved; `autograd`: a
+    product for each step and each end.
+    Memory: `steps` + 1 vectors of the parameters' size, and a gradient for every batch; fewer steps or `only` reduce it.
 
     Args:
         probe: the model.
-        steps: the most Lanczos steps.
-        number: which random vector to start from; several make the density smoother.
-        tolerance: stop once the error of the wanted ends is below this part of max |λ|, by the smaller of the residual r and
-            r²/gap (Kato 1949), the gap being that to the next Ritz value less its residual, and no end is a crowd's (as the
-            many eigenvalues near 0 are, beyond which λmin may still hide). 0 takes all steps.
-        ends: which ends are wanted; `largest` saves λmin's product.
-        hvp: how products are taken.
-        only: names of parameters: the spectrum of their diagonal block.
+        steps: maximum number of Lanczos steps.
+        number: index of the random vector to start from; several make the density smoother.
+        tolerance: stop as soon as the error of the wanted ends is below this share of max |λ| and none of them stands for a
+            cluster of eigenvalues (such as the many near 0, beyond which λmin may still hide). The error is the smaller of
+            the residual r and r²/gap (Kato 1949), the gap being that to the next Ritz value less its residual. 0: take all
+            steps.
+        ends: which ends are wanted; `largest` saves the product for λmin.
+        hvp: how Hessian-vector products are computed.
+        only: names of parameters; the run is on their diagonal block.
 
     Raises:
         BadInput: no parameters, or `autograd` where the model has no double backward.
@@ -115,7 +117,7 @@ def lanczos(
 
     block = "" if only is None else f" of {' '.join(sorted(only))}"
     metric = f"krylov {hvp} {steps} {tolerance:g} {ends}{block}"
-    row = probe.ledger.ask(lambda: run()[0], **key(probe, metric, 0.0, number, 0))
+    row = probe.ledger.ask(lambda: run()[0], **probe.ledger_key(metric, 0.0, number, 0))
     return Lanczos(
         name=f"{metric} #{number}", alpha=tuple(row["alpha"]), beta=tuple(row["beta"]),
         largest=_extreme(row["largest"]), smallest=row["smallest"] and _extreme(row["smallest"]),
@@ -125,7 +127,7 @@ def lanczos(
 
 
 def by_module(names: Sequence[str]) -> dict[str, list[str]]:
-    """Parameter names by the module that holds them."""
+    """Return module name → names of its parameters."""
     modules: dict[str, list[str]] = {}
     for name in names:
         modules.setdefault(name.rpartition(".")[0], []).append(name)
@@ -135,7 +137,7 @@ def by_module(names: Sequence[str]) -> dict[str, list[str]]:
 def blockwise(
     probe: Perturbable, steps: int = 30, *, tolerance: float = 0.05, hvp: Method = "finite-difference"
 ) -> dict[str, Lanczos]:
-    """λmax of every module's diagonal block of the Hessian, by module name. Cost: a `lanczos` for each, its end only."""
+    """Return module name → Lanczos run on its diagonal block of the Hessian. Cost: a `lanczos` per module, for λmax only."""
     return {
         module: lanczos(probe, steps, tolerance=tolerance, ends="largest", hvp=hvp, only=names)
         for module, names in by_module([*probe.parameters]).items()
@@ -143,12 +145,12 @@ def blockwise(
 
 
 def density(runs: Sequence[Lanczos], points: int = 201, width: float = 0.01) -> dict[str, list[float]] | None:
-    """The spectral density as a curve, the mean over runs of Gauss's quadrature, each node a normal density.
+    """Return the spectral density as a curve: the mean over runs of Gauss quadrature, each node smoothed by a normal density.
 
     Args:
-        runs: from different `number`s.
-        points: of the curve.
-        width: standard deviation of the normals, as a part of the spectrum's breadth.
+        runs: runs from different `number`s.
+        points: number of points of the curve.
+        width: standard deviation of the normal densities, as a fraction of the width of the spectrum.
 
     Returns:
         `nodes` and `weights` of all runs, weights summing to one; `eigenvalue` and `density` of the curve, of integral one.
@@ -165,7 +167,7 @@ def density(runs: Sequence[Lanczos], points: int = 201, width: float = 0.01) -> 
 
 
 def _run(matrix: Curvature, steps: int, number: int, tolerance: float, ends: Ends) -> tuple[dict[str, Any], list[Tensor]]:
-    """The row of the ledger, and Q."""
+    """Return the ledger row, and Q."""
     basis: list[Tensor] = []
     alpha: list[float] = []
     beta: list[float] = []
@@ -218,12 +220,12 @@ def _extreme(row: Mapping[str, Any]) -> Extreme:
 
 
 def _error(alpha: Sequence[float], beta: Sequence[float], ends: Ends, size: int) -> float:
-    """Of the Ritz values at the wanted ends, the worse, as a part of max |λ|; ∞ while one stands for many eigenvalues."""
+    """Return the largest error of the wanted ends relative to max |λ|; ∞ while one of them stands for a cluster."""
     nodes, vectors = _ritz(alpha, beta)
     residuals, shares = beta[-1] * np.abs(vectors[-1]), vectors[0] ** 2
     worst = 0.0
     for end, inner in [(-1, -2), (0, 1)][: 2 if ends == "both" else 1]:
-        if shares[end] * size > CROWD:
+        if shares[end] * size > CLUSTER:
             return math.inf
         gap = abs(nodes[end] - nodes[inner]) - residuals[inner] if len(nodes) > 1 else 0.0
         worst = max(worst, residuals[end] * min(1.0, residuals[end] / gap if gap > 0 else 1.0))
@@ -231,7 +233,7 @@ def _error(alpha: Sequence[float], beta: Sequence[float], ends: Ends, size: int)
 
 
 def _ritz(alpha: Sequence[float], beta: Sequence[float]) -> tuple[Array, Array]:
-    """Eigenvalues (steps,), ascending, and eigenvectors (steps, steps) of T; NaN where it is not finite."""
+    """Return eigenvalues (steps,), ascending, and eigenvectors (steps, steps) of T; NaN if T is not finite."""
     matrix = _tridiagonal(alpha, beta)
     if not np.isfinite(matrix).all():
         return np.full(len(alpha), np.nan), np.full(matrix.shape, np.nan)
@@ -245,5 +247,5 @@ def _tridiagonal(alpha: Sequence[float], beta: Sequence[float]) -> Array:
 
 
 def finite(value: float) -> float | None:
-    """The value, or None where it diverged."""
+    """Return the value, or None if it diverged."""
     return value if math.isfinite(value) else None

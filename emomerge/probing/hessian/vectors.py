@@ -1,4 +1,4 @@
-"""Arithmetic of flat parameter vectors: sums in float64 over blocks of a fixed length, which no thread count splits."""
+"""Arithmetic of flat parameter vectors: float64 sums over blocks of fixed length, independent of the number of threads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from emomerge.numerics.sums import double, square_sum
 
 BLOCK = 1 << 14
-"""Elements of a block: small enough that torch sums it on one thread."""
+"""Elements per block, few enough for torch to sum them on one thread."""
 
 
 def dots(rows: Sequence[Tensor], vector: Tensor) -> Tensor:
-    """⟨row, vector⟩ of every row, (rows,) float64."""
+    """Return ⟨row, vector⟩ of every row, (rows,) float64."""
     total = torch.zeros(len(rows), dtype=torch.float64, device=double(vector[:0]).device)
     for block, some in _blocks(rows, len(vector)):
         total += (some * double(vector[block])).sum(dim=1)
@@ -23,12 +23,12 @@ def dots(rows: Sequence[Tensor], vector: Tensor) -> Tensor:
 
 
 def norm(vector: Tensor) -> float:
-    """‖v‖₂."""
+    """Return ‖v‖₂."""
     return math.sqrt(square_sum(vector))
 
 
 def combine(rows: Sequence[Tensor], coefficients: Tensor) -> Tensor:
-    """Σ c_i row_i, in the rows' dtype; coefficients (rows,) float64."""
+    """Return Σ c_i row_i in the rows' dtype; coefficients (rows,) float64."""
     result = torch.empty_like(rows[0])
     for block, some in _blocks(rows, len(result)):
         result[block] = (some * coefficients.to(some.device)[:, None]).sum(dim=0)
@@ -36,7 +36,7 @@ def combine(rows: Sequence[Tensor], coefficients: Tensor) -> Tensor:
 
 
 def project_out(vector: Tensor, rows: Sequence[Tensor]) -> None:
-    """vector ← (I − QQᵀ)·vector in place, for orthonormal rows Q; twice, which is enough (Kahan and Parlett)."""
+    """Set vector to (I − QQᵀ)·vector in place, for orthonormal rows Q. Done twice, which is enough (Kahan and Parlett)."""
     if not rows:
         return
     first = dots(rows, vector)

@@ -1,4 +1,4 @@
-"""What stands beside every sharpness figure: gradient norm, distance, and how well an evaluation repeats itself."""
+"""The basic figures reported beside every sharpness: losses, gradient norm, distance, noise floor, agreement."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from emomerge.numerics.sums import inner, square_sum
 from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Batch, Perturbable, Weights
-from emomerge.probing.registry import Array, Measurement, metric
-from emomerge.probing.sharpness import center, key, weights
+from emomerge.probing.registry import BACKWARD, Array, Measurement, metric
 
 Score = Callable[[nn.Module, Batch], Mapping[str, float]]
-"""(model, batch) → figures of the batch: `weight` (rows), mean `loss`, and whatever else the task knows (accuracy, entropy)."""
+"""(model, batch) → figures of the batch: `weight` (number of rows), mean `loss`, and others of the task (accuracy, entropy)."""
 
 
 def scores(
@@ -32,7 +31,7 @@ def scores(
     data_hash: str,
     split: str,
 ) -> dict[str, NDArray[np.float64]]:
-    """Figures of every batch of a split, by name, each (batches,); one ledger row a batch, so that a kill loses one batch."""
+    """Return the figures of every batch of a split, by name, each (batches,). One ledger row per batch."""
     training = model.training
     model.eval()
     rows = []
@@ -59,20 +58,20 @@ def scores(
 
 
 def mean_score(figures: Mapping[str, NDArray[np.float64]], name: str) -> float:
-    """The weighted mean of one figure over batches."""
+    """Return the weighted mean of a figure over batches."""
     return float(np.average(figures[name], weights=figures["weight"]))
 
 
-@metric("loss", preset="quick")
+@metric("loss", preset="quick", roles=(), cost=lambda options, batches: batches)
 def loss(probe: Perturbable) -> Measurement:
-    """The weighted mean loss at the model itself; values (units,). Cost: one forward pass a batch."""
-    values = center(probe)
-    mean = float(values @ weights(probe))
-    return Measurement(values, mean if math.isfinite(mean) else None)
+    """Measure the weighted mean loss; values (units,). Cost: one forward pass per batch."""
+    values = probe.center_losses()
+    mean = float(values @ probe.unit_weights())
+    return Measurement(values, mean if math.isfinite(mean) else None, probe.unit_weights())
 
 
 def gradient_norm(probe: Perturbable) -> float:
-    """‖∇L‖₂ over all perturbed parameters, L the weighted mean over the probe's batches. One forward and backward a batch."""
+    """Return ‖∇L‖₂ over all perturbed parameters. Cost: a forward and a backward pass per batch."""
 
     def evaluate() -> dict[str, float]:
         parameters = list(probe.parameters.values())
@@ -89,34 +88,34 @@ def gradient_norm(probe: Perturbable) -> float:
                 weight_sum += float(weight_of.sum())
         return {"norm": math.sqrt(sum(square_sum(g) for g in total)) / weight_sum}
 
-    return float(probe.ledger.ask(evaluate, **key(probe, "gradient norm", 0.0, None, 0))["norm"])
+    return float(probe.ledger.ask(evaluate, **probe.ledger_key("gradient norm", 0.0, None, 0))["norm"])
 
 
 def noise_floor(probe: Perturbable) -> float:
-    """Largest difference between two evaluations of one batch at one point: figures below it mean nothing."""
+    """Return the largest difference between two evaluations of the same batch: smaller figures mean nothing."""
 
     def evaluate() -> dict[str, Any]:
         with probe.evaluating():
             pairs = [(probe.evaluate(i)[0], probe.evaluate(i)[0]) for i in range(len(probe.batches))]
         return {"difference": max(abs(a - b) for first, second in pairs for a, b in zip(first, second, strict=True))}
 
-    return float(probe.ledger.ask(evaluate, **key(probe, "noise floor", 0.0, None, 0))["difference"])
+    return float(probe.ledger.ask(evaluate, **probe.ledger_key("noise floor", 0.0, None, 0))["difference"])
 
 
 def distance(model: nn.Module, base: Mapping[str, Tensor]) -> float:
-    """‖θ − θ₀‖₂ over all parameters."""
+    """Return ‖θ − θ₀‖₂ over all parameters."""
     return math.sqrt(sum(square_sum(p.detach() - base[n]) for n, p in model.named_parameters()))
 
 
 def agreement(models: Mapping[str, Weights], base: Weights) -> dict[str, Any]:
-    """cos(τ_i, τ_j), and the share of coordinates both move that they move alike. No forward pass.
+    """Return cos(τ_i, τ_j), and the share of the coordinates moved by both that move in the same direction. No forward pass.
 
     Args:
-        models: label → parameter name → tensor; τ is what is between it and the base.
+        models: label → parameter name → tensor; τ is its difference from the base.
         base: parameter name → tensor.
 
     Returns:
-        `labels`, and two symmetric matrices `cosines` and `sign_agreement`; None where there is nothing to compare.
+        `labels`, and two symmetric matrices `cosines` and `sign_agreement`; None if there is nothing to compare.
     """
     count = len(models)
     products, alike, shared = (np.zeros((count, count)) for _ in range(3))
@@ -141,25 +140,25 @@ def agreement(models: Mapping[str, Weights], base: Weights) -> dict[str, Any]:
     }
 
 
-@metric("gradient-norm", preset="quick")
+@metric("gradient-norm", preset="quick", roles=(), cost=lambda options, batches: BACKWARD * batches)
 def _gradient_norm(probe: Perturbable) -> Measurement:
     norm = gradient_norm(probe)
     return Measurement(np.array(norm), norm if math.isfinite(norm) else None)
 
 
-@metric("noise-floor", preset="quick")
+@metric("noise-floor", preset="quick", roles=(), cost=lambda options, batches: 2 * batches)
 def _noise_floor(probe: Perturbable) -> Measurement:
     floor = noise_floor(probe)
     return Measurement(np.array(floor), floor if math.isfinite(floor) else None)
 
 
-@metric("distance", preset="quick", needs=("base",))
+@metric("distance", preset="quick", roles=(), base=True)
 def _distance(probe: Perturbable, base: Weights) -> Measurement:
     found = distance(probe.model, base)
     return Measurement(np.array(found), found)
 
 
-@metric("agreement", preset="quick", needs=("base", "others"))
+@metric("agreement", preset="quick", roles=(), base=True, others="runs", models="merge")
 def _agreement(probe: Perturbable, base: Weights, others: Mapping[str, Weights]) -> Measurement:
     found = agreement({"model": probe.center, **others}, base)
     return Measurement(np.array(found["cosines"], dtype=np.float64), found)
