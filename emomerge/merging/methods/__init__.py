@@ -6,6 +6,11 @@ says otherwise. Sums over runs are loops in the order of the runs, and sums over
 no result depends on how the work is split.
 """
 
-from emomerge.merging.methods import averages, positioning, sparse, spectral, spherical, tall_mask, ties
-
-__all__ = ["averages", "positioning", "sparse", "spectral", "spherical", "tall_mask", "ties"]
+# These modules register their methods when they are imported.
+from emomerge.merging.methods import averages as averages
+from emomerge.merging.methods import positioning as positioning
+from emomerge.merging.methods import sparse as sparse
+from emomerge.merging.methods import spectral as spectral
+from emomerge.merging.methods import spherical as spherical
+from emomerge.merging.methods import tall_mask as tall_mask
+from emomerge.merging.methods import ties as ties
