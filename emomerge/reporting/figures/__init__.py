@@ -6,15 +6,10 @@ A new figure is a function in a file of this folder and a line in FIGURES.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from importlib import import_module
 from typing import NamedTuple
 
 from emomerge.reporting.figure import Figure
-from emomerge.reporting.figures.curvature import layer_traces, spectral_density
-from emomerge.reporting.figures.forest import better, flatter
-from emomerge.reporting.figures.landscape import plane, surfaces
-from emomerge.reporting.figures.lines import alpha_curves, training_loss, training_rate
-from emomerge.reporting.figures.matrix import barriers, cosines
-from emomerge.reporting.figures.scatter import loss_and_sharpness
 from emomerge.results import Results
 
 
@@ -39,23 +34,30 @@ RUNS = Section("The runs", pairs=True)
 class Entry(NamedTuple):
     """A figure of the page."""
 
-    draw: Callable[[Results], Figure | None]
+    path: str
+    """`module:function`; the function takes results and returns a figure, or None if they lack its data."""
     section: Section
+
+    def draw(self, results: Results) -> Figure | None:
+        """Import the function and call it."""
+        module, _, name = self.path.partition(":")
+        function: Callable[[Results], Figure | None] = getattr(import_module(module), name)
+        return function(results)
 
 
 FIGURES: dict[str, Entry] = {
-    "loss-sharpness": Entry(loss_and_sharpness, OVERVIEW),
-    "better": Entry(better, EVIDENCE),
-    "flatter": Entry(flatter, EVIDENCE),
-    "spectral-density": Entry(spectral_density, CURVATURE),
-    "layer-traces": Entry(layer_traces, CURVATURE),
-    "alpha-curves": Entry(alpha_curves, LANDSCAPE),
-    "plane": Entry(plane, LANDSCAPE),
-    "surfaces": Entry(surfaces, LANDSCAPE),
-    "training-loss": Entry(training_loss, RUNS),
-    "training-rate": Entry(training_rate, RUNS),
-    "cosines": Entry(cosines, RUNS),
-    "barriers": Entry(barriers, RUNS),
+    "loss-sharpness": Entry("emomerge.reporting.figures.scatter:loss_and_sharpness", OVERVIEW),
+    "better": Entry("emomerge.reporting.figures.forest:better", EVIDENCE),
+    "flatter": Entry("emomerge.reporting.figures.forest:flatter", EVIDENCE),
+    "spectral-density": Entry("emomerge.reporting.figures.curvature:spectral_density", CURVATURE),
+    "layer-traces": Entry("emomerge.reporting.figures.curvature:layer_traces", CURVATURE),
+    "alpha-curves": Entry("emomerge.reporting.figures.lines:alpha_curves", LANDSCAPE),
+    "plane": Entry("emomerge.reporting.figures.landscape:plane", LANDSCAPE),
+    "surfaces": Entry("emomerge.reporting.figures.landscape:surfaces", LANDSCAPE),
+    "training-loss": Entry("emomerge.reporting.figures.lines:training_loss", RUNS),
+    "training-rate": Entry("emomerge.reporting.figures.lines:training_rate", RUNS),
+    "cosines": Entry("emomerge.reporting.figures.matrix:cosines", RUNS),
+    "barriers": Entry("emomerge.reporting.figures.matrix:barriers", RUNS),
 }
 """File name → figure. Sections and their figures stand on the page in this order."""
 
