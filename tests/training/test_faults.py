@@ -20,7 +20,7 @@ from PIL import Image
 
 from emomerge.checkpoints import atomic
 from emomerge.cli import main
-from emomerge.tasks import ImageClassificationTask
+from emomerge.tasks.image_classification import ImageClassificationTask
 from emomerge.training import Context, RunDir, planned_runs, train_locally
 
 FAMILY = ["sens-0", "airy-0", "cats-0", "tion-0", "void-0"]
