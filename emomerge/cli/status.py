@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from emomerge.errors import BadInput
-from emomerge.experiment.controls import possible_controls
+from emomerge.experiment.control_runs import possible_controls
 from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import load_recipe
 from emomerge.training import holder_of

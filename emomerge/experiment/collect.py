@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from emomerge.experiment.assessment import Contestants, assess
-from emomerge.experiment.controls import control_artefacts
+from emomerge.experiment.control_runs import control_artefacts
 from emomerge.experiment.experiment import Experiment
 from emomerge.experiment.measure import Artefact
 from emomerge.reporting import png

@@ -13,7 +13,7 @@ from emomerge.errors import BadInput
 from emomerge.experiment.base import make_base
 from emomerge.experiment.cards import write_cards
 from emomerge.experiment.collect import collect_results, seconds_of_stages
-from emomerge.experiment.controls import controls_inputs, train_controls
+from emomerge.experiment.control_runs import controls_inputs, train_controls
 from emomerge.experiment.experiment import Experiment
 from emomerge.experiment.merges import merge_note, write_merge
 from emomerge.experiment.stage import Facts, Stage

@@ -13,7 +13,7 @@ from emomerge.adapters import open_run
 from emomerge.checkpoints import load_into, open_checkpoint
 from emomerge.cli.status import status_of
 from emomerge.errors import BadInput, RunFailed
-from emomerge.experiment.controls import control_artefacts, long_adamw_runs
+from emomerge.experiment.control_runs import control_artefacts, long_adamw_runs
 from emomerge.experiment.measure import Measurer
 from emomerge.experiment.pipeline import Pipeline
 from emomerge.experiment.workspace import Workspace
