@@ -1,6 +1,6 @@
-"""The controls: what a merge has to beat before it may be called better or flatter. One entry each.
+"""The controls: comparisons that a merge must win before it is called better or flatter. One entry each.
 
-An entry says what a report prints and in which claim the control is a rival; `experiment` knows how each is made.
+An entry holds the text for reports and the claim in which the control is a rival; `experiment` makes the controls.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 Claim: TypeAlias = Literal["better", "flatter"]
 SINGLE_RUN, PLAIN_MEAN = "best single run", "plain mean"
-"""Labels of the two rivals that are a run and a merge of the recipe, not controls made for comparison."""
+"""Labels of the two rivals that are artefacts of the recipe, a run and a merge, rather than controls."""
 
 
 @dataclass(frozen=True)
@@ -19,21 +19,21 @@ class Control:
     """A kind of control."""
 
     label: str
-    """In the verdict's evidence."""
+    """Label in the verdict's evidence."""
     meaning: str
-    """What it is and what it guards against; a phrase without a full stop."""
+    """What the control is and what it guards against: a phrase without a full stop."""
     symbol: str
-    """In figures: Vega's name of a symbol, or an SVG path."""
+    """Symbol in figures: Vega's name, or an SVG path."""
     area: int
-    """Of the symbol, in square pixels."""
+    """Size of the symbol in square pixels."""
     rival_in: Claim
-    """The claim that needs a comparison with it: `better` (held-out loss) or `flatter` (sharpness)."""
+    """The claim for which the control is a rival: `better` (held-out loss) or `flatter` (sharpness)."""
     required: bool = False
-    """Whether the claim is not shown without it."""
+    """Whether the claim cannot be shown without it."""
     trained: bool = True
-    """Whether its figures need training of its own; else it is derived from a merge and other artefacts."""
+    """Whether it requires training; otherwise it is derived from a merge and other artefacts."""
     from_long_run: bool = False
-    """Whether it is made of snapshots of the long run."""
+    """Whether it is made from snapshots of the long run."""
 
 
 STAR = "M0,-1.1L.26,-.36L1.05,-.34L.42,.14L.65,.89L0,.45L-.65,.89L-.42,.14L-1.05,-.34L-.26,-.36Z"

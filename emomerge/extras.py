@@ -1,4 +1,4 @@
-"""Optional packages: the extra that installs each of them, and the one-line error when one is missing or too old."""
+"""Optional packages: the extra that installs each, and the one-line error if one is missing or too old."""
 
 from __future__ import annotations
 
@@ -29,12 +29,10 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
 
 
 def require(feature: str, *extras: str) -> None:
-    """Check that the packages of extras are installed, in versions that emomerge supports.
-
-    Nothing is imported, so that a command can check before it starts to work.
+    """Check that the packages of extras are installed in supported versions, without importing them.
 
     Args:
-        feature: what needs them, such as `emomerge run`; the subject of the error message.
+        feature: the feature that needs them, such as `emomerge run`; the subject of the error message.
         extras: keys of EXTRAS.
 
     Raises:
@@ -44,22 +42,22 @@ def require(feature: str, *extras: str) -> None:
 
 
 def require_module(feature: str, module: str) -> None:
-    """Check a single optional module, as `require` checks all of an extra."""
+    """Check a single optional module in the way that `require` checks a whole extra."""
     extra = next(extra for extra, packages in EXTRAS.items() if module in packages)
     _check(feature, {extra: {module: EXTRAS[extra][module]}})
 
 
 def installed(module: str) -> bool:
-    """Return whether an optional module is installed, in a version that emomerge supports."""
+    """Return whether an optional module is installed in a supported version."""
     return _fault(module, next(packages[module] for packages in EXTRAS.values() if module in packages)) is None
 
 
 @contextlib.contextmanager
 def needed_by(feature: str) -> Iterator[None]:
-    """Turn a failed import of an optional package into MissingExtra; other errors, also of imports, pass unchanged.
+    """Turn a failed import of an optional package into MissingExtra; all other errors, including import errors, propagate.
 
     Args:
-        feature: what needs the package, such as `emomerge run`; the subject of the error message.
+        feature: the feature that needs the package, such as `emomerge run`; the subject of the error message.
     """
     try:
         yield
@@ -77,7 +75,7 @@ def _check(feature: str, wanted: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def _fault(module: str, distribution: str) -> str | None:
-    """What the error says about a package; None where it is installed in a supported version."""
+    """Return the fault of a package for the error message; None if it is installed in a supported version."""
     if find_spec(module) is None:
         return distribution
     oldest = _oldest_supported().get(distribution)
@@ -89,7 +87,7 @@ def _fault(module: str, distribution: str) -> str | None:
 
 
 def _oldest_supported() -> dict[str, str]:
-    """Distribution → the lower bound in emomerge's metadata; empty where emomerge runs from its sources."""
+    """Return distribution → the lower bound in emomerge's metadata; empty if emomerge is not installed."""
     try:
         requirements: Iterable[str] = metadata.requires("emomerge") or ()
     except metadata.PackageNotFoundError:
@@ -99,5 +97,5 @@ def _oldest_supported() -> dict[str, str]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numeric components of a version; what follows them (rc1, +cpu) decides nothing here."""
+    """Return the leading numeric components of a version; suffixes such as rc1 and +cpu are ignored."""
     return tuple(int(number) for number in re.match(r"[\d.]*\d|", version)[0].split(".") if number)  # type: ignore[index]

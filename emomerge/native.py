@@ -1,8 +1,8 @@
-"""Compile a kernels.c once per machine with its C compiler, as torch.compile and Triton do with theirs.
+"""Compile each kernels.c once per machine with the system's C compiler, similar to torch.compile and Triton.
 
-torch has no kernel for these formulas, and a sequence of its operations reads every tensor from memory several times. Without a
-C compiler, or with EMOMERGE_NATIVE=0 in the environment, callers use torch's own operations: slower, with the same results up
-to rounding. `status` says which path is in use.
+torch has no kernels for these formulas, and a sequence of its operations reads every tensor from memory several times. Without
+a C compiler, or with EMOMERGE_NATIVE=0 in the environment, callers use torch's own operations, which are slower but give the
+same results up to rounding. `status` reports which path is in use.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Item = TypeVar("Item")
 
 
 class Build(NamedTuple):
-    """A compiled library, or None and the reason why torch's own operations are used instead."""
+    """A compiled library, or None with the reason why torch's own operations are used instead."""
 
     library: ctypes.CDLL | None
     compiler: str = ""
@@ -52,7 +52,7 @@ class Build(NamedTuple):
 
 
 def library(source: Path, *defines: str) -> ctypes.CDLL | None:
-    """Return the compiled source, or None if it is not available; compiles on first use and caches on disk.
+    """Return the library compiled from a source, or None if unavailable; compiles on first use and caches on disk.
 
     Args:
         source: a C file.
@@ -62,7 +62,7 @@ def library(source: Path, *defines: str) -> ctypes.CDLL | None:
 
 
 def status(source: Path, *defines: str) -> str:
-    """Return which path is in use for a source: the compiler that built it, or torch and the reason; builds it if need be."""
+    """Return which path is in use for a source: the compiler that built it, or torch with the reason; builds it if needed."""
     found = build(source, *defines)
     if found.library is None:
         return f"torch ({found.reason})"
@@ -74,7 +74,7 @@ def status(source: Path, *defines: str) -> str:
 
 @cache
 def build(source: Path, *defines: str) -> Build:
-    """Compile a source, or load it from the cache; see `library`. A compiler that fails causes one warning."""
+    """Compile a source, or load it from the cache; see `library`. Warns once if the compiler fails."""
     name, *arguments = os.environ.get("CC", "").split() or ["cc"]  # CC may be `ccache gcc`
     compiler = shutil.which(name)
     if os.environ.get("EMOMERGE_NATIVE") == "0":
@@ -126,7 +126,7 @@ def _cache_folder() -> Path | None:
 
 
 def in_parallel(work: Callable[[Item], object], parts: Sequence[Item]) -> None:
-    """Run `work` on all parts at the same time, the first on this thread. Compiled code releases the interpreter lock."""
+    """Run `work` on all parts concurrently, the first on this thread. Compiled code releases the interpreter lock."""
     others = [_threads().submit(work, part) for part in parts[1:]]
     work(parts[0])
     for other in others:
@@ -158,7 +158,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def _processor() -> str:
-    """Return what -march=native depends on, since a cache on a shared disk serves several machines."""
+    """Return a description of the processor for -march=native: a cache on a shared disk may serve several machines."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

@@ -1,7 +1,7 @@
 """The click group of all commands, their error handling, and the options that several of them share.
 
-Exit status: 0 done, 1 failure inside the work, 2 bad input. Heavy libraries are imported inside the commands, so that
-`--help` is fast.
+Exit status: 0 success, 1 failure during the work, 2 bad input. Heavy libraries are imported inside the commands to keep
+`--help` fast.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _explained(where: Path) -> Iterator[None]:
 
 
 def _guard(function: Callable[..., None], name: str, extras: Sequence[str]) -> Callable[..., None]:
-    """Check that the extras are installed, and turn every expected error into one line and its exit status."""
+    """Check that the extras are installed, and turn every expected error into one line and an exit status."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -77,8 +77,8 @@ def _guard(function: Callable[..., None], name: str, extras: Sequence[str]) -> C
     return guarded
 
 
-quiet_option = click.option("--quiet", is_flag=True, help="Show nothing but errors and results.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on the standard output.")
+quiet_option = click.option("--quiet", is_flag=True, help="Show only errors and results.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on standard output.")
 set_option = click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a field of the recipe.")
 stacking_option = click.option(
     "--parallel",
@@ -90,13 +90,13 @@ rounding_option = click.option(
     type=click.Choice(["nearest", "stochastic"]),
     default="nearest",
     show_default=True,
-    help="Rounding to bfloat16 and float16: to the nearest value, or up or down at random and unbiased (see --seed).",
+    help="Rounding to bfloat16 and float16: to the nearest value, or randomly up or down without bias (see --seed).",
 )
 executor_option = functools.partial(
     click.option, "--executor", type=click.Choice(["local", "ray", "slurm"]), default="local", show_default=True
 )
 parallel_option = click.option(
-    "--max-parallel", type=click.IntRange(min=1), help="Workers at a time (default: local 1, else unlimited)."
+    "--max-parallel", type=click.IntRange(min=1), help="Concurrent workers (default: 1 for local, else unlimited)."
 )
 setting_option = click.option(
     "--executor-set",
@@ -110,9 +110,9 @@ log_option = click.option(
     "trackers",
     multiple=True,
     type=click.Choice(["tensorboard", "wandb", "trackio"]),
-    help="Also log every step there; short for --set runs.log_with=[…].",
+    help="Also log every step to this tracker; short for --set runs.log_with=[…].",
 )
-force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
+force_option = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -130,7 +130,7 @@ def main() -> None:
 def command(
     name: str, example: str, *, extras: Sequence[str] = (), cls: type[Command] = Command
 ) -> Callable[[Callable[..., None]], click.Command]:
-    """Register a function as a command of `main`; errors become one line, and its help ends with the example.
+    """Register a function as a command of `main`. Errors become one line, and the help ends with the example.
 
     Args:
         name: name of the command.
@@ -162,5 +162,5 @@ def engine_of(folder: Path, executor: EngineName, max_parallel: int | None, sett
 
 
 def default_out(name: str) -> Path:
-    """Return the output folder of a recipe where none is given."""
+    """Return the output folder of a recipe if none is given."""
     return Path("out") / name

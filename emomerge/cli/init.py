@@ -12,7 +12,7 @@ from emomerge.cli.command import command, force_option, out_path, quiet_option
 
 @command("init", "emomerge init movie-reviews -o my-recipe.yaml")
 @click.argument("template", default="digits")
-@click.option("-o", "--out", type=out_path, help="Where to write it (default: <template>.yaml).")
+@click.option("-o", "--out", type=out_path, help="Output file (default: <template>.yaml).")
 @force_option
 @quiet_option
 def init(template: str, out: Path | None, force: bool, quiet: bool) -> None:

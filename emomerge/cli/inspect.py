@@ -26,7 +26,7 @@ from emomerge.errors import BadInput
 @quiet_option
 @json_option
 def inspect(path: str, other: str | None, base: str | None, top: int, quiet: bool, as_json: bool) -> None:
-    """Describe PATH, a checkpoint or an adapter; with OTHER, list the tensors that differ, the largest difference first."""
+    """Describe PATH, a checkpoint or an adapter; with OTHER, list the tensors that differ, largest differences first."""
     from emomerge.cli.inspection import compare, describe, kernels, show_comparison, show_description
 
     if other is None:

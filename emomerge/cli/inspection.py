@@ -22,7 +22,7 @@ PIECE = 2**20
 
 
 def describe(path: str) -> dict[str, Any]:
-    """Return kind, size and dtypes of a checkpoint, an adapter or a run directory, and what an adapter was made for."""
+    """Return kind, size and dtypes of a checkpoint, adapter or run directory, and the base of an adapter."""
     place = artefact_of(path)
     form = format_of(place)
     opened = _open(path)
@@ -38,10 +38,10 @@ def describe(path: str) -> dict[str, Any]:
 
 
 def _open(path: str) -> Checkpoint:
-    """Open the tensors as they are stored: an adapter's factors, not their effect on a base."""
+    """Open the stored tensors: for an adapter its factors, not their effect on a base."""
     place = artefact_of(path)
     if (form := format_of(place)) is not None:
-        form.facts(place)  # a damaged configuration is reported before missing weights are
+        form.facts(place)  # reports a damaged configuration before missing weights
         return open_checkpoint(next(file for file in form.files(place) if file.suffix == ".safetensors"))
     return open_checkpoint(place if place.exists() else path)
 
@@ -67,12 +67,12 @@ def compare(path: str, other: str, *, base: str | None = None) -> dict[str, Any]
 
     Args:
         path: a checkpoint, adapter or run directory, A.
-        other: another one, B; if A is a checkpoint, B may be an adapter of it.
+        other: B, of the same kind as A; if A is a checkpoint, B may also be an adapter of it.
         base: base of both, to compare their task vectors. Without it, two adapters are compared by their factors.
 
     Returns:
         `only_here`, `only_there`: names; `shapes`: name → both shapes if they differ; `equal`: number of equal tensors;
-        `changed`: figures of each tensor that differs, the largest difference first; `all`: figures over all of these.
+        `changed`: figures of each tensor that differs, largest differences first; `all`: figures over all of these.
         Figures: `norm` = ‖B − A‖; `relative` = ‖B − A‖/‖A‖; `cosine` of A and B; `sign_agreement`: fraction with equal sign
         among elements that are nonzero in both; `density`: fraction of elements that differ. Undefined figures are None.
     """
@@ -144,7 +144,7 @@ class _Comparison:
 
 
 def _compare(here: Checkpoint, there: Checkpoint, origin: Checkpoint | None, name: str) -> _Comparison | None:
-    """Return the sums over one tensor; None if both are equal."""
+    """Return the sums over one tensor; None if it is equal in both."""
     if origin is None:
         difference, a = there.delta(name, here), here[name]
     else:
@@ -167,7 +167,7 @@ def _compare(here: Checkpoint, there: Checkpoint, origin: Checkpoint | None, nam
 
 
 def _displacement(checkpoint: Checkpoint, origin: Checkpoint, name: str) -> Tensor:
-    """Return the task vector τ of one tensor; a tensor that the base lacks counts from zero."""
+    """Return the task vector τ of one tensor; if the base lacks the tensor, τ is the tensor itself."""
     if name not in origin or origin.info(name).shape != checkpoint.info(name).shape:
         return checkpoint[name]
     delta = checkpoint.delta(name, origin)
@@ -175,7 +175,7 @@ def _displacement(checkpoint: Checkpoint, origin: Checkpoint, name: str) -> Tens
 
 
 def show_comparison(found: dict[str, Any], *, top: int = 0) -> Table:
-    """Return the table that shows a comparison: the `top` tensors, or all if it is 0."""
+    """Return the table that shows a comparison: the first `top` tensors, or all if it is 0."""
     title = f"{found['there']} against {found['here']}" + (f", both from {found['base']}" if found["base"] else "")
     table = Table(title=f"{title}: {len(found['changed'])} tensors differ, {found['equal']} are equal")
     figures = {"norm": "‖B − A‖", "relative": "/‖A‖", "cosine": "cosine", "sign_agreement": "signs agree", "density": "differ"}
@@ -200,7 +200,7 @@ def show_comparison(found: dict[str, Any], *, top: int = 0) -> Table:
 
 
 def kernels() -> dict[str, str]:
-    """Return which implementation the optimizers and merge methods use: compiled kernels, or torch and the reason."""
+    """Return which implementation the optimizers and merge methods use: compiled kernels, or torch with the reason."""
     from emomerge.merging import native as merging
     from emomerge.native import status
     from emomerge.optim import native as optim

@@ -1,4 +1,4 @@
-"""The commands that write models made from models: bake, merge, reconstruct."""
+"""The commands that derive models from models: bake, merge, reconstruct."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 
 class MergeCommand(Command):
-    """A command that points to --set when it is given a parameter of a merge method as an option."""
+    """A command that suggests --set if a parameter of a merge method is given as an option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments."""
+        """Parse the arguments; suggest --set for unknown options that are parameters of a method."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -114,21 +114,21 @@ def bake(
 @click.argument("base", required=False)
 @click.argument("runs", nargs=-1)
 @click.option("--config", type=out_path, help="A mergekit configuration instead of BASE, RUNS and --method.")
-@click.option("--again", type=out_path, metavar="MERGE.JSON", help="Repeat the merge of this record, exactly.")
+@click.option("--again", type=out_path, metavar="MERGE.JSON", help="Repeat the merge of this record exactly.")
 @click.option("--extend", type=out_path, metavar="FOLDER", help="Repeat the merge in FOLDER with RUNS added; takes no BASE.")
 @click.option("--method", metavar="NAME", help="The merge method; `emomerge methods` lists all and names the default.")
 @click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
-@click.option("--weight", "weights", type=float, multiple=True, help="Weight of a run; give one for each run, in their order.")
-@click.option("--scale", metavar="NUMBER|auto", help="Factor on the merged task vector; auto needs --recipe.")
+@click.option("--weight", "weights", type=float, multiple=True, help="Weight of a run; repeat for every run, in order.")
+@click.option("--scale", metavar="NUMBER|auto", help="Factor on the merged task vector; auto requires --recipe.")
 @click.option("--density", type=float, help="Share of each task vector to keep, for methods that drop elements.")
 @click.option("--seed", type=int, help="Seed of a method's random masks and of --rounding stochastic (default: 0).")
-@click.option("--dtype", type=DTYPES, help="Dtype of the output (default: base; for an adapter float32).")
+@click.option("--dtype", type=DTYPES, help="Dtype of the output (default: the base's; float32 for an adapter).")
 @rounding_option
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option(
     "--save-masks",
     is_flag=True,
-    help="Save the masks of single runs in OUT/masks for `emomerge reconstruct`, if the method has masks.",
+    help="Save the masks of the individual runs in OUT/masks for `emomerge reconstruct`, if the method has masks.",
 )
 @click.option(
     "--as-lora",
@@ -137,7 +137,7 @@ def bake(
 )
 @click.option("--energy", type=float, help="--as-lora auto: share of each layer's squared length to capture (default: 0.99).")
 @click.option("--max-rank", type=int, help="--as-lora auto: the largest rank (default: 256).")
-@click.option("--allow-partial", is_flag=True, help="--as-lora: leave out and list what no adapter can hold: biases, norms, …")
+@click.option("--allow-partial", is_flag=True, help="--as-lora: leave out and list tensors that fit into no adapter.")
 @click.option(
     "--recipe",
     "recipe_path",
@@ -152,7 +152,7 @@ def bake(
     "of {filter, value}; with --recipe also a field of the recipe.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Device to merge on: cpu, cuda, auto …")
-@executor_option(help="What writes the files if --max-shard-size makes several: this process, or one worker per file.")
+@executor_option(help="With several files (--max-shard-size), write them in this process or in one worker per file.")
 @setting_option
 @force_option
 @quiet_option
@@ -163,13 +163,13 @@ def merge(
 ) -> None:  # fmt: skip
     """Merge RUNS (dense checkpoints, adapters or run directories) into BASE.
 
-    `emomerge methods` lists the merge methods, `emomerge methods NAME` the parameters of one.
+    `emomerge methods` lists the merge methods; `emomerge methods NAME` describes one and its parameters.
     """
     from emomerge.adapters.formats import weight_files
     from emomerge.numerics.hashing import Digests
 
     given = [*([base] if base else []), *runs]
-    digest = Digests(file for source in given for file in weight_files(source))  # while torch is being imported
+    digest = Digests(file for source in given for file in weight_files(source))  # concurrently with the import of torch
     if again is not None or extend is not None:
         record = recorded_merge(again, extend, given, weights)
     else:
@@ -204,7 +204,7 @@ def merge(
 def reconstruct(
     folder: Path, run: str, out: Path, dtype: str, rounding: str, seed: int, max_shard_size: str, force: bool, quiet: bool
 ) -> None:
-    """Turn the masks that `merge --save-masks` left in FOLDER back into the single run RUN: base + mask ⊙ reference."""
+    """Restore a single RUN from the masks that `merge --save-masks` wrote to FOLDER: base + mask ⊙ reference."""
     from emomerge.adapters import open_dense
     from emomerge.merging import masks
     from emomerge.merging.record import Output, read_record
@@ -221,7 +221,7 @@ def reconstruct(
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """The options of `emomerge merge` that describe a merge, as they are typed."""
+    """The options of `emomerge merge` that describe a merge, as given by the user."""
 
     base: str | None
     runs: Sequence[str]
@@ -243,7 +243,7 @@ class MergeOptions:
     overrides: Sequence[str]
 
     def record(self) -> MergeRecord:
-        """Return the merge that the options describe."""
+        """Return the record of the merge that the options describe."""
         from emomerge.merging import check_params, find_method
         from emomerge.merging.record import MergeRecord, Run
         from emomerge.merging.registry import DEFAULT_METHOD
@@ -278,7 +278,7 @@ class MergeOptions:
         )
 
     def _output(self, dtype: str | None) -> Output:
-        """Return how the merge is written."""
+        """Return the options for writing the merge."""
         from emomerge.merging.record import Output
 
         for option, value in (("--energy", self.energy), ("--max-rank", self.max_rank)):
@@ -295,7 +295,7 @@ class MergeOptions:
 
 
 def _split_overrides(known: set[str | None], overrides: Sequence[str], recipe: str | None) -> tuple[dict[str, Any], list[str]]:
-    """Split the values of --set into parameters of the method, parsed, and overrides of the recipe."""
+    """Split the values of --set into parameters of the method, which are parsed, and overrides of the recipe."""
     parameters, others = {}, []
     for override in overrides:
         key, sign, text = override.partition("=")
@@ -327,7 +327,7 @@ def _rank(text: str | None) -> int | str | None:
 
 
 def recorded_merge(again: Path | None, extend: Path | None, runs: Sequence[str], weights: Sequence[float]) -> MergeRecord:
-    """Return the merge of a record, unchanged or with further runs; its inputs are checked."""
+    """Return the record to repeat or to extend by further runs, after checking its inputs."""
     from emomerge.merging import find_method
     from emomerge.merging.record import read_record
 
@@ -352,7 +352,7 @@ def recorded_merge(again: Path | None, extend: Path | None, runs: Sequence[str],
 def write_merge(
     record: MergeRecord, destination: Destination, digest: Callable[[Path], str], device: str, engine: Engine | None
 ) -> dict[str, Any]:
-    """Merge as a record says, write the result and return the content of merge.json."""
+    """Merge as described by a record, write the result and return the content of merge.json."""
     from emomerge import merging
     from emomerge.adapters import open_dense
     from emomerge.merging.masks import mask_files
@@ -372,7 +372,7 @@ def write_merge(
     found: dict[str, Any] = {}
     with ThreadPoolExecutor(1) as background:
         hashed = background.submit(record.with_hashes, read, digest)
-        background.submit(import_module, "emomerge.reporting")  # the model card's module, while tensors are merged
+        background.submit(import_module, "emomerge.reporting")  # for the model card, concurrently with the merge
 
         def texts(facts: dict[str, Any]) -> dict[str, str]:
             found.update(as_json(hashed.result(), **facts, diagnostics=merged.diagnostics()))
@@ -393,7 +393,7 @@ def write_merge(
 
 
 def _check_output(record: MergeRecord, destination: Destination) -> None:
-    """Raise BadInput for an output that cannot be written, before the work starts."""
+    """Raise BadInput for an output that cannot be written, before any work starts."""
     from emomerge.checkpoints import atomic
     from emomerge.merging import find_method
     from emomerge.merging.masks import require_masks
@@ -410,7 +410,7 @@ def _check_output(record: MergeRecord, destination: Destination) -> None:
 
 
 def _held_out_loss(recipe: str, overrides: Sequence[str], base: Checkpoint) -> tuple[Loss, list[Path]]:
-    """Return the validation loss of a recipe's task as a function of the weights, and the local files that it depends on."""
+    """Return the validation loss of a recipe's task as a function of the weights, and the local files it depends on."""
     from emomerge.experiment.measure import Measurer
     from emomerge.experiment.workspace import local_files
     from emomerge.training import Context

@@ -37,7 +37,7 @@ def methods(name: str | None, as_json: bool) -> None:
 
 
 def describe_method(method: MergeMethod) -> dict[str, Any]:
-    """Describe a merge method, ready for JSON."""
+    """Return the description of a merge method as JSON-compatible data."""
     return {
         "name": method.name,
         "family": method.family,
@@ -53,7 +53,7 @@ def describe_method(method: MergeMethod) -> dict[str, Any]:
 
 
 def print_methods(described: list[dict[str, Any]]) -> None:
-    """Print a table of the methods by family."""
+    """Print a table of the methods, grouped by family."""
     from rich.table import Table
 
     from emomerge.merging.registry import DEFAULT_METHOD

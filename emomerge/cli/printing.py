@@ -1,4 +1,4 @@
-"""What the commands print on the standard output."""
+"""Print results on standard output."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def console() -> Any:
-    """The terminal, or whatever the standard output is."""
+    """Return a console for standard output."""
     from rich.console import Console
 
     return Console()
 
 
 def print_results(results: Results, report: Path) -> None:
-    """Figures, warnings, the verdict and what to use."""
+    """Print the figures, the warnings, the verdict and the recommended artefact."""
     from emomerge.reporting import figures_table
 
     screen = console()
@@ -37,7 +37,7 @@ def print_results(results: Results, report: Path) -> None:
 
 
 def print_diagnostics(diagnostics: dict[str, Any]) -> None:
-    """What a merge did."""
+    """Print the diagnostics of a merge, its warnings on standard error."""
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
@@ -53,7 +53,7 @@ def print_diagnostics(diagnostics: dict[str, Any]) -> None:
 
 
 def print_rounding(lost: dict[str, Any] | None) -> None:
-    """What rounding took from the task vector, if it was looked at."""
+    """Print the rounding loss of the task vector, if it was measured."""
     if lost and lost["relative_error"] is not None:
         shown = (
             f"rounding left {lost['unchanged']:.1%} of the moved weights at the base's value; relative error of the task vector"
@@ -62,7 +62,7 @@ def print_rounding(lost: dict[str, Any] | None) -> None:
 
 
 def print_truncation(adapter: dict[str, Any] | None, record: MergeRecord) -> None:
-    """What an adapter holds of a merge, layer by layer."""
+    """Print how much of a merge an adapter holds, layer by layer."""
     from rich.table import Table
 
     if adapter is None:

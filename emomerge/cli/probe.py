@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="NAME",
     help="Measure only this metric, in addition to losses, gradient norm and distance; repeatable (default: those of the "
-    "recipe). Of metrics that compare models, the first MODEL is probed and the others are what it is compared with.",
+    "recipe). Metrics that compare models probe the first MODEL and compare it with the others.",
 )
 @set_option
 @executor_option(help="Where models are measured: in this process, or split over workers by metric and direction.")
@@ -78,11 +78,11 @@ def probe(
 
 @command("report", "emomerge report out/digits -o digits.html", extras=("report",))
 @click.argument("folder", type=out_path)
-@click.option("-o", "--out", type=out_path, help="The page to write (default: FOLDER/report.html).")
+@click.option("-o", "--out", type=out_path, help="Output file (default: FOLDER/report.html).")
 @force_option
 @quiet_option
 def report(folder: Path, out: Path | None, force: bool, quiet: bool) -> None:
-    """Write the report of the results that `emomerge run` left in FOLDER."""
+    """Write the report of the results that `emomerge run` wrote to FOLDER."""
     from emomerge.checkpoints import atomic
     from emomerge.reporting import write_report
     from emomerge.results import load_results

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Options that `run` and `train-all` share, under the names that click gives them."""
+    """Options shared by `run` and `train-all`, named as click passes them."""
 
     overrides: tuple[str, ...]
     executor: EngineName
@@ -48,7 +48,7 @@ class Options:
 
     @property
     def recipe_fields(self) -> list[str]:
-        """All overrides of recipe fields, including those that have an option of their own."""
+        """All overrides of recipe fields, including those with a dedicated option."""
         trackers = [f"runs.log_with=[{', '.join(self.trackers)}]"] if self.trackers else []
         parallel = [f"runs.parallel={self.parallel}"] if self.parallel else []
         return [*self.overrides, *trackers, *parallel]
@@ -66,7 +66,7 @@ class Options:
 @click.argument("recipe")
 @click.option("-o", "--out", type=out_path, help="Output folder (default: out/<name of the recipe>).")
 @set_option
-@click.option("--restart", "again", is_flag=True, help="Delete what an earlier run left in the folder, and start from scratch.")
+@click.option("--restart", "again", is_flag=True, help="Delete the output of an earlier run and start from scratch.")
 @executor_option(help="Where runs are trained and models are measured.")
 @parallel_option
 @stacking_option
@@ -75,9 +75,9 @@ class Options:
 @quiet_option
 @json_option
 def run(recipe: str, out: Path | None, again: bool, as_json: bool, **options: Any) -> None:
-    """Run all stages of RECIPE: base, train-all, merge, probe, report. Resumes where it was stopped.
+    """Run all stages of RECIPE: base, train-all, merge, probe, report. Resumes an interrupted run.
 
-    RECIPE is a YAML file or the name of one that comes with emomerge (see `emomerge init`).
+    RECIPE is a YAML file or the name of a recipe that ships with emomerge (see `emomerge init`).
     """
     pipeline = open_pipeline(recipe, out, Options(**options), restart=again)
     todo = on_all_ranks(pipeline, pipeline.run)
@@ -105,7 +105,7 @@ def run(recipe: str, out: Path | None, again: bool, as_json: bool, **options: An
     "--only",
     default="",
     metavar="NAMES",
-    help="Only these of the recipe's optimizers, separated by commas, such as sens,cats.",
+    help="Train only these of the recipe's optimizers, separated by commas, such as sens,cats.",
 )
 @set_option
 @executor_option(help="Where runs are trained.")
@@ -154,7 +154,7 @@ def open_pipeline(recipe: str, out: Path | None, options: Options, *, restart: b
 
 
 def on_all_ranks(pipeline: Pipeline, function: Callable[[], bool]) -> bool:
-    """Call a function on the first rank or in the only process; other ranks take part in its training, and exit with it."""
+    """Call a function on the first rank or in the only process; other ranks take part in its training, then exit as well."""
     ranks = pipeline.ranks
     if ranks is None:
         return function()

@@ -1,4 +1,4 @@
-"""The progress of an output folder: its runs, its stages, and the processes that work in it."""
+"""The progress in an output folder: its runs, its stages, and the processes working in it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def show_status(found: dict[str, Any]) -> Table:
 
 
 def watch_status(folder: Path, console: Console, every: float = 1.0) -> None:
-    """Show the status until no process works in the folder, and update it every `every` seconds."""
+    """Show the status and update it every `every` seconds until no process works in the folder."""
     found = status_of(folder)
     with Live(show_status(found), console=console, auto_refresh=False) as live:
         while found["busy"]:

@@ -1,4 +1,4 @@
-"""The recipes that come with emomerge."""
+"""The recipes that ship with emomerge."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emomerge.recipe import Recipe, load_recipe
 
 
 def templates() -> dict[str, Path]:
-    """Return the bundled recipes, name → file, in the package or beside it in a checkout."""
+    """Return the bundled recipes, name → file, from the package or, in a checkout, from the folder next to it."""
     package = Path(__file__).parents[1]
     folders = [package / "recipes", package.parent / "recipes"]
     return {file.stem: file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.yaml"))}
@@ -20,7 +20,7 @@ def template_file(name: str) -> Path:
     """Return the file of a bundled recipe.
 
     Raises:
-        BadInput: there is none of that name.
+        BadInput: there is no recipe of that name.
     """
     known = templates()
     if name not in known:

@@ -22,11 +22,11 @@ TextFiles = Callable[[dict[str, Any]], dict[str, str]]
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a command writes, and how loudly."""
+    """The output of a command, and whether to show progress."""
 
     out: Path
     force: bool
-    """Replace an output that exists."""
+    """Overwrite an existing output."""
     quiet: bool
 
 
@@ -51,7 +51,7 @@ def write_model(
 
 
 def write_adapter(merged: MergedCheckpoint, destination: Destination, output: Output, *, texts: TextFiles) -> None:
-    """Write a merge as an adapter of the rank that `output.as_lora` asks for."""
+    """Write a merge as an adapter of rank `output.as_lora`."""
     from emomerge.merging.lora import truncate
     from emomerge.progress import Display
 
@@ -68,12 +68,12 @@ def write_adapter(merged: MergedCheckpoint, destination: Destination, output: Ou
 
 
 def card_only(**context: Any) -> TextFiles:
-    """Return text files that are only a model card with this context."""
+    """Return text files that consist of only a model card with this context."""
     return lambda _: {"README.md": card(context)}
 
 
 def merge_card(record: dict[str, Any], out: Path) -> str:
-    """Render the model card of a merge from the content of its merge.json."""
+
     context = {**record, "title": out.stem, "name": out.stem, "params": record["diagnostics"]["params"]}
     if "adapter" in record:
         about = f"A LoRA adapter that holds {record['adapter']['energy']:.2%} of the squared length of the merged task vector."

@@ -1,4 +1,4 @@
-"""From several runs over one base to one model: `merge` streams tensors through a merge method."""
+"""Merge several runs over one base into one model: `merge` streams tensors through a merge method."""
 
 from emomerge.merging import methods  # noqa: F401  (registers them)
 from emomerge.merging.engine import MergedCheckpoint, merge

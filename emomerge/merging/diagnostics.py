@@ -1,7 +1,7 @@
-"""Describe what a merge did to the runs: norms, cosines, sign agreement, kept share.
+"""Diagnostics of a merge: norms, cosines, sign agreement, shares of kept weights.
 
-Counts are exact. Other sums are float64 over rows of a fixed length, independent of the number of threads, added up by
-`math.fsum`, which is exact in any order.
+Counts are exact. Other sums are taken in float64 over rows of a fixed length, independently of the number of threads, and
+combined with `math.fsum`, which is exact in any order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from emomerge.numerics.sums import PIECE, row_sums, run_sum
 class Figures:
     """Sums over the elements of a tensor, or of several, for N runs.
 
-    `products[i, j]` = Σ x_i·x_j, where the first N x are the τ_t, then come τ_m, the mean τ̄, and τ̄ where τ_m ≠ 0.
+    `products[i, j]` = Σ x_i·x_j, where x_0 … x_{N−1} are the τ_t, followed by τ_m, the mean τ̄, and τ̄ where τ_m ≠ 0.
     """
 
     def __init__(self, runs: int) -> None:
@@ -45,7 +45,7 @@ class Figures:
         """Elements that the merge moves."""
 
     def add(self, deltas: Tensor, merged: Tensor, masks: Tensor | None) -> None:
-        """Add a tensor or a piece of one: deltas (runs, *shape), merged (*shape), masks (runs, *shape) or None."""
+        """Add a tensor or a piece of it: deltas (runs, *shape), merged (*shape), masks (runs, *shape) or None."""
         pieces = deltas.reshape(len(deltas), -1).split(PIECE, dim=1), merged.flatten().split(PIECE)
         for some_deltas, some_merged in zip(*pieces, strict=True):
             self._add(some_deltas, some_merged)
@@ -53,7 +53,7 @@ class Figures:
             self.masked += masks.reshape(len(masks), -1).sum(dim=1).cpu()
 
     def add_sums(self, products: Tensor, counts: Tensor) -> None:
-        """Add sums from kernels.c: products (pieces, pairs) of some pieces, and their counts."""
+        """Add sums from kernels.c: products (pieces, pairs) of some pieces, with their counts."""
         for sums, new in zip(self.products.values(), products.T.tolist(), strict=True):
             sums += new
         runs = len(self.masked)
@@ -77,7 +77,7 @@ class Figures:
         self.kept += int(merged.count_nonzero())
 
     def join(self, others: Iterable[Figures]) -> Figures:
-        """Add other figures to these and return these."""
+        """Add other figures to these; return self."""
         for other in others:
             for pair, sums in other.products.items():
                 self.products[pair] += sums
@@ -90,7 +90,7 @@ class Figures:
 
 
 def describe(figures: Figures, labels: Sequence[str], elements: int, *, masking: bool) -> dict[str, Any]:
-    """Derive the diagnostics from the figures, ready for JSON; None for undefined values, such as a cosine with zero.
+    """Return the diagnostics as JSON-compatible data; undefined values, such as a cosine with a zero vector, are None.
 
     Args:
         figures: figures of the whole task vectors.

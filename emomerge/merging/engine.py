@@ -26,7 +26,7 @@ from emomerge.merging.settings import Setting, constant, resolve
 from emomerge.merging.vectors import BasePlusDelta, Candidate, Loss, TaskVectors, blocks, finite_or_inf, merges
 
 SCALES = tuple(step / 10 for step in range(1, 16))
-"""The candidates of scale: auto."""
+"""The candidates for `scale: auto`."""
 
 Weights = Sequence[Setting] | Literal["equal", "auto"]
 
@@ -51,23 +51,23 @@ def merge(
         runs: the θ_t, dense checkpoints or adapters, each with the base's floating tensors.
         method: one of `METHODS`.
         weights: one number per run (or a setting: see `emomerge.merging.settings`), "equal", or "auto": the softmax of
-            the runs' z-scored negative held-out losses. Methods that average use them relative to each other; the
-            others, such as task-arithmetic, use them as they are, by default 1.
-        scale: the factor on τ_m (or a setting), by default 1, or "auto": that of 0.1, 0.2 … 1.5 with the lowest held-out
-            loss.
-        held_out_loss: function that measures the loss of a checkpoint on held-out data. With it, weights and scale of
-            `tuned` methods are "auto" unless they are given.
+            the runs' z-scored negative held-out losses. Averaging methods rescale them to a mean of 1; the others, such
+            as task-arithmetic, use them as given, by default 1.
+        scale: the factor on τ_m (or a setting), by default 1, or "auto": the one of 0.1, 0.2, …, 1.5 with the lowest
+            held-out loss.
+        held_out_loss: function that measures the loss of a checkpoint on held-out data. If given, weights and scale of
+            `tuned` methods default to "auto".
         run_losses: the held-out loss of each run, if already known.
         names: names of the runs in messages and diagnostics.
-        device: device to merge on; each tensor is moved there while it is merged. Some methods are compiled for the CPU.
+        device: device to merge on; each tensor is moved there to be merged. Some methods have compiled CPU kernels.
         **params: the method's own parameters (see `check_params` and `emomerge methods`).
 
     Returns:
         MergedCheckpoint: the merge; a tensor is computed when it is read.
 
     Raises:
-        BadInput: unknown method or parameter, a run that does not fit the base, too many or too few runs, or no held-out
-            loss to choose by. A non-finite task vector is found when its tensor is read.
+        BadInput: unknown method or parameter, a run that does not fit the base, too many or too few runs, or a choice that
+            needs a held-out loss without one. A non-finite task vector raises it when its tensor is read.
     """
     definition = find_method(method)
     given: dict[str, Any] = {"scale": scale, "weights": weights if isinstance(weights, str | None) else list(weights)}
@@ -93,11 +93,11 @@ def merge(
 
 
 class MergedCheckpoint(BasePlusDelta):
-    """A merge, made by `merge`: the base's names, dtypes and shapes; `merged[name]` is not yet rounded to the dtype.
+    """A lazy merge, returned by `merge`: the base's names, dtypes and shapes; `merged[name]` is not yet rounded to the dtype.
 
     Attributes:
         method: the merge method.
-        options: its own parameters, checked.
+        options: the method's own parameters, checked.
     """
 
     def __init__(self, task: TaskVectors, method: MergeMethod, options: dict[str, Any], weights: Weights | None) -> None:
@@ -147,7 +147,7 @@ class MergedCheckpoint(BasePlusDelta):
         return torch.cat(parts).view(self.info(name).shape) if parts else None
 
     def rounded(self, name: str, dtype: torch.dtype, loss: RoundingLoss | None) -> Tensor | None:
-        """Return θ₀ + scale·τ_m rounded once, in a single pass, if there are kernels for it."""
+        """Return θ₀ + scale·τ_m, rounded once, from compiled kernels in a single pass; None if they do not support it."""
         if not merges(self.info(name)) or dtype not in KINDS or (loss is not None and loss.base is not self.base):
             return None
         written = RoundedOutput(dtype, self.scale_of(name))
@@ -159,7 +159,7 @@ class MergedCheckpoint(BasePlusDelta):
         return tensor
 
     def _by_kernel(self, name: str, written: RoundedOutput | None = None) -> Tensor | None:
-        """Return τ_m, or the rounded output, from compiled kernels, if the method and the tensor have some."""
+        """Return τ_m, or the rounded output, from compiled kernels; None if they do not support the method or the tensor."""
         native, stored = self.method.native, self._task.stored(name) if self.method.native else None
         if native is None or stored is None or not stored.moves or not stored.numel:
             return None
@@ -183,7 +183,7 @@ class MergedCheckpoint(BasePlusDelta):
         return {**self.options, **self._found, **numbers}
 
     def _given(self, name: str, rows: list[Tensor]) -> dict[str, Any]:
-        """Return the method's arguments for every piece of a tensor, those that its passes provide included."""
+        """Return the method's arguments that are the same for every piece of a tensor, including those from its passes."""
         given = self._parameters(name) | {"name": name, "shape": self.info(name).shape}
         given["weights"] = self._task.weights_for(name, rows[0])
         if any("base" in arguments_of(each) for each in (self.method.function, self.method.tensor_pass) if each):
@@ -208,16 +208,16 @@ class MergedCheckpoint(BasePlusDelta):
         return name in self._figures and self._figures[name].moved > 0
 
     def figures_of(self, names: Iterable[str]) -> tuple[dict[str, Figures], bool]:
-        """Return the figures of those tensors that have been computed, and whether the method masks."""
+        """Return the figures of the tensors that have been computed so far, and whether the method masks."""
         return {name: self._figures[name] for name in names if name in self._figures}, self._masking
 
     def add_figures(self, figures: Mapping[str, Figures], *, masking: bool) -> None:
-        """Add the figures that a copy of this merge in a worker has computed (`figures_of`)."""
+        """Add the figures computed by a copy of this merge in a worker (see `figures_of`)."""
         self._figures |= figures
         self._masking |= masking
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle for a worker: with everything that has been chosen, without the held-out loss."""
+        """Return the state to pickle for a worker: all choices that have been made, without the held-out loss."""
         task = copy.copy(self._task)
         task.held_out_loss = None
         return {**self.__dict__, "_task": task, "method": self.method.name, "_figures": {}}
@@ -226,12 +226,12 @@ class MergedCheckpoint(BasePlusDelta):
         self.__dict__ |= {**state, "method": find_method(state["method"])}
 
     def arguments(self, name: str) -> dict[str, Any]:
-        """Return the method's arguments for a tensor that moves, in one flat piece: `deltas` (runs, n) and the others."""
+        """Return the method's arguments for a tensor that some run moved, as one flat piece: `deltas` (runs, n) and others."""
         rows = self._task.rows(name) or []
         return self._given(name, rows) | {"deltas": torch.stack(rows), "offset": 0}
 
     def scale_by(self, setting: Setting) -> None:
-        """Set the factor on τ_m: one number, or a setting that differs from tensor to tensor."""
+        """Set the factor on τ_m: a number, or a setting that varies between tensors."""
         if isinstance(setting, int | float):
             self.scale = float(setting)
         else:
@@ -242,7 +242,7 @@ class MergedCheckpoint(BasePlusDelta):
         return self._scales[name][0] if name in self._scales else self.scale
 
     def choose_scale(self) -> None:
-        """Set the scale with the lowest held-out loss, the smaller of equal ones; τ_m is computed once, to a file."""
+        """Set the scale to that with the lowest held-out loss, the smallest one in case of ties; spools τ_m to disk."""
         loss = self._task.require_loss("scale: auto")
         with tempfile.TemporaryDirectory(prefix="emomerge-") as folder:
             files = {}
@@ -261,13 +261,13 @@ class MergedCheckpoint(BasePlusDelta):
             raise EmomergeError(f"{self.source}: the held-out loss is not finite at any scale from {SCALES[0]} to {SCALES[-1]}")
 
     def diagnostics(self) -> dict[str, Any]:
-        """Describe what the merge did, ready for JSON; tensors that have not been read yet are computed.
+        """Return diagnostics of the merge as JSON-compatible data; computes the tensors that have not been read yet.
 
-        Of N runs with task vectors τ_t and the plain mean τ̄:
+        For N runs with task vectors τ_t and their plain mean τ̄:
 
-        - `method`, `runs`, `params`: as resolved, with `scale` and `weights`; `lambda_crit`: 1/(N−1).
-        - `elements`: number of floating weights; as shares of them `moved_density` (moved by any run), `kept_density`
-          (moved by τ_m) and, if the method masks, `mask_density` of each run.
+        - `method`, `runs`, `params`: resolved parameters, including `scale` and `weights`; `lambda_crit`: 1/(N−1).
+        - `elements`: number of floating-point weights; as shares of these, `moved_density` (moved by any run),
+          `kept_density` (moved by τ_m) and, if the method masks, `mask_density` of each run.
         - `kept_energy`: the share of ‖τ̄‖² at the elements with τ_m ≠ 0; `cosine_to_mean`: of τ_m and τ̄.
         - `merged_norm`, `mean_norm`, `run_norms`: of τ_m, τ̄ and the τ_t.
         - `cosines`, `sign_agreement`: of each pair of τ_t, the latter over the elements where neither is zero.
@@ -293,7 +293,7 @@ class MergedCheckpoint(BasePlusDelta):
         return report
 
     def _resolved(self) -> dict[str, Any]:
-        """Return the parameters as a recipe writes them, with the values that were chosen."""
+        """Return the parameters as written in a recipe, with the chosen values."""
         params = {key.rstrip("_"): value for key, value in self.options.items()}
         plain = {key: value for key, value in self._found.items() if _is_plain(value)}
         if self.method.takes_weights:
@@ -318,7 +318,7 @@ class MergedCheckpoint(BasePlusDelta):
 
 
 def _resolve_weights(task: TaskVectors, method: MergeMethod, given: Weights | None) -> dict[str, tuple[float, ...]]:
-    """Return one weight per run for each tensor; with a mean of 1 if the method averages."""
+    """Return one weight per run for each tensor, rescaled to a mean of 1 if the method averages."""
     runs = len(task)
     measurable = task.known_run_losses is not None or task.held_out_loss is not None
     if given == "auto" or (given is None and method.tuned and measurable):
@@ -340,7 +340,7 @@ def _mean_one(weights: tuple[float, ...], name: str) -> tuple[float, ...]:
 
 
 def softmax_weights(losses: Sequence[float]) -> list[float]:
-    """Return the softmax of the z-scored negative losses (population deviation); equal weights for equal losses."""
+    """Return the softmax of the z-scored negative losses (population standard deviation); equal losses get equal weights."""
     mean, deviation = statistics.fmean(losses), statistics.pstdev(losses)
     powers = [math.exp((mean - loss) / deviation) if deviation else 1.0 for loss in losses]
     return [power / math.fsum(powers) for power in powers]
@@ -357,7 +357,7 @@ def _check_lengths(runs: int, **given: Sequence[Any] | None) -> None:
 
 
 def _labels(runs: Sequence[Checkpoint | str | Path]) -> list[str]:
-    """Name the runs after their sources, numbered if these are the same."""
+    """Name the runs after their sources; number duplicates."""
     sources = [run.source if isinstance(run, Checkpoint) else str(run) for run in runs]
     return [f"{source} #{i}" if sources.count(source) > 1 else source for i, source in enumerate(sources, start=1)]
 

@@ -1,8 +1,8 @@
-/* Merge methods that treat every element alike, on float32 task vectors: each weight of the base and the runs is read once, and
- * what the diagnostics and the rounding loss want to know is summed up on the way. The formulas are those of methods/, in the same
- * order of operations, so that every bit agrees; sums are double, of PIECE elements at a time. Blocks are padded with zeros, which
- * change no sum and no count. What is returned is 0, 1 where memory ran out, 2 where what would be written is not finite, or 3 + t
- * where a value of run t is not. */
+/* Elementwise merge methods on float32 task vectors. Each weight of the base and of the runs is read from memory once; the sums
+ * for the diagnostics and for the rounding loss are accumulated in the same pass. The formulas and the order of operations are
+ * those of methods/, so that results agree bit for bit. Sums are accumulated in double, PIECE elements at a time. Blocks are
+ * padded with zeros, which do not affect sums or counts. The functions return 0; 1 if out of memory; 2 if a value to be written
+ * is not finite; or 3 + t if a value of run t is not finite. */
 
 #include <math.h>
 #include <stdint.h>
@@ -12,18 +12,19 @@
 #include <immintrin.h>
 #endif
 
-#define PIECE 131072 /* elements whose sums go on in one double */
-#define BLOCK 512    /* elements worked on at a time: all of it stays in the first cache */
+#define PIECE 131072 /* elements summed in one double */
+#define BLOCK 512    /* elements processed at a time: the working set fits into the L1 cache */
 #define MOST_RUNS 64
 
-enum kind { F32, BF16, F16, DELTA, STILL }; /* weights; task vectors in float32; a run that does not move */
+enum kind { F32, BF16, F16, DELTA, STILL }; /* weights; task vectors in float32; a run that leaves the tensor unchanged */
 enum method { LINEAR, TALL_MASK, TIES, BALANCE };
 
-/* One tensor and what is to be done with it.
+/* One tensor and how to merge it.
  *
- * weights, numbers: one for each run: lambda of TALL_MASK, thresholds of TIES. last: of the elements that equal a threshold the
- * last place that counts. options: LINEAR {divide}; TALL_MASK {votes, divide}; TIES {elect, aggregate, majority}; BALANCE {elect}.
- * merged: where the whole tensor's tau_m goes; out: where theta_0 + scale tau_m goes, rounded to out_kind. Either may be NULL. */
+ * weights: one per run. numbers: one per run, lambda for TALL_MASK, thresholds for TIES. last: index of the last element equal to
+ * the threshold that is kept. options: LINEAR {divide}; TALL_MASK {votes, divide}; TIES {elect, aggregate, majority}; BALANCE
+ * {elect}. merged: receives tau_m of the whole tensor. out: receives theta_0 + scale tau_m, rounded to out_kind. Either of these
+ * two may be NULL. */
 struct job {
     int method, runs, base_kind, out_kind;
     const void *base;
@@ -58,7 +59,7 @@ static float from_half(uint16_t h)
     return as_float(as_bits(x) | (uint32_t)(h & 0x8000) << 16);
 }
 
-/* To nearest, of two the even one; infinity stays, and NaN is not asked for. */
+/* Round to nearest, ties to even. Infinity is preserved; NaN does not occur. */
 static uint16_t to_half(float x)
 {
     uint32_t sign = as_bits(x) >> 16 & 0x8000, bits = as_bits(x) & 0x7fffffff;
@@ -75,7 +76,7 @@ static float element(const void *data, int kind, long at)
     return kind == BF16 ? as_float((uint32_t)half[at] << 16) : kind == F16 ? from_half(half[at]) : ((const float *)data)[at];
 }
 
-/* n elements from `start` on, and zeros up to a whole block */
+/* Load n elements from `start` on, padded with zeros to a whole block */
 static void decode(const void *data, int kind, long start, long n, float *restrict out)
 {
     const uint16_t *restrict x = (const uint16_t *)data + start;
@@ -94,7 +95,7 @@ static void decode(const void *data, int kind, long start, long n, float *restri
 
 static int all_finite(const float *x)
 {
-    int32_t most = 0; /* magnitudes sort as their bit patterns do, infinity and NaN last */
+    int32_t most = 0; /* magnitudes sort like their bit patterns, infinity and NaN last */
 #pragma omp simd reduction(max : most)
     for (long i = 0; i < BLOCK; i++) {
         int32_t bits = (int32_t)(as_bits(x[i]) & 0x7fffffff);
@@ -117,7 +118,7 @@ static void task_vector(const void *data, int kind, const float *restrict base, 
             tau[i] -= base[i];
 }
 
-/* sum_t w_t tau_t, one run after the other */
+/* sum_t w_t tau_t, in the order of the runs */
 static void weighted_sum(int runs, const float (*tau)[BLOCK], const float *weights, float *restrict sum)
 {
     for (long i = 0; i < BLOCK; i++)
@@ -147,13 +148,13 @@ static void tall_mask(int runs, const float (*tau)[BLOCK], const float *lambda, 
         r[i] = votes[i] >= k ? r[i] : 0;
 }
 
-/* The task vectors' largest elements: above the threshold, or equal to it and up to the last place. */
+/* The largest elements of the task vectors: above the threshold, or equal to it up to the index `last`. */
 static void trim(int runs, long start, long n, float (*tau)[BLOCK], const float *threshold, const int64_t *last, int64_t *kept)
 {
     for (int t = 0; t < runs; t++) {
         int count = 0;
         int equal = last[t] < start ? 0 : (int)(last[t] - start < n ? last[t] - start + 1 : n);
-        if (equal == 0 || equal == n) { /* all that equal the threshold count, or none */
+        if (equal == 0 || equal == n) { /* all elements equal to the threshold are kept, or none */
             int32_t least = (int32_t)as_bits(threshold[t]) + (equal == 0);
 #pragma omp simd reduction(+ : count)
             for (long i = 0; i < BLOCK; i++) {
@@ -177,7 +178,7 @@ static void trim(int runs, long start, long n, float (*tau)[BLOCK], const float 
 enum elect { SUM, WEIGHTED, COUNT };
 enum aggregate { MEAN, NUMBER, ADD, MAX };
 
-/* What one run puts into the election of the sign */
+/* One run's vote in the election of the sign */
 static void cast(int elect, float weight, const float *restrict tau, float *restrict vote)
 {
     if (elect == SUM)
@@ -204,7 +205,7 @@ static void balance_of(int runs, const float (*tau)[BLOCK], const float *weights
     }
 }
 
-/* Join the elements whose sign is the elected one, `majority` where the election is a draw. */
+/* Merge the elements that have the elected sign (`majority` where the election is a draw). */
 static void consensus(int runs, const float (*tau)[BLOCK], const float *weights, int elect, int aggregate, int majority,
                       float *restrict merged)
 {
@@ -218,7 +219,7 @@ static void consensus(int runs, const float (*tau)[BLOCK], const float *weights,
         for (long i = 0; i < BLOCK; i++) {
             int positive = (balance[i] > 0) | ((majority > 0) & (balance[i] == 0));
             int agrees = (positive & (vote[i] > 0)) | (!positive & (vote[i] < 0));
-            float step = weight * tau[t][i], more = share[i] + unit; /* not inside ?:, which would be a branch */
+            float step = weight * tau[t][i], more = share[i] + unit; /* outside of ?:, which would become a branch */
             term[i] = agrees ? step : 0;
             share[i] = agrees ? more : share[i];
         }
@@ -237,11 +238,11 @@ static void consensus(int runs, const float (*tau)[BLOCK], const float *weights,
             merged[i] /= share[i] + (float)(share[i] == 0);
 }
 
-/* Sums of products in double: eight at a time, in four chains, none of which waits for another. */
+/* Sums of products in double: eight at a time, in four independent chains. */
 typedef double lanes __attribute__((vector_size(64), may_alias));
 #define LANES 8
 #define WIDE (BLOCK / LANES)
-enum more { MERGED, MERGED_MEAN, MEAN_MEAN, KEPT, ERROR, STEP, MORE }; /* sums after those of the pairs of runs */
+enum more { MERGED, MERGED_MEAN, MEAN_MEAN, KEPT, ERROR, STEP, MORE }; /* sums that follow those of pairs of runs */
 
 static void widen(const float *restrict x, lanes *restrict wide)
 {
@@ -261,15 +262,15 @@ static void add_product(const lanes *x, const lanes *y, lanes *sum)
 }
 
 #ifdef __AVX512F__
-#define TILE 5 /* as many sums of pairs as there are registers */
+#define TILE 5 /* tile size at which the sums of all pairs fit into the registers */
 #else
 #define TILE 2
 #endif
-#define FUSED __attribute__((optimize("O3,fp-contract=fast"))) /* sums in double have no twin to agree with to the bit */
+#define FUSED __attribute__((optimize("O3,fp-contract=fast"))) /* these sums need not match another implementation bit for bit */
 
 static int pair(int runs, int t, int u) { return t * runs - t * (t - 1) / 2 + u - t; }
 
-/* The products of runs x with runs y, which all stay in registers while the block is read once */
+/* Products of runs x and runs y, all kept in registers while the block is read once */
 static inline FUSED __attribute__((always_inline)) void tile(int rows, int columns, int triangle, const lanes (*x)[WIDE],
                                                        const lanes (*y)[WIDE], int t, int runs, lanes *sums)
 {
@@ -288,7 +289,7 @@ static inline FUSED __attribute__((always_inline)) void tile(int rows, int colum
             sums[pair(runs, t + r, u + c)] += sum[r][c];
 }
 
-/* Of the pairs (t, u) of runs, t <= u */
+/* Products of all pairs (t, u) of runs, t <= u */
 FUSED static void add_pairs(int runs, const float (*tau)[BLOCK], lanes (*wide)[WIDE], lanes *sums)
 {
     int t = 0;
@@ -307,7 +308,7 @@ FUSED static void add_pairs(int runs, const float (*tau)[BLOCK], lanes (*wide)[W
             add_product(wide[t], wide[u], sums + pair(runs, t, u));
 }
 
-/* One bit an element: bit k of word l is element 16 k + l. */
+/* One bit per element: bit k of word l is element 16 k + l. */
 struct bits {
     uint32_t plus[16], minus[16];
 };
@@ -325,7 +326,8 @@ static void signs_of(const float *x, struct bits *found)
     memcpy(found->minus, minus, sizeof minus);
 }
 
-/* Elements that two runs move, and of these those that they move alike less those that they move apart. */
+/* Count the elements that both of two runs move, and of these the ones moved in the same direction minus those moved in opposite
+ * directions. */
 static void count_signs(int runs, const float (*tau)[BLOCK], int64_t *signs, int64_t *shared, int64_t *moved)
 {
     struct bits of[MOST_RUNS];
@@ -364,7 +366,7 @@ static void mean_of(int runs, const float (*tau)[BLOCK], float *restrict mean)
         mean[i] /= runs;
 }
 
-/* Of merged and mean, and of the mean where merged is not zero */
+/* Products of merged and mean, and of the mean where merged is not zero */
 static void add_merged(const float *merged, const float *mean, lanes *sums, int64_t *kept)
 {
     float kept_mean[BLOCK];
@@ -385,7 +387,7 @@ static void add_merged(const float *merged, const float *mean, lanes *sums, int6
     add_product(k, k, sums + KEPT);
 }
 
-/* Round to what is written; `near` is that in float. */
+/* Round to the output dtype; `near` receives the rounded value as float. */
 static void round_block(int kind, const float *restrict x, float *restrict near, void *restrict out)
 {
     uint16_t *restrict half = out;
@@ -407,7 +409,7 @@ static void round_block(int kind, const float *restrict x, float *restrict near,
     }
 }
 
-/* out = theta_0 + scale tau, rounded once, and what that takes from scale tau; returns whether it is finite. */
+/* out = theta_0 + scale tau, rounded once, with the rounding error of scale tau; returns whether the output is finite. */
 static int finish(const struct job *job, long at, long n, const float *origin, const float *tau, lanes *sums, int64_t *counts)
 {
     float step[BLOCK], theta[BLOCK], near[BLOCK], still[BLOCK], error[BLOCK];
@@ -481,10 +483,11 @@ static int merge_block(const struct job *job, long at, long n, float (*tau)[BLOC
     return !job->out || finish(job, at, n, origin, merged, sums + pairs, kept + 1) ? 0 : 2;
 }
 
-/* Merge elements start ... stop - 1; a call for all elements and several for parts that begin at multiples of PIECE give the same.
+/* Merge elements start ... stop - 1. One call for all elements and several calls for parts that begin at multiples of PIECE give
+ * the same result.
  *
- * sums: (pieces, runs (runs + 1) / 2 + MORE). counts: masked (runs), signs, shared (runs, runs), moved, kept, and of what is
- * written the elements that the merge steps, and those of them that rounding leaves at the base's value. */
+ * sums: (pieces, runs (runs + 1) / 2 + MORE). counts: masked (runs), signs, shared (runs, runs), moved, kept; and, if there is
+ * output, the number of elements that the merge moves, and of these the number that round to the base's value. */
 int merge(const struct job *job, long start, long stop, double *sums, int64_t *counts)
 {
     int number = job->runs * (job->runs + 1) / 2 + MORE, status = 0;
@@ -507,7 +510,7 @@ int merge(const struct job *job, long start, long stop, double *sums, int64_t *c
     return status;
 }
 
-/* Every step-th magnitude of one run, as a bit pattern, which sorts as the magnitude does */
+/* Every step-th magnitude of one run, as a bit pattern, which sorts like the magnitude */
 void sample(const struct job *job, int run, long size, long step, int32_t *patterns)
 {
     int kind = job->kinds[run];
@@ -518,7 +521,7 @@ void sample(const struct job *job, int run, long size, long step, int32_t *patte
     }
 }
 
-/* Append the patterns that are `in` to `inside`, as far as there is room; returns how many there are now. */
+/* Append the patterns that are `in` to `inside`, up to its room; returns the new number of patterns. */
 static int64_t keep(const int32_t *bits, const uint8_t *in, int32_t *inside, int64_t held, int64_t room)
 {
     long i = 0;
@@ -529,7 +532,7 @@ static int64_t keep(const int32_t *bits, const uint8_t *in, int32_t *inside, int
         held += __builtin_popcount(some);
     }
 #endif
-    for (; i < BLOCK; i += 8) { /* most of them are not inside */
+    for (; i < BLOCK; i += 8) { /* few patterns are inside */
         uint64_t some;
         memcpy(&some, in + i, 8);
         for (long j = i; some && j < i + 8; j++)
@@ -542,8 +545,8 @@ static int64_t keep(const int32_t *bits, const uint8_t *in, int32_t *inside, int
     return held;
 }
 
-/* Magnitudes of one run against a bracket, as bit patterns: how many of each piece lie below `low`, equal it,
- * equal `high`, and lie between (pieces, 4); the patterns of these go to `inside`, up to `room` of them. */
+/* Compare the magnitudes of one run, as bit patterns, with a bracket: count, for each piece, those below `low`, equal to it, equal
+ * to `high`, and in between (pieces, 4); append the patterns in between to `inside`, up to `room` of them. */
 int collect(const struct job *job, int run, long size, int32_t low, int32_t high, int64_t room, int64_t *counts, int32_t *inside)
 {
     int64_t held = 0;
@@ -573,7 +576,7 @@ int collect(const struct job *job, int run, long size, int32_t low, int32_t high
     return 0;
 }
 
-/* The place of the n-th element (from 1) from `start` on of one run whose magnitude is exactly `value`; -1 if there are fewer. */
+/* Index of the n-th element (from 1) of one run, from `start` on, whose magnitude is exactly `value`; -1 if there are fewer. */
 int64_t place_of_equal(const struct job *job, int run, long start, long size, float value, int64_t nth)
 {
     float origin[BLOCK], tau[BLOCK];

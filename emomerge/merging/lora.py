@@ -1,8 +1,8 @@
-"""Truncate a merge to one LoRA adapter: every matrix of its task vector to the leading singular triples.
+"""Truncate a merge to a LoRA adapter: every matrix of its task vector to its leading singular triples.
 
     τ ≈ BA,  B = U·√Σ (rows, r),  A = √Σ·Vᵀ (r, columns),  α = r
 
-No matrix of rank r is nearer (Eckart and Young 1936). The triples of large matrices come from a random sketch (Halko,
+No matrix of rank r is closer to τ (Eckart and Young 1936). The triples of large matrices come from a random sketch (Halko,
 Martinsson and Tropp 2011). A truncation captures the share ‖BA‖²/‖τ‖² of the energy.
 """
 
@@ -26,13 +26,13 @@ from emomerge.numerics.sums import sum_of_row_norms
 from emomerge.numerics.threads import one_thread
 
 SMALL = 512
-"""Matrices with at most so many rows or columns are decomposed exactly."""
+"""Matrices with at most this many rows or columns are decomposed exactly."""
 SKETCH = 32
 """Columns of the first sketch if the rank is not known."""
 OVERSAMPLING = 16
 """Columns of a sketch in addition to the rank."""
 POWER_ITERATIONS = 8
-"""Power iterations of a sketch."""
+"""Number of power iterations of a sketch."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Truncation:
 
     layers: tuple[Layer, ...]
     left_out: Mapping[str, float]
-    """The energy of each tensor that moved but is not in the adapter."""
+    """Energy of each tensor that moved but is not in the adapter."""
     source: str
-    """The name of the base in the adapter."""
+    """Name of the base as recorded in the adapter."""
     modules: frozenset[str]
     """All modules of the base that have a weight."""
     heads: tuple[str, ...]
@@ -90,7 +90,7 @@ class Truncation:
     def figures(self) -> dict[str, Any]:
         """Return the shares of ‖τ‖², ready for JSON.
 
-        `energy` is the share captured in total; `layers` have their rank, the captured share of their own energy and their
+        `energy` is the total share captured; `layers` give each layer's rank, the captured share of its own energy and its
         share of the total; `saved` (held in full) and `left_out` are shares of the total.
         """
         total = self.energy
@@ -126,21 +126,21 @@ def truncate(
 ) -> Truncation:
     """Compute the adapter nearest to θ − θ₀, matrix by matrix.
 
-    Embeddings are matrices too, unless they are tied to a head. Without a `config.json` beside the base every 2-D
-    `….weight` is taken for that of a Linear; with it, a layer right below the model's root, such as a fresh classifier,
-    whose bias moved is held whole, as PEFT holds it in training.
+    Embeddings count as matrices unless they are tied to a head. If the base has no `config.json`, every 2-D `….weight` is
+    taken for that of a Linear. If it has one, a layer directly below the model's root whose bias moved, such as a new
+    classifier, is held in full, as PEFT does in training.
 
     Args:
         merged: θ.
         base: θ₀.
-        rank: rank of every matrix, or "auto": for each the smallest that captures `energy`.
-        energy: share of ‖τ‖² to capture of each matrix.
+        rank: rank of every matrix, or "auto": for each matrix the smallest rank that captures `energy`.
+        energy: share of each matrix's ‖τ‖² to capture.
         max_rank: upper limit of "auto".
-        allow_partial: leave out what no LoRA can hold (biases, norms, convolutions, …) instead of refusing.
-        progress: called with each tensor's name and bytes once it is done.
+        allow_partial: leave out tensors that no LoRA can hold (biases, norms, convolutions, …) instead of refusing.
+        progress: called with the name and size in bytes of each finished tensor.
 
     Raises:
-        BadInput: nothing moved, or a tensor that no LoRA can hold did.
+        BadInput: no matrix moved, or a tensor moved that no LoRA can hold.
     """
     if rank != "auto" and rank < 1:
         raise BadInput("a rank is at least 1", found=rank)
@@ -155,7 +155,7 @@ def truncate(
     }
     modules = frozenset(names.live_name(name).removesuffix(".weight") for name in base if name.endswith(".weight"))
     heads = tuple(sorted({module for name in unfit if (module := head_of(names, name)) is not None}))
-    held = {module for module in modules if heads and module.endswith(heads)}  # which is how PEFT reads modules_to_save
+    held = {module for module in modules if heads and module.endswith(heads)}  # as PEFT interprets modules_to_save
     saved = {
         name: Saved(live, merged[name], _energy(delta) if (delta := merged.delta(name, base)) is not None else 0.0)
         for name in base
@@ -183,7 +183,7 @@ def low_rank(tau: Tensor, rank: int, *, energy: float | None = None, name: str) 
 
     Args:
         tau: the matrix.
-        rank: r, or what it does not exceed.
+        rank: r, or with `energy` its upper limit.
         energy: the share of ‖τ‖² for which r is to be the smallest, if any.
         name: name of the tensor, which seeds the random sketch.
     """
@@ -199,7 +199,7 @@ def low_rank(tau: Tensor, rank: int, *, energy: float | None = None, name: str) 
 
 
 def _triples(tau: Tensor, rank: int, energy: float | None, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading singular triples, U (rows, k), S (k,), V (columns, k), as many as the rank or the energy needs."""
+    """Return the k leading singular triples that the rank or the energy needs: U (rows, k), S (k,), V (columns, k)."""
     size = rank if energy is None else min(SKETCH, rank)
     while min(tau.shape) > SMALL and 4 * size < min(tau.shape):
         u, s, v = _sketched(tau, size + OVERSAMPLING, name)
@@ -218,11 +218,11 @@ def _sketched(tau: Tensor, columns: int, name: str) -> tuple[Tensor, Tensor, Ten
 
 
 def _energy(tau: Tensor) -> float:
-    """‖τ‖², in float64."""
+    """Return ‖τ‖² in float64."""
     rows = tau.reshape(len(tau), -1) if tau.ndim else tau.reshape(1, 1)
     return sum_of_row_norms(rows, 2)
 
 
 def _captured(a: Tensor) -> float:
-    """‖BA‖² from A = √Σ·Vᵀ alone: its rows are orthogonal, and of the squared length σ."""
+    """Return ‖BA‖² from A = √Σ·Vᵀ alone: its rows are orthogonal and have the squared norms σ."""
     return sum_of_row_norms(a, 4)

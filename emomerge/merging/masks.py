@@ -2,8 +2,8 @@
 
     θ̂_t = θ₀ + mask_t ⊙ R
 
-A merge does not hold R itself, so R is stored beside it. N runs take 4 + N/8 bytes per moved weight; N dense copies in 16
-bits take 2N bytes per weight. Both files go into a subfolder: some loaders read every .safetensors file of a model's folder.
+R cannot be derived from the merge, so it is stored as well. N runs take 4 + N/8 bytes per moved weight; N dense copies in 16
+bits take 2N bytes per weight. Both files go into a subfolder, since some loaders read every .safetensors file of a folder.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ Compute = Callable[[str], Tensor]
 
 
 def require_masks(method: MergeMethod) -> None:
-    """Raise BadInput if a method has no masks of single runs."""
+    """Raise BadInput if a method has no per-run masks."""
     if method.localize is None:
         having = ", ".join(sorted(name for name, some in METHODS.items() if some.localize))
         raise BadInput("this method has no masks of single runs to save", found=method.name, expected=having)
 
 
 def mask_files(merged: MergedCheckpoint) -> dict[str, SideFile]:
-    """Return the files that `write_checkpoint` puts beside a merge so that `reconstruct` can restore each run.
+    """Return the files that `write_checkpoint` adds to a merge so that `reconstruct` can restore each run.
 
-    The metadata are `runs`, a JSON list of their names, the options that decide the masks, and `bits`, the order of the
-    bits in a byte. A tensor of the files is computed when it is written.
+    The metadata are `runs`, a JSON list of their names; the options that determine the masks; and `bits`, the bit order
+    within a byte. Tensors are computed when they are written.
 
     Raises:
-        BadInput: the method has no masks of single runs.
+        BadInput: the method has no per-run masks.
     """
     require_masks(merged.method)
     chosen = select(merged.method.localize or mask_files, merged.options)
@@ -81,7 +81,7 @@ def reconstruct(folder: Path, run: str, base: Checkpoint) -> Candidate:
     """Return θ₀ + mask_t ⊙ R, lazily.
 
     Args:
-        folder: a merge with its masks.
+        folder: a merge with saved masks.
         run: the run's name, or the last part of its path if that is unique.
         base: θ₀.
 

@@ -1,4 +1,4 @@
-"""Read mergekit's YAML as a merge of ours, or name the field that is not supported."""
+"""Translate mergekit's YAML to a merge of this package, or name the field that is not supported."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class MergekitMerge(NamedTuple):
 
 
 class Translation(NamedTuple):
-    """How a method of mergekit's translates to ours. Keys are mergekit's names, values ours."""
+    """How a mergekit method translates. Keys are mergekit's names, values those of this package."""
 
     method: str
     points: Literal["others", "all", "base-optional"] = "others"
-    """The models that are merged: all but the base, all, or either, depending on a base, which also sets `origin`."""
+    """The models to merge: all but the base; all; or one of these, depending on whether a base is given (sets `origin`)."""
     fixed: Mapping[str, Any] = {}
     each_model: Mapping[str, tuple[str, float | None]] = {}
-    """Numbers of each model, with mergekit's default; None if a number is required."""
+    """Per-model numbers, with mergekit's default; None if a number is required."""
     shared: Mapping[str, tuple[str, float | None]] = {}
-    """Numbers for all models, likewise."""
+    """Numbers for all models, with mergekit's default."""
     plain: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {}
-    """Flags: value → our parameters. The first value is the default; a later flag overrides an earlier one."""
+    """Flags: value → parameters of this package. The first value is the default; later flags override earlier ones."""
     copied: tuple[str, ...] = ()
-    """Values of the same name and meaning."""
+    """Values with the same name and meaning in both."""
 
 
 Numbers = dict[str, tuple[str, float | None]]
@@ -81,18 +81,18 @@ TRANSLATIONS = {
     "karcher": Translation("karcher", "all", {"origin": "zero", "max_iter": 10, "tol": 1e-5}, copied=("max_iter", "tol")),
     "multislerp": Translation("multislerp", "base-optional", {}, _WEIGHT, {}, {"normalize_weights": {True: {}}}),
 }  # fmt: skip
-"""The methods of mergekit's that are supported."""
+"""The supported mergekit methods."""
 
 
 class Reference(NamedTuple):
-    """A model: a folder or Hub id, with an adapter or without."""
+    """A model: a folder or Hub id, with or without an adapter."""
 
     path: str
     lora: str | None = None
 
 
 def _reference(value: Any) -> Reference:
-    """`path`, `path+adapter` or `{model: {path: …}, lora: {path: …}}`."""
+    """Parse `path`, `path+adapter` or `{model: {path: …}, lora: {path: …}}`."""
     parts = [value]
     if isinstance(value, Mapping) and set(value) <= {"model", "lora"}:
         parts = [part for key in ("model", "lora") if (part := value.get(key)) is not None]
@@ -105,7 +105,7 @@ def _reference(value: Any) -> Reference:
 
 
 Given = Mapping[str, Any]
-"""Parameters as they are written in the file."""
+"""Parameters as written in the file."""
 
 
 class _Part(BaseModel):
@@ -121,7 +121,7 @@ class Model(_Part):
 
 
 class Slice(_Part):
-    """Layers of the models; only all layers together can be merged."""
+    """A range of layers of the models; only ranges over all layers are supported."""
 
     sources: list[Model] = Field(min_length=1)
     parameters: dict[str, Any] = {}
@@ -155,15 +155,15 @@ class Config(_Part):
         return [(f"{field}.{i}", model) for i, model in enumerate(models)]
 
     def shared(self) -> list[tuple[str, Given]]:
-        """Return the sets of parameters for all models, each with the name of its field; the first that has a value counts."""
+        """Return the sets of parameters for all models, with their field names; the first that has a value takes precedence."""
         slices = [(f"slices.{i}.parameters", part.parameters) for i, part in enumerate(self.slices)]
         return [*slices, ("parameters", self.parameters)]
 
 
 def read_config(path: str | Path) -> MergekitMerge:
-    """Read the merge that a configuration describes. Opens the headers of its base.
+    """Read the merge that a configuration describes. Reads the headers of its base.
 
-    `dtype` and `out_dtype` decide what is written; the arithmetic is in float32 in any case.
+    `dtype` and `out_dtype` set the dtype to write; the arithmetic is always in float32.
 
     Raises:
         BadInput: the file is not a mergekit configuration, or a field of it is not supported; `where` is the field.
@@ -205,7 +205,7 @@ def _load(path: Path) -> Config:
 
 
 def _base_and_points(config: Config, translation: Translation) -> tuple[str, list[tuple[str, Model]]]:
-    """Return θ₀ and the models to merge; if mergekit needs no base, the first model serves as one."""
+    """Return θ₀ and the models to merge; for methods without a base, the first model serves as θ₀."""
     sources = config.sources()
     if config.base_model is None:
         if translation.points == "others" or translation.method == "slerp":
@@ -232,10 +232,10 @@ def _base_and_points(config: Config, translation: Translation) -> tuple[str, lis
 
 
 def _parameters(config: Config, translation: Translation, sources: Sequence[tuple[str, Model]]) -> tuple[str, dict[str, Any]]:
-    """Translate the parameters of each model and of all models to our method and its parameters."""
+    """Translate per-model and shared parameters; return the method and its parameters."""
     shared = config.shared()
     own = [(f"{field}.parameters", model.parameters) for field, model in config.sources()]
-    each = {*translation.each_model, *(["density"] if config.merge_method == "task_arithmetic" else [])}  # read, and not used
+    each = {*translation.each_model, *(["density"] if config.merge_method == "task_arithmetic" else [])}  # accepted but unused
     _refuse_unknown(own, each)
     _refuse_unknown(shared, {*each, *translation.shared, *translation.plain, *translation.copied})
     everywhere = [given for _, given in shared]
@@ -254,7 +254,7 @@ def _parameters(config: Config, translation: Translation, sources: Sequence[tupl
 
 
 def _meaning(theirs: str, meanings: Mapping[Any, Given], shared: Sequence[tuple[str, Given]]) -> Given:
-    """Return our parameters for the value of a flag."""
+    """Return the parameters that the value of a flag translates to."""
     where, value = next(((w, given[theirs]) for w, given in shared if theirs in given), ("", next(iter(meanings))))
     if not isinstance(value, bool) or value not in meanings:
         expected = " or ".join(str(each).lower() for each in meanings)
@@ -263,7 +263,7 @@ def _meaning(theirs: str, meanings: Mapping[Any, Given], shared: Sequence[tuple[
 
 
 def _combined(parameter: str, places: Sequence[Given], default: float | None, where: str) -> Any:
-    """Combine the settings in several places: the first that has a value counts, the default last."""
+    """Combine settings given in several places: the first one that has a value takes precedence, the default comes last."""
     settings = [given[parameter] for given in places if parameter in given] + ([] if default is None else [default])
     if not settings:
         raise BadInput("a number is missing", where=f"{where}.{parameter}")
@@ -277,7 +277,7 @@ def _combined(parameter: str, places: Sequence[Given], default: float | None, wh
 
 
 def _by_run(settings: Sequence[Any]) -> Any:
-    """Combine the settings of the runs into one."""
+    """Combine the settings of all runs into one."""
     if all(setting == settings[0] for setting in settings):
         return settings[0]
     by_run = [setting if _has_entries(setting) else [{"value": setting}] for setting in settings]

@@ -1,4 +1,4 @@
-"""Compiled kernels for elementwise methods on the CPU (kernels.c), which also sum up the figures of the diagnostics."""
+"""Compiled CPU kernels for elementwise methods (kernels.c), which also accumulate the sums for the diagnostics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 KERNELS = Path(__file__).with_name("kernels.c")
 PIECE = 2**17
-"""Elements that are summed in one double; no thread gets fewer (kernels.c)."""
+"""Number of elements summed in one double (see kernels.c), the smallest part for a thread."""
 MOST_RUNS = 64
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -35,7 +35,7 @@ AGGREGATE = {"mean": 0, "count": 1, "sum": 2, "max": 3}
 
 
 class Part(NamedTuple):
-    """A range of elements, the work of one thread."""
+    """A range of elements that one thread processes."""
 
     start: int
     stop: int
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 @dataclass
 class RoundedOutput:
-    """θ₀ + scale·τ_m in the dtype of a file, and what rounding to it takes."""
+    """θ₀ + scale·τ_m in the dtype of a file, and the loss from rounding to it."""
 
     dtype: torch.dtype
     scale: float
@@ -51,10 +51,10 @@ class RoundedOutput:
     stepped: int = 0
     """Number of elements that the merge moves."""
     unchanged: int = 0
-    """Number of these that round to the same value as the base's."""
+    """Number of these that round to the base's value."""
     squared_errors: list[float] = field(default_factory=list)
     squared_lengths: list[float] = field(default_factory=list)
-    """For parts of the tensor: the squared lengths of the rounding error of scale·τ_m, and of scale·τ_m."""
+    """For each part of the tensor, the squared norms of the rounding error of scale·τ_m and of scale·τ_m itself."""
 
 
 class _Job(ctypes.Structure):
@@ -80,7 +80,7 @@ class _Job(ctypes.Structure):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the base and of the runs as it is stored, in 32 or 16 bits; or an exact task vector in place of a run's.
+    """One tensor of the base and of the runs in its stored dtype of 32 or 16 bits, or a run's exact task vector instead.
 
     If `written` is given, `merge` returns the rounded output instead of τ_m.
     """
@@ -120,7 +120,7 @@ class StoredTensor:
             numbers: (runs,), λ or thresholds, as the kernel requires.
             last: (runs,), the last index of an element equal to the threshold that is kept.
             options: see kernels.c.
-            figures: the sums are added to these.
+            figures: receives the sums.
         """
         merged = torch.empty(self.base.shape, dtype=self.written.dtype if self.written else torch.float32)
         for sums, counts in self._run(method, weights, numbers, last, options, merged):
@@ -133,11 +133,11 @@ class StoredTensor:
         return merged
 
     def balance(self, weights: Tensor, *, numbers: Tensor, last: Tensor | None, elect: int) -> int:
-        """Return the number of elements that elect plus, minus the number of those that elect minus (ties)."""
+        """Return the number of elements that elect plus minus the number of elements that elect minus (TIES)."""
         return sum(int(counts[-4]) for _, counts in self._run("balance", weights, numbers, last, (elect,), None))
 
     def largest(self, counts: Sequence[int]) -> Cut | None:
-        """Select the `counts` largest elements of each run, the first of equal ones; None if a sample misled the search."""
+        """Select the `counts` largest elements of each run, the first ones in case of ties; None if a sample was misleading."""
         found: list[tuple[float, int] | None] = [None] * len(self.runs)
 
         def work(run: int) -> None:
@@ -159,7 +159,7 @@ class StoredTensor:
         rank = bracket.find(n - count + 1)
         if rank is None:
             return None
-        wanted = rank.equal - rank.within + 1  # of those that equal the threshold
+        wanted = rank.equal - rank.within + 1  # of the elements equal to the threshold
         if wanted == rank.equal:
             return rank.value, n
         up_to = bracket.equal(rank.value, counts).cumsum()
@@ -168,7 +168,7 @@ class StoredTensor:
         return rank.value, self._place(run, rank.value, wanted - before, piece * PIECE)
 
     def sample(self, run: int, step: int) -> NDArray[np.int32]:
-        """Return the magnitudes of every step-th element of a run, as bit patterns."""
+        """Return the magnitude of every step-th element of a run, as bit patterns."""
         patterns = np.empty(-(-self.numel // step), np.int32)
         job, _keep = self._job("linear", (), None)
         arguments = ctypes.c_int(run), ctypes.c_long(self.numel), ctypes.c_long(step), ctypes.c_void_p(patterns.ctypes.data)
@@ -176,7 +176,7 @@ class StoredTensor:
         return patterns
 
     def collect(self, run: int, bracket: Bracket) -> NDArray[np.int64]:
-        """Add the magnitudes of one run to a bracket; return the counts added by each piece (see `Bracket.add`)."""
+        """Add the magnitudes of one run to a bracket; return the counts of each piece (see `Bracket.add`)."""
         counts, inside = np.zeros((-(-self.numel // PIECE), 4), np.int64), np.empty(min(bracket.room, self.numel), np.int32)
         job, _keep = self._job("linear", (), None)
         arguments = ctypes.c_int32(bracket.low), ctypes.c_int32(bracket.high), ctypes.c_int64(len(inside))
@@ -223,7 +223,7 @@ class StoredTensor:
         options: Sequence[int],
         merged: Tensor | None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Run a kernel; return sums (pieces, pairs and more) and counts of every part."""
+        """Run a kernel; return the sums (pieces, pairs and others) and the counts of every part."""
         runs = len(self.runs)
         numbers = (torch.zeros(runs) if numbers is None else numbers).float().contiguous()
         last = (torch.full((runs,), self.numel) if last is None else last).contiguous()
@@ -256,7 +256,7 @@ class StoredTensor:
 
 
 def open_stored(name: str, base: Checkpoint, runs: Sequence[Checkpoint], labels: Sequence[str]) -> StoredTensor | None:
-    """Return one tensor as it is stored; None if the kernels do not support it."""
+    """Return one tensor in its stored dtype; None if the kernels do not support it."""
     if len(runs) > MOST_RUNS or base.info(name).dtype not in KINDS or native.library(KERNELS) is None:
         return None
     plain = [type(run).delta is Checkpoint.delta for run in runs]
@@ -274,7 +274,7 @@ def open_stored(name: str, base: Checkpoint, runs: Sequence[Checkpoint], labels:
 
 
 def _parts(numel: int, threads: int) -> list[Part]:
-    """Split into about equal ranges that begin at whole pieces."""
+    """Split into ranges of about equal size that begin at multiples of PIECE."""
     pieces = -(-numel // PIECE)
     threads = max(min(threads, pieces), 1)
     cuts = [min(pieces * index // threads * PIECE, numel) for index in range(threads + 1)]

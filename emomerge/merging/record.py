@@ -32,7 +32,7 @@ class Run(_Part):
 
 
 class Output(_Part):
-    """How the merge was written."""
+    """The options that the merge was written with."""
 
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
     rounding: Rounding = "nearest"
@@ -48,7 +48,7 @@ class Output(_Part):
 
 
 class MergeRecord(_Part):
-    """Everything that decides the bytes of a merge; sources are as they were typed."""
+    """Everything that determines the bytes of a merge; sources are recorded as given by the user."""
 
     method: str
     params: dict[str, Any]
@@ -84,7 +84,7 @@ class MergeRecord(_Part):
         )
 
     def named(self, names: Sequence[str]) -> MergeRecord:
-        """Return the record with the names that the runs have in the diagnostics."""
+        """Return the record with the runs' names from the diagnostics."""
         runs = (run.model_copy(update={"name": name}) for run, name in zip(self.runs, names, strict=True))
         return self.model_copy(update={"runs": tuple(runs)})
 
@@ -101,14 +101,14 @@ class MergeRecord(_Part):
             _require(file, digest, sha256(file) if Path(file).is_file() else None)
 
     def extended(self, runs: Sequence[str], weights: Sequence[float]) -> MergeRecord:
-        """Return the merge of these runs and further ones by the same method and parameters.
+        """Return the record of a merge of these and further runs with the same method and parameters.
 
         Args:
-            runs: sources of the added runs, as they were typed.
+            runs: sources of the added runs, as given by the user.
             weights: weights of all runs, if they are weighted.
 
         Raises:
-            BadInput: a parameter holds a value for each recorded run and none for the new ones.
+            BadInput: a parameter holds a value for each recorded run and therefore none for the new ones.
         """
         total = len(self.runs) + len(runs)
         if isinstance(self.params.get("weights"), list) and not weights:
@@ -130,7 +130,7 @@ def read_record(path: str | Path) -> MergeRecord:
     """Read the record of a written merge.
 
     Args:
-        path: merge.json, or the folder that it is in.
+        path: merge.json or its folder.
 
     Raises:
         BadInput: there is no record, or it lacks the hashes of its inputs.
@@ -172,5 +172,5 @@ def _require(where: str, expected: str | None, found: str | None) -> None:
 
 
 def as_json(record: MergeRecord, **facts: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the content of merge.json: the record and facts about the result."""
+    """Return the content of merge.json: the record, with facts about the result."""
     return {**record.model_dump(mode="json"), **{key: value for key, value in facts.items() if value is not None}}

@@ -1,7 +1,7 @@
-"""The merge methods as the papers write them: slow, without pieces, passes or laziness.
+"""Reference implementations of the merge methods as published: slow, without pieces, passes or lazy evaluation.
 
-`taus` are the task vectors (runs, d) of all tensors joined end to end. The tests hold the methods that stream equal to
-these, bit for bit.
+`taus` are the task vectors (runs, d) of all tensors, concatenated. The tests require the streaming methods to match these
+bit for bit.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def task_arithmetic(taus: Tensor, weights: Tensor) -> Tensor:
 
 
 def mean(taus: Tensor, weights: Tensor) -> Tensor:
-    """Σ_t w_t τ_t / N, the weights having mean 1."""
+    """Σ_t w_t τ_t / N, for weights with a mean of 1."""
     return total(weights[:, None] * taus) / len(taus)
 
 
 def trim(taus: Tensor, density: float) -> Tensor:
-    """Every run's elements from its (d − ⌊d·K⌋)-th smallest magnitude on, zero elsewhere."""
+    """The elements of each run whose magnitude is at least its (d − ⌊d·K⌋)-th smallest; zero elsewhere."""
     d = taus.shape[1]
     k = d - int(d * density)
     rows = []
@@ -43,7 +43,7 @@ def trim(taus: Tensor, density: float) -> Tensor:
 
 
 def elect(trimmed: Tensor) -> Tensor:
-    """The sign of Σ τ̂_t (d,); where that is zero, the sign of the sum of all signs; minus where that is zero too."""
+    """The sign of Σ τ̂_t (d,); where this is zero, the sign of the sum of all signs; minus where that is zero too."""
     signs = total(trimmed).sign()
     majority = signs.sum().sign()
     signs = torch.where(signs == 0, majority, signs)
@@ -65,11 +65,11 @@ def tall_mask(taus: Tensor, r: Tensor, lambdas: Sequence[float], k: int) -> Tens
     return torch.where(votes >= k, r, 0)
 
 
-# One tensor at a time from here on: `taus` (runs, *shape).
+# From here on, `taus` (runs, *shape) are the task vectors of one tensor.
 
 
 def top(tau: Tensor, count: int) -> Tensor:
-    """The `count` elements of the largest magnitude, of equal ones the first; zero elsewhere."""
+    """The `count` elements of largest magnitude, the first ones in case of ties; zero elsewhere."""
     order = tau.flatten().abs().sort(descending=True, stable=True).indices
     kept = torch.zeros_like(tau.flatten())
     kept[order[:count]] = tau.flatten()[order[:count]]
@@ -82,7 +82,7 @@ def consensus(
     elect: Literal["sum", "weighted", "count"] = "sum",
     aggregate: Literal["mean", "count", "sum", "max"] = "mean",
 ) -> Tensor:
-    """The elements with the elected sign, plus where the election is a draw, joined."""
+    """The merge of the elements that have the elected sign (plus where the election is a draw)."""
     w = weights.view(-1, *[1] * (kept.ndim - 1))
     votes = {"sum": kept, "weighted": w * kept, "count": kept.sign()}[elect]
     agree = votes.sign() == torch.where(total(votes) >= 0, 1, -1)
@@ -95,12 +95,12 @@ def consensus(
 
 
 def kept_at_random(taus: Tensor, chances: Tensor, density: float) -> Tensor:
-    """DARE: τ_t/K where the chance, uniform in [0, 1), is below the density K."""
+    """DARE: τ_t/K where a uniform random number in [0, 1) is below the density K; zero elsewhere."""
     return torch.where(chances < density, taus, 0) / density
 
 
 def magprune(tau: Tensor, chances: Tensor, density: float, epsilon: float) -> Tensor:
-    """DELLA: row by row, element by element; the probability grows evenly with the rank."""
+    """DELLA: row by row, element by element; the probability grows linearly with the rank."""
     rows, out = (tau if tau.ndim > 1 else tau.view(1, -1)).flatten(1), []
     for row, chance in zip(rows, chances.reshape(rows.shape), strict=True):
         order = row.abs().argsort(stable=True).tolist()

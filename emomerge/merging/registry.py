@@ -32,13 +32,13 @@ INPUTS = {
     "native": {"stored", "figures", "weights"},
     "localize": {"deltas", "weights", "base", "name", "shape"},
 }
-"""The arguments that the engine passes by itself to each kind of function."""
+"""The inputs that the engine can pass to each kind of function."""
 
 BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 
 
 class Schema(BaseModel):
-    """The parameters that every method has; those of its own are added."""
+    """The parameters common to all methods; each method's own are added."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, alias_generator=lambda name: name.rstrip("_"))
 
@@ -64,7 +64,7 @@ class PerTensorParameter(NamedTuple):
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Marks a parameter as the names of files or folders, one for each run: `Annotated[tuple[str, ...], RunFiles(find)]`.
+    """Mark a parameter as names of files or folders, one per run: `Annotated[tuple[str, ...], RunFiles(find)]`.
 
     Args:
         find: the default for a run, given the run's source; None if it has none.
@@ -75,13 +75,13 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class Pass:
-    """A function that computes further arguments of a method, and the names of these; made by `provides`."""
+    """A function that computes further arguments of a method, with their names; made by `provides`."""
 
     function: Callable[..., dict[str, Any]]
     provides: frozenset[str]
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Call the function. Raises TypeError if it returns other names than it declares."""
+        """Call the function. Raises TypeError if the names it returns are not the declared ones."""
         found = self.function(*args, **kwargs)
         if found.keys() != self.provides:
             declared = ", ".join(sorted(self.provides))
@@ -154,7 +154,7 @@ class MergeMethod:
         ]
 
     def input_files(self, params: Mapping[str, Any], runs: Iterable[str]) -> list[str]:
-        """The files and folders that the method reads besides the base and the runs.
+        """Return the files and folders that the method reads besides the base and the runs.
 
         Args:
             params: the method's parameters, checked.
@@ -189,38 +189,38 @@ def merge_method(
 ) -> Callable[[Method], Method]:
     """Register a function that merges one tensor as a merge method.
 
-    The first line of the function's docstring is the method's formula. Its arguments are looked up by name among the
-    inputs, `deltas` (runs, *shape), `weights` (runs,), `base` (θ₀, *shape, in the dtype of the deltas), the tensor's
-    `name` and `shape`, and `offset` (the index in the flat tensor of the first element passed); among the arguments that
-    the passes provide; and among the parameters. The parameters, which users can set, are the keyword-only arguments with
-    a default, of the function and of its passes. Their annotations are the types that values are checked against, and may
-    carry a one-line description: `Annotated[float, Field(gt=0, description="…")]`. A parameter annotated `PerTensor` or
-    `PerRun` arrives as the number for this tensor, or as a tuple with the number for each run.
+    The first line of the function's docstring is the method's formula. Its arguments are matched by name with the inputs
+    `deltas` (runs, *shape), `weights` (runs,), `base` (θ₀, *shape, in the dtype of the deltas), the tensor's `name` and
+    `shape`, and `offset` (the index in the flat tensor of the first element passed); with the arguments that the passes
+    provide; and with the parameters. The parameters, which users can set, are the keyword-only arguments that have a
+    default, in the function and in its passes. Values are validated against their annotations, which may include a
+    one-line description: `Annotated[float, Field(gt=0, description="…")]`. A parameter annotated `PerTensor` or `PerRun`
+    is passed as the number for the tensor, or as a tuple with one number per run.
 
     Args:
-        name: the name that users type.
+        name: the method's name in recipes and on the command line.
         source: the publication.
-        elementwise: whether each element is merged by itself; the function then gets flat pieces (runs, n) of a tensor.
+        elementwise: whether elements are merged independently; the function then gets flat pieces (runs, n) of a tensor.
         relative_weights: rescale weights to a mean of 1; otherwise they are passed as given.
-        tuned: choose weights and scale by held-out loss if one is available, unless they are given.
-        incremental: whether the parameters mean the same for any number of runs and nothing is chosen among the runs, so
-            that a merge can be extended by further runs without surprise.
+        tuned: choose weights and scale by held-out loss, if available, unless they are given.
+        incremental: whether the parameters mean the same for any number of runs and the method makes no choices, so that
+            a merge can be extended by further runs.
         needs_loss: whether the method cannot work without a held-out loss.
-        exact_runs: the only number of runs that can be merged, if there is one.
+        exact_runs: the required number of runs, if the method is restricted to one.
         first_pass: called once, before everything else, with all task vectors (`vectors: TaskVectors`) and parameters. A
-            `PerTensor` or `PerRun` parameter of the method arrives as a mapping from tensor names to numbers if the pass
-            has no default for it. Plain values that it provides are reported in the diagnostics.
-        tensor_pass: called before the function for each tensor, with any of `rows` (the flat τ_t, a list of (n,)),
+            `PerTensor` or `PerRun` parameter of the method is passed as a mapping from tensor names to numbers if the
+            pass has no default for it. Plain values that it provides are reported in the diagnostics.
+        tensor_pass: called for each tensor before the function, with any of `rows` (the flat τ_t, a list of (n,)),
             `shape`, `weights`, `base` (n,), `name`, parameters and arguments that the first pass provides.
         native: compiled version of the function for a whole tensor. It takes any of `stored`
             (`merging.native.StoredTensor`), `figures`, to which it adds, `weights` and the parameters, and returns τ_m and
-            whether the method masks; or None to fall back on the function.
-        localize: the reference R (n,) and the masks (runs, n) of the flat `deltas` (runs, n) of one tensor, for methods
-            that can restore each run from R and its mask.
-        advice: warnings for the user about finished diagnostics.
+            whether the method masks; or None to fall back to the function.
+        localize: returns the reference R (n,) and the masks (runs, n) for the flat `deltas` (runs, n) of one tensor; for
+            methods that can restore each run from R and its mask.
+        advice: returns warnings for the user, given the finished diagnostics.
 
     Raises:
-        TypeError: one of the functions takes an argument that nobody provides.
+        TypeError: one of the functions takes an argument that nothing provides.
     """
 
     def register(function: Method) -> Method:
@@ -272,22 +272,22 @@ def merge_method(
 
 
 def find_method(name: str) -> MergeMethod:
-    """Return the method of that name. Raises BadInput, which suggests the nearest known name."""
+    """Return the method of that name. Raises BadInput, which suggests the closest match, if there is none."""
     if name not in METHODS:
         raise BadInput("unknown merge method", where=name, fix=_suggestion(name, sorted(METHODS)))
     return METHODS[name]
 
 
 def check_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the parameters of a method and fill in defaults; the keys are the keyword arguments of `merge`.
+    """Check the parameters of a method and fill in defaults; the keys returned are the keyword arguments of `merge`.
 
     Args:
         method: the method's name.
-        params: the method's own parameters, `scale`, and `weights` if the method has them, as recipes and callers write
-            them (`lambda` or `lambda_`).
+        params: the method's own parameters, `scale`, and `weights` if the method has them, as written in recipes or calls
+            (`lambda` or `lambda_`).
 
     Raises:
-        BadInput: unknown method or parameter (the nearest known name is suggested), or a value that is not allowed.
+        BadInput: unknown method or parameter (the error suggests the closest match), or a value that is not allowed.
     """
     schema = find_method(method).schema
     try:
@@ -307,7 +307,7 @@ def check_params(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def select(function: Callable[..., Any], available: Mapping[str, Any]) -> dict[str, Any]:
-    """Select the arguments that a function takes by name from those available."""
+    """Select the available arguments that a function takes, by name."""
     return {name: available[name] for name in arguments_of(function) if name in available}
 
 
@@ -317,7 +317,7 @@ def arguments_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter
 
 
 def _parameters(function: Callable[..., Any] | None) -> dict[str, Any]:
-    """Return annotation and default of every parameter that a user can set."""
+    """Return annotation and default of every parameter that users can set."""
     if function is None:
         return {}
     hints = get_type_hints(function.function if isinstance(function, Pass) else function, include_extras=True)
@@ -339,13 +339,13 @@ def _check_arguments(method: str, kind: str, function: Callable[..., Any] | None
 
 
 def _description(hint: Any) -> str | None:
-    """The first description in an annotation or in what it is made of."""
+    """Return the first description in an annotation or in the types it is composed of."""
     own = (mark.description for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, FieldInfo))
     return next(filter(None, (*own, *map(_description, get_args(hint)))), None)
 
 
 def _accepted(schema: Mapping[str, Any]) -> Iterator[str]:
-    """The values that a JSON schema accepts, in words."""
+    """Yield descriptions of the values that a JSON schema accepts."""
     for alternative in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
         yield from _accepted(alternative)
     yield from schema.get("enum", [schema["const"]] if "const" in schema else [])

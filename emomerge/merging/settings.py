@@ -1,8 +1,8 @@
-"""Numbers that may differ from tensor to tensor and from run to run, as recipes and mergekit's YAML write them.
+"""Numbers that may vary between tensors and between runs, as written in recipes and in mergekit's YAML.
 
-A setting is one number; a gradient, which is a list of numbers spread evenly over the layers and interpolated; or a list
-of entries `{filter, value}`, of which the first applies whose filter is part of the tensor's name. Entries of a parameter
-that may differ from run to run may also name a `run`, by its name or by its number from 1.
+A setting is a number; a gradient, which is a list of numbers spread evenly over the layers and interpolated; or a list of
+entries `{filter, value}`. The first entry applies whose filter is part of the tensor's name. For a parameter that may vary
+between runs, entries may also name a `run`, by its name or by its number from 1.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ T = TypeVar("T")
 EACH_TENSOR, EACH_RUN = "each tensor", "each run"
 
 PerTensor = Annotated[T, EACH_TENSOR]
-"""A parameter of a method that may differ from tensor to tensor."""
+"""A parameter of a method that may vary between tensors."""
 PerRun = Annotated[T | Sequence[T], EACH_RUN]
-"""A parameter that may also differ from run to run: the method gets a tuple with one number per run."""
+"""A parameter that may also vary between runs: the method gets a tuple with one number per run."""
 
 _LAYER = re.compile(r"(?:(.*?)\.)??(\d+)(?:\.|$)")
-"""Matches the stack and the number of a layer."""
+"""Pattern of a layer's stack and number."""
 
 Setting = Any
-"""A checked setting, as plain data: float | list[float] | {filter, run, value} | list of these."""
+"""A validated setting, as plain data: float | list[float] | {filter, run, value} | list of these."""
 
 
 class Entry(BaseModel, Generic[T]):
@@ -59,7 +59,7 @@ def setting_of(number: Any, *, each_run: bool = False, or_word: Any = None) -> A
     """Return the pydantic type of a setting.
 
     Args:
-        number: type of one number.
+        number: type of a single number.
         each_run: whether entries may name a run.
         or_word: a Literal type that is accepted as well.
     """
@@ -72,7 +72,7 @@ def setting_of(number: Any, *, each_run: bool = False, or_word: Any = None) -> A
 
 
 def _shape(value: Any) -> Literal["number", "gradient", "entry", "entries"]:
-    """Return the kind of setting that a value is meant to be, so that errors refer to that kind."""
+    """Return the intended kind of setting, so that errors refer to that kind."""
     if isinstance(value, Mapping | BaseModel):
         return "entry"
     if isinstance(value, list | tuple):
@@ -83,14 +83,14 @@ def _shape(value: Any) -> Literal["number", "gradient", "entry", "entries"]:
 def resolve(
     setting: Setting, names: Iterable[str], runs: Sequence[str] = ("",), *, default: float | None = None, what: str
 ) -> dict[str, tuple[float, ...]]:
-    """Resolve a setting to the number of each run for each tensor.
+    """Resolve a setting to one number per run for each tensor.
 
     Args:
-        setting: checked by a type that `setting_of` made.
+        setting: validated by a type from `setting_of`.
         names: the tensors; a gradient is spread over their layers.
         runs: the runs' names.
-        default: the number if no entry matches.
-        what: name of the parameter for messages.
+        default: the number to use if no entry matches.
+        what: name of the parameter, for error messages.
 
     Raises:
         BadInput: a filter that no tensor matches, an unknown run, or no number for a tensor.
@@ -119,8 +119,8 @@ def constant(resolved: Mapping[str, T]) -> T | None:
 def layer_positions(names: Iterable[str]) -> dict[str, float]:
     """Return the position of each tensor in its stack of layers, from 0 to 1; 0 outside a stack, 1 in a stack of one layer.
 
-    The first number among the parts of a name is the layer, what precedes it the stack: `model.layers.3.mlp.up.weight`
-    is layer 3 of `model.layers`.
+    The first number among the parts of a name is the layer, and the parts before it are the stack:
+    `model.layers.3.mlp.up.weight` is layer 3 of `model.layers`.
     """
     found: dict[str, tuple[str, int] | None] = {}
     last: dict[str, int] = defaultdict(int)
@@ -140,7 +140,7 @@ def layer_count(names: Iterable[str]) -> int:
 
 
 def _number(setting: Setting, name: str, run: tuple[int, str], position: float) -> float | None:
-    """Return the number for one tensor and run, or None if no entry matches."""
+    """Return the number for a tensor and a run, or None if no entry matches."""
     if isinstance(setting, int | float):
         return float(setting)
     if isinstance(setting, Mapping):

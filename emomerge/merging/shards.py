@@ -1,4 +1,4 @@
-"""Write the shards of a merge in workers, one each; the bytes are those of a single process."""
+"""Write the shards of a merge in workers, one shard each; the bytes are the same as from a single process."""
 
 from __future__ import annotations
 

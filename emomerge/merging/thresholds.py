@@ -1,4 +1,4 @@
-"""Exact order statistics: the k-th smallest magnitude of a stream of tensors, the largest elements of a tensor."""
+"""Exact order statistics: the k-th smallest magnitude in a stream of tensors, the largest elements of a tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 DIGIT = 16
-"""Bits counted in one pass over the stream."""
+"""Number of bits resolved in one pass over the stream."""
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -23,11 +23,11 @@ def kth_magnitude(stream: Callable[[], Iterable[Tensor]], ranks: Sequence[int], 
     Args:
         stream: starts a pass over the pieces (rows, n); there is one pass for every 16 bits of the dtype.
         ranks: k of each row, up to `numel`; a k below 1 gives 0.
-        numel: number of elements of a row; those missing from the stream count as zeros; an empty row counts as one zero.
+        numel: number of elements per row; elements missing from the stream count as zeros, an empty row as one zero.
         dtype: float32 or float64, no narrower than any piece.
 
     Returns:
-        Tensor: (rows,), of that dtype.
+        Tensor: (rows,), in `dtype`.
     """
     rows, width = len(ranks), 8 * dtype.itemsize
     left_out = torch.zeros(rows, dtype=torch.int64)
@@ -55,22 +55,22 @@ def kth_magnitude(stream: Callable[[], Iterable[Tensor]], ranks: Sequence[int], 
 
 
 class Ranked(NamedTuple):
-    """The magnitude of a rank."""
+    """The magnitude at a rank."""
 
     value: float
     equal: int
-    """Number of elements that have it."""
+    """Number of elements with this magnitude."""
     within: int
     """Rank (from 1) among these."""
 
 
 class Bracket:
-    """Finds a rank among many float32 magnitudes in one pass: those outside two values are counted, the few inside are kept.
+    """Find the magnitude at a rank among many float32 values in one pass: count those outside a bracket, keep the few inside.
 
-    A sample gives the two values (Floyd and Rivest 1975). Magnitudes are compared by their bit patterns, which sort alike.
+    A sample gives the bracket (Floyd and Rivest 1975). Magnitudes are compared by their bit patterns, which sort the same way.
 
     Args:
-        low, high: bit patterns; −1 and 2³¹ − 1 leave a side open.
+        low, high: bit patterns of the bracket's ends; −1 and 2³¹ − 1 leave a side open.
         room: number of patterns that one call of `add` may keep.
     """
 
@@ -92,7 +92,7 @@ class Bracket:
         return cls(low, high, 2 * numel * (right - left) // size + 4096)
 
     def add(self, counts: Sequence[int], inside: NDArray[np.int32]) -> None:
-        """Add counts of elements below `low`, equal to it, equal to `high` and inside, and the patterns inside that fit."""
+        """Add counts of elements below `low`, equal to it, equal to `high` and inside, and as many patterns inside as fit."""
         below, lowest, highest, held = counts
         self._below, self._lowest, self._highest = self._below + below, self._lowest + lowest, self._highest + highest
         if self._inside is not None:
@@ -101,11 +101,11 @@ class Bracket:
             self._inside = None
 
     def equal(self, value: float, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many elements of each piece equal a value that was found (pieces,).
+        """Return the number of elements in each piece that equal a value that was found (pieces,).
 
         Args:
-            value: between the two or one of them.
-            counts: (pieces, 4) as for `add`, of all that was added.
+            value: a value inside the bracket, or one of its ends.
+            counts: (pieces, 4) as for `add`, for everything that was added.
         """
         pattern = np.float32(value).view(np.int32)
         if pattern in (self.low, self.high):
@@ -114,7 +114,7 @@ class Bracket:
         return np.bincount(np.searchsorted(counts[:, 3].cumsum(), hits, side="right"), minlength=len(counts))
 
     def find(self, rank: int) -> Ranked | None:
-        """Return the magnitude of a rank among all elements added; None if it lies outside the bracket."""
+        """Return the magnitude at a rank among all elements added; None if it lies outside the bracket."""
         inside = None if self._inside is None else np.concatenate([np.empty(0, np.int32), *self._inside])
         if inside is None or (rank := rank - self._below) < 1:
             return None
@@ -129,7 +129,7 @@ class Bracket:
 
 
 def sample_step(numel: int) -> int:
-    """Return the distance between the elements of a sample of about n^⅔ of n elements; odd, so that every column is sampled."""
+    """Return the stride of a sample of about n^⅔ of n elements; odd, so that every column is sampled."""
     return int(numel ** (1 / 3)) | 1
 
 
@@ -138,14 +138,14 @@ def _magnitude(pattern: int | np.int32) -> float:
 
 
 SAMPLE = 2**14
-"""Size of the sample that brackets a rank before it is found exactly."""
+"""Size of the sample that gives the bracket."""
 
 
 def kth_smallest(values: Tensor, k: int) -> Tensor:
     """Return the k-th smallest of a flat tensor, k from 1: `kthvalue` on a bracket of it (Floyd and Rivest 1975).
 
-    A sample brackets the value, the elements below are counted, and only those inside are searched; if the bracket misses
-    the value, all are searched. The answer is exact.
+    A sample brackets the value, the elements below the bracket are counted, and only those inside are searched; if the
+    bracket misses the value, all elements are searched. The result is exact.
     """
     n = len(values)
     if n > 4 * SAMPLE:
@@ -161,14 +161,14 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
 
 
 class Cut(NamedTuple):
-    """The elements of largest magnitude: above the threshold, or equal to it up to the index `last`. Both (rows, 1)."""
+    """A selection by magnitude: elements above the threshold, or equal to it up to the index `last`. Both are (rows, 1)."""
 
     threshold: Tensor
     last: Tensor | None = None
     """None if all elements equal to the threshold are included."""
 
     def mask(self, values: Tensor, offset: int = 0) -> Tensor:
-        """Return the mask of the elements (rows, n) that start at `offset`."""
+        """Return the mask for elements (rows, n) that start at `offset`."""
         size, threshold = values.abs(), self.threshold.to(values.device)
         if self.last is None:
             return size >= threshold
@@ -177,7 +177,7 @@ class Cut(NamedTuple):
 
 
 def largest(rows: Sequence[Tensor], counts: Sequence[int]) -> Cut:
-    """Select the `counts` largest elements of each flat row; the first of equal ones."""
+    """Select the `counts` largest elements of each flat row, the first ones in case of ties."""
     found = [_largest(row, count) for row, count in zip(rows, counts, strict=True)]
     threshold, last = torch.stack([threshold for threshold, _ in found]), [last for _, last in found]
     all_equal = all(place == len(row) for row, place in zip(rows, last, strict=True))

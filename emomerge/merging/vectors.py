@@ -18,7 +18,7 @@ from emomerge.merging.thresholds import Bracket, sample_step
 from emomerge.native import in_parallel
 
 CHUNK = 2**17
-"""Elements of a piece; five runs' pieces and a few temporaries fit into the cache."""
+"""Elements per piece; the pieces of five runs and a few temporaries fit into the cache."""
 
 Loss = Callable[[Checkpoint], float]
 Rule = Callable[[str, Tensor], Tensor]
@@ -26,7 +26,7 @@ Rule = Callable[[str, Tensor], Tensor]
 
 
 class BasePlusDelta(Checkpoint):
-    """θ₀ + scale·τ, tensor by tensor, in τ's dtype; the base's own tensor if τ is zero."""
+    """θ₀ + scale·τ for each tensor, in the dtype of τ; the base's own tensor if τ is zero."""
 
     def __init__(self, base: Checkpoint, *, scale: float = 1.0, source: str = "candidate") -> None:
         self.base = base
@@ -43,7 +43,7 @@ class BasePlusDelta(Checkpoint):
         return self.base.names()
 
     def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype of the base's tensor, to which a writer rounds."""
+        """Return shape and dtype of the base's tensor; writers round to this dtype."""
         return self.base.info(name)
 
     def scale_of(self, name: str) -> float:
@@ -54,7 +54,7 @@ class BasePlusDelta(Checkpoint):
         return self.with_base(name, self.base)[0]
 
     def delta(self, name: str, base: Checkpoint) -> Tensor | None:
-        """Return scale·τ without the rounding of the sum, if `base` is this checkpoint's own base."""
+        """Return scale·τ, free of the sum's rounding error if `base` is this checkpoint's own base."""
         if base is not self.base:
             return super().delta(name, base)
         tau, scale = self.tau(name), self.scale_of(name)
@@ -76,7 +76,7 @@ class Candidate(BasePlusDelta):
         self._tau = tau
 
     def tau(self, name: str) -> Tensor | None:
-        """Return the function's τ."""
+        """Return τ as computed by the function."""
         return self._tau(name)
 
 
@@ -91,7 +91,7 @@ class TaskVectors:
         run_losses: the held-out loss of each single run, if known.
 
     Raises:
-        BadInput: a run lacks a floating tensor of the base, or has an additional one, or one of another shape.
+        BadInput: a run lacks a floating-point tensor of the base, or has an additional one, or one of a different shape.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class TaskVectors:
         return [(zero if delta is None else delta).flatten().to(dtype) for delta in deltas]
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yield the runs' τ of a tensor in flat stacked pieces (runs, n); nothing if no run moved it."""
+        """Yield stacked flat pieces (runs, n) of the runs' τ of a tensor; none if no run moved it."""
         rows = self.rows(name)
         if rows is not None:
             yield from (piece for _, piece in blocks(rows, CHUNK))
@@ -152,13 +152,13 @@ class TaskVectors:
                 yield name, piece
 
     def stored(self, name: str) -> StoredTensor | None:
-        """Return a tensor as it is stored, for the compiled kernels; None if these do not support it."""
+        """Return a tensor in its stored dtype for the compiled kernels; None if they do not support it."""
         return open_stored(name, self.base, self.runs, self.labels)
 
     def kth_magnitude_native(self, ranks: Sequence[int]) -> Tensor | None:
-        """Compiled version of `thresholds.kth_magnitude` over all tensors, for float32.
+        """Find order statistics over all tensors as `thresholds.kth_magnitude` does, with compiled code, in float32.
 
-        Returns None if a tensor is not supported, or if a sample misled the search.
+        Returns None if a tensor is not supported, or if the rank lies outside the bracket that a sample gave.
         """
         runs, step = range(len(self.runs)), sample_step(self.numel)
         samples: list[list[NDArray[np.int32]]] = [[] for _ in runs]
@@ -181,7 +181,7 @@ class TaskVectors:
         return deltas.new_tensor(self.weights[name])
 
     def require_loss(self, what: str) -> Loss:
-        """Return the held-out loss. Raises BadInput, which names what would be chosen by it, if there is none."""
+        """Return the held-out loss function. Raises BadInput if there is none; `what` names the choice that needs it."""
         if self.held_out_loss is None:
             raise BadInput(f"{what} is chosen by held-out loss, which needs data", fix="give a recipe with `--recipe`")
         return self.held_out_loss
@@ -202,7 +202,7 @@ class TaskVectors:
         return None if self._run_losses is None else list(self._run_losses)
 
     def loss_of(self, rule: Rule, what: str) -> float:
-        """Return the held-out loss of θ₀ + rule(τ), by which `what` is chosen; NaN counts as infinite."""
+        """Return the held-out loss of θ₀ + rule(τ), NaN as infinity; `what` names the choice for errors."""
 
         def tau(name: str) -> Tensor | None:
             if not merges(self.base.info(name)):
@@ -213,7 +213,7 @@ class TaskVectors:
         return finite_or_inf(self.require_loss(what)(Candidate(self.base, tau)))
 
     def check_equal(self, name: str) -> None:
-        """Raise BadInput if a tensor that does not merge differs between the base and a run that has it."""
+        """Raise BadInput if a tensor that is not merged differs between the base and a run that has it."""
         for run, label in zip(self.runs, self.labels, strict=True):
             if name in run and not (run.info(name) == self.base.info(name) and _same_bytes(run[name], self.base[name])):
                 raise BadInput(
@@ -231,7 +231,7 @@ def blocks(rows: Sequence[Tensor], size: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def merges(info: TensorInfo) -> bool:
-    """Return whether a tensor merges: floats do, except FP8, which needs the scales stored beside it."""
+    """Return whether a tensor is merged: floating-point ones are, except FP8, which needs the scales stored with it."""
     return info.dtype.is_floating_point and info.dtype.itemsize > 1
 
 
@@ -245,7 +245,7 @@ def _floating(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _check_headers(base: Checkpoint, run: Checkpoint, label: str) -> None:
-    """Check that the run has the base's floating tensors and no others, each in the base's shape."""
+    """Check that the run has exactly the base's floating-point tensors, each in the base's shape."""
     present, ours, theirs = set(run.names()), dict.fromkeys(_floating(base)), _floating(run)
     for name in ours:
         where = f"{name} of run {label}"

@@ -1,9 +1,9 @@
-"""The merge methods by family: one function each, which merges one tensor and reads like its formula.
+"""The merge methods by family. Each is one function, which merges one tensor and follows its formula.
 
 Notation: τ_t = θ_t − θ₀ are the task vectors of N runs, S = Σ_t τ_t, τ̄ = S/N. A method computes τ_m, and the merge is
 θ₀ + scale·τ_m. `deltas` (runs, *shape) stacks the τ_t of one tensor; `weights` (runs,) have a mean of 1 unless a method
-says otherwise. Sums over runs are loops in the order of the runs, and sums over elements go by rows of a fixed length, so
-no result depends on how the work is split.
+states otherwise. Sums over runs are loops in the order of the runs, and sums over elements are taken by rows of a fixed
+length, so that results do not depend on how the work is split.
 """
 
 # These modules register their methods when they are imported.

@@ -55,7 +55,7 @@ def mean(deltas: Tensor, weights: Tensor) -> Tensor:
 
 @provides("chosen", "members")
 def choose_members(vectors: TaskVectors) -> dict[str, Any]:
-    """Start from the best run; add each run, best first, if the mean with it is no worse on held-out data."""
+    """Start from the best run; add each further run, best first, if the mean including it is no worse on held-out data."""
     losses = vectors.run_losses("greedy-soup")
     best, *others = sorted(range(len(vectors)), key=losses.__getitem__)
     chosen: tuple[int, ...] = (best,)
@@ -78,7 +78,7 @@ def greedy_soup(deltas: Tensor, *, chosen: tuple[int, ...]) -> Tensor:
 
 
 def squared_gradients_of(run: str) -> Path | None:
-    """Find fisher.safetensors in the run directory that a source belongs to; EmoSens leaves it when it trains all weights."""
+    """Find fisher.safetensors in a source's run directory; EmoSens writes it when it trains all weights."""
     for folder in (Path(run), *Path(run).parents[:2]):
         if (folder / "run.json").is_file() and (file := folder / "fisher.safetensors").is_file():
             return file
@@ -94,7 +94,7 @@ Information = Annotated[
 
 @provides("opened")
 def open_information(vectors: TaskVectors, *, information: Information = ()) -> dict[str, Any]:
-    """Open the F_t of each run, checkpoints with the base's tensor names and shapes."""
+    """Open the F_t of each run: checkpoints with the base's tensor names and shapes."""
     information = information or tuple(str(squared_gradients_of(run.source) or "") for run in vectors.runs)
     for label, path in zip(vectors.labels, information, strict=False):
         if not path:

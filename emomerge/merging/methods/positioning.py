@@ -4,8 +4,8 @@
 
 L is a black box that can be evaluated a few dozen times. Its gradient and Hessian in the span come from a quadratic fitted
 to the measured losses within a trust region (Powell 2006; Conn, Gould and Toint 2000, chapter 9). The fit uses coordinates
-u in which length is distance between weights; otherwise long runs, and runs that agree, would hide the differences
-between the others:
+u in which distances are distances between weights; otherwise long task vectors, and runs that agree, would mask the
+differences between the others:
 
     c = c₀ + Bu,  BᵀGB = l²·I,  G = [⟨τ_s, τ_t⟩],  c₀ the best start, l = ‖Σ_t c₀_t τ_t‖
 
@@ -56,7 +56,7 @@ class Quadratic(NamedTuple):
 
 
 class Search:
-    """The coefficients whose loss is known, and a function that measures others."""
+    """The coefficients whose loss is known, and a function that measures further ones."""
 
     def __init__(self, loss: Callable[[Tensor], float]) -> None:
         self.loss = loss
@@ -64,12 +64,12 @@ class Search:
         self.losses: list[float] = []
 
     def record(self, c: Tensor, loss: float) -> None:
-        """Record the loss of coefficients."""
+        """Record the loss at coefficients."""
         self.points.append(c)
         self.losses.append(loss)
 
     def measure(self, c: Tensor) -> float:
-        """Measure, record and return the loss of coefficients."""
+        """Measure, record and return the loss at coefficients."""
         self.record(c, self.loss(c))
         return self.losses[-1]
 
@@ -80,7 +80,7 @@ class Search:
 
     @property
     def best(self) -> Tensor:
-        """The coefficients with the lowest loss; of equal ones the first."""
+        """The coefficients with the lowest loss, the first ones in case of ties."""
         return self.points[self.losses.index(self.lowest)]
 
 
@@ -97,7 +97,7 @@ def choose_coefficients(vectors: TaskVectors, *, evaluations: Evaluations = 40) 
         `predicted_loss`, None if no quadratic led there; `evaluations_used`, beyond those of the runs.
 
     Raises:
-        BadInput: there is no held-out loss, or a run has none that is finite.
+        BadInput: there is no held-out loss, or that of a run is not finite.
     """
     known, runs = vectors.run_losses("positioning"), len(vectors)
 
@@ -126,7 +126,7 @@ def inner_products(vectors: TaskVectors) -> Tensor:
 
 @one_thread()
 def axes(g: Tensor, start: Tensor) -> Tensor:
-    """Return B (runs, dimensions): orthogonal directions of the span, as long as the start's task vector if that moved."""
+    """Return B (runs, dimensions): orthogonal axes of the span, as long as the start's task vector if that is not zero."""
     energies, directions = torch.linalg.eigh(g)
     energy = float(start @ g @ start) or float(g.diagonal().mean())
     moving = energies > COLLINEAR * energy
@@ -135,9 +135,9 @@ def axes(g: Tensor, start: Tensor) -> Tensor:
 
 
 def descend(search: Search, b: Tensor, evaluations: int) -> float | None:
-    """Search for a lower loss: at c₀ ± r·b_i, then, as long as it pays, at the quadratic's minimum in ‖u − u_best‖ ≤ r.
+    """Search for a lower loss: at c₀ ± r·b_i, then, while it pays off, at the quadratic's minimum in ‖u − u_best‖ ≤ r.
 
-    The radius r grows and shrinks with how well the gain was predicted.
+    The radius r grows or shrinks depending on how well the gain was predicted.
 
     Returns:
         float | None: the predicted loss of the best coefficients; None if no quadratic led there.
@@ -198,7 +198,7 @@ def lowest_within(model: Quadratic, radius: float) -> Tensor:
 
 
 def positioning_advice(report: dict[str, Any]) -> list[str]:
-    """Say so if the merge is just one of its runs."""
+    """Warn if the merge is just one of its runs."""
     params = report["params"]
     if sorted(params["coefficients"]) != [0.0] * (len(report["runs"]) - 1) + [1.0]:
         return []

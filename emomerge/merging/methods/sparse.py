@@ -1,4 +1,4 @@
-"""Sparsify the task vectors, then sum them or merge them as TIES does: DARE, DELLA, Breadcrumbs, SCE."""
+"""Methods that sparsify the task vectors, then sum or average them or elect signs like TIES: DARE, DELLA, Breadcrumbs, SCE."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def added(kept: Tensor, weights: Tensor, aggregate: Sum) -> Tensor:
 
 
 def l1_share(rows: Sequence[Tensor], keep: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Return the share of each run's L1 norm that `keep` (offset, τ (runs, n) → τ̂) retains (runs, 1); 1 if that is zero."""
+    """Return the share of each run's L1 norm that `keep` (offset, τ (runs, n) → τ̂) retains (runs, 1); 1 if it is zero."""
     before = after = torch.zeros(len(rows), dtype=torch.float64, device=rows[0].device)
     for offset, deltas in blocks(rows, PIECE):
         before, after = before + total(deltas.abs()), after + total(keep(offset, deltas).abs())
@@ -51,7 +51,7 @@ def l1_share(rows: Sequence[Tensor], keep: Callable[[int, Tensor], Tensor]) -> T
 
 
 def uniform(like: Tensor, name: str, run: int, seed: int, offset: int = 0) -> Tensor:
-    """Return 24-bit numbers in [0, 1) that depend only on seed, run, tensor and element: a hash of these (lowbias32).
+    """Return 24-bit numbers in [0, 1) that depend only on seed, run, tensor and element: their hash (lowbias32).
 
     Args:
         like: tensor with the shape and device of the result.
@@ -71,7 +71,7 @@ def uniform(like: Tensor, name: str, run: int, seed: int, offset: int = 0) -> Te
 
 
 def dropped(deltas: Tensor, name: str, offset: int, density: Sequence[float], seed: int) -> Tensor:
-    """Keep each element with the probability `density`, zero elsewhere."""
+    """Keep each element with probability `density`; zero elsewhere."""
     rows = zip(deltas, density, strict=True)
     keep = [uniform(delta, name, run, seed, offset) < share for run, (delta, share) in enumerate(rows)]
     return torch.where(torch.stack(keep), deltas, 0)
@@ -211,7 +211,7 @@ def cut_tails(
 
 
 def without(deltas: Tensor, offset: int, tails: tuple[Cut, Cut]) -> Tensor:
-    """Keep the elements inside the first cut and outside the second, zero elsewhere."""
+    """Keep the elements inside the first cut and outside the second; zero elsewhere."""
     inside, above = (cut.mask(deltas, offset) for cut in tails)
     return torch.where(inside & ~above, deltas, 0)
 

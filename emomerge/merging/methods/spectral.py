@@ -1,4 +1,4 @@
-"""Methods on the singular vectors of matrices; other tensors get the mean."""
+"""Methods based on the singular vectors of matrices; other tensors get the mean."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Averages on the sphere: directions and lengths are averaged separately.
 
-The points are the task vectors (`origin: base`) or the runs' weights θ_t themselves (`origin: zero`). All of these are
-combinations Σ c_t x_t whose coefficients follow from the inner products of the points.
+The points are the task vectors (`origin: base`) or the runs' weights θ_t themselves (`origin: zero`). Each merge is a
+combination Σ c_t x_t whose coefficients follow from the inner products of the points.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Origin = Annotated[
     Literal["base", "zero"], Field(description="what the points are: task vectors (base) or the runs' weights (zero)")
 ]
 VectorKind = Literal["tensor", "row", "column", "filter"]
-"""One vector is the whole tensor, a slice along its last or along its first dimension, or all elements at one index of the
-first dimension."""
+"""A vector is the whole tensor, a slice along its last or its first dimension, or all elements at one index of the first
+dimension."""
 Along = Annotated[
     Literal["tensor", "row", "column"],
     Field(description="what is interpolated: whole tensors, or vectors along the last (row) or first (column) dimension"),
@@ -37,7 +37,7 @@ COLLINEAR = 0.9995
 
 
 def products(rows: Sequence[Tensor], base: Tensor | None, shape: tuple[int, ...], along: VectorKind = "tensor") -> Tensor:
-    """Return the inner products (vectors, runs, runs) of the points: τ_t, or with a `base` θ_t."""
+    """Return the inner products (vectors, runs, runs) of the points: τ_t, or θ_t if a `base` is given."""
 
     def vectors(x: Tensor) -> Tensor:
         if along == "tensor" or not shape:
@@ -48,7 +48,7 @@ def products(rows: Sequence[Tensor], base: Tensor | None, shape: tuple[int, ...]
 
 
 def expand(factors: Tensor, offset: int, n: int, shape: tuple[int, ...], along: VectorKind) -> Tensor:
-    """Expand factors of vectors (…, vectors) to the n elements from `offset` on (…, n)."""
+    """Expand one factor per vector (…, vectors) to the n elements from `offset` on (…, n)."""
     if factors.shape[-1] == 1:
         return factors
     place = torch.arange(offset, offset + n, device=factors.device)
@@ -58,7 +58,7 @@ def expand(factors: Tensor, offset: int, n: int, shape: tuple[int, ...], along: 
 
 
 def combined(deltas: Tensor, base: Tensor, coefficients: Tensor, origin: Origin) -> Tensor:
-    """Return Σ_t c_t x_t as a task vector, x_t = τ_t or θ_t; coefficients (runs, n) or (runs, 1)."""
+    """Return Σ_t c_t x_t, x_t = τ_t or θ_t, as a task vector; coefficients are (runs, n) or (runs, 1)."""
     if origin == "base":
         return weighted_sum(deltas, coefficients)
     return weighted_sum(base + deltas, coefficients) - base

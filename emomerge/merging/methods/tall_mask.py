@@ -1,4 +1,4 @@
-"""TALL-masks: localize the weights that matter to each run, keep those that enough runs agree on."""
+"""TALL-masks: localize the weights that matter to each run, then keep those that enough runs agree on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Reference = Annotated[
 ]
 
 LAMBDAS = (0.2, 0.3, 0.4, 0.5, 0.6)
-"""The candidates of λ: auto."""
+"""The candidates for `lambda: auto`."""
 
 
 def reference_vector(deltas: Tensor, weights: Tensor, reference: Reference, survey: Mapping[str, Any]) -> Tensor:
@@ -43,7 +43,7 @@ def reference_vector(deltas: Tensor, weights: Tensor, reference: Reference, surv
 
 
 def ties_of_a_fifth(vectors: TaskVectors) -> dict[str, Any]:
-    """Compute the arguments of `ties` for a sum of the largest 20 %."""
+    """Return the arguments with which `ties` sums the largest 20 %."""
     density = dict.fromkeys(vectors.names, (0.2,) * len(vectors))
     found = trim_and_elect(vectors, density=density, aggregate="sum")
     return {key: value for key, value in found.items() if key in ("cut", "elect", "aggregate", "majority")}
@@ -99,7 +99,7 @@ def tall_mask_advice(report: dict[str, Any]) -> list[str]:
 def tall_mask_native(
     stored: StoredTensor, weights: Tensor, figures: Figures, *, lambdas: tuple[float, ...], votes: int, reference: Reference
 ) -> tuple[Tensor, bool] | None:
-    """Compiled version, except for the reference that is itself a merge."""
+    """Compiled version; does not support a reference that is itself a merge."""
     if reference == "ties":
         return None
     options = (votes, reference == "mean")

@@ -1,4 +1,4 @@
-"""TIES: trim the task vectors, elect a sign for each element, merge the values that have it. Three published variants."""
+"""TIES: trim the task vectors, elect a sign for each element, merge the values with that sign. Three published variants."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ Aggregate = Annotated[
 
 
 class Variant(NamedTuple):
-    """One implementation's reading of the paper."""
+    """One implementation's interpretation of the paper."""
 
     trim: Trim
     at_least: int
-    """Elements of a tensor that `trim: tensor` always keeps."""
+    """Minimum number of elements of a tensor that `trim: tensor` keeps."""
     elect: Elect
     draw: Draw
-    """`majority` is minus if as many elements elected plus as minus."""
+    """With `majority`, a tie between elements that elected plus and minus counts as minus."""
     aggregate: Aggregate
-    """Over the agreeing runs: Σ w τ̂ / Σ w, Σ w τ̂ / their number, Σ w τ̂, or the largest w τ̂."""
+    """Over the runs with the elected sign: Σ w τ̂ / Σ w, Σ w τ̂ / their number, Σ w τ̂, or the largest w τ̂."""
 
 
 PRESETS = {
@@ -74,7 +74,7 @@ def trim_and_elect(
     draw: Draw | None = None,
     aggregate: Aggregate | None = None,
 ) -> dict[str, Any]:
-    """Resolve the variant; find the cut, if it is made for all tensors at once, and the sign of the majority."""
+    """Resolve the variant; find the cut, if it applies to all tensors at once, and the majority sign."""
     given: dict[str, Any] = {"trim": trim, "elect": elect, "draw": draw, "aggregate": aggregate}
     variant = PRESETS[preset]._replace(**{part: value for part, value in given.items() if value is not None})
     found: dict[str, Any] = {**variant._asdict(), "cut": None, "majority": 1}
@@ -121,7 +121,7 @@ def cut_globally(vectors: TaskVectors, densities: Sequence[float], trim: Trim) -
 
 @provides("cut")
 def cut_tensor(rows: Sequence[Tensor], *, density: PerRun[Density] = 0.2, cut: Cut | None, at_least: int) -> dict[str, Any]:
-    """Keep exactly ⌊density·n⌋ elements of one tensor, unless the cut is made already."""
+    """Keep exactly ⌊density·n⌋ elements of one tensor, unless the cut has already been made."""
     if cut is not None or not rows:
         return {"cut": cut}
     n = len(rows[0])
@@ -129,7 +129,7 @@ def cut_tensor(rows: Sequence[Tensor], *, density: PerRun[Density] = 0.2, cut: C
 
 
 def trimmed(deltas: Tensor, offset: int, cut: Cut) -> Tensor:
-    """Return τ̂_t: the elements inside the cut, zero elsewhere."""
+    """Return τ̂_t: the elements inside the cut; zero elsewhere."""
     return torch.where(cut.mask(deltas, offset), deltas, 0)
 
 
@@ -167,7 +167,7 @@ def ties_advice(report: dict[str, Any]) -> list[str]:
 
 
 def balance_native(stored: StoredTensor, weights: Tensor, cut: Cut, elect: Elect) -> int:
-    """Compiled count of the elements that elect plus, minus those that elect minus."""
+    """Return the number of elements that elect plus minus the number of elements that elect minus, with compiled code."""
     last = None if cut.last is None else cut.last.flatten()
     return stored.balance(weights, numbers=cut.threshold.flatten(), last=last, elect=ELECT[elect])
 
