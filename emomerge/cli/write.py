@@ -73,7 +73,7 @@ def card_only(**context: Any) -> TextFiles:
 
 
 def merge_card(record: dict[str, Any], out: Path) -> str:
-
+    """Render the model card of a merge from the content of its merge.json."""
     context = {**record, "title": out.stem, "name": out.stem, "params": record["diagnostics"]["params"]}
     if "adapter" in record:
         about = f"A LoRA adapter that holds {record['adapter']['energy']:.2%} of the squared length of the merged task vector."
