@@ -1,6 +1,6 @@
 """The results of an experiment: the content of results.json as frozen types, written by `experiment` and read by `reporting`.
 
-A number that is not finite is None: JSON has no other way to say it.
+Non-finite numbers are stored as None, because JSON cannot represent them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, V
 from emomerge.errors import BadInput
 
 SCHEMA_VERSION = 2
-"""Raised whenever a field changes its name, type or meaning. Results of another version are refused, never guessed at."""
+"""Incremented when a field changes its name, type or meaning. Results of other versions are rejected."""
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 Role: TypeAlias = Literal["base", "run", "merge", "control"]
@@ -28,7 +28,7 @@ def _finite_or_none(value: object) -> object:
 
 
 Number: TypeAlias = Annotated[float | None, BeforeValidator(_finite_or_none)]
-"""A float; None where it is not finite."""
+"""A float; None if it is not finite."""
 
 
 class Part(BaseModel):
@@ -38,14 +38,14 @@ class Part(BaseModel):
 
 
 class Estimate(Part):
-    """A figure of one artefact, as a rule a mean over random directions or rows."""
+    """A figure of one artefact, usually a mean over random directions or rows."""
 
     mean: Number
-    """None: the measurement diverged."""
+    """None if the measurement diverged."""
     stderr: Number = None
-    """Standard error of the mean; None: unknown, or the figure is exact."""
+    """Standard error of the mean; None if it is unknown or the figure is exact."""
     n: int | None = None
-    """Number of samples, as a rule directions."""
+    """Number of samples, usually directions."""
     finding: str | None = None
     """A remark on this measurement, such as where it diverged."""
     facts: dict[str, Number] = {}
@@ -53,26 +53,26 @@ class Estimate(Part):
 
 
 class Column(Part):
-    """How a figure is reported: one column of the tables, filled from `ArtefactRow.estimates`."""
+    """A column of the tables, filled from `ArtefactRow.estimates`."""
 
     key: str
-    """Of `ArtefactRow.estimates`; unique."""
+    """Key in `ArtefactRow.estimates`; unique."""
     title: str
     meaning: str
     """One sentence, without a full stop."""
     better: Literal["lower", "higher"] | None = None
-    """Which runs and merges compete for the best value; None: nobody does."""
+    """Which values are better, for marking the best run or merge; None if no value is."""
     views: tuple[View, ...] = ("table", "card", "terminal")
-    """Where it is shown: the page's table of figures or that of secondary measures, model cards, the terminal."""
+    """Where it is shown: the page's main table or its table of secondary measures, model cards, the terminal."""
     family: str = ""
-    """Shared by the columns of one measure at several radii; the terminal shows the middle radius."""
+    """Name shared by the columns of a measure at several radii; the terminal shows the middle radius."""
     radius: float | None = None
     percent: bool = False
-    """Print a share as a percentage."""
+    """Whether to print the value as a percentage."""
     digits: int = 3
-    """Significant digits of the column's median; all cells share its decimal places."""
+    """Significant digits of the column's median, which set the decimal places of all cells."""
     decimals: int | None = None
-    """Decimal places, if they are fixed."""
+    """Fixed number of decimal places, if any."""
 
 
 class Density(Part):
@@ -84,7 +84,7 @@ class Density(Part):
 
 
 class Subspace(Part):
-    """The Hessian within the span of the runs' task vectors, computed without sampling. None where it diverged."""
+    """The Hessian restricted to the span of the runs' task vectors, computed without sampling. None if it diverged."""
 
     rank: int
     eigenvalues: tuple[Number, ...] | None
@@ -95,11 +95,11 @@ class Subspace(Part):
     asymmetry: Number = None
     """‖H − Hᵀ‖/‖H‖ before symmetrisation."""
     disagreement: Number = None
-    """Of finite differences at two step sizes, relative."""
+    """Relative disagreement of finite differences at two step sizes."""
 
 
 class Hessian(Part):
-    """What is known of an artefact's Hessian beside the figures λmax, λmin and trace."""
+    """Facts about the Hessian of an artefact beyond the figures λmax, λmin and trace."""
 
     density: Density | None = None
     layers: dict[str, Number] = {}
@@ -107,7 +107,7 @@ class Hessian(Part):
     step: Number = None
     """Step size of the finite differences."""
     disagreement: Number = None
-    """Of finite differences at two step sizes, relative."""
+    """Relative disagreement of finite differences at two step sizes."""
     subspace: Subspace | None = None
 
 
@@ -120,20 +120,20 @@ class ArtefactRow(Part):
     optimizer: str | None = None
     seed: int | None = None
     control: str | None = None
-    """Kind of a control, a key of `emomerge.controls.CONTROLS`."""
+    """Kind of control, a key of `emomerge.controls.CONTROLS`."""
     of: str | None = None
     """Name of the artefact that a control is matched to."""
     sha256: str | dict[str, str] | None = None
-    """Of the weights, or of each file of weights."""
+    """SHA-256 of the weights, or of each file of weights."""
     seconds: float | None = None
-    """Wall time it took to make."""
+    """Wall time of training or merging."""
     method: str | None = None
     """Merge method."""
     estimates: dict[str, Estimate] = {}
-    """`Column.key` → figure; a figure that was not measured has no entry."""
+    """`Column.key` → figure; figures that were not measured are absent."""
     hessian: Hessian | None = None
     details: dict[str, JsonValue] = {}
-    """Metric → summary, for metrics that have no figure of their own in the report."""
+    """Metric → summary, for metrics without a figure in the report."""
 
     def mean(self, key: str) -> float | None:
         """Return the mean of a figure; None if it was not measured or diverged."""
@@ -165,7 +165,7 @@ class Surface(Part):
 
 
 class Point(Part):
-    """A named model on a plane."""
+    """The position of a named model on a plane."""
 
     name: str
     x: float
@@ -173,26 +173,26 @@ class Point(Part):
 
 
 class Plane(Surface):
-    """The loss over the plane through three models; the axes are distances between weights."""
+    """The loss over the plane through three models; axes are in units of distance between weights."""
 
     points: tuple[Point, ...]
 
 
 class Matrix(Part):
-    """A figure of every pair of models, symmetric."""
+    """A symmetric matrix with a figure for every pair of models."""
 
     names: tuple[str, ...]
     matrix: tuple[tuple[Number, ...], ...]
 
 
 class Cosines(Matrix):
-    """Cosines between task vectors, and the share of coordinates that both move and move alike."""
+    """Cosines between task vectors, and for the coordinates that both move the share with equal signs."""
 
     sign_agreement: tuple[tuple[Number, ...], ...] = ()
 
 
 class Trace(Part):
-    """The steps of a training run, one entry each."""
+    """The training trace of a run, one entry per step."""
 
     optimizer: str
     seed: int
@@ -205,14 +205,14 @@ class Trace(Part):
 
 
 class Samples(Part):
-    """What models generate: texts after prompts, or pictures."""
+    """Samples generated by models: texts that continue prompts, or pictures."""
 
     about: str
     prompts: tuple[str, ...] = ()
     texts: dict[str, tuple[str, ...]] = {}
-    """Artefact → one text for each prompt."""
+    """Artefact → one text per prompt."""
     images: dict[str, str] = {}
-    """Artefact → PNG, base64."""
+    """Artefact → PNG in base64."""
 
 
 class Evidence(Part):
@@ -221,16 +221,16 @@ class Evidence(Part):
     against: str
     what: str
     scale: Literal["difference", "log-ratio"]
-    """`difference`: of losses, in the task's unit; `log-ratio`: of sharpness or curvature."""
+    """`difference` of losses, in the task's unit; `log-ratio` of sharpness or curvature."""
     estimate: Number
-    """None: it does not exist, because of a divergence or a mean sharpness that is not positive."""
+    """None if undefined, because of divergence or a mean sharpness that is not positive."""
     low: Number
-    """Of the 95 % interval; None: open to this side."""
+    """Bounds of the 95 % interval; None if it is unbounded on this side."""
     high: Number
 
     @property
     def sign(self) -> int:
-        """−1: the whole interval favours the merge; +1: it favours the rival; 0: undecided."""
+        """−1 if the whole interval favours the merge, +1 if it favours the rival, 0 if undecided."""
         if self.high is not None and self.high < 0:
             return -1
         return 1 if self.low is not None and self.low > 0 else 0
@@ -242,16 +242,16 @@ class Claim(Part):
     status: Literal["better", "flatter", "refuted", "not shown"]
     evidence: tuple[Evidence, ...] = ()
     note: str = ""
-    """What the claim needs and nobody measured."""
+    """Comparisons that the claim needs but that were not measured."""
 
 
 class Verdict(Part):
-    """Whether the merge lies in a better and flatter minimum than its rivals."""
+    """The verdict on whether the merge lies in a better and flatter minimum than its rivals."""
 
     status: Literal["better and flatter", "better", "flatter", "refuted", "not shown"]
     sentence: str
     merge: str
-    """Name of the artefact, of the first training seed."""
+    """Name of the merge of the first training seed."""
     best_single: tuple[str, ...]
     """The best run of each training seed."""
     better: Claim
@@ -306,11 +306,11 @@ class Data(Part):
     rows: Rows
     classes: tuple[str, ...] = ()
     unit: str = "nats"
-    """Of losses."""
+    """Unit of losses."""
 
 
 class ProbeFacts(Part):
-    """How flatness was measured: the recipe's `probe` section and what came of it."""
+    """How flatness was measured: the recipe's `probe` section and related facts."""
 
     preset: str
     data: Literal["train", "test"]
@@ -325,20 +325,20 @@ class ProbeFacts(Part):
     metrics: tuple[str, ...] = ()
     """Metrics beyond those of the preset."""
     options: dict[str, JsonValue] = {}
-    """Metric → options that the recipe gives it."""
+    """Metric → its options in the recipe."""
     rows: int | None = None
-    """Rows that the probe saw."""
+    """Number of rows that the probe used."""
     noise_floor: Number = None
     """The largest difference between repeated evaluations."""
 
 
 class Results(Part):
-    """Everything that one experiment found. What was not measured is None or empty."""
+    """All results of an experiment. Parts that were not measured are None or empty."""
 
     schema_version: int = Field(SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
     name: str
     created: str | None = None
-    """ISO 8601."""
+    """Time in ISO 8601."""
     command: str = ""
     recipe: dict[str, JsonValue] = {}
     recipe_yaml: str = ""
@@ -360,10 +360,10 @@ class Results(Part):
     cosines: Cosines | None = None
     merges: dict[str, MergeFacts] = {}
     seconds: dict[str, float] = {}
-    """Stage → wall time."""
+    """Stage → wall time in seconds."""
 
     def to_json(self) -> str:
-        """Return results.json; what is absent is left out."""
+        """Return the content of results.json, without absent parts."""
         plain = {"schema_version": self.schema_version, **self.model_dump(mode="json", exclude_defaults=True)}
         return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
 
@@ -373,10 +373,10 @@ class Results(Part):
 
         Args:
             text: its content.
-            where: named in errors, as a rule the file.
+            where: the source to name in errors, usually the file.
 
         Raises:
-            BadInput: it is damaged, or of another schema version.
+            BadInput: the text is damaged, or of another schema version.
         """
         again = "run the recipe again; its evaluations are remembered"
         try:
@@ -401,7 +401,7 @@ def load_results(folder: Path) -> Results:
     """Return the results in an output folder.
 
     Raises:
-        BadInput: there are none, they are damaged, or they are of another schema version.
+        BadInput: there are no results, or they are damaged or of another schema version.
     """
     file = folder / "results.json"
     try:
@@ -414,6 +414,6 @@ def load_results(folder: Path) -> Results:
 
 
 def sort_rows(rows: Sequence[ArtefactRow]) -> list[ArtefactRow]:
-    """Return rows in the order of reports: base, runs, merges, controls."""
+    """Sort rows into the order of reports: base, runs, merges, controls."""
     rank: Mapping[Role, int] = {"base": 0, "run": 1, "merge": 2, "control": 3}
     return sorted(rows, key=lambda row: rank[row.role])

@@ -1,4 +1,4 @@
-"""The assessment of an experiment: every figure of every artefact, its controls, the verdict, and which artefact to use."""
+"""Assess an experiment: measure all artefacts, derive controls, reach the verdict and select the artefact to use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from emomerge.training import Context, Engine
 
 @dataclass(frozen=True)
 class Contestants:
-    """Everything that an experiment compares."""
+    """All artefacts that an experiment compares."""
 
     base: Artefact
     runs: Sequence[Artefact]
@@ -33,14 +33,14 @@ class Contestants:
     best: Sequence[Artefact]
     """The best single run of each training seed."""
     controls: Mapping[str, Sequence[Artefact]]
-    """Kind of control → one artefact for each training seed that has one."""
+    """Kind of control → one artefact for each training seed that has it."""
     snapshots: Sequence[Artefact] = ()
-    """Of the long runs."""
+    """Snapshots of the long runs."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one training seed brings to the verdict: the merge and its rivals, label → artefact."""
+    """A merge and its rivals (label → artefact) of one training seed."""
 
     merge: Artefact
     in_sharpness: Mapping[str, Artefact]
@@ -52,17 +52,17 @@ def assess(
 ) -> Results:
     """Measure everything and judge the recipe's first merge.
 
-    It was named before any figure was seen, so that the verdict is on no pick of the luckiest.
+    The verdict is about this merge, which was fixed before anything was measured, to avoid selection bias.
 
     Args:
         recipe: the experiment.
         measurer: measures artefacts.
-        contestants: all artefacts but the controls that are derived from a merge.
+        contestants: all artefacts except the controls that are derived from a merge.
         display: shows progress.
         engine: starts workers for the probe; None measures in this process.
 
     Returns:
-        Results with figures, landscapes, verdict and selection; the rest is left to the caller.
+        Results with figures, landscapes, verdict and selection; the caller adds the rest.
     """
     label = recipe.merge[0].label
     derived = derived_controls(recipe, measurer, contestants)
@@ -79,7 +79,7 @@ def assess(
         measure_in_workers(engine, measurer, [(a, metrics[a.name]) for a in everything], display)
     line = display.line("probe", sum(measurer.steps(a, metrics[a.name]) for a in everything) + steps_together(of_close))
     measured = {a.name: measurer.probe(a, line, metrics[a.name]) for a in everything}
-    merge, best = contestants.merges[label][0], contestants.best[0]  # of the first training seed: pictures, not evidence
+    merge, best = contestants.merges[label][0], contestants.best[0]  # first seed: figures only, not the verdict
     runs = [run for run in contestants.runs if run.seed == best.seed]
     measurer.probe_together(measured, merge, best, runs, line, of_close)
     results = _results(recipe, measured)
@@ -106,14 +106,14 @@ def probe_models(
     Args:
         recipe: gives the data and the probe.
         models: checkpoints, adapters or run directories, all of the base's architecture.
-        base_folder: the base they are compared with; its RMS sets the ball.
+        base_folder: the base that they are compared with; its RMS sets the radii.
         out: folder for results and ledger.
         display: shows progress.
-        metrics: names of metrics; by default those that the recipe asks for.
+        metrics: names of metrics; by default those of the recipe.
         engine: starts workers for the probe; None measures in this process.
 
     Raises:
-        BadInput: `out` is the output folder of a recipe, or there is no metric of some name.
+        BadInput: `out` is the output folder of a recipe, or a metric is unknown.
     """
     _, chosen = recipe_metrics(recipe.probe, metrics)
     if (out / "recipe.yaml").exists():
@@ -140,7 +140,7 @@ def probe_models(
 
 
 def derived_controls(recipe: Recipe, measurer: Measurer, contestants: Contestants) -> dict[str, list[Artefact]]:
-    """Return kind → the controls that are derived from the recipe's first merge, those that the recipe wants."""
+    """Return the controls of the recipe that are derived from its first merge, by kind."""
     merges = contestants.merges[recipe.merge[0].label]
     wanted = {kind: derive for kind, derive in DERIVED.items() if kind in recipe.controls}
     return {kind: [a for merge in merges for a in derive(measurer, contestants, merge)] for kind, derive in wanted.items()}
@@ -163,7 +163,7 @@ DERIVED: Mapping[str, Callable[[Measurer, Contestants, Artefact], list[Artefact]
 
 
 def _comparisons(recipe: Recipe, contestants: Contestants, controls: Mapping[str, Sequence[Artefact]]) -> list[Comparison]:
-    """One comparison for each training seed. A rival that some seed lacks, because it diverged there, is left out: unpaired."""
+    """Return one comparison per training seed, with the rivals that exist for every seed: others would be unpaired."""
     label, mean = recipe.merge[0].label, _plain_mean(recipe)
     found = []
     for index, (merge, single) in enumerate(zip(contestants.merges[label], contestants.best, strict=True)):
@@ -184,7 +184,7 @@ def _comparisons(recipe: Recipe, contestants: Contestants, controls: Mapping[str
 
 
 def _belongs(control: Artefact, merge: Artefact, single: Artefact) -> bool:
-    """Whether a control is matched to the merge or the best single run of a training seed, or else is of that seed."""
+    """Return whether a control is matched to the merge or the best run of a training seed, or was trained with that seed."""
     return control.seed == single.seed if control.of is None else control.of in (merge.name, single.name)
 
 
@@ -193,12 +193,12 @@ def _shared(rivals: Mapping[str, Artefact], of_all_seeds: Sequence[Mapping[str, 
 
 
 def _plain_mean(recipe: Recipe) -> str | None:
-    """The label of the recipe's plain mean, if it has one."""
+    """Return the label of the recipe's plain mean, if it has one."""
     return next((spec.label for spec in recipe.merge if spec.method == "mean" and not spec.params), None)
 
 
 def _judge(recipe: Recipe, measurer: Measurer, comparisons: Sequence[Comparison], measured: Mapping[str, Measured]) -> Verdict:
-    """The verdict on the recipe's first merge over all training seeds."""
+    """Return the verdict on the recipe's first merge over all training seeds."""
     label, rivals = recipe.merge[0].label, comparisons[0]
     better_missing = [PLAIN_MEAN] if _plain_mean(recipe) != label and PLAIN_MEAN not in rivals.in_loss else []
     better_missing += _missing("better", rivals.in_loss)
@@ -219,7 +219,7 @@ def _judge(recipe: Recipe, measurer: Measurer, comparisons: Sequence[Comparison]
 
 
 def _missing(claim: str, rivals: Mapping[str, Artefact]) -> list[str]:
-    """Labels of the controls that a claim needs and that were not measured."""
+    """Return the labels of the controls that a claim needs and that were not measured."""
     needed = [control for control in CONTROLS.values() if control.rival_in == claim and control.required]
     return [control.label for control in needed if control.label not in rivals]
 
@@ -258,13 +258,13 @@ def _in_sharpness(recipe: Recipe, comparisons: Sequence[Comparison], measured: M
 
 
 def _radii(recipe: Recipe) -> Sequence[float]:
-    """Return the radii of the sharpness that the verdict is about."""
+    """Return the radii at which the verdict compares sharpness."""
     radii: Sequence[float] = METRICS["gaussian"].options_of(recipe.probe)["radii"]
     return radii
 
 
 def select(rows: Sequence[ArtefactRow]) -> Selected:
-    """Return the run or merge with the lowest validation loss, with a sentence that says so if it is no merge."""
+    """Return the run or merge with the lowest validation loss, and a sentence that gives the reason."""
 
     def loss(row: ArtefactRow) -> float:
         found = row.loss("validation")
@@ -294,7 +294,7 @@ def _results(recipe: Recipe, measured: Mapping[str, Measured]) -> Results:
 
 
 def united_columns(of_artefacts: Iterable[Sequence[Column]]) -> list[Column]:
-    """Return the columns of all artefacts; one that others lack keeps its place after the column before it."""
+    """Return the columns of all artefacts; a column that some artefacts lack stays after the one that precedes it."""
     union: list[Column] = []
     for columns in of_artefacts:
         place = 0

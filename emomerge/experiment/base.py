@@ -1,4 +1,4 @@
-"""The first stage: the model that all runs start from."""
+"""The base stage: the model that all runs start from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from emomerge.training import fit
 
 
 def make_base(experiment: Experiment) -> dict[str, Any]:
-    """Write the base of all runs: the given model with the head that the task needs, or a small one trained here.
+    """Write the base of all runs: the given model with the head that the task needs, or a small model trained here.
 
     Returns:
         Facts for the stamp: the SHA-256 of the weights.

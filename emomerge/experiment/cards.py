@@ -1,4 +1,4 @@
-"""Model cards of everything that an experiment writes."""
+"""Model cards of the base, the runs and the merges of an experiment."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _write_card(experiment: Experiment, folder: Path, context: dict[str, Any]) -
 
 
 def merge_card(experiment: Experiment, name: str, record: dict[str, Any], results: Results | None = None) -> str:
-    """Return the card of a merge, with its results once they are known."""
+    """Return the card of a merge, with its results if known."""
     params = record["diagnostics"].get("params", record["params"])
     known = {
         "title": f"{experiment.recipe.name}, {name}", "name": name, "base": experiment.recipe.base.model or "prepared",

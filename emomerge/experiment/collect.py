@@ -1,4 +1,4 @@
-"""The probe stage: measure all artefacts, and collect everything that results.json holds."""
+"""The probe stage: measure all artefacts and collect the content of results.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def collect_results(experiment: Experiment, engine: Engine | None = None) -> Res
     """Measure all artefacts and judge the first merge; return the content of results.json.
 
     Args:
-        experiment: with its runs, controls and merges done.
+        experiment: an experiment whose runs, controls and merges are complete.
         engine: starts workers for the measurements; None measures in this process.
     """
     seeds = experiment.recipe.runs.seeds
@@ -49,7 +49,7 @@ def collect_results(experiment: Experiment, engine: Engine | None = None) -> Res
 
 
 def _heading(experiment: Experiment) -> dict[str, Any]:
-    """Return facts on the recipe, the machine and the data."""
+    """Return facts about the recipe, the machine and the data."""
     packages = ("emomerge", "torch", "transformers", "peft", "numpy")
     data = experiment.data
     return {
@@ -69,7 +69,7 @@ def _heading(experiment: Experiment) -> dict[str, Any]:
 
 
 def _samples(experiment: Experiment, artefacts: Sequence[Artefact]) -> Samples | None:
-    """What some artefacts generate, for tasks whose models generate something."""
+    """Return samples that some artefacts generate, for generative tasks."""
     made = {}
     for artefact in artefacts:
         experiment.measurer.load(artefact)

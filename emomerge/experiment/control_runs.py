@@ -34,7 +34,7 @@ def long_adamw_runs(recipe: Recipe, seed: int) -> list[RunSpec]:
 
 
 def adamw_members(recipe: Recipe, seed: int, rate: float) -> list[RunSpec]:
-    """Return AdamW runs to be averaged: as many and as long as the merged runs, each with another order of the data."""
+    """Return the AdamW runs to average: as many and as long as the merged runs, each with a different order of the data."""
     steps = recipe.runs.steps
     return [
         RunSpec(f"adamw-{rate:g}-{k}-{seed}", "adamw", seed, steps, control="adamw-average", rate=rate, member=k)
@@ -43,7 +43,7 @@ def adamw_members(recipe: Recipe, seed: int, rate: float) -> list[RunSpec]:
 
 
 def total_steps(recipe: Recipe) -> int:
-    """Return the number of steps of all runs of one training seed together."""
+    """Return the total number of steps of all runs of one training seed."""
     return recipe.runs.steps * len(recipe.runs.optimizers)
 
 
@@ -54,7 +54,7 @@ def controls_inputs(experiment: Experiment) -> str:
 
 
 def train_controls(experiment: Experiment, train: Train) -> dict[str, Any]:
-    """Train the controls that the recipe asks for. Controls that diverge are recorded and do not stop the experiment.
+    """Train the controls of the recipe. Controls that diverge are recorded and do not stop the experiment.
 
     Returns:
         Facts for the stamp: the runs that were trained, and the errors of those that diverged.
@@ -73,7 +73,7 @@ def train_controls(experiment: Experiment, train: Train) -> dict[str, Any]:
 
 
 def _train_all(experiment: Experiment, train: Train, specs: Sequence[RunSpec]) -> tuple[list[RunSpec], list[str]]:
-    """Train runs; return those that were finished, and the errors of the others."""
+    """Train runs; return the finished ones and the errors of the others."""
     try:
         train(specs)
     except RunFailed as error:
@@ -83,14 +83,14 @@ def _train_all(experiment: Experiment, train: Train, specs: Sequence[RunSpec]) -
 
 
 def _adamw_rate(experiment: Experiment, seed: int, trained: Sequence[RunSpec]) -> float:
-    """Return the peak rate of the long run with the lowest validation loss; the first one listed if none was trained."""
+    """Return the peak rate of the long run with the lowest validation loss; the recipe's first if none was trained."""
     long = [spec for spec in trained if spec.optimizer == "adamw" and spec.seed == seed]
     best = min(long, key=lambda spec: experiment.measurer.loss(experiment.run_artefact(spec), "validation"), default=None)
     return experiment.recipe.rival.learning_rates[0] if best is None or best.rate is None else best.rate
 
 
 def possible_controls(experiment: Experiment) -> list[RunSpec]:
-    """Return every control that may be trained, which depends on the best run and the best rate."""
+    """Return every control that may be trained; which ones are depends on the best run and the best rate."""
     recipe = experiment.recipe
     long = [long_run(recipe, spec) for spec in experiment.specs]
     long += [spec for seed in recipe.runs.seeds for spec in long_adamw_runs(recipe, seed)]
@@ -99,7 +99,7 @@ def possible_controls(experiment: Experiment) -> list[RunSpec]:
 
 
 def control_artefacts(experiment: Experiment) -> dict[str, list[Artefact]]:
-    """Return, for each kind of control, its artefacts by training seed; `snapshots` are those of the long run."""
+    """Return the artefacts of each kind of control, in the order of the seeds; `snapshots` are those of the long run."""
     kinds = ("long-run", "adamw-long-run", "adamw-average", "swa", "snapshots")
     found: dict[str, list[Artefact]] = {kind: [] for kind in kinds}
     for seed in experiment.recipe.runs.seeds:

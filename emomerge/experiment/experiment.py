@@ -1,4 +1,4 @@
-"""One recipe in one output folder: what all stages share, and the artefacts that they leave."""
+"""One recipe in one output folder: the state that all stages share, and the artefacts that they produce."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Experiment:
 
     @cached_property
     def device(self) -> torch.device:
-        """The device that models are trained and measured on."""
+        """The device on which models are trained and measured."""
         return choose_device(self.recipe.device)
 
     @cached_property
@@ -61,13 +61,13 @@ class Experiment:
 
     @property
     def context(self) -> Context:
-        """The context of training and measuring; needs the base."""
+        """The context for training and measuring; requires the base."""
         context = Context(self.recipe, self.space.base, self.base_hash, self.space.runs)
-        return context.using(self.task, self.data, self.base)  # merges recognise the base that runs were opened with
+        return context.using(self.task, self.data, self.base)  # the same object with which runs are opened, as merges check
 
     @cached_property
     def measurer(self) -> Measurer:
-        """The measurer of artefacts, which holds one model."""
+        """The measurer of artefacts."""
         return Measurer(self.context, self.space.ledger)
 
     @cached_property
@@ -77,7 +77,7 @@ class Experiment:
 
     @property
     def base_hash(self) -> str:
-        """Hash of the base and its inputs; everything trained from another base is stale."""
+        """The hash of the base and its inputs; anything trained from a different base is stale."""
         return digest([self.base_inputs, self.space.stamp("base").get("sha256")])
 
     def run_dir(self, spec: RunSpec) -> RunDir:
@@ -119,11 +119,11 @@ class Experiment:
         )  # fmt: skip
 
     def merge_name(self, spec: Merge, seed: int) -> str:
-        """Return the name of a merge's folder. Every training seed is merged separately, as a repetition of the experiment."""
+        """Return the name of a merge's folder. Each training seed is merged separately, as a repetition of the experiment."""
         return spec.label if len(self.recipe.runs.seeds) == 1 else f"{spec.label}-seed{seed}"
 
     def merge_stamps(self) -> dict[str, str]:
-        """Return the inputs hash of every merge, by name."""
+        """Return the hash of the inputs of every merge, by name."""
         shared = [self.recipe.task, self.recipe.probe.batch_size, version("emomerge")]
         return {
             self.merge_name(spec, seed): digest([spec, self.run_hashes(seed), shared])

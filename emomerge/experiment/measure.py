@@ -1,7 +1,7 @@
-"""Measuring the artefacts of a recipe: losses, the metrics of the probe, and the controls derived from other artefacts.
+"""Measure the artefacts of a recipe: losses, the metrics of the probe, and controls derived from other artefacts.
 
 All artefacts share one model, into which their weights are loaded in turn. Choices (weights, λ, scale, greedy soup, the
-selected artefact) depend on the validation split only; the reported held-out figures come from the test split.
+selected artefact) depend on the validation split only; the held-out figures in reports come from the test split.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from emomerge.training import Context
 
 @dataclass(frozen=True)
 class Artefact:
-    """A set of weights that is measured: base, run, merge or control."""
+    """A set of weights to measure: base, run, merge or control."""
 
     name: str
     role: Role
     checkpoint: Checkpoint
     hash: str
-    """What the ledger files it under: equal hashes mean equal weights."""
+    """Key in the ledger: equal hashes mean equal weights."""
     path: Path | None = None
     optimizer: str | None = None
     seed: int | None = None
     control: str | None = None
     of: str | None = None
     seconds: float | None = None
-    """Wall time it took to make."""
+    """Wall time of training or merging."""
     sha256: str | dict[str, str] | None = None
-    """Of the weights, or of each file."""
+    """SHA-256 of the weights, or of each file."""
     method: str | None = None
     """Merge method."""
     cosine_to_mean: float | None = None
-    """Between its task vector and the mean of the runs'."""
+    """Cosine between its task vector and the mean of the runs' task vectors."""
 
 
 @dataclass
@@ -62,10 +62,10 @@ class Measured:
 
     Attributes:
         artefact: the artefact.
-        scores: its figures before those of metrics, and after them, in the order of the tables.
+        scores: the figures that precede those of metrics, and those that follow them, in the order of the tables.
         figures: columns and estimates of metrics.
-        row: further fields of its `ArtefactRow`, as plain data.
-        results: fields of `Results`, as plain data.
+        row: further fields for its `ArtefactRow`, as plain data.
+        results: further fields for `Results`, as plain data.
         series: name → values for paired statistics, (…, directions, units) or (…, directions, batches).
         weights: name → weights of the units or batches, summing to one.
     """
@@ -90,7 +90,7 @@ class Measured:
 
     @property
     def columns(self) -> list[Column]:
-        """Columns of the estimates in the order of the tables: scores stand around metrics, secondary metrics last."""
+        """The columns of the estimates in the order of the tables: scores enclose metrics; secondary metrics come last."""
         return [column for column, _ in self._all_figures()]
 
     def artefact_row(self) -> ArtefactRow:
@@ -114,12 +114,12 @@ class Measurer:
 
     Args:
         context: recipe, data and base.
-        ledger: the file that remembers evaluations; None remembers them in memory.
-        known: the file of another ledger, which is only read.
+        ledger: file that stores evaluations; None keeps them in memory.
+        known: another ledger's file, which is only read.
     """
 
     def __init__(self, context: Context, ledger: Path | None, *, known: Path | None = None) -> None:
-        torch.backends.cudnn.allow_tf32 = False  # convolutions in TF32 would round small perturbations away
+        torch.backends.cudnn.allow_tf32 = False  # TF32 convolutions would round small perturbations away
         self.context, self.recipe, self.task, self.data = context, context.recipe, context.task, context.data
         self.ledger = Ledger(ledger, known)
         trusted = self.recipe.base.trust_remote_code
@@ -135,7 +135,7 @@ class Measurer:
 
     @cached_property
     def probe_rows(self) -> dict[SplitName, Tensor]:
-        """Indices of the rows that are sampled of the training and the test split, drawn with the probe's seed."""
+        """Indices of the rows sampled from the training and the test split with the probe's seed."""
         probe, generator = self.recipe.probe, torch.Generator().manual_seed(self.recipe.probe.seed)
         names: tuple[SplitName, ...] = ("train", "test")
         count = probe.batches * probe.batch_size
@@ -147,7 +147,7 @@ class Measurer:
         return split
 
     def batches(self, name: SplitName) -> list[Batch]:
-        """Return a split in batches on the device: all rows, or the probe's sample of the training data."""
+        """Return a split in batches on the device: all rows, or for the training data the probe's sample."""
         return self._batches[name]
 
     @cached_property
@@ -173,7 +173,7 @@ class Measurer:
             self._loaded = artefact.hash
 
     def held_out_loss(self, checkpoint: Checkpoint) -> float:
-        """Return the mean validation loss of any weights; choices of merges depend on it."""
+        """Return the mean validation loss of a checkpoint; merges make their choices by it."""
         self._loaded = None
         load_into(self.model, checkpoint)
         rows = [score(self.task, self.model, batch) for batch in self.batches("validation")]
@@ -204,7 +204,7 @@ class Measurer:
         return basics.mean_score(self.scores(artefact, split), "loss")
 
     def probe(self, artefact: Artefact, line: Line, metrics: Sequence[Metric]) -> Measured:
-        """Measure one artefact: its scores, gradient norm and distance, and those metrics that look at single artefacts."""
+        """Measure one artefact: its scores, gradient norm, distance, and the metrics of single artefacts."""
         measured = Measured(artefact, self._basic_figures(artefact))
         for metric in metrics:
             if metric.looks_at(artefact.role):
@@ -219,14 +219,14 @@ class Measurer:
         self, measured: Mapping[str, Measured], merged: Artefact, best: Artefact, runs: Sequence[Artefact], line: Line,
         metrics: Sequence[Metric],
     ) -> None:  # fmt: skip
-        """Measure the metrics that look at several artefacts, or only at the merge and the best run.
+        """Measure the metrics that take several artefacts, or only the merge and the best run.
 
         Args:
-            measured: name → results of single artefacts; the new results are added to them.
+            measured: name → results of single artefacts, to which the new results are added.
             merged: the merge.
             best: the best single run.
             runs: all runs that the merge is compared with.
-            line: advances by `steps_together`.
+            line: progress line, which advances by `steps_together`.
             metrics: metrics of the probe; those of single artefacts are skipped.
         """
         others = {None: (), "best": [best], "runs": runs}
@@ -250,7 +250,7 @@ class Measurer:
         Args:
             metric: the metric.
             artefact: the artefact.
-            others: what it is compared with, if the metric looks at several artefacts.
+            others: artefacts to compare it with, if the metric takes several.
             directions: indices of the directions to measure; by default all.
             on_direction: called with the index of each direction that is done.
         """
@@ -275,7 +275,7 @@ class Measurer:
         return metric.passes(metric.options_of(probe), probe.batches)
 
     def _basic_figures(self, artefact: Artefact) -> tuple[list[Figure], list[Figure]]:
-        """The figures that are measured of every artefact, in the order of the tables: before and after those of metrics."""
+        """Return the figures common to all artefacts, in the order of the tables: before and after those of metrics."""
         gradient_norm = basics.gradient_norm(self._perturbable(artefact))
         distance = basics.distance(self.model, self.base_parameters)
         splits: tuple[SplitName, ...] = ("test", "validation", "train")
@@ -292,7 +292,7 @@ class Measurer:
         return test, [*after, (GRADIENT_NORM, exact(gradient_norm))]
 
     def weights_of(self, artefact: Artefact) -> dict[str, Tensor]:
-        """Return copies of an artefact's parameters, by their names in the model."""
+        """Return copies of an artefact's parameters, keyed by their names in the model."""
         self.load(artefact)
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
 
@@ -302,7 +302,7 @@ class Measurer:
         return basics.noise_floor(self._perturbable(artefact))
 
     def grouped_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[float]]:
-        """Return mean losses (groups,) and weights of groups of rows: about 64 units over the whole probe for the bootstrap."""
+        """Return mean losses (groups,) and weights of groups of rows: about 64 bootstrap units over the whole probe."""
         size = max(1, len(self.probe_rows[self.recipe.probe.data]) // 64)
         rows = self.task.row_figures(model, batch)
         weights = torch.stack([group.sum() for group in rows.weight.split(size)])
@@ -311,12 +311,12 @@ class Measurer:
 
     @cached_property
     def inputs(self) -> str:
-        """Hash of everything besides the artefact that decides the figures of metrics."""
+        """The hash of everything besides the artefact that determines the figures of metrics."""
         recipe = self.recipe.probe
         return digest([self.split(recipe.data).digest, self.context.base_hash, recipe.model_dump(mode="json")])
 
     def _perturbable(self, artefact: Artefact, parts: int | None = None) -> Perturbable:
-        """Load an artefact, to be probed on the recipe's batches or on its rows cut into about `parts` batches."""
+        """Load an artefact for probing on the recipe's batches, or on the same rows split into about `parts` batches."""
         self.load(artefact)
         if parts not in self._probes:
             recipe = self.recipe.probe
@@ -334,7 +334,7 @@ class Measurer:
     # Controls.
 
     def average(self, name: str, members: Sequence[Artefact], control: str) -> Artefact:
-        """Return the plain mean of some artefacts."""
+        """Return the plain mean of artefacts."""
         return Artefact(
             name, "control",
             merge(self.context.base, [a.checkpoint for a in members], method="mean", names=[a.name for a in members]),
@@ -343,7 +343,7 @@ class Measurer:
         )  # fmt: skip
 
     def loss_matched(self, snapshots: Sequence[Artefact], merged: Artefact) -> Artefact:
-        """Return the snapshot whose training loss is nearest to the merge's."""
+        """Return the snapshot whose training loss is closest to the merge's."""
         goal = self.loss(merged, "train")
         found = min(snapshots, key=lambda a: abs(self.loss(a, "train") - goal))
         return replace(found, control="loss-matched", of=merged.name)
@@ -354,7 +354,7 @@ class Measurer:
         for artefact in (run, merged):
             self.load(artefact)
             lengths.append(basics.distance(self.model, self.base_parameters))
-        factor = lengths[1] / lengths[0] if lengths[0] else 0.0  # a run that did not move has no direction to rescale
+        factor = lengths[1] / lengths[0] if lengths[0] else 0.0  # a zero task vector cannot be rescaled
         return Artefact(
             f"{run.name} at |{merged.name}|", "control",
             merge(self.context.base, [run.checkpoint], method="task-arithmetic", weights=[1.0], scale=factor, names=[run.name]),
@@ -364,7 +364,7 @@ class Measurer:
 
 
 def united(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the union of two nested mappings; where both have a plain value, that of the second."""
+    """Return the union of two nested mappings; if both have a plain value for a key, the second takes precedence."""
     both = {key: united(first[key], value) for key, value in second.items() if isinstance(value, Mapping) and key in first}
     return {**first, **second, **both}
 

@@ -1,4 +1,4 @@
-"""`emomerge run`: base, runs, controls, merges, probe, report. A stage whose stamp has its present inputs is skipped."""
+"""`emomerge run`: base, runs, controls, merges, probe, report. Stages whose stamp matches their current inputs are skipped."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Pipeline(Experiment):
 
     Args:
         recipe: the recipe.
-        out: the output folder, created if need be.
+        out: the output folder, created if necessary.
         display: shows progress; by default nothing is shown.
         command: the command line, for the report.
         engine: starts workers for runs and measurements; None does everything in this process.
-        ranks: the processes started by torchrun, of which all but the first only `follow`.
+        ranks: the processes started by torchrun; all but the first only `follow`.
 
     Raises:
-        BadInput: a merge of the recipe has parameters that its method does not know.
+        BadInput: a merge of the recipe has a parameter that its method does not have.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class Pipeline(Experiment):
         ]
 
     def run(self) -> bool:
-        """Complete all stages. Returns False if nothing was to be done."""
+        """Complete all stages. Return False if there was nothing to do."""
         return self._complete(self.stages)
 
     def train_all(self, only: Sequence[str] = ()) -> bool:
-        """Complete the base and the runs (of the optimizers in `only`, if given). Returns False if nothing was to be done.
+        """Complete the base and the runs (of the optimizers in `only`, if given). Return False if there was nothing to do.
 
         Raises:
-            BadInput: `only` leaves out runs that the others' rounds need.
+            BadInput: `only` excludes runs that the rounds need.
         """
         if only and self.recipe.runs.rounds > 1 and set(only) < set(self.recipe.runs.optimizers):
             raise BadInput(
@@ -109,7 +109,7 @@ class Pipeline(Experiment):
         return todo
 
     def status(self) -> dict[str, bool]:
-        """Return every stage in order, and whether it is up to date."""
+        """Return whether each stage is up to date, in order."""
         return {stage.name: stage.is_done(self.space) for stage in self.stages}
 
     def follow(self) -> None:
@@ -118,12 +118,12 @@ class Pipeline(Experiment):
             follow(self.ranks, self.task, lambda: self.data)
 
     def restart(self) -> None:
-        """Delete everything that an earlier run left in the folder."""
+        """Delete the output of an earlier run from the folder."""
         with self.space.locked():
             self.space.clear()
 
     def begin(self) -> None:
-        """Check the inputs before anything is written, then write the recipe.
+        """Check all inputs before writing anything, then write the recipe.
 
         Raises:
             BadInput: the data are unusable, or the folder holds a `base` that emomerge did not make.
@@ -168,7 +168,7 @@ class Pipeline(Experiment):
         return all(map(self.run_is_done, self.specs))
 
     def train_controls(self) -> Facts:
-        """Train the controls that the recipe asks for."""
+        """Train the controls of the recipe."""
         return train_controls(self, self.train)
 
     def controls_are_done(self) -> bool:
@@ -184,7 +184,7 @@ class Pipeline(Experiment):
         def do() -> None:
             line = self.display.line(f"merge {name}", 1)
             write_merge(self, spec, seed)
-            self.space.forget("report")  # which completes the model card
+            self.space.forget("report")  # so that the model card is completed
             line.at(1, merge_note(self, name))
 
         def files() -> list[Path]:
@@ -194,7 +194,7 @@ class Pipeline(Experiment):
 
     @property
     def probe_inputs(self) -> str:
-        """Hash of everything that is measured, and of the schema of its results."""
+        """Return the hash of everything that is measured and of the results' schema."""
         recipe = self.recipe
         rivals = [self.run_dir(spec).state.get("sha256") for spec in self.trained_controls]
         shared = [recipe.name, self.merge_stamps(), rivals, recipe.probe, recipe.controls, recipe.select]
@@ -202,7 +202,7 @@ class Pipeline(Experiment):
 
     @property
     def report_inputs(self) -> str:
-        """Hash of everything that the report shows."""
+        """Return the hash of everything that the report shows."""
         return digest([self.probe_inputs, version("emomerge")])
 
     def probe(self) -> None:

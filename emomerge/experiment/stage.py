@@ -1,4 +1,4 @@
-"""Stages: what is skipped when it is up to date, and stamped when it is done."""
+"""Stages of the pipeline, which are skipped if up to date and stamped on completion."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Stage:
 
     Attributes:
         name: name of the stage and its stamp.
-        inputs: returns the hash of everything that decides the result; None for runs, whose directories hold their own state.
+        inputs: returns the hash of everything that determines the result; None for runs, whose directories hold their state.
         files: returns the files whose presence and sizes the stamp records.
-        do: does the work, and returns facts to keep in the stamp.
+        do: does the work and returns facts for the stamp.
         is_intact: returns whether results that the stamp does not cover are up to date.
-        show: shows a stage that is up to date in the progress display.
+        show: shows an up-to-date stage in the progress display.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""The probe in workers: each worker evaluates one job into a ledger of its own, which is then added to the main ledger.
+"""Run the probe in workers: each worker evaluates one job into its own ledger, which is then added to the main ledger.
 
-Measuring afterwards finds all evaluations there, so that it does not matter who evaluates what, how often, and where.
+The main process then finds all evaluations in its ledger, so that results do not depend on the distribution of the work.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ DIRECTIONS = 4
 
 @dataclass(frozen=True)
 class ProbeJob:
-    """Evaluations of one metric of one artefact, as plain data for any worker that sees the same file system.
+    """Evaluations of one metric for one artefact, as plain data for any worker with access to the same file system.
 
     Attributes:
         context: recipe, data and base.
         artefact: the artefact to measure.
         metric: the metric's name.
         directions: indices of its directions; empty if the metric is not split.
-        known: ledger of what has been evaluated before; read only.
+        known: ledger of earlier evaluations; read-only.
         ledger: the job's own ledger.
     """
 
@@ -43,7 +43,7 @@ class ProbeJob:
     ledger: Path
 
     def mark(self, measurer: Measurer) -> dict[str, Any]:
-        """Return the ledger's key of the row that marks the job as done."""
+        """Return the key of the ledger's row that marks the job as done."""
         return {
             "model": self.artefact.hash, "data": measurer.inputs, "metric": f"share of {self.metric}", "radius": 0.0,
             "direction": self.directions[0] if self.directions else None, "batch": 0,
@@ -53,16 +53,16 @@ class ProbeJob:
 def measure_in_workers(
     engine: Engine, measurer: Measurer, wanted: Sequence[tuple[Artefact, Sequence[Metric]]], display: Display
 ) -> None:
-    """Let workers evaluate the expensive metrics of artefacts; add their ledgers, also those of an earlier attempt, to ours.
+    """Evaluate expensive metrics in workers and add their ledgers, including those of an earlier attempt, to the main one.
 
     Args:
         engine: starts the workers.
-        measurer: its ledger receives all evaluations; it lies in a folder that the workers see.
+        measurer: its ledger, in a folder that the workers can access, receives all evaluations.
         wanted: artefacts and their metrics.
         display: shows progress.
 
     Raises:
-        EmomergeError: some jobs failed; raised after all others are done.
+        EmomergeError: some jobs failed; raised after all others have finished.
     """
     known = measurer.ledger.path
     if known is None:
@@ -70,8 +70,8 @@ def measure_in_workers(
     folder = known.with_name(f"{known.stem}-of-workers")
     planned = [job for artefact, metrics in wanted for job in jobs_of(measurer, artefact, metrics, known, folder)]
     cost = {name: measurer.passes(metric) for name, metric in METRICS.items() if metric.split is not None}
-    planned.sort(key=lambda job: -cost[job.metric])  # the longest first, so that no worker is busy long after the others
-    # Two artefacts may have equal weights: one ledger, one job.
+    planned.sort(key=lambda job: -cost[job.metric])  # longest first, so that workers finish at about the same time
+    # Artefacts with equal weights share one ledger and one job.
     jobs = {job.ledger: job for job in planned if measurer.ledger.get(**job.mark(measurer)) is None}.values()
     line = display.line("probe in workers", len(jobs))
     named = {f"{job.metric} of {job.artefact.name}, {job.ledger.stem}": job for job in jobs}
@@ -81,12 +81,12 @@ def measure_in_workers(
         for file in sorted(folder.glob("*.jsonl")):
             measurer.ledger.take_over(Ledger(file))
             file.unlink()
-        with contextlib.suppress(OSError):  # there was nothing to do, or a worker is still running
+        with contextlib.suppress(OSError):  # there were no jobs, or a worker is still running
             folder.rmdir()
 
 
 def jobs_of(measurer: Measurer, artefact: Artefact, metrics: Sequence[Metric], known: Path, folder: Path) -> list[ProbeJob]:
-    """Return the jobs that measure one artefact; metrics that cost little are left to the main process."""
+    """Return the jobs that measure one artefact; cheap metrics are left to the main process."""
     return [
         ProbeJob(
             measurer.context, artefact, metric.name, directions, known,

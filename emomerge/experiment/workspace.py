@@ -54,7 +54,7 @@ class Workspace:
         return stamp.get("inputs") == inputs and sizes_agree(self.out, stamp.get("sizes", {}))
 
     def write_stamp(self, stage: str, inputs: str, files: list[Path], **facts: Any) -> None:
-        """Mark a stage as complete."""
+        """Stamp a stage as complete."""
         sizes = {str(file.relative_to(self.out)): file.stat().st_size for file in files}
         atomic.write_json(self._stamps / f"{stage}.json", {"inputs": inputs, "sizes": sizes, **facts})
 
@@ -75,7 +75,7 @@ class Workspace:
         with lock, self._held(lock):
             try:
                 yield
-            finally:  # only under the lock: another process may be about to write into the folder
+            finally:  # while holding the lock: another process may be about to write to the folder
                 if [place.name for place in self.out.iterdir()] == [".lock"]:
                     shutil.rmtree(self.out)
 
@@ -151,7 +151,7 @@ class Workspace:
 
 
 def local_files(sources: Iterable[str]) -> list[Path]:
-    """Return the files below all sources that are local paths."""
+    """Return the files at or below those sources that are local paths."""
     places = [place for source in sources if (place := Path(source).expanduser()).exists()]
     return [file for place in places for file in (files_below(place) if place.is_dir() else [place])]
 
