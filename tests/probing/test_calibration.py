@@ -69,22 +69,22 @@ def near(well, seed):
 def test_a_planted_flat_basin_is_found_and_the_sharp_one_is_refuted():
     flat, *sharp = (figures(near(*place), {"w": 0.3}) for place in ((0, 1), (1, 2), (1, 3), (1, 4)))
     rivals = ("best single run", "distance-matched", "loss-matched")
-    assert judge(flat, dict(zip(rivals, sharp, strict=True)))["status"] == "flatter"
-    assert judge(sharp[0], dict.fromkeys(rivals, flat))["status"] == "refuted"
-    assert judge(sharp[0], dict.fromkeys(rivals, sharp[1]))["status"] == "not shown"
+    assert judge(flat, dict(zip(rivals, sharp, strict=True))).status == "flatter"
+    assert judge(sharp[0], dict.fromkeys(rivals, flat)).status == "refuted"
+    assert judge(sharp[0], dict.fromkeys(rivals, sharp[1])).status == "not shown"
 
 
 def test_a_planted_flat_basin_is_found_over_three_training_seeds_and_none_where_there_is_none():
     flat, sharp, others = ([figures(near(well, 10 * well + s), {"w": 0.3}) for s in seeds] for well, seeds in PLACES)
-    assert judge_seeds(flat, {"best single run": sharp, "loss-matched": others})["status"] == "flatter"
-    assert judge_seeds(sharp, {"best single run": others})["status"] == "not shown"
+    assert judge_seeds(flat, {"best single run": sharp, "loss-matched": others}).status == "flatter"
+    assert judge_seeds(sharp, {"best single run": others}).status == "not shown"
 
 
 def test_a_model_against_itself_gives_exactly_zero():
     once, again = (figures(near(0, 1), {"w": 0.3}) for _ in range(2))
     found = judge(once, {"itself": again})
-    assert found["status"] == "not shown"
-    assert all((e["estimate"], e["low"], e["high"]) == (0.0, 0.0, 0.0) for e in found["evidence"])
+    assert found.status == "not shown"
+    assert all((e.estimate, e.low, e.high) == (0.0, 0.0, 0.0) for e in found.evidence)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -114,5 +114,5 @@ def test_a_task_vector_shrunk_by_half_is_never_called_flatter(seed):
     whole, shrunk, matched = (figures(scaled(factor), rms(base), loss, batches) for factor in (1.0, 0.5, 0.5))
     alone = judge(shrunk, {"best single run": whole})
     controlled = judge(shrunk, {"best single run": whole, "distance-matched": matched})
-    assert alone["status"] == "flatter"  # what a naive probe says
-    assert controlled["status"] == "not shown"
+    assert alone.status == "flatter"  # what a naive probe says
+    assert controlled.status == "not shown"

@@ -161,7 +161,7 @@ def test_a_recipe_finds_the_file_beside_it_and_runs_to_its_report(line, tmp_path
     assert recipe.task.function == f"{line}:make"
     made = Pipeline(recipe, tmp_path / "out")
     assert made.run() and not Pipeline(recipe, tmp_path / "out").run()
-    losses = {a["name"]: a["test_loss"] for a in load_results(tmp_path / "out")["artefacts"]}
+    losses = {row.name: row.loss("test") for row in load_results(tmp_path / "out").artefacts}
     assert losses["sens-0"] < losses["base"]
     assert [file.suffix for file in sorted((tmp_path / "out" / "base").iterdir())] == [".md", ".safetensors"]
     merged = nn.Linear(3, 1)

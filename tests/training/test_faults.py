@@ -226,7 +226,7 @@ def test_a_base_that_vanishes_meanwhile(healthy, one_by_one, tmp_path, at, kind)
     at("airy-0", 3, lambda run: (out / "base").rename(tmp_path / "elsewhere"))
     line = train_all(recipe, out, status=2)
     assert f"no such model folder: {out / 'base'}" in line
-    assert (f"the base is gone: {out / 'base'}" in line) == (kind == "full")
+    assert (f"the base folder is missing: {out / 'base'}" in line) == (kind == "full")
     assert states(out)["sens-0"] == "done"
     assert states(out)["airy-0"] == ("done" if kind == "lora" else "failed")  # an adapter is written without its base
     (tmp_path / "elsewhere").rename(out / "base")
