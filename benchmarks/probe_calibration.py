@@ -136,7 +136,7 @@ def trial(merges: list[int], rivals: list[int], others: list[int]) -> str:
         for rival, group in theirs.items()
         for what in ours[0]
     ]
-    status: str = verdict.judge_flatter(evidence, len(RADII), [])["status"]
+    status: str = verdict.judge_flatter(evidence, len(RADII), []).status
     return status
 
 
