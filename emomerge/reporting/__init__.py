@@ -1,6 +1,6 @@
-"""Reports: the page, its figures, the model cards and the table on the terminal.
+"""Reports: the page, its figures, the model cards and the table in the terminal.
 
-Cards and the table need the core installation only; the page and its figures the extra `report`.
+Cards and the table need only the core installation; the page and its figures need the extra `report`.
 """
 
 from emomerge.reporting.card import Card, model_card

@@ -1,4 +1,4 @@
-"""The model card of a written model, in the form the Hugging Face Hub reads. Plain text: it needs no template engine."""
+"""Model cards in the format of the Hugging Face Hub, built as plain text without a template engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DIAGNOSTICS = {
     "kept_energy": "squared length of the mean task vector kept", "cosine_to_mean": "cosine to the mean task vector",
     "merged_norm": "length of the merged task vector",
 }  # fmt: skip
-"""Field of MergeFacts → what the card calls it."""
+"""Field of MergeFacts → its label in the card."""
 CHOICES = (
     "Choices were made by the validation figures; the test figures served for nothing but this table. Sharpness: mean rise of "
     "the loss under Gaussian noise of σ times the RMS of the base's tensor, ± standard error."
@@ -40,13 +40,13 @@ class MergedRun(_Given):
 
 
 class Card(_Given):
-    """What is known of a model; whatever is missing is left out of its card. Other keys are ignored."""
+    """Facts about a model. Missing ones are left out of its card; unknown keys are ignored."""
 
     title: str = "A model"
     about: str = ""
     """One sentence."""
     name: str = ""
-    """This model among the artefacts of `results`."""
+    """Name of this model among the artefacts of `results`."""
     base: str = ""
     license: str = ""
     library_name: str = ""
@@ -60,11 +60,11 @@ class Card(_Given):
     recipe_yaml: str | None = None
     command: str | None = None
     version: str = ""
-    """Of emomerge."""
+    """Version of emomerge."""
 
 
 def model_card(card: Card) -> str:
-    """Return README.md of a model."""
+    """Return the README.md of a model."""
     head = f"---\n{_front_matter(card)}\n---\n\n# {in_table(card.title)}\n\n"
     parts = [
         _params(card),
@@ -80,12 +80,12 @@ def model_card(card: Card) -> str:
 
 
 def in_table(text: object) -> str:
-    """Return any text as plain Markdown text, also within a table: nothing in it is markup."""
+    """Escape a text for Markdown, so that it is shown literally, also within a table."""
     return re.sub(r"([\\`*_\[\]|<>&#])", r"\\\1", " ".join(str(text).split()))
 
 
 def in_code(text: object) -> str:
-    """Return any text as a Markdown code span."""
+    """Return a text as a Markdown code span."""
     plain = " ".join(str(text).split())
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", plain)), default=0))
     room = " " if plain.startswith("`") or plain.endswith("`") else ""
@@ -93,7 +93,7 @@ def in_code(text: object) -> str:
 
 
 def in_block(text: object) -> str:
-    """Return any text indented as a Markdown code block, which no text can end."""
+    """Return a text as an indented Markdown code block, which its content cannot terminate."""
     return "\n".join(f"    {line}".rstrip() for line in str(text).strip("\n").splitlines())
 
 
@@ -101,7 +101,7 @@ def _front_matter(card: Card) -> str:
     library = "peft" if any("adapter_" in name for name in card.files) else "transformers"
     front: dict[str, str | list[str]] = {"license": card.license} if card.license else {}
     front["library_name"] = card.library_name or library
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", card.base):  # only a Hub id means something to others
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", card.base):  # a local path is useless to others
         front |= {"base_model": card.base, "base_model_relation": "merge"}
     front["tags"] = ["emomerge", "merge", "model-merging"]
     return yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()

@@ -1,4 +1,4 @@
-"""A figure of the report, and the pieces that all figures are drawn with."""
+"""The figure of a report, and building blocks shared by all figures."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ Row: TypeAlias = dict[str, Any]
 """A row of a chart's data: field → number, text or None."""
 
 WIDE, HALF, NARROW = 700, 335, 290
-"""Pixels of the plotting area of a figure as wide as the page, of one that shares it with another, and on a telephone."""
+"""Width in pixels of the plotting area of a full-width figure, of one of two side by side, and on a phone."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with its title, its caption and a text for readers who cannot see it."""
+    """A chart with title, caption and alternative text."""
 
     title: str
     caption: str
     alt: str
     chart: LayerChart
     narrow: LayerChart | None = None
-    """The same picture laid out for a telephone, where stretching would not be enough."""
+    """The same chart laid out for a phone, for charts that cannot simply be narrowed."""
     half: bool = False
-    """Whether two such figures fit side by side."""
+    """Whether two of these figures fit side by side."""
 
     @cached_property
     def _spec(self) -> dict[str, Any]:
         return _plain(self.chart)
 
     def spec(self, *, narrow: bool = False) -> dict[str, Any]:
-        """Vega-Lite JSON for the page: as wide as its container, coloured by the page's CSS variables."""
+        """Return Vega-Lite JSON for the page, as wide as its container and coloured by the page's CSS variables."""
         plain = _plain(self.narrow) if narrow and self.narrow is not None else self._spec
         return {
             **plain,
@@ -49,13 +49,13 @@ class Figure:
         }
 
     def svg(self) -> str:
-        """A still picture for readers without scripts, coloured by the page's CSS variables."""
+        """Return a static image for readers without JavaScript, coloured by the page's CSS variables."""
         import vl_convert
 
         return str(vl_convert.vegalite_to_svg({**self._spec, "config": chart_config(VARIABLES)}))
 
     def png(self, scale: float = 2) -> bytes:
-        """The figure with its title on white, `scale` pixels a point."""
+        """Return the figure with its title on a white background, with `scale` pixels per point."""
         import vl_convert
 
         config = {**chart_config(LIGHT), "background": LIGHT["paper"]}
@@ -64,7 +64,7 @@ class Figure:
 
 
 def _plain(chart: LayerChart) -> dict[str, Any]:
-    """Vega-Lite JSON without the schema's address: nothing needs it, and no self-contained page should name one."""
+    """Return Vega-Lite JSON without the schema's URL, since a self-contained page should refer to no address."""
     spec: dict[str, Any] = chart.to_dict()
     spec.pop("$schema", None)
     spec.pop("config", None)
@@ -72,24 +72,24 @@ def _plain(chart: LayerChart) -> dict[str, Any]:
 
 
 def chart_of(rows: Sequence[Row], colour: str | None = None) -> Any:
-    """A chart of some rows, all in one colour of the palette if one is named."""
+    """Return a chart of rows, in a single colour of the palette if one is given."""
     import altair as alt
     from altair.utils.schemapi import debug_mode
 
-    with debug_mode(False):  # rows are many, and Altair would check every one of them
+    with debug_mode(False):  # Altair would validate every row
         chart = alt.Chart(alt.InlineData(values=list(rows)))
     return chart if colour is None else chart.transform_calculate(colour=json.dumps(colour))
 
 
 def painted(field: str = "colour") -> Color:
-    """A colour channel whose data name colours of the palette; the configuration says what the names look like."""
+    """Return a colour channel whose data are names of palette colours, which the configuration maps to colours."""
     import altair as alt
 
     return alt.Color(f"{field}:N", scale=alt.Scale(domain=list(LIGHT)), legend=None)
 
 
 def filled(field: str = "colour") -> Fill:
-    """`painted`, for the inside of a shape."""
+    """Return the same channel as `painted` for the fill of a shape."""
     import altair as alt
 
     return alt.Fill(f"{field}:N", scale=alt.Scale(domain=list(LIGHT)), legend=None)
@@ -97,7 +97,7 @@ def filled(field: str = "colour") -> Fill:
 
 @dataclass(frozen=True)
 class Axis:
-    """The range of an axis and its kind."""
+    """The range of an axis and its type."""
 
     low: float
     high: float
@@ -105,7 +105,7 @@ class Axis:
 
     @classmethod
     def around(cls, values: Sequence[float], margin: float = 0.06, *, log: bool = False) -> Axis:
-        """An axis that holds all values, with a margin (a share of their range) on both sides."""
+        """Return an axis that contains all values, with a margin (a share of their range) on both sides."""
         low, high = min(values), max(values)
         if log:
             stretch = max((high / low) ** margin, 1.02)
@@ -114,20 +114,20 @@ class Axis:
         return cls(low - room, high + room)
 
     def share(self, value: float) -> float:
-        """0 at the low end, 1 at the high one."""
+        """Return the position of a value: 0 at the low end, 1 at the high end."""
         warp = math.log if self.log else float
         return (warp(value) - warp(self.low)) / (warp(self.high) - warp(self.low))
 
     def outside(self, value: float) -> int:
-        """−1 below the range, +1 above it, 0 inside."""
+        """Return −1 below the range, +1 above it, 0 inside."""
         return -1 if value < self.low else 1 if value > self.high else 0
 
     def clamp(self, value: float) -> float:
-        """The nearest value in the range."""
+        """Return the nearest value in the range."""
         return min(max(value, self.low), self.high)
 
     def scale(self) -> Scale:
-        """As an Altair scale."""
+        """Return the axis as an Altair scale."""
         import altair as alt
 
         return alt.Scale(domain=[self.low, self.high], nice=False, **({"type": "log"} if self.log else {"zero": False}))

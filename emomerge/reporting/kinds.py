@@ -1,4 +1,4 @@
-"""Kinds of artefacts, and how figures tell them apart."""
+"""Kinds of artefacts and their symbols in figures."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from emomerge.results import ArtefactRow, Results, Role
 
 
 class Symbol(NamedTuple):
-    """The mark of a kind of artefact."""
+    """The symbol of a kind of artefact."""
 
     shape: str
     """Vega's name of a symbol, or an SVG path."""
     area: int
-    """Square pixels."""
+    """Size in square pixels."""
 
 
 SYMBOLS = {
@@ -22,11 +22,11 @@ SYMBOLS = {
     **{kind: Symbol(control.symbol, control.area) for kind, control in CONTROLS.items()},
     "control": Symbol("triangle-up", 60),
 }  # fmt: skip
-"""Kind → symbol, in the order of legends; controls of unknown kind are `control`."""
+"""Kind → symbol, in the order of legends; controls of an unknown kind use `control`."""
 
 
 def kind_of(row: ArtefactRow) -> str:
-    """Return the kind of a control, else the role: a key of SYMBOLS."""
+    """Return a key of SYMBOLS: the kind of a control, or else the role."""
     return row.control if row.control is not None and row.control in CONTROLS else row.role
 
 
@@ -37,9 +37,9 @@ def explained_controls(results: Results) -> dict[str, str]:
 
 
 def contestants(results: Results) -> tuple[ArtefactRow | None, ArtefactRow | None]:
-    """Return the merge that the verdict is about and the best single run, of the first training seed.
+    """Return the merge that the verdict is about and the best single run, both of the first training seed.
 
-    Without a verdict: those of lowest validation loss. None where there is no merge, or no run.
+    Without a verdict, return those with the lowest validation loss. None if there is no merge or no run.
     """
     verdict = results.verdict
     merge, single = (verdict.merge, next(iter(verdict.best_single), None)) if verdict else (None, None)

@@ -1,4 +1,4 @@
-"""Placement of labels that overlap neither each other nor the points they name. Pure geometry, in pixels."""
+"""Place labels so that they overlap neither each other nor the points they name. Pure geometry, in pixels."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 POINT = 7.0
-"""Half the side of the square that a point keeps free."""
+"""Half the side of the square that is kept free around a point."""
 LINE = 14.0
-"""Height of a line of text at the figures' 11-pixel type."""
+"""Height of a line of text in the figures' 11-pixel type."""
 
 
 Line = tuple[float, float, float, float]
-"""A segment: x and y of one end, x and y of the other."""
+"""A line segment: x and y of one end, x and y of the other."""
 
 
 class Offset(NamedTuple):
-    """A label relative to its point; `align` is the edge of the text that the offset names."""
+    """The position of a label relative to its point; `align` is the edge of the text that is positioned."""
 
     dx: float
     dy: float
@@ -25,7 +25,7 @@ class Offset(NamedTuple):
 
     @property
     def far(self) -> bool:
-        """Whether the label needs a line back to its point."""
+        """Whether the label needs a leader line to its point."""
         return math.hypot(self.dx, self.dy) > 20
 
 
@@ -38,12 +38,12 @@ class Box(NamedTuple):
     bottom: float
 
     def meets(self, other: Box) -> bool:
-        """Whether two rectangles overlap."""
+        """Return whether two rectangles overlap."""
         return self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
 
 
 def text_width(text: str) -> float:
-    """Approximate width of 11-pixel sans-serif text."""
+    """Return the approximate width of 11-pixel sans-serif text."""
     return sum(3.4 if c in "iljtfr|.,'-() " else 9.2 if c in "mwMW@" else 6.4 for c in text) + 2
 
 
@@ -55,11 +55,11 @@ def place(
     bars: Sequence[Box] = (),
     lines: Sequence[Line] = (),
 ) -> list[Offset | None]:
-    """Return an offset for each label, the first labels first; None where no position is free.
+    """Return an offset for each label, with priority to earlier ones; None if no position is free.
 
-    Each label takes the cheapest free candidate around its point, then every label chooses once more with the others in
-    place. Labels stay inside width x height, never cover a point or another label, and avoid error bars and
-    lines where they can.
+    Each label takes the cheapest free candidate around its point; then every label chooses again with the others in place.
+    Labels stay within width × height, never cover a point or another label, and avoid error bars and lines where
+    possible.
     """
     keep = [Box(x - POINT, y - POINT, x + POINT, y + POINT) for x, y in points]
     chosen: list[Offset | None] = [None] * len(points)
@@ -89,9 +89,9 @@ def place(
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Return positions moved as little as needed to lie at least `gap` apart within low…high, in their order.
+    """Return positions moved as little as needed to lie at least `gap` apart within low…high, in the same order.
 
-    With more labels than room, the gap shrinks to what fits.
+    If there is too little room, the gap shrinks as needed.
     """
     if not positions:
         return []
@@ -112,7 +112,7 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
 
 
 def _candidates() -> list[tuple[float, Offset]]:
-    """(cost, offset) around a point, cheapest first: near before far, the right side before the left."""
+    """Return (cost, offset) candidates around a point, cheapest first: near before far, right before left."""
     sides = (
         (1, 0, 0.0),
         (-1, 0, 2.0),
@@ -145,7 +145,7 @@ def _leader(point: tuple[float, float], offset: Offset) -> Line:
 
 
 def _crosses(line: Line, box: Box) -> bool:
-    """Whether a segment passes through a box, judged at sixteen of its points."""
+    """Return whether a segment passes through a box, tested at sixteen of its points."""
     x0, y0, x1, y1 = line
     steps = [k / 16 for k in range(17)]
     return any(box.left < x0 + t * (x1 - x0) < box.right and box.top < y0 + t * (y1 - y0) < box.bottom for t in steps)

@@ -1,4 +1,4 @@
-"""How the figures beyond the average sharpness were measured, and what they cannot say: only of what was measured."""
+"""Text on how the figures beyond the average sharpness were measured, and on their limits."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from emomerge.reporting.text import short
 from emomerge.results import ArtefactRow, Estimate, Results, Surface
 
 WORST_CASE = "worst case "
-"""Prefix of the families of worst-case figures; the ball's name follows."""
+"""Prefix of the families of worst-case figures, followed by the name of the ball."""
 
 
 def measures(results: Results) -> dict[str, str]:
-    """Return measure → how it was taken."""
+    """Return the description of each measure that was taken."""
     balls = worst_case_radii(results)
-    told = {
+    texts = {
         "Adaptive": _adaptive(results),
-        "Worst case": "the highest loss that gradient ascent finds in a ball around the weights, each batch by itself; its "
-        "slope ρ‖g‖, which says nothing about flatness, is split off. Radii ρ: "
+        "Worst case": "the highest loss that gradient ascent finds in a ball around the weights, for each batch separately; "
+        "the slope ρ‖g‖, which is unrelated to flatness, is reported separately. Radii ρ: "
         + "; ".join(f"{ball} {_listed(every)}" for ball, every in balls.items())
         if balls
         else "",
@@ -26,20 +26,20 @@ def measures(results: Results) -> dict[str, str]:
         "Hessian": _hessian(results),
         "Landscape": _landscape(results),
     }
-    return {name: text for name, text in told.items() if text}
+    return {name: text for name, text in texts.items() if text}
 
 
 def cautions(results: Results) -> list[str]:
-    """Return what those measures cannot say."""
+    """Return the limits of those measures."""
     found = []
     if worst_case_radii(results):
         found.append("A worst case is the highest loss that the ascent found: the true one may be higher.")
     if any(map(_has_hessian, results.artefacts)):
         found.append(
-            "The Hessian describes the loss right at the weights; sharpness at several radii covers what lies further away."
+            "The Hessian describes the loss only at the weights; sharpness at several radii covers their surroundings."
         )
     if results.plane or results.surfaces:
-        found.append("A map of the loss shows two directions of very many: an illustration, not evidence.")
+        found.append("A map of the loss shows only two of very many directions: an illustration, not evidence.")
     return found
 
 
@@ -84,8 +84,8 @@ def _hessian(results: Results) -> str:
         "its parts by layer from the same vectors": any(h.layers for h in found),
         "and without sampling in the span of the runs' task vectors": any(h.subspace for h in found),
     }
-    told = [text for text, present in parts.items() if present]
-    return f"of the loss on the same rows as sharpness: {'; '.join(told)}" if told else ""
+    texts = [text for text, present in parts.items() if present]
+    return f"of the loss on the same rows as sharpness: {'; '.join(texts)}" if texts else ""
 
 
 def _landscape(results: Results) -> str:
@@ -105,7 +105,7 @@ def _estimates(results: Results, keys: Sequence[str]) -> list[Estimate]:
 
 
 def _count(estimates: Iterable[Estimate]) -> str:
-    """How many samples the figures are means of, if all are of equally many."""
+    """Return the number of samples per figure, if it is the same for all."""
     counts = {estimate.n for estimate in estimates}
     return short(counts.pop()) if len(counts) == 1 and None not in counts else ""
 

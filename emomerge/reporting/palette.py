@@ -1,4 +1,4 @@
-"""Colours for both schemes, named once and used by the page's style sheet, the charts in the page and the PNG files.
+"""Colours of the light and dark schemes, shared by the page's style sheet, the charts in the page and the PNG files.
 
 Optimizers have the colour-blind-safe hues of Okabe and Ito (2008), the same in every figure.
 """
@@ -12,7 +12,7 @@ from emomerge.results import ArtefactRow
 
 
 def mix(first: str, second: str, share: float) -> str:
-    """A colour `share` of the way from the first to the second."""
+    """Interpolate from the first colour (`share` 0) to the second (1)."""
     pairs = [(int(first[i : i + 2], 16), int(second[i : i + 2], 16)) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in pairs)
 
@@ -30,12 +30,12 @@ DARK = {
     "good": "#4ccb8f", "bad": "#ff7b72", "unclear": "#a2a9b4", "warm": "#f4803d", "cool": "#4d9fd6",
 }  # fmt: skip
 STEPS = tuple(f"step-{k}" for k in range(9))
-"""From pale to full, for maps of a loss: the lower, the nearer to the paper."""
+"""From pale to saturated, for maps of a loss: low losses are close to the background."""
 for scheme in (LIGHT, DARK):
     scheme.update({step: mix(scheme["paper"], scheme["cool"], 0.06 + 0.11 * k) for k, step in enumerate(STEPS)})
 
 VARIABLES = {name: f"var(--{name})" for name in LIGHT}
-"""The same names as CSS variables: a chart drawn with them follows the page's scheme, also on paper."""
+"""The same names as CSS variables: charts drawn with them follow the page's scheme, also in print."""
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 OPTIMIZERS = ("sens", "airy", "cats", "tion", "void", "adamw")

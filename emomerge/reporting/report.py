@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @cache
 def environment() -> Environment:
-    """Templates, with everything escaped in HTML."""
+    """Return the template environment, which escapes everything for HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     made = Environment(
@@ -47,9 +47,9 @@ def write_report(results: Results, out: str | Path, *, png_dir: Path | None = No
     """Write the page of an experiment.
 
     Args:
-        results: what was measured; the page leaves out what was not.
-        out: the page.
-        png_dir: folder for each figure as a PNG file; an existing one is replaced.
+        results: the results; the page leaves out parts that were not measured.
+        out: path of the page.
+        png_dir: folder for the figures as PNG files; an existing one is replaced.
 
     Returns:
         `out`.
@@ -57,7 +57,7 @@ def write_report(results: Results, out: str | Path, *, png_dir: Path | None = No
     Raises:
         MissingExtra: the extra `report` is not installed.
     """
-    from emomerge.checkpoints import atomic  # late: it brings torch, which cards and tables do not need
+    from emomerge.checkpoints import atomic  # imported here because it imports torch, which cards and tables do not need
 
     with needed_by("the report"):
         drawn = draw_figures(results)
@@ -99,18 +99,18 @@ def _page(results: Results, drawn: Mapping[str, Figure]) -> str:
 
 
 def limits(results: Results) -> list[str]:
-    """Return what the figures cannot say, beyond the caveats that stand beside the verdict."""
+    """Return the limits of the figures, in addition to the verdict's caveats."""
     rows, data, probe = results.artefacts, results.data, results.probe
     found = []
     seeds = {row.seed for row in rows if row.role == "run"} - {None}
     caveats = " ".join(results.verdict.caveats) if results.verdict else ""
     if 0 < len(seeds) < 3 and "training seed" not in caveats:
         found.append(
-            f"Trained with {len(seeds)} seed{'s' if len(seeds) > 1 else ''}: the intervals hold measurement error only, not "
-            "the spread between trainings."
+            f"Trained with {len(seeds)} seed{'s' if len(seeds) > 1 else ''}: the intervals cover measurement error only, not "
+            "the variation between training runs."
         )
     best = max((accuracy for row in rows if (accuracy := row.accuracy("test")) is not None), default=None)
-    if data and best is not None and data.classes:  # tokens of a row are not independent labels
+    if data and best is not None and data.classes:  # the tokens of a row are not independent labels
         margin = fixed(196 * math.sqrt(max(best * (1 - best), 0) / data.rows.test), 1)
         known = f"an accuracy of {percent(best)} is known to ± {margin} percentage points"
         found.append(f"With {short(data.rows.test)} test rows, {known}.")
@@ -121,19 +121,19 @@ def limits(results: Results) -> list[str]:
             + ("." if worst_case_radii(results) else "; it says nothing about the worst direction.")
         )
     if any(row.name in shaken and row.mean("entropy") is not None for row in rows):
-        found.append("The curvature of cross-entropy falls as predictions grow confident: compare the entropy of all figures.")
+        found.append("The curvature of cross-entropy falls as predictions become confident: compare the entropies as well.")
     found += cautions(results)
     found.append("One base and one data set: whether the findings carry over to others needs further experiments.")
     return found
 
 
 def _tone(status: str) -> str:
-    """The colour of a status: good, bad or unclear."""
+    """Return the tone of a status: good, bad or unclear."""
     return "bad" if status == "refuted" else "unclear" if status == "not shown" else "good"
 
 
 def _merges(results: Results) -> list[dict[str, Any]]:
-    """The diagnostics of every merge, in print."""
+    """Return the formatted diagnostics of every merge."""
     return [
         {
             "label": label,
@@ -164,14 +164,14 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _still(figure: Figure) -> Markup:
-    """The picture that stands in the page until a script replaces it; Vega escapes its texts."""
+    """Return the static image that the page shows until a script replaces it; Vega escapes its texts."""
     from markupsafe import Markup
 
     return Markup(figure.svg())
 
 
 def _specs(figure: Figure) -> Mapping[str, Any]:
-    """The layouts of a figure, and the data of all of them: they are named by their content and mostly the same."""
+    """Return the layouts of a figure and their data, which are named by content and mostly shared."""
     layouts = {"wide": figure.spec()} | ({"narrow": figure.spec(narrow=True)} if figure.narrow is not None else {})
     datasets: dict[str, Any] = {}
     for spec in layouts.values():
@@ -180,7 +180,7 @@ def _specs(figure: Figure) -> Mapping[str, Any]:
 
 
 def _script_safe(text: str) -> Markup:
-    """A script whose strings cannot end the element it stands in."""
+    """Escape a script so that its strings cannot close the enclosing element."""
     from markupsafe import Markup
 
     return Markup(re.sub(r"<(?=/script|!--)", r"\\x3C", text, flags=re.IGNORECASE))
@@ -188,8 +188,8 @@ def _script_safe(text: str) -> Markup:
 
 @cache
 def _vega() -> str:
-    """vega, vega-lite and vega-embed as one script that sets `window.vegaEmbed`."""
+    """Return vega, vega-lite and vega-embed as one script that sets `window.vegaEmbed`."""
     import vl_convert
 
-    script: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets the default
+    script: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
     return script

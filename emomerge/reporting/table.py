@@ -1,4 +1,4 @@
-"""The columns of the tables, filled in once for the page, the model card and the terminal."""
+"""The columns of the tables, formatted once for the page, the model card and the terminal."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from emomerge.results import ArtefactRow, Column, Estimate, Results, View, sort_
 
 @dataclass(frozen=True)
 class FilledColumn:
-    """One figure of all artefacts, in their order."""
+    """One figure of all artefacts, in the order of the rows."""
 
     column: Column
     meaning: str
-    """With what single measurements found."""
+    """Meaning of the column, with remarks on single measurements."""
     values: tuple[float | None, ...]
-    """For sorting; infinitely bad where a measurement diverged."""
+    """Values to sort by; infinitely bad if a measurement diverged."""
     cells: tuple[str, ...]
     best: frozenset[int] = frozenset()
-    """Rows that hold the best value among runs and merges, as far as the printed digits tell."""
+    """Rows with the best value among runs and merges, compared by the printed digits."""
 
 
 def artefacts(results: Results) -> list[ArtefactRow]:
@@ -30,7 +30,7 @@ def artefacts(results: Results) -> list[ArtefactRow]:
 
 
 def measured(results: Results) -> list[Column]:
-    """Return the columns that at least one artefact has a figure for."""
+    """Return the columns for which at least one artefact has a figure."""
     return [column for column in results.columns if any(column.key in row.estimates for row in results.artefacts)]
 
 
@@ -40,13 +40,13 @@ def radii(results: Results, family: str) -> list[float]:
 
 
 def middle_radius(results: Results) -> float | None:
-    """Return the radius of the average sharpness that figures with a single radius show."""
+    """Return the radius of the average sharpness to show where only one radius is shown."""
     every = radii(results, "sharpness")
     return every[len(every) // 2] if every else None
 
 
 def filled_columns(results: Results, view: View) -> list[FilledColumn]:
-    """Return the columns of a view; secondary measures: those at several radii first."""
+    """Return the columns of a view; among secondary measures, those at several radii come first."""
     chosen = [column for column in measured(results) if view in column.views]
     if view == "details":
         chosen.sort(key=lambda column: column.radius is None)
@@ -55,7 +55,7 @@ def filled_columns(results: Results, view: View) -> list[FilledColumn]:
 
 
 def fill(column: Column, rows: Sequence[ArtefactRow]) -> FilledColumn:
-    """Print one figure of every row. A measurement without a mean diverged; what it found is told with the meaning."""
+    """Format one figure of every row. A measurement without a mean diverged; remarks are appended to the meaning."""
     entries = [row.estimates.get(column.key) for row in rows]
     means = [entry.mean if entry else None for entry in entries]
     places = decimals(means, column.digits) if column.decimals is None else column.decimals
@@ -82,7 +82,7 @@ def _cell(entry: Estimate | None, mean: str, places: int) -> str:
 
 
 def _best(column: Column, rows: Sequence[ArtefactRow], means: Sequence[float | None], printed: Sequence[str]) -> frozenset[int]:
-    """Only runs and merges compete: the base and rescaled task vectors look flat merely because they lie near the base."""
+    """Return the best runs or merges; the base and rescaled task vectors look flat merely because they are near the base."""
     competing = {i: mean for i, mean in enumerate(means) if mean is not None and rows[i].role in ("run", "merge")}
     if column.better is None or len(competing) < 2:
         return frozenset()

@@ -1,4 +1,4 @@
-"""The table of figures that ends `emomerge run`."""
+"""The table of figures that `emomerge run` prints at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FIRST = ("validation_loss", "test_loss", "test_accuracy", "sharpness", "distance")
-"""Columns or families that are shown first and left out last."""
+"""Columns or families in order of importance: shown first, left out last."""
 
 
 def figures_table(results: Results, width: int = 80) -> Table:
@@ -43,7 +43,7 @@ def figures_table(results: Results, width: int = 80) -> Table:
 
 
 def _wanted(results: Results) -> list[FilledColumn]:
-    """The columns in order of importance; of sharpness the middle radius."""
+    """Return the columns in order of importance; sharpness at the middle radius."""
     radius = middle_radius(results)
     shown = [
         filled
@@ -59,7 +59,7 @@ def _rank(column: Column) -> int:
 
 
 def _fitting(wanted: Sequence[FilledColumn], room: int) -> list[FilledColumn]:
-    """As many of the first columns as fit, each with two spaces and a line."""
+    """Return the leading columns that fit; each takes two spaces and a rule in addition."""
     fitting = []
     for filled in wanted:
         texts = [*_title(filled.column), *(_cell(filled, i) for i in range(len(filled.cells)))]
@@ -71,7 +71,7 @@ def _fitting(wanted: Sequence[FilledColumn], room: int) -> list[FilledColumn]:
 
 
 def _title(column: Column) -> list[str]:
-    """The heading, one word a line."""
+    """Return the heading, one word per line."""
     return column.title.replace("validation", "valid.").replace("sharpness", "sharp.").split()
 
 

@@ -1,4 +1,4 @@
-"""Numbers in print: a true minus sign, fitting digits, a dash for what is not known."""
+"""Format numbers: a true minus sign, an appropriate number of digits, a dash for unknown values."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def decimals(values: Iterable[float | None], significant: int = 3) -> int:
 
 
 def fixed(value: float | None, places: int, *, signed: bool = False) -> str:
-    """Format a number with that many decimal places: `0.0120`, `−3.1`, `+0.02` if signed."""
+    """Format a number with a given number of decimal places: `0.0120`, `−3.1`, `+0.02` if signed."""
     return UNKNOWN if value is None else f"{value:{'+' if signed else ''}.{places}f}".replace("-", "−")
 
 
 def short(value: float | None, significant: int = 3) -> str:
-    """Format a number that stands alone with that many significant digits: `0.0123`, `1.2e−07`, `128`."""
+    """Format a single number with a given number of significant digits: `0.0123`, `1.2e−07`, `128`."""
     if value is None:
         return UNKNOWN
     if value == int(value) and abs(value) < 1e6:

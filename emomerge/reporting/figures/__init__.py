@@ -1,4 +1,4 @@
-"""The figures of a report: one function each, results → Figure, or None where the results lack its data.
+"""The figures of a report. Each is a function that maps results to a Figure, or to None if the results lack its data.
 
 A new figure is a function in a file of this folder and a line in FIGURES.
 """
@@ -17,11 +17,11 @@ class Section(NamedTuple):
     """A section of the page that holds figures."""
 
     title: str
-    """Empty: no heading."""
+    """Heading; empty for none."""
     before_table: bool = False
-    """Whether it stands before the table of figures."""
+    """Whether the section precedes the table of figures."""
     pairs: bool = False
-    """Whether figures stand side by side where they fit."""
+    """Whether figures are placed side by side if they fit."""
 
 
 OVERVIEW = Section("", before_table=True)
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
     section: Section
 
     def draw(self, results: Results) -> Figure | None:
-        """Import the function and call it."""
+        """Import the function and draw the figure."""
         module, _, name = self.path.partition(":")
         function: Callable[[Results], Figure | None] = getattr(import_module(module), name)
         return function(results)
@@ -63,13 +63,13 @@ FIGURES: dict[str, Entry] = {
 
 
 def draw_figures(results: Results) -> dict[str, Figure]:
-    """Draw all figures that the results hold data for, in the order of the page."""
+    """Draw all figures for which the results hold data, in the order of the page."""
     drawn = {name: entry.draw(results) for name, entry in FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def sections(names: Collection[str]) -> dict[Section, list[str]]:
-    """Return the sections of the page with the names of their figures, of those drawn."""
+    """Return the sections of the page that have figures among `names`, with the names of these."""
     found: dict[Section, list[str]] = {}
     for name, entry in FIGURES.items():
         if name in names:

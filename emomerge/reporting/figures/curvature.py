@@ -17,32 +17,32 @@ from emomerge.reporting.text import percent, short
 from emomerge.results import ArtefactRow, Results
 
 FAINTEST = 1e-7
-"""Densities below this part of the highest are not drawn: there the tails of the smoothing would be all there is."""
+"""Densities below this fraction of the highest are not drawn, since they are dominated by the tails of the smoothing kernel."""
 DASHES = {"distance-matched": [5, 3], "loss-matched": [2, 2]}
 MOST_LAYERS, MORE_THAN = 24, 20
-"""Layers in the picture; and the ratio of their traces that asks for a logarithmic axis."""
+"""Maximum number of layers drawn, and the ratio of traces above which the axis is logarithmic."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One line of the density's picture."""
+    """One line in the figure of spectral densities."""
 
     name: str
     colour: str
     dash: list[int] | None
     points: list[tuple[float, float]]
-    """Eigenvalue and density."""
+    """Pairs of eigenvalue and density."""
     largest: float | None
     trace: float | None
 
     def key(self, *, brief: bool = False) -> str:
-        """Its entry in the key."""
+        """Return the line's entry in the legend."""
         figures = [("λmax", self.largest)] + ([] if brief else [("trace", self.trace)])
         return ", ".join([self.name, *(f"{word} {short(value)}" for word, value in figures if value is not None)])
 
 
 def spectral_density(results: Results) -> Figure | None:
-    """How the Hessian's eigenvalues are spread: the merge, the best single run, and the controls matched to either."""
+    """Draw the spectral density of the Hessian for the merge, the best single run, and the controls matched to either."""
     compared = [row for row in _compared(results) if row.hessian]
     found = [_spectrum(a) for a in compared]
     spectra = [s for s in found if s is not None]
@@ -51,9 +51,9 @@ def spectral_density(results: Results) -> Figure | None:
     named = "; ".join(s.key() for s in spectra)
     reach = "at the triangle is λmax. " if any(s.largest is not None for s in spectra) else ""
     caption = (
-        "How many of the Hessian's eigenvalues lie where, on a logarithmic axis. Nearly all are close to 0, the few to the "
-        f"right are the steep directions: the further left a line ends, the flatter; {reach}Right of 0 the loss curves "
-        "upwards, left of it downwards. The curves are smoothed estimates from random vectors: read the ends, not the ripples."
+        "Density of the Hessian's eigenvalues, on a logarithmic axis. Nearly all are close to 0; the few to the right are "
+        f"steep directions: the further left a line ends, the flatter; {reach}Right of 0 the loss curves upwards, left of it "
+        "downwards. The curves are smoothed estimates from random vectors: their ends are meaningful, their ripples are not."
     )
     diverged = [row.name for row, s in zip(compared, found, strict=True) if s is None]
     if diverged:
@@ -68,7 +68,7 @@ def spectral_density(results: Results) -> Figure | None:
 
 
 def layer_traces(results: Results) -> Figure | None:
-    """The trace of every layer's part of the Hessian, merge against best single run."""
+    """Draw the trace of each layer's block of the Hessian, for the merge and the best single run."""
     pair = [a for a in contestants(results) if a is not None and _layers(a)]
     if len(pair) < 2:
         return None
@@ -94,7 +94,7 @@ def layer_traces(results: Results) -> Figure | None:
     if len(rows) < len(every):
         whole = sum(abs(of_merge[name]) for name in every)
         share = sum(abs(r["merge"]) for r in rows) / whole if whole else None
-        caption += f" Drawn are the {len(rows)} largest of {len(every)} layers, with {percent(share, 0)} of the merge's trace."
+        caption += f" The {len(rows)} largest of {len(every)} layers are shown, with {percent(share, 0)} of the merge's trace."
     diverged = len(_layer_names(merge) | _layer_names(single)) - len(every)
     if diverged:
         caption += f" Without a figure for both, because one diverged: {diverged} layers."
@@ -108,7 +108,7 @@ def layer_traces(results: Results) -> Figure | None:
 
 
 def _compared(results: Results) -> list[ArtefactRow]:
-    """The merge, the best single run and the controls that are matched to one of them."""
+    """Return the merge, the best single run and the controls that are matched to one of them."""
     pair = [row for row in contestants(results) if row is not None]
     names = {row.name for row in pair}
     return [*pair, *(row for row in artefacts(results) if kind_of(row) in DASHES and row.of in names)]
@@ -124,7 +124,7 @@ def _spectrum(row: ArtefactRow) -> Spectrum | None:
 
 
 def _layers(row: ArtefactRow) -> dict[str, float]:
-    """Layer → trace, of the finite ones."""
+    """Return layer → trace for the layers whose trace is finite."""
     found = row.hessian.layers if row.hessian else {}
     return {name: trace for name, trace in found.items() if trace is not None}
 
@@ -134,7 +134,7 @@ def _layer_names(row: ArtefactRow) -> set[str]:
 
 
 def _draw_spectra(spectra: Sequence[Spectrum], width: int, height: int) -> Any:
-    """Lines beneath their key, which has the top of the plot for itself."""
+    """Draw the lines below their legend, which occupies the top of the plot."""
     import altair as alt
 
     highest = max(density for s in spectra for _, density in s.points)
@@ -169,7 +169,7 @@ def _draw_spectra(spectra: Sequence[Spectrum], width: int, height: int) -> Any:
 
 
 def _above(points: Sequence[tuple[float, float]], lowest: float) -> list[Row]:
-    """A line down to the lowest density; None interrupts it where it would run along the axis."""
+    """Return a line clipped at the lowest density; None interrupts it where it would run along the axis."""
     high = [y > lowest for _, y in points]
     near = [any(high[max(i - 1, 0) : i + 2]) for i in range(len(points))]
     drawn = [max(y, lowest) if seen else None for (_, y), seen in zip(points, near, strict=True)]
@@ -211,7 +211,7 @@ def _draw_layers(rows: Sequence[Row], pair: Sequence[ArtefactRow], width: int) -
 
 
 def _brief(names: Sequence[str], width: float) -> list[str]:
-    """Names without the modules that all share, cut in their middle to as many pixels."""
+    """Return names without their common modules, shortened in the middle to a width in pixels."""
     parts = [name.split(".") for name in names]
     shared = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), 0)
     return [_cut(".".join(of_name[shared:]), width) for of_name in parts]

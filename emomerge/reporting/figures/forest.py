@@ -1,4 +1,4 @@
-"""The evidence behind the verdict: estimates with their intervals around "no difference"."""
+"""The evidence behind the verdict: forest plots of estimates with their intervals."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ SHAPES = {"good": "circle", "bad": "square", "unclear": "diamond"}
 
 
 def better(results: Results) -> Figure | None:
-    """Differences in held-out loss, against every rival."""
+    """Draw the differences in held-out loss to every rival."""
     return _forest(results, "better", "Is it better?", f"held-out loss of the merge − that of the rival ({unit(results)})")
 
 
 def flatter(results: Results) -> Figure | None:
-    """Ratios of sharpness and curvature, against every rival and at every radius."""
+    """Draw the ratios of sharpness and curvature to every rival, at every radius."""
     curved = any("σ" not in row["what"] for row in evidence(results, "flatter"))
     measure = "sharpness or curvature" if curved else "sharpness"
     return _forest(results, "flatter", "Is it flatter?", f"{measure} of the merge ÷ that of the rival")
 
 
 def evidence(results: Results, claim: ClaimName) -> list[Row]:
-    """Return every comparison behind a claim: rival, measure, estimate, low, high, and whom the interval favours.
+    """Return every comparison behind a claim: rival, measure, estimate, low, high, and which side the interval favours.
 
-    Losses stay differences; the logarithms of sharpness become ratios. Numbers that do not exist are None.
+    Losses remain differences; log-ratios of sharpness become ratios. Undefined numbers are None.
     """
     if results.verdict is None:
         return []
@@ -47,7 +47,7 @@ def evidence(results: Results, claim: ClaimName) -> list[Row]:
 
 
 def interval(row: Row, claim: ClaimName) -> str:
-    """An estimate with its interval in print: `−0.0153 [−0.0240, −0.0068]`, `×0.63 [0.55, 0.72]`, `×0.63 [0, 0.72]`."""
+    """Format an estimate with its interval: `−0.0153 [−0.0240, −0.0068]`, `×0.63 [0.55, 0.72]`, `×0.63 [0, 0.72]`."""
     places, mark, signed = (2, "×", False) if claim == "flatter" else (4, "", True)
     if row["estimate"] is None:
         return "not comparable"
@@ -60,7 +60,7 @@ def interval(row: Row, claim: ClaimName) -> str:
 
 def _forest(results: Results, claim: ClaimName, title: str, x_title: str) -> Figure | None:
     found = evidence(results, claim)
-    plain = claim == "better" and len({r["what"] for r in found}) == 1  # the axis says it already
+    plain = claim == "better" and len({r["what"] for r in found}) == 1  # the axis title already names the measure
     rows = [{**r, "row": i, "label": r["against"] if plain else f"{r['against']} · {r['what']}"} for i, r in enumerate(found)]
     known = [v for r in rows for v in (r["estimate"], r["low"], r["high"]) if v is not None]
     verdict = results.verdict
@@ -92,7 +92,7 @@ def _draw(rows: list[Row], known: list[float], claim: ClaimName, x_title: str) -
 
     log = claim == "flatter"
     neutral = 1.0 if log else 0.0
-    # A rival's name and the figures share a line where both fit.
+    # A rival's name and the figures share a line if both fit.
     roomy = all(text_width(r["label"]) + text_width(r["figures"]) < HALF - 30 for r in rows)
     drop = 8 if roomy else 12
     axis = Axis.around([*known, neutral], log=log)

@@ -1,4 +1,4 @@
-"""The loss over planes, as maps with one scale of colours for all models compared."""
+"""Maps of the loss over planes, with a common colour scale for all models."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from emomerge.results import Point, Results, Surface
 
 Array = NDArray[np.float64]
 PIXELS = 4
-"""Between measured points the loss is interpolated, down to rectangles of about this size."""
+"""Approximate size in pixels of the rectangles to which the loss is interpolated between measured points."""
 DIVERGED = "grid"
-"""The palette's name for where the loss was not finite."""
+"""Palette colour for points where the loss was not finite."""
 GAP = 0.06
-"""Between two maps, as a part of one."""
+"""Gap between two maps, as a fraction of a map's size."""
 
 
 @dataclass(frozen=True)
 class Map:
-    """A loss over a rectangle: x (columns,) and y (rows,), evenly ascending; loss (rows, columns), NaN where it diverged."""
+    """A loss over a rectangle: x (columns,) and y (rows,), evenly spaced, ascending; loss (rows, columns), NaN if diverged."""
 
     x: Array
     y: Array
@@ -38,7 +38,7 @@ class Map:
 
     @classmethod
     def of(cls, held: Surface) -> Map | None:
-        """Return a measured surface as a map; None where it lacks points."""
+        """Return a measured surface as a map; None if it lacks points."""
         x, y, loss = held.x, held.y, held.loss
         if len(x) < 2 or len(y) < 2 or len(loss) != len(y) or any(len(row) != len(x) for row in loss):
             return None
@@ -46,9 +46,10 @@ class Map:
         return made if made.x[0] < made.x[-1] and made.y[0] < made.y[-1] and np.isfinite(made.loss).any() else None
 
     def bands(self, levels: Sequence[float], width: int) -> list[Row]:
-        """Rectangles of one step each, in shares of the map; each reaches under those after it, so that no seam shows.
+        """Return rectangles of one colour step each, in fractions of the map; they overlap so that no seams show.
 
-        Rows of a finer grid, interpolated linearly, in which neighbours of equal step are one. `width`: of the map in pixels.
+        The loss is interpolated linearly to a finer grid, in whose rows neighbours of equal step are joined. `width` is that of
+        the map in pixels.
         """
         fine_by = max(1, round(width / PIXELS / (len(self.x) - 1)))
         columns, rows = ((len(axis) - 1) * fine_by for axis in (self.x, self.y))
@@ -72,7 +73,7 @@ class Map:
         return found
 
     def place(self, row: Row) -> Row:
-        """A row whose shares of the map become its coordinates, to five digits."""
+        """Convert a row's fractions of the map to coordinates, to five digits."""
 
         def on(axis: Array, share: float) -> float:
             return float(f"{axis[0] + share * np.ptp(axis):.5g}")
@@ -81,7 +82,7 @@ class Map:
 
 
 def plane(results: Results) -> Figure | None:
-    """The loss over the plane through base, merge and best single run."""
+    """Draw the loss over the plane through base, merge and best single run."""
     held = results.plane
     found = Map.of(held) if held else None
     if held is None or found is None:
@@ -94,8 +95,8 @@ def plane(results: Results) -> Figure | None:
     names = ", ".join(p["name"] for p in points)
     caption = (
         f"The {split} loss over the plane through {names or 'three models'}, measured at {len(found.x)} × {len(found.y)} "
-        "points and interpolated between them; the fainter the lower. Axes: distance between weights. Each step of colour "
-        "multiplies the rise above the lowest loss. What lies off this plane it does not show."
+        "points and interpolated between them; fainter is lower. Axes: distance between weights. Each colour step multiplies "
+        "the rise above the lowest loss. The map shows nothing outside this plane."
     ) + _about_divergence([found])
     where = f"({short(found.x[at[1]])}, {short(found.y[at[0]])})"
     return Figure(
@@ -108,7 +109,7 @@ def plane(results: Results) -> Figure | None:
 
 
 def surfaces(results: Results) -> Figure | None:
-    """Filter-normalised surfaces around several models, on one scale of colours."""
+    """Draw filter-normalised loss surfaces around several models, with a common colour scale."""
     maps = {name: found for name, held in results.surfaces.items() if (found := Map.of(held)) is not None}
     if not maps:
         return None
@@ -117,10 +118,10 @@ def surfaces(results: Results) -> Figure | None:
     colours = {row.name: colour_of(row) for row in results.artefacts}
     reach = short(max(float(np.abs(m.x).max()) for m in maps.values()))
     caption = (
-        f"The loss around {' and '.join(maps)} (at the crosses), on one scale: along two random directions, each filter of "
-        f"which is as long as the model's own, up to {reach} of that length either way (Li et al. 2018). The wider the faint "
-        "middle, the flatter. Two directions of very many: a picture, not evidence, and one that favours models with small "
-        "weights."
+        f"The loss around {' and '.join(maps)} (at the crosses), on a common scale, along two random directions whose filters "
+        f"have the norms of the model's filters, up to {reach} of these norms either way (Li et al. 2018). The wider the faint "
+        "centre, the flatter. These are two of very many directions: an illustration, not evidence, and one that favours "
+        "models with small weights."
     ) + _about_divergence(list(maps.values()))
     lows = ", ".join(
         f"{name} {short(float(np.nanmin(m.loss)))} to {short(float(np.nanmax(m.loss)))}" for name, m in maps.items()
@@ -135,10 +136,10 @@ def surfaces(results: Results) -> Figure | None:
 
 
 def levels(maps: Sequence[Map]) -> list[float]:
-    """Where one step of colour ends and the next begins: rises above the lowest loss, each a fixed multiple of the last.
+    """Return the boundaries between colour steps: rises above the lowest loss, each a fixed multiple of the previous one.
 
-    They hold the range from the lowest twentieth of all points to the highest tenth, rounded to the digits that the legend
-    shows.
+    They cover the range from the lowest twentieth of all points to the highest tenth, rounded to the digits shown in the
+    legend.
     """
     losses = np.concatenate([m.loss[np.isfinite(m.loss)] for m in maps])
     low = float(losses.min())
@@ -163,7 +164,7 @@ def _about_divergence(maps: Sequence[Map]) -> str:
 
 
 def _points(results: Results, held: Sequence[Point], found: Map) -> list[Row]:
-    """The named points in shares of the map, in the looks they have everywhere."""
+    """Return the named points in fractions of the map, with their usual symbols and colours."""
     by_name = {row.name: row for row in results.artefacts}
     points = []
     for point in held:
@@ -181,7 +182,7 @@ def _scale(low: float, high: float) -> Any:
 
 
 def _bands(rows: Sequence[Row], edges: Sequence[float], in_unit: str, x: Any, y: Any, *, narrow: bool) -> Any:
-    """The coloured rectangles, with the legend that names their steps."""
+    """Draw the coloured rectangles and a legend of their steps."""
     import altair as alt
 
     digits = max(len(f"{edge:g}".replace(".", "").lstrip("0")) for edge in edges)
@@ -213,7 +214,7 @@ def _draw_plane(
 
 
 def _labelled(points: Sequence[Row], width: int, height: int) -> list[Row]:
-    """The points with places for their names."""
+    """Return the points with positions for their names."""
     spots = [(p["x"] * width, (1 - p["y"]) * height) for p in points]
     places = labels.place(spots, [p["name"] for p in points], width, height)
     return [
@@ -255,12 +256,12 @@ def _draw_surfaces(
     width: int,
     columns: int,
 ) -> Any:
-    """Maps side by side in one plot, because charts of several plots do not follow the page's width."""
+    """Draw maps side by side in one plot, because charts of several plots do not adapt to the page's width."""
     import altair as alt
 
     columns = min(columns, len(maps))
     lines = math.ceil(len(maps) / columns)
-    title = 0.1  # room above each map for its name, as a part of the map
+    title = 0.1  # room above each map for its name, as a fraction of the map
     right, top = columns * (1 + GAP) - GAP, lines * (1 + title)
     x = alt.X("x:Q", scale=_scale(0, right), axis=None)
     y = alt.Y("y:Q", scale=_scale(0, top), axis=None)

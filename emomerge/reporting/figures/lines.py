@@ -1,4 +1,4 @@
-"""Line charts labelled at their right ends: α-curves and training traces."""
+"""Line charts with labels at the right ends: α-curves and training traces."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from emomerge.reporting.text import short, unit
 from emomerge.results import Results
 
 TRACE_POINTS = 200
-"""A trace is thinned to at most about this many points: more than the figure has pixels would only make the page heavy."""
+"""Approximate maximum number of points per trace; more than the figure has pixels would only enlarge the page."""
 DASHES = (None, [7, 3], [2, 2], [8, 3, 2, 3], [4, 4])
-"""How several merges, all in ink, are told apart."""
+"""Dash patterns that distinguish merges, which all have the same colour."""
 
 Points = list[tuple[float, float]]
 
@@ -31,13 +31,13 @@ class Line:
     colour: str
     points: Points
     raw: Points | None = None
-    """What `points` smooths, drawn faintly behind."""
+    """Raw values behind the smoothed `points`, drawn faintly."""
     dash: list[int] | None = None
     width: float = 1.7
 
 
 def alpha_curves(results: Results) -> Figure | None:
-    """The loss along θ₀ + α·τ, one line an artefact."""
+    """Draw the loss along θ₀ + α·τ, one line per artefact."""
     lines: list[Line] = []
     merges = 0
     for artefact in artefacts(results):
@@ -55,9 +55,9 @@ def alpha_curves(results: Results) -> Figure | None:
     loss, name, alpha = min((loss, line.name, alpha) for line in lines for alpha, loss in line.points)
     return Figure(
         "From the base through every artefact",
-        "The loss along θ₀ + α·τ: α = 0 is the base, α = 1 the artefact, beyond it the task vector is stretched. A wide "
-        "valley is what a flat minimum looks like along its own task vector; a valley right of α = 1 says that the artefact "
-        "stopped short.",
+        "The loss along θ₀ + α·τ: α = 0 is the base, α = 1 the artefact; beyond 1 the task vector is stretched. A flat minimum "
+        "appears as a wide valley along its task vector; a valley to the right of α = 1 means that the artefact stopped short "
+        "of it.",
         f"Line chart of the loss along the task vector of {len(lines)} artefacts. The lowest point is {short(loss)} "
         f"{unit(results)}, on {name} at α = {short(alpha)}.",
         _draw(lines, "α, the multiple of the task vector", f"{split} loss ({unit(results)})", WIDE, 340, mark=1.0),
@@ -65,14 +65,14 @@ def alpha_curves(results: Results) -> Figure | None:
 
 
 def training_loss(results: Results) -> Figure | None:
-    """The loss of every step of every run, smoothed, with the raw figures behind."""
+    """Draw the smoothed loss of every step of every run, with the raw values behind."""
     lines = _traces(results, "loss")
     if not lines:
         return None
     ends = sorted((line.points[-1][1], line.name) for line in lines)
     return Figure(
         "Training loss",
-        "Loss of each step, smoothed over about 3 % of the run; the raw figures are behind.",
+        "Loss at each step, smoothed over about 3 % of the run, with the raw values behind.",
         f"Line chart of the training loss of {len(lines)} runs. The lowest end is {short(ends[0][0])} {unit(results)} "
         f"({ends[0][1]}), the highest {short(ends[-1][0])} ({ends[-1][1]}).",
         _draw(lines, "step", f"loss of the step ({unit(results)})", HALF, 260),
@@ -81,15 +81,15 @@ def training_loss(results: Results) -> Figure | None:
 
 
 def training_rate(results: Results) -> Figure | None:
-    """The learning rate that emoPulse gave at every step."""
+    """Draw the learning rate from emoPulse at every step."""
     lines = _traces(results, "rate")
     if not lines:
         return None
     rates = [rate for line in lines for _, rate in line.raw or []]
     return Figure(
         "Learning rate",
-        "The rate of each step; emoPulse derives it from the loss alone, without a schedule. Logarithmic axis, smoothed "
-        "likewise.",
+        "Learning rate at each step, which emoPulse derives from the loss alone, without a schedule. Logarithmic axis, with "
+        "the same smoothing.",
         f"Line chart, logarithmic axis, of the learning rate of {len(lines)} runs, between {short(min(rates), 2)} and "
         f"{short(max(rates), 2)}.",
         _draw(lines, "step", "learning rate", HALF, 260, log=True),
@@ -98,7 +98,7 @@ def training_rate(results: Results) -> Figure | None:
 
 
 def _traces(results: Results, field: Literal["loss", "rate"]) -> list[Line]:
-    """Smoothed lines of one column of the traces; rates, which are positive, are smoothed as logarithms."""
+    """Return smoothed lines of one column of the traces; rates are smoothed on a logarithmic scale."""
     controls = {row.name for row in results.artefacts if row.role == "control"}
     logarithmic = field == "rate"
     lines = []
@@ -116,12 +116,12 @@ def _traces(results: Results, field: Literal["loss", "rate"]) -> list[Line]:
 
 
 def _pairs(xs: Sequence[float], ys: Sequence[float | None]) -> Points:
-    """The points whose ordinate is finite."""
+    """Return the points whose ordinate is finite."""
     return [(float(x), y) for x, y in zip(xs, ys, strict=False) if y is not None]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over about 3 % of the series, without the bias of its start."""
+    """Return the bias-corrected exponential moving average over about 3 % of the series."""
     keep = 1 - 1 / max(0.03 * len(values), 1)
     average, weight, smoothed = 0.0, 0.0, []
     for value in values:
@@ -140,7 +140,7 @@ def _draw(
     mark: float | None = None,
     log: bool | None = None,
 ) -> Any:
-    """Lines named at their right ends, on a logarithmic axis if they span a factor of 4; `mark` dots one abscissa."""
+    """Draw lines labelled at their right ends, on a logarithmic axis if they span a factor of 4, with dots at x = `mark`."""
     import altair as alt
 
     axis = _value_axis(lines, log)
@@ -176,7 +176,7 @@ def _draw(
 
 
 def _value_axis(lines: Sequence[Line], log: bool | None) -> Axis:
-    """Around all lines, and around the raw figures but for their outermost hundredths."""
+    """Return an axis around all lines and around the raw values except for their outermost percentiles."""
     values = [value for line in lines for _, value in line.points]
     raw = sorted(value for line in lines for _, value in line.raw or [])
     trimmed = raw[len(raw) // 100 : len(raw) - len(raw) // 100]
@@ -187,7 +187,7 @@ def _value_axis(lines: Sequence[Line], log: bool | None) -> Axis:
 
 
 def _ends(lines: Sequence[Line], axis: Axis, height: int) -> list[Row]:
-    """A label at the end of each line, moved apart; of many runs one label for all of the same colour."""
+    """Return a label for the end of each line, moved apart; with many runs, one label for all of the same colour."""
     groups: dict[str, list[Line]] = {}
     for line in lines:
         shared = len(lines) > 12 and line.colour not in ("ink", "muted")

@@ -1,4 +1,4 @@
-"""Figures of pairs of models: cosines between task vectors, barriers between weights."""
+"""Matrix figures over pairs of models: cosines between task vectors, loss barriers between weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from emomerge.reporting.text import decimals, fixed, percent, short, unit
 from emomerge.results import Results
 
 ROOMY, READABLE = 8, 14
-"""Up to so many runs a cell holds two numbers, or one; with more, colour alone."""
+"""Maximum numbers of runs for two numbers per cell and for one; with more runs, cells show only colour."""
 NO_BARRIER = 0.01
-"""Barriers much below this many nats stay pale, however they compare: trainings with other seeds differ by more."""
+"""Barriers far below this many nats stay pale regardless of their ratios: runs with other seeds differ by more."""
 
 
 def cosines(results: Results) -> Figure | None:
-    """The cosine of every pair of task vectors, with the share of coordinates whose signs agree."""
+    """Draw the cosine of every pair of task vectors, with the share of coordinates whose signs agree."""
     if results.cosines is None:
         return None
     names, matrix, signs = results.cosines.names, results.cosines.matrix, results.cosines.sign_agreement
@@ -29,11 +29,11 @@ def cosines(results: Results) -> Figure | None:
     if len(names) < 2 or not cells:
         return None
     apart = [c["cosine"] for c in cells if c["row"] != c["column"]] or [1.0]
-    caption = "Cosine between the runs' task vectors: at 1 merging can add nothing, at 0 the runs went independent ways."
+    caption = "Cosine between the runs' task vectors: at 1 there is nothing to gain from merging, at 0 the runs are orthogonal."
     if signs and len(names) <= ROOMY:
-        caption += " Small figures: the share of coordinates whose signs agree."
+        caption += " Small numbers: the share of coordinates whose signs agree."
     return Figure(
-        "How alike the runs are",
+        "Similarity of the runs",
         caption,
         f"Matrix of cosines between {len(names)} task vectors; the pairs lie between {fixed(min(apart), 2)} and "
         f"{fixed(max(apart), 2)}.",
@@ -43,7 +43,7 @@ def cosines(results: Results) -> Figure | None:
 
 
 def barriers(results: Results) -> Figure | None:
-    """By how much the loss rises between every pair of models."""
+    """Draw the loss barrier between every pair of models."""
     if results.barriers is None:
         return None
     names, matrix = results.barriers.names, results.barriers.matrix
@@ -56,13 +56,13 @@ def barriers(results: Results) -> Figure | None:
     cells = [_barrier(names[i], names[j], height, places, top) for (i, j), height in heights.items()]
     worst = None if len(known) < len(apart) else max(known)
     caption = (
-        f"Largest rise of the loss ({unit(results)}) above the straight line between the losses of two models, on the way from "
-        "one's weights to the other's: at 0 both lie in one basin. Of the straight way only: a curved one may be lower."
+        f"Largest rise of the loss ({unit(results)}) above the linear interpolation of two models' losses, on the straight "
+        "path between their weights: at 0 both lie in one basin. A curved path may have a lower barrier."
     )
     if len(known) < len(apart):
-        caption += " ∞: the loss diverged on the way."
+        caption += " ∞: the loss diverged on the path."
     return Figure(
-        "What lies between the models",
+        "Loss barriers between the models",
         caption,
         f"Matrix of loss barriers between {len(names)} models; the highest is "
         + ("infinite." if worst is None else f"{short(worst)} {unit(results)}."),
@@ -88,8 +88,8 @@ def _barrier(row: str, column: str, height: float | None, places: int, top: floa
     }  # fmt: skip
 
 
-def _draw(names: Sequence[str], cells: list[Row], told: Mapping[str, str], *, two: bool) -> Any:
-    """A cell for every pair; `told`: field → its name where the mouse rests."""
+def _draw(names: Sequence[str], cells: list[Row], titles: Mapping[str, str], *, two: bool) -> Any:
+    """Draw a cell for every pair; `titles` maps fields to their names in the tooltip."""
     import altair as alt
 
     roomy = len(names) <= ROOMY
@@ -98,7 +98,7 @@ def _draw(names: Sequence[str], cells: list[Row], told: Mapping[str, str], *, tw
         "column:N", sort=list(names), axis=alt.Axis(title=None, orient="top", labelAngle=angle, domain=False, ticks=False)
     )
     y = alt.Y("row:N", sort=list(names), axis=alt.Axis(title=None, domain=False, ticks=False))
-    tooltip = [alt.Tooltip(field, title=title) for field, title in {"row:N": "between", "column:N": "and", **told}.items()]
+    tooltip = [alt.Tooltip(field, title=title) for field, title in {"row:N": "between", "column:N": "and", **titles}.items()]
     strength = alt.FillOpacity("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0, 1]), legend=None)
     chart = chart_of(cells, "grid")
     edge = alt.Stroke(**painted().to_dict())

@@ -1,4 +1,4 @@
-"""Loss against sharpness: every artefact as a labelled point."""
+"""Scatter plot of loss against sharpness, with every artefact as a labelled point."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ARROWS = {
 
 
 def loss_and_sharpness(results: Results) -> Figure | None:
-    """Every artefact that has both figures: flat to the left, good at the bottom."""
+    """Draw every artefact that has both figures: flatter to the left, better at the bottom."""
     radius = middle_radius(results)
     splits: tuple[Split, ...] = ("test", "validation", "train")
     split = next((s for s in splits if any(row.loss(s) for row in results.artefacts)), None)
@@ -84,11 +84,11 @@ def _caption(rows: Sequence[Row], diverged: Sequence[str], x: Axis, y: Axis, spl
             "left of it to be flat, and not merely near the base."
         )
     if "loss-matched" in matched:
-        parts.append("Another joins the merge to a snapshot of the long run with about its training loss: likewise.")
+        parts.append("Another joins the merge to a snapshot of the long run with a similar training loss, for the same reason.")
     if matched != {r["kind"] for r in rows if r["role"] == "control"}:
-        parts.append("The controls are explained beneath the table.")
+        parts.append("The controls are explained below the table.")
     if "base" in roles:
-        parts.append("The base has not learnt the task; that it is flat says little.")
+        parts.append("The base has not learnt the task, so its flatness means little.")
     away = [r["name"] for r in rows if x.outside(r["sharpness"]) or y.outside(r["loss"])]
     if away:
         parts.append(f"Far outside the frame and drawn at its edge, with their figures: {', '.join(away)}.")
@@ -98,9 +98,9 @@ def _caption(rows: Sequence[Row], diverged: Sequence[str], x: Axis, y: Axis, spl
 
 
 def _frame(values: Sequence[float], bars: Sequence[float] = ()) -> Axis:
-    """An axis around the bulk (Tukey's outer fences), so that one far point does not squeeze the rest.
+    """Return an axis around the bulk of the values (Tukey's outer fences), so that an outlier does not squeeze the rest.
 
-    A factor of 20 within the bulk asks for a logarithmic scale.
+    The scale is logarithmic if the bulk spans a factor of 20.
     """
     log = False
     low, high = _fences(values)
@@ -166,7 +166,7 @@ def _draw(
 
 
 def _layout(rows: Sequence[Row], x: Axis, y: Axis, width: int, height: int) -> tuple[list[Row], list[Row]]:
-    """The points with places for their labels, important ones first; and the lines from runs to their controls."""
+    """Return the points with positions for their labels, important ones first, and the lines from runs to their controls."""
     rank = {"merge": 0, "base": 1, "run": 2}
     points = [
         {
@@ -198,7 +198,7 @@ def _layout(rows: Sequence[Row], x: Axis, y: Axis, width: int, height: int) -> t
 
 
 def _label(row: Row, x: Axis, y: Axis, *, brief: bool) -> str:
-    """The name; of a point beyond the frame also the direction and its figures."""
+    """Return the name of a point; if it is outside the frame, with its direction and figures."""
     away = x.outside(row["sharpness"]), y.outside(row["loss"])
     if not any(away):
         return str(row["name"])
