@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from emomerge.errors import BadInput
 
@@ -29,6 +29,11 @@ def _finite_or_none(value: object) -> object:
 
 Number: TypeAlias = Annotated[float | None, BeforeValidator(_finite_or_none)]
 """A float; None if it is not finite."""
+
+
+def _require_shape(table: Sequence[Sequence[object]], rows: int, columns: int) -> None:
+    if [len(row) for row in table] != [columns] * rows:
+        raise ValueError(f"Rows and columns should be {rows} × {columns}")
 
 
 class Part(BaseModel):
@@ -163,6 +168,11 @@ class Surface(Part):
     y: tuple[float, ...]
     loss: tuple[tuple[Number, ...], ...]
 
+    @model_validator(mode="after")
+    def _rectangle(self) -> Self:
+        _require_shape(self.loss, len(self.y), len(self.x))
+        return self
+
 
 class Point(Part):
     """The position of a named model on a plane."""
@@ -184,11 +194,22 @@ class Matrix(Part):
     names: tuple[str, ...]
     matrix: tuple[tuple[Number, ...], ...]
 
+    @model_validator(mode="after")
+    def _square(self) -> Self:
+        _require_shape(self.matrix, len(self.names), len(self.names))
+        return self
+
 
 class Cosines(Matrix):
     """Cosines between task vectors, and for the coordinates that both move the share with equal signs."""
 
     sign_agreement: tuple[tuple[Number, ...], ...] = ()
+
+    @model_validator(mode="after")
+    def _signs_square(self) -> Self:
+        if self.sign_agreement:
+            _require_shape(self.sign_agreement, len(self.names), len(self.names))
+        return self
 
 
 class Trace(Part):
@@ -386,10 +407,10 @@ class Results(Part):
             if (version := plain.get("schema_version")) != SCHEMA_VERSION:
                 raise BadInput(
                     "the results have the schema of another version of emomerge", where=where,
-                    expected=f"schema_version {SCHEMA_VERSION}", found=version or "none", fix=again,
+                    expected=f"schema_version {SCHEMA_VERSION}", found="none" if version is None else repr(version), fix=again,
                 )  # fmt: skip
             return cls.model_validate(plain)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise BadInput("the results cannot be read", where=where, found=error, fix=again) from None
         except ValidationError as error:
             first = error.errors()[0]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emomerge.errors import BadInput
-from emomerge.results import SCHEMA_VERSION, ArtefactRow, Estimate, Results, load_results, sort_rows
+from emomerge.results import SCHEMA_VERSION, ArtefactRow, Cosines, Estimate, Matrix, Results, Surface, load_results, sort_rows
 
 numbers = st.none() | st.floats()
 estimates = st.builds(
@@ -44,6 +44,8 @@ def test_a_figure_that_was_not_measured_is_none():
     [
         ("[]", "cannot be read: .*results.json; expected a mapping"),
         ("{", "cannot be read: .*results.json; found"),
+        ("[" * 100_000, "cannot be read: .*results.json; found"),
+        ('{"schema_version": "2", "name": "x"}', "found '2'"),
         ('{"name": "old", "artefacts": []}', f"of emomerge: .*expected schema_version {SCHEMA_VERSION}; found none"),
         (f'{{"schema_version": {SCHEMA_VERSION}, "name": 1}}', "results.json, name; found"),
         (f'{{"schema_version": {SCHEMA_VERSION}, "name": "x", "new": 1}}', "results.json, new; found"),
@@ -69,3 +71,16 @@ def test_rows_in_the_order_of_reports():
     roles = ["control", "merge", "run", "base", "run"]
     found = sort_rows([ArtefactRow(name=str(i), role=role) for i, role in enumerate(roles)])
     assert [row.name for row in found] == ["3", "2", "4", "1", "0"]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Matrix(names=("a", "b"), matrix=((1.0, 0.0),)),
+        lambda: Cosines(names=("a",), matrix=((1.0,),), sign_agreement=((1.0, 1.0),)),
+        lambda: Surface(x=(0.0, 1.0), y=(0.0,), loss=((1.0,), (1.0,))),
+    ],
+)  # fmt: skip
+def test_tables_of_another_shape_than_their_axes_are_refused(build):
+    with pytest.raises(ValueError, match="Rows and columns should be"):
+        build()

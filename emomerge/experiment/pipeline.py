@@ -74,7 +74,7 @@ class Pipeline(Experiment):
                 self.controls_are_done,
             ),
             *(self._merge_stage(spec, seed) for spec in self.recipe.merge for seed in self.recipe.runs.seeds),
-            Stage("probe", lambda: self.probe_inputs, lambda: [space.results], self.probe),
+            Stage("probe", lambda: self.probe_inputs, lambda: [space.results], self.probe, self.results_are_readable),
             Stage("report", lambda: self.report_inputs, lambda: [space.report, *files_below(space.figures)], self.report),
         ]
 
@@ -207,11 +207,10 @@ class Pipeline(Experiment):
 
     def probe(self) -> None:
         """Measure all artefacts and write results.json."""
-        if self.space.results.exists():
-            try:
-                self.results()
-            except BadInput:
-                self.display.say("results.json was written by another version: measuring again, with remembered evaluations")
+        if self.space.results.exists() and not self.results_are_readable():
+            self.display.say(
+                "results.json was written by another version or is damaged: measuring again, with remembered evaluations"
+            )
         with stopwatch() as clock:
             results = collect_results(self, self.engine)
         results = results.model_copy(update={"seconds": seconds_of_stages(self) | {"probe": clock["seconds"]}})
@@ -228,3 +227,11 @@ class Pipeline(Experiment):
     def results(self) -> Results:
         """Return the content of results.json."""
         return load_results(self.space.out)
+
+    def results_are_readable(self) -> bool:
+        """Return whether results.json can be read; a stamp only knows its size."""
+        try:
+            self.results()
+        except BadInput:
+            return False
+        return True
