@@ -119,7 +119,7 @@ LIGHT = [
     ("module", "absent"),
     [
         ("emomerge", ["torch", *LIGHT]),
-        ("emomerge.cli", ["torch", *LIGHT]),
+        ("emomerge.cli", ["torch", "pydantic", *LIGHT]),
         ("emomerge.numerics.hashing", ["torch"]),
         ("emomerge.integrations", ["torch"]),
         ("emomerge.recipe", ["torch"]),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emomerge.errors import BadInput
-from emomerge.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from emomerge.recipe import Recipe
 
 
 def templates() -> dict[str, Path]:
@@ -34,6 +37,8 @@ def open_recipe(recipe: str, overrides: Sequence[str]) -> Recipe:
     Raises:
         BadInput: see `load_recipe`.
     """
+    from emomerge.recipe import load_recipe  # not for `--help`: building the schema takes a quarter of a second
+
     known = templates()
     path = known[recipe] if recipe in known and not Path(recipe).exists() else Path(recipe)
     return load_recipe(path, overrides)
