@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
 from importlib.util import find_spec
 
 from emomerge.errors import MissingExtra
@@ -77,8 +78,6 @@ def _fault(module: str, distribution: str) -> str | None:
     """Return the fault of a package for the error message; None if it is installed in a supported version."""
     if find_spec(module) is None:
         return distribution
-    from importlib import metadata  # not for `--help`
-
     oldest = _oldest_supported().get(distribution)
     with contextlib.suppress(metadata.PackageNotFoundError):
         found = metadata.version(distribution)
@@ -89,8 +88,6 @@ def _fault(module: str, distribution: str) -> str | None:
 
 def _oldest_supported() -> dict[str, str]:
     """Return distribution → the lower bound in emomerge's metadata; empty if emomerge is not installed."""
-    from importlib import metadata
-
     try:
         requirements: Iterable[str] = metadata.requires("emomerge") or ()
     except metadata.PackageNotFoundError:
