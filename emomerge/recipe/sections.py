@@ -194,7 +194,7 @@ class Outer(Section):
     """Nesterov momentum on the step from a round's start to the mean of its runs (DiLoCo, Douillard et al. 2023)."""
 
     momentum: float = Field(0.5, ge=0, lt=1)
-    """DiLoCo's 0.9 is for hundreds of long rounds; with 30 short ones it overshoots (`benchmarks/rounds.py`)."""
+    """DiLoCo's 0.9 is for hundreds of long rounds; with 30 short ones it overshoots."""
     lr: float = Field(1.0, gt=0)
 
 
