@@ -194,7 +194,8 @@ def _shared(rivals: Mapping[str, Artefact], of_all_seeds: Sequence[Mapping[str, 
 
 def _plain_mean(recipe: Recipe) -> str | None:
     """Return the label of the recipe's plain mean, if it has one."""
-    return next((spec.label for spec in recipe.merge if spec.method == "mean" and not spec.params), None)
+    means = (spec.label for spec in recipe.merge if (spec.method, spec.of) == ("mean", "runs") and not spec.params)
+    return next(means, None)
 
 
 def _judge(recipe: Recipe, measurer: Measurer, comparisons: Sequence[Comparison], measured: Mapping[str, Measured]) -> Verdict:

@@ -40,7 +40,7 @@ def collect_results(experiment: Experiment, engine: Engine | None = None) -> Res
             **_heading(experiment),
             "samples": _samples(experiment, [base, best[0], merges[experiment.recipe.merge[0].label][0]]),
             "traces": _traces(experiment),
-            "cosines": _cosines(experiment, merges),
+            "cosines": _cosines(experiment),
             "merges": {
                 n: MergeFacts.model_validate(experiment.merge_record(n)["diagnostics"]) for n in experiment.merge_stamps()
             },
@@ -97,9 +97,12 @@ def _traces(experiment: Experiment) -> dict[str, Trace]:
     return traces
 
 
-def _cosines(experiment: Experiment, merges: dict[str, list[Artefact]]) -> Cosines:
-    """Return the pairwise cosines of the task vectors, which are the same for every merge of a seed."""
-    diagnostics = experiment.merge_record(next(iter(merges.values()))[0].name)["diagnostics"]
+def _cosines(experiment: Experiment) -> Cosines | None:
+    """Return the pairwise cosines of the runs' task vectors, which are the same for every merge of a seed's runs."""
+    merge = next((spec for spec in experiment.recipe.merge if spec.of == "runs"), None)
+    if merge is None:
+        return None
+    diagnostics = experiment.merge_record(experiment.merge_name(merge, experiment.recipe.runs.seeds[0]))["diagnostics"]
     return Cosines(names=diagnostics["runs"], matrix=diagnostics["cosines"], sign_agreement=diagnostics["sign_agreement"])
 
 

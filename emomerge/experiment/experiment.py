@@ -19,7 +19,7 @@ from emomerge.numerics.hashing import digest
 from emomerge.progress import Display
 from emomerge.recipe import Merge, Recipe
 from emomerge.tasks import Task, TaskData, make_task
-from emomerge.training import Context, RunDir, RunSpec, choose_device, planned_runs, run_inputs
+from emomerge.training import Context, KeptRounds, RunDir, RunSpec, choose_device, planned_runs, run_inputs
 
 
 class Experiment:
@@ -118,6 +118,35 @@ class Experiment:
             digest([self.base_hash, weights]), optimizer=spec.optimizer, seed=spec.seed,
         )  # fmt: skip
 
+    def kept_rounds(self, seed: int) -> KeptRounds:
+        """Return the kept rounds of a training seed."""
+        inputs = [run_inputs(self.recipe, spec, self.base_hash) for spec in self.specs if spec.seed == seed]
+        return KeptRounds(self.space.runs, seed, inputs)
+
+    def round_artefacts(self, seed: int) -> list[Artefact]:
+        """Return the kept rounds of a training seed as artefacts, in order."""
+        kept = self.kept_rounds(seed)
+        return [
+            Artefact(
+                f"round-{number}", "control", open_run(self.base, kept.path(number)),
+                digest([self.base_hash, kept.sha256(number)]), path=kept.path(number), seed=seed,
+            )
+            for number in self.recipe.runs.kept_rounds
+        ]  # fmt: skip
+
+    def merged_artefacts(self, spec: Merge, seed: int) -> list[Artefact]:
+        """Return the artefacts that a merge of a training seed is made of."""
+        if spec.of == "rounds":
+            return self.round_artefacts(seed)
+        return [self.run_artefact(run) for run in self.specs if run.seed == seed]
+
+    def merged_hashes(self, spec: Merge, seed: int) -> list[Any]:
+        """Return the hashes of everything that a merge of a training seed is made of."""
+        if spec.of == "rounds":
+            kept = self.kept_rounds(seed)
+            return [self.base_hash, *(kept.sha256(number) for number in self.recipe.runs.kept_rounds)]
+        return self.run_hashes(seed)
+
     def merge_name(self, spec: Merge, seed: int) -> str:
         """Return the name of a merge's folder. Each training seed is merged separately, as a repetition of the experiment."""
         return spec.label if len(self.recipe.runs.seeds) == 1 else f"{spec.label}-seed{seed}"
@@ -126,7 +155,7 @@ class Experiment:
         """Return the hash of the inputs of every merge, by name."""
         shared = [self.recipe.task, self.recipe.probe.batch_size, version("emomerge")]
         return {
-            self.merge_name(spec, seed): digest([spec, self.run_hashes(seed), shared])
+            self.merge_name(spec, seed): digest([spec, self.merged_hashes(spec, seed), shared])
             for spec in self.recipe.merge
             for seed in self.recipe.runs.seeds
         }
@@ -144,7 +173,7 @@ class Experiment:
         return Artefact(
             name, "merge", open_checkpoint(folder), digest(weights), path=folder, seed=seed, method=spec.method, sha256=weights,
             seconds=self.space.stamp(f"merge-{name}").get("seconds"),
-            cosine_to_mean=self.merge_record(name)["diagnostics"].get("cosine_to_mean"),
+            cosine_to_mean=self.merge_record(name)["diagnostics"].get("cosine_to_mean") if spec.of == "runs" else None,
         )  # fmt: skip
 
     @property

@@ -17,10 +17,10 @@ from emomerge.recipe import Merge
 
 
 def write_merge(experiment: Experiment, spec: Merge, seed: int) -> None:
-    """Merge the runs of a training seed and write the model, its record and its card."""
+    """Merge the runs or the kept rounds of a training seed and write the model, its record and its card."""
     name = experiment.merge_name(spec, seed)
     inputs = experiment.merge_stamps()[name]
-    artefacts = [experiment.run_artefact(run) for run in experiment.specs if run.seed == seed]
+    artefacts = experiment.merged_artefacts(spec, seed)
     merged = merge(
         experiment.base, [a.checkpoint for a in artefacts], method=spec.method, names=[a.name for a in artefacts],
         held_out_loss=experiment.measurer.held_out_loss,
@@ -34,7 +34,7 @@ def write_merge(experiment: Experiment, spec: Merge, seed: int) -> None:
         decided_by = local_files([str(experiment.space.recipe), *experiment.recipe.external_sources()])
         asked = _merge_record(experiment, spec, artefacts).with_hashes(decided_by)
         record = as_json(asked, rounding_loss=loss.figures(), diagnostics=merged.diagnostics())
-        record |= {"name": name, "dtype": spec.dtype, "inputs": inputs, "emomerge": version("emomerge")}
+        record |= {"name": name, "of": spec.of, "dtype": spec.dtype, "inputs": inputs, "emomerge": version("emomerge")}
         return {"merge.json": json.dumps(record, indent=2) + "\n", "README.md": merge_card(experiment, name, record)}
 
     write_checkpoint(

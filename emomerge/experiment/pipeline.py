@@ -95,7 +95,7 @@ class Pipeline(Experiment):
             )  # fmt: skip
         chosen = [spec for spec in self.specs if not only or spec.optimizer in only]
         train = partial(self.train, chosen)
-        runs = Stage("runs", None, list, train, lambda: all(map(self.run_is_done, chosen)), train)
+        runs = Stage("runs", None, list, train, lambda: all(map(self.run_is_done, chosen)) and not self.missing_rounds(), train)
         return self._complete([self.stages[0], runs])
 
     def _complete(self, stages: Sequence[Stage]) -> bool:
@@ -150,7 +150,11 @@ class Pipeline(Experiment):
             if self.run_is_done(spec):
                 lines[spec.name].at(spec.steps, f"loss {self.run_dir(spec).state['last_loss']:.4f}")
         if all(self.run_is_done(spec) for spec in specs):
-            return
+            missing = set() if specs and specs[0].role == "control" else self.missing_rounds()
+            if not missing:
+                return
+            if missing - {self.recipe.runs.kept_rounds[-1]}:  # the last is the mean of the finished runs
+                self.display.say("training the runs again: a merge is made of their rounds, which were not kept")
 
         def on_step(spec: RunSpec, row: dict[str, Any]) -> None:
             lines[spec.name].at(row["step"], f"loss {row['loss']:.4f}  emoPulse {row['rate']:.2e}")
@@ -164,8 +168,13 @@ class Pipeline(Experiment):
         train_runs(self.context, specs, execute)
 
     def runs_are_done(self) -> bool:
-        """Return whether all shallow runs are up to date."""
-        return all(map(self.run_is_done, self.specs))
+        """Return whether all shallow runs are up to date, and the rounds that merges are made of are kept."""
+        return all(map(self.run_is_done, self.specs)) and not self.missing_rounds()
+
+    def missing_rounds(self) -> set[int]:
+        """Return the rounds that a merge is made of and that are not kept for every training seed."""
+        wanted = self.recipe.runs.kept_rounds if self.recipe.merges_rounds else ()
+        return {number for seed in self.recipe.runs.seeds for number in self.kept_rounds(seed).missing(wanted)}
 
     def train_controls(self) -> Facts:
         """Train the controls of the recipe."""

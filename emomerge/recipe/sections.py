@@ -239,6 +239,8 @@ class Runs(Section):
     rounds: int = Field(1, ge=1)
     """Number of rounds that the steps are divided into; each starts all runs from the mean of the previous one."""
     outer: Outer | None = None
+    keep_rounds: int = Field(8, ge=0)
+    """Number of evenly spaced rounds whose mean is kept for merges `of: rounds`; the last is the mean of the finished runs."""
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: every process holds the whole model (ddp), or its part of each layer (fsdp, FSDP2)."""
     log_with: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -262,6 +264,12 @@ class Runs(Section):
         """Return emoScope of an optimizer."""
         return self.lr.get(optimizer, 1.0) if isinstance(self.lr, dict) else self.lr
 
+    @property
+    def kept_rounds(self) -> tuple[int, ...]:
+        """The numbers of the rounds whose mean is kept, counted from 1; the last round is one of them."""
+        count = 0 if self.rounds == 1 else min(self.keep_rounds, self.rounds)
+        return tuple(self.rounds * k // count for k in range(1, count + 1))
+
 
 class Merge(BaseModel):
     """One merge: the method, a name for its folder, and the method's parameters, which the method checks.
@@ -274,6 +282,13 @@ class Merge(BaseModel):
     method: str
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+    of: Literal["runs", "rounds"] = "runs"
+    """What is merged: the finished runs, or the means at the end of the rounds that `runs.keep_rounds` keeps."""
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `of` out at its default, so that hashes of older recipes stay the same."""
+        return {name: value for name, value in handler(self).items() if name != "of" or value != "runs"}
 
     @property
     def label(self) -> str:
@@ -364,6 +379,12 @@ class Recipe(Section):
                 raise ValueError(f"`merge` has two entries called {label!r}; give one of them a `name`")
             if label == "base" or label.removeprefix("long-").partition("-")[0] in (*OPTIMIZERS, "adamw"):
                 raise ValueError(f"`merge` has an entry called {label!r}, which is the name of the base or of a run")
+        if self.merges_rounds and (kept := len(self.runs.kept_rounds)) < 2:
+            merge = next(merge.label for merge in self.merge if merge.of == "rounds")
+            raise ValueError(
+                f"the merge `{merge}` is made of rounds and needs 2 or more, but {kept} are kept; set `runs.rounds` and "
+                "`runs.keep_rounds` to 2 or more, or leave out `of`"
+            )
         derived = sorted(name for name in self.controls if name in CONTROLS and CONTROLS[name].from_long_run)
         if derived and "long-run" not in self.controls:
             raise ValueError(f"the control `{derived[0]}` needs the long run; add `long-run` to `controls`")
@@ -372,6 +393,11 @@ class Recipe(Section):
         if self.base.prepare is not None:
             _check_prepare(self.base.prepare, self.task)
         return self
+
+    @property
+    def merges_rounds(self) -> bool:
+        """Whether a merge is made of the kept rounds."""
+        return any(merge.of == "rounds" for merge in self.merge)
 
     @property
     def base_task(self) -> TaskSection:

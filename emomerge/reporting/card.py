@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, JsonValue
@@ -32,7 +32,7 @@ class _Given(BaseModel):
 
 
 class MergedRun(_Given):
-    """A run that went into a merge."""
+    """A run, or the mean of the runs after a round, that went into a merge."""
 
     name: str
     source: str | None = None
@@ -53,6 +53,8 @@ class Card(_Given):
     method: str = ""
     params: dict[str, JsonValue] = {}
     runs: tuple[MergedRun, ...] = ()
+    of: Literal["runs", "rounds"] = "runs"
+    """What `runs` are: finished runs, or the means of the runs after some rounds."""
     diagnostics: MergeFacts | None = None
     results: Results | None = None
     files: dict[str, str] = {}
@@ -71,7 +73,7 @@ def model_card(card: Card) -> str:
         *_warnings(card),
         _figures(card),
         _section("Diagnostics", _diagnostics(card)),
-        _section("Runs", [_run(run) for run in card.runs]),
+        _section(card.of.capitalize(), [_run(run) for run in card.runs]),
         _section("Files", [f"- {_hash(file, digest)}" for file, digest in card.files.items()]),
         _repeat(card),
     ]
@@ -111,7 +113,9 @@ def _origin(card: Card) -> str:
     if not card.method:
         return ""
     version = f" {card.version}" if card.version else ""
-    runs = f" from {len(card.runs)} run{'s' if len(card.runs) > 1 else ''}" if card.runs else ""
+    count = len(card.runs)
+    models = f"the means of the runs after {count} rounds" if card.of == "rounds" else f"{count} run{'s' if count > 1 else ''}"
+    runs = f" from {models}" if card.runs else ""
     base = f" over {in_code(card.base)}" if card.base else ""
     return f"Merged by emomerge{version} with the method {in_code(card.method)}{runs}{base}.\n"
 

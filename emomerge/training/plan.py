@@ -66,7 +66,7 @@ OFF_BY_DEFAULT = ("average", "early_stop", "cooldown", "rounds", "outer")
 def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
     """Return the hash of everything that decides a run's result. A finished run with the same hash is not trained again."""
     runs, control = recipe.runs, spec.role == "control"
-    irrelevant = {"optimizers", "seeds", "steps", "checkpoint_every", "sharding", "log_with", "parallel"}
+    irrelevant = {"optimizers", "seeds", "steps", "checkpoint_every", "sharding", "log_with", "parallel", "keep_rounds"}
     shared = runs.model_dump(mode="json", exclude=irrelevant)
     shared["lr"] = runs.lr_of(spec.optimizer)
     unused = {"rounds", "outer", "early_stop"} if control else set()  # controls use their whole budget in one round

@@ -2,7 +2,8 @@
 
 One file per training seed, `meeting-<seed>.safetensors` beside the run directories, holds the weights that the next round
 starts from and the outer momentum; it is replaced atomically after each round. Optimizer states are in the runs' own
-checkpoints. A kill at any moment therefore leaves everything that is needed to resume.
+checkpoints. A kill at any moment therefore leaves everything that is needed to resume. The plain means of `runs.keep_rounds`
+rounds, before outer momentum, are kept as checkpoints (see `training.kept`); the last one is the mean of the finished runs.
 
 LoRA runs are averaged factor by factor, mean(A) and mean(B), as in FedIT (Zhang et al. 2024). This keeps the adapter's form and
 the optimizers' states valid. It differs from mean(B·A) by the covariance of the factors over the runs, which shrinks with the
@@ -12,8 +13,9 @@ mean(B·A) truncated to the rank was as good with three and six rounds and worse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,9 +25,12 @@ from emomerge.checkpoints import working_dtype
 from emomerge.errors import BadInput, RunFailed
 from emomerge.numerics.hashing import digest
 from emomerge.recipe import Outer
+from emomerge.training.adapt import save_adapted
 from emomerge.training.context import Context
-from emomerge.training.loop import initial_weights
+from emomerge.training.kept import KeptRounds, mean_tensors, write_mean
+from emomerge.training.loop import adapted_model, initial_weights
 from emomerge.training.plan import RunSpec, round_ends
+from emomerge.training.run import copy_into
 from emomerge.training.run_dir import round_start_file
 from emomerge.training.state import load_header, load_state, of_kind, save_state
 
@@ -76,8 +81,12 @@ class _Group:
         self._inputs = [context.run_inputs(spec) for spec in specs]
         self._file = round_start_file(self._runs[0], specs[0])
         self._all_inputs = digest(self._inputs)
-        self.step = self._last_average(round_ends(context.recipe.runs))
+        self._ends = round_ends(context.recipe.runs)
+        self._kept = KeptRounds(context.folder, specs[0].seed, self._inputs)
+        self.step = self._last_average()
         """The step up to which the runs have been averaged."""
+        if self.step == 0:
+            self._kept.discard()  # of other inputs, or of runs that are trained again
 
     def round(self, start: int, end: int) -> list[RunSpec]:
         """Return the specifications of one round."""
@@ -88,13 +97,22 @@ class _Group:
         return all(self._context.has_reached(spec) for spec in self.round(start, end))
 
     def average(self, end: int, outer: Outer | None) -> None:
-        """Write the weights that the next round starts from; after the last round, remove the file."""
-        self.step = end
-        if end == self._specs[0].steps:
+        """Write the weights that the next round starts from, after keeping their mean if it is to be kept.
+
+        After the last round, keep the mean of the finished runs and remove the file.
+        """
+        number = self._ends.index(end) + 1
+        is_kept = number in self._context.recipe.runs.kept_rounds
+        if end == self._ends[-1]:
+            if is_kept:
+                self._kept.keep(number, partial(write_mean, [run.artefact for run in self._runs]))
             self._file.unlink(missing_ok=True)
+            self.step = end
             return
         files = [run.checkpoint for run in self._runs]
         mean, buffers = mean_weights(list(zip(files, self._inputs, strict=True)), end)
+        if is_kept:  # before the file below says that the round is complete
+            self._kept.keep(number, partial(self._write, mean))
         momentum: Tensors = {}
         if outer is not None:
             before = load_state(self._file, self._all_inputs)
@@ -106,11 +124,19 @@ class _Group:
                 mean[name], momentum[name] = nesterov(start[name], mean[name], momentum.get(name), outer)
         tensors = {f"model.{name}": t for name, t in mean.items()} | {f"momentum.{name}": t for name, t in momentum.items()}
         save_state(self._file, tensors, {"inputs": self._all_inputs, "step": end})
+        self.step = end
 
-    def _last_average(self, ends: Sequence[int]) -> int:
+    def _write(self, weights: Mapping[str, Tensor], folder: Path) -> None:
+        """Write weights, named as in the adapted model, as an adapter or a dense checkpoint."""
+        model = adapted_model(self._context, self._specs[0])
+        copy_into(model, weights)
+        save_adapted(model, folder, base_folder=self._context.base_folder)
+
+    def _last_average(self) -> int:
         """Return the step of the last average. If the files found are inconsistent, remove them and return 0."""
+        ends = self._ends
         if all(run.is_done(inputs) for run, inputs in zip(self._runs, self._inputs, strict=True)):
-            return ends[-1]
+            return self._unless_rounds_are_missing(ends[-1])
         header = load_header(self._file, self._all_inputs)
         start = int(header["step"]) if header else 0
         end = min(end for end in ends if end > start)
@@ -120,7 +146,21 @@ class _Group:
             if not consistent:
                 self._forget()
                 return 0
-        return start
+        return self._unless_rounds_are_missing(start)
+
+    def _unless_rounds_are_missing(self, step: int) -> int:
+        """Return the step of the last average, given the last one found and the kept rounds.
+
+        The mean of finished runs can be taken again. If another round is missing and a merge needs it, the runs start again.
+        """
+        recipe = self._context.recipe
+        missing = self._kept.missing(number for number in recipe.runs.kept_rounds if self._ends[number - 1] <= step)
+        if missing == [len(self._ends)]:
+            return self._ends[-2]
+        if missing and recipe.merges_rounds:
+            self._forget()
+            return 0
+        return step
 
     def _forget(self) -> None:
         self._file.unlink(missing_ok=True)
@@ -140,21 +180,17 @@ def mean_weights(checkpoints: Sequence[tuple[Path, str]], step: int) -> tuple[Te
     Raises:
         BadInput: a checkpoint is missing or at another step.
     """
-    total: Tensors = {}
-    weights: Tensors = {}
     buffers: list[str] = []
-    for file, inputs in checkpoints:
-        found = load_state(file, inputs, kinds=("model",))
-        if found is None or found[0]["step"] != step:
-            raise BadInput("a run is not at the end of its round", where=file, expected=f"a checkpoint of step {step}")
-        buffers, weights = found[0]["buffers"], of_kind(found[1], "model")
-        for name, tensor in weights.items():
-            if name not in total:
-                total[name] = tensor.to(working_dtype(tensor.dtype)) if tensor.is_floating_point() else tensor
-            elif tensor.is_floating_point():
-                total[name] = total[name] + tensor
-    count = len(checkpoints)
-    return {n: (t / count).to(weights[n].dtype) if t.is_floating_point() else t for n, t in total.items()}, buffers
+
+    def weights() -> Iterator[Tensors]:
+        for file, inputs in checkpoints:
+            found = load_state(file, inputs, kinds=("model",))
+            if found is None or found[0]["step"] != step:
+                raise BadInput("a run is not at the end of its round", where=file, expected=f"a checkpoint of step {step}")
+            buffers[:] = found[0]["buffers"]
+            yield of_kind(found[1], "model")
+
+    return mean_tensors(weights()), buffers
 
 
 def nesterov(start: Tensor, mean: Tensor, momentum: Tensor | None, outer: Outer) -> tuple[Tensor, Tensor]:

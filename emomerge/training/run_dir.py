@@ -8,6 +8,7 @@ runs/sens-0/
   fisher.safetensors       mean squared gradients of a full fine-tune, read by the merge method `fisher`
   snapshots/step-00120/    of a control: adapter or dense weights after a step
   checkpoint.safetensors   where a killed run resumes or the next round starts; removed once the run is done
+runs/rounds-0/             the means of all runs of a training seed at the end of some rounds: see `training.kept`
 """
 
 from __future__ import annotations

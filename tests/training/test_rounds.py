@@ -5,13 +5,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from emomerge.checkpoints import model_checkpoint, open_checkpoint
 from emomerge.errors import BadInput, RunFailed
+from emomerge.numerics.hashing import sha256
 from emomerge.numerics.seeds import seed_of
 from emomerge.optim import OPTIMIZERS
-from emomerge.recipe import Full, Outer, Runs
+from emomerge.recipe import Full, Merge, Outer, Runs
 from emomerge.training import (
+    KeptRounds,
     RunDir,
     RunSpec,
     TrainingRun,
@@ -24,6 +27,8 @@ from emomerge.training import (
 from emomerge.training.loop import adapted_model, batch_order, micro_batches
 from emomerge.training.plan import round_ends
 from emomerge.training.rounds import nesterov
+from emomerge.training.run import copy_into
+from emomerge.training.state import load_state, of_kind
 
 CPU = torch.device("cpu")
 
@@ -36,9 +41,9 @@ class Stop(Exception):
 def train(digits, context):
     recipe, task, _ = digits
 
-    def train(folder="runs", on_step=lambda spec, row: None, task=task, adapter=recipe.adapter, **options):
+    def train(folder="runs", on_step=lambda spec, row: None, task=task, adapter=recipe.adapter, of="runs", **options):
         runs = Runs(**{"steps": 12, "batch_size": 8, "optimizers": ("sens", "cats", "void"), "lr": 20.0, **options})
-        made = context(folder, task=task, runs=runs, adapter=adapter)
+        made = context(folder, task=task, runs=runs, adapter=adapter, merge=(Merge(method="mean", of=of),))
         specs = planned_runs(made.recipe)
         train_runs(made, specs, partial(train_locally, made, on_step=on_step))
         return [made.run_dir(spec) for spec in specs]
@@ -48,6 +53,13 @@ def train(digits, context):
 
 def hashes(runs):
     return [run.state["sha256"] for run in runs]
+
+
+def kept(runs, seed=0):
+    """Return the hash of every file of the kept rounds, by path."""
+    folder = runs[0].path.parent / f"rounds-{seed}"
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
 @given(steps=st.integers(1, 1000), rounds=st.integers(1, 60))
@@ -134,6 +146,9 @@ def test_killed_again_and_again_in_every_round_they_end_with_the_same_bits(train
     for module in ("run_dir", "rounds"):
         monkeypatch.setattr(f"emomerge.training.{module}.save_state", watched)
     monkeypatch.setattr(TrainingRun, "finish", with_events(TrainingRun.finish))
+    monkeypatch.setattr(KeptRounds, "keep", with_events(KeptRounds.keep))
+    for name in ("save_adapted", "write_mean"):
+        monkeypatch.setattr(rounds, name, with_events(getattr(rounds, name)))
     for attempt in range(100):
         left = 6 + attempt % 5
         try:
@@ -142,6 +157,7 @@ def test_killed_again_and_again_in_every_round_they_end_with_the_same_bits(train
         except Stop:
             killed.add((at - 1) // 2)
     assert hashes(runs) == hashes(whole)
+    assert kept(runs) == kept(whole)
     assert killed == set(range(6))
     for run, undisturbed in zip(runs, whole, strict=True):
         assert [row["loss"] for row in run.metrics()] == [row["loss"] for row in undisturbed.metrics()]
@@ -222,8 +238,6 @@ def test_lora_factors_are_averaged_each_for_itself(train, tmp_path):
 
     def look(spec, row):
         if row["step"] == 2 and not found:
-            from emomerge.training.state import load_state, of_kind
-
             ends = [load_state(tmp_path / "runs" / name / "checkpoint.safetensors")[1] for name in ("sens-0", "cats-0")]
             found["ends"] = [of_kind(end, "model") for end in ends]
             found["start"] = of_kind(load_state(tmp_path / "runs/meeting-0.safetensors")[1], "model")
@@ -260,10 +274,97 @@ def test_the_hash_of_a_run_holds_what_decides_it(digits):
         return run_inputs(recipe.model_copy(update={"runs": Runs(**runs)}), spec, "b")
 
     plain = of("sens")
-    assert plain == of("sens", average="none", rounds=1, lr={"sens": 1.0, "cats": 7.0})
+    assert plain == of("sens", average="none", rounds=1, keep_rounds=3, lr={"sens": 1.0, "cats": 7.0})
     changes = [{"lr": {"sens": 2.0}}, {"average": "ema"}, {"average": "lawa"}, {"cooldown": 0.5}, {"early_stop": True}]
     changes += [{"rounds": 2}, {"rounds": 3}, {"rounds": 3, "outer": {}}, {"rounds": 3, "lr": {"cats": 7.0}}]
     changes += [{"rounds": 3, "optimizers": ("sens", "cats")}]
     assert len({plain, *(of("sens", **change) for change in changes)}) == 1 + len(changes)
     assert of("sens", "long-run", rounds=3, outer={}, early_stop=True) == of("sens", "long-run")  # controls have none of these
     assert of("sens", "long-run", cooldown=0.5) != of("sens", "long-run")
+
+
+# ------------------------------------------------------------------------------------------------------- kept rounds
+
+
+@given(rounds=st.integers(1, 60), keep=st.integers(0, 60))
+def test_kept_rounds_are_evenly_spaced_and_end_with_the_last(rounds, keep):
+    kept = Runs(steps=60, rounds=rounds, keep_rounds=keep).kept_rounds
+    assert len(kept) == (0 if rounds == 1 else min(keep, rounds))
+    gaps = [late - early for early, late in zip((0, *kept), kept, strict=False)]
+    assert not kept or (kept[-1] == rounds and max(gaps) - min(gaps) <= 1 and min(gaps) >= 1)
+
+
+@pytest.mark.parametrize("adapter", [None, Full(kind="full")], ids=["lora", "full"])
+def test_a_kept_round_is_the_plain_mean_of_the_runs(train, digits, context, adapter, tmp_path):
+    """Against the runs' checkpoints at the end of the round, and for the last round against their results."""
+    ends = {}
+
+    def look(spec, row):
+        if spec.name == "sens-0" and row["step"] == 5:  # every run waits at the end of round 2
+            for name in ("sens-0", "cats-0"):
+                shutil.copyfile(tmp_path / "runs" / name / "checkpoint.safetensors", tmp_path / name)
+                ends[name] = of_kind(load_state(tmp_path / name)[1], "model")
+
+    options = {"optimizers": ("sens", "cats"), "rounds": 3, "keep_rounds": 3, "steps": 6, "outer": Outer(momentum=0.5)}
+    options |= {"adapter": adapter or digits[0].adapter, "parallel": "sequential"}
+    runs = train(on_step=look, **options)
+    folder = tmp_path / "runs/rounds-0"
+    assert {f.name for f in folder.iterdir()} == {"rounds.json", "round-1", "round-2", "round-3"}
+    mean = {name: (tensor + ends["cats-0"][name]) / 2 for name, tensor in ends["sens-0"].items()}
+    if adapter:
+        model = adapted_model(context(adapter=adapter), RunSpec("sens", "sens", 0, 6))
+        copy_into(model, mean)
+        expected, written = model_checkpoint(model, source="mean"), open_checkpoint(folder / "round-2")
+    else:
+        expected = {name.replace(".default.", "."): tensor for name, tensor in mean.items()}
+        written = load_file(folder / "round-2/adapter_model.safetensors")
+    assert set(written) == set(expected)
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+    file = next(runs[0].artefact.glob("*.safetensors")).name
+    last, one, other = (load_file(f / file) for f in (folder / "round-3", runs[0].artefact, runs[1].artefact))
+    assert last.keys() == one.keys()
+    for name, tensor in last.items():
+        assert torch.equal(tensor, (one[name] + other[name]) / 2)
+    assert {f.name for f in (folder / "round-3").iterdir()} == {f.name for f in runs[0].artefact.iterdir()}
+
+
+@pytest.mark.parametrize("parallel", ["sequential", "stacked"])
+def test_keeping_rounds_changes_no_run(train, parallel):
+    options = {"rounds": 4, "outer": Outer(), "optimizers": ("sens", "cats"), "seeds": (0, 1), "parallel": parallel}
+    without = train("without", keep_rounds=0, **options)
+    runs = train("with", keep_rounds=2, **options)
+    assert hashes(runs) == hashes(without)
+    assert [run.state["inputs"] for run in runs] == [run.state["inputs"] for run in without]
+    assert not kept(without)
+    for seed in (0, 1):
+        assert {path.partition("/")[0] for path in kept(runs, seed)} == {"rounds.json", "round-2", "round-4"}
+    assert kept(runs, 0)["round-2/adapter_model.safetensors"] != kept(runs, 1)["round-2/adapter_model.safetensors"]
+
+
+def test_missing_rounds_are_made_again_if_a_merge_needs_them(train):
+    options = {"rounds": 3, "optimizers": ("sens", "cats"), "steps": 6, "parallel": "sequential"}
+    whole = train(**options)
+    first, results = kept(whole), hashes(whole)
+    assert {path.partition("/")[0] for path in first} == {"rounds.json", "round-1", "round-2", "round-3"}
+    folder, steps = whole[0].path.parent / "rounds-0", []
+
+    def again(**changes):
+        steps.clear()
+        train(on_step=lambda spec, row: steps.append(spec.name), **options | changes)
+        return len(steps)
+
+    shutil.rmtree(folder / "round-3")
+    assert again(of="rounds") == 0  # the mean of the finished runs
+    assert kept(whole) == first
+    (folder / "round-1/adapter_model.safetensors").write_bytes(b"cut")
+    assert again() == 0  # no merge needs it
+    assert again(of="rounds") == 12
+    assert kept(whole) == first
+    assert hashes(whole) == results
+    shutil.rmtree(folder)
+    assert again(of="rounds") == 12
+    assert again(of="rounds", keep_rounds=2) == 0
+    assert again(of="rounds", lr=10.0) == 12
+    assert {name for name in kept(whole) if kept(whole)[name] == first.get(name)} == {
+        f"round-{number}/adapter_config.json" for number in (1, 2, 3)
+    }
