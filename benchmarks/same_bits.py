@@ -64,7 +64,7 @@ def merged_hash(base: Path, runs: list[Path], method: str) -> str:
         return sum(float((checkpoint[n].double() - 0.7 * target[n].double()).square().sum()) for n in SHAPES)
 
     given = [str(run) for run in (runs[:2] if method in ("slerp", "nuslerp") else runs)]
-    needs_loss = method in ("greedy-soup", "positioning", "tall-mask")
+    needs_loss = method in ("greedy-soup", "metrics-weighted", "positioning", "tall-mask")
     options = {"held_out_loss": loss} if needs_loss else {}
     if method == "fisher":
         options["information"] = [str(Path(run) / "fisher.safetensors") for run in given]

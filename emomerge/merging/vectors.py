@@ -16,6 +16,7 @@ from emomerge.errors import BadInput
 from emomerge.merging.native import StoredTensor, open_stored
 from emomerge.merging.thresholds import Bracket, sample_step
 from emomerge.native import in_parallel
+from emomerge.numerics.sums import gram
 
 CHUNK = 2**17
 """Elements per piece; the pieces of five runs and a few temporaries fit into the cache."""
@@ -150,6 +151,14 @@ class TaskVectors:
         for name in self.names:
             for piece in self.pieces(name):
                 yield name, piece
+
+    def inner_products(self) -> Tensor:
+        """Return G = [⟨τ_s, τ_t⟩] over all tensors, (runs, runs), in float64."""
+        g = torch.zeros(len(self), len(self), dtype=torch.float64)
+        for name in self.names:
+            if (rows := self.rows(name)) is not None:
+                g += gram([row.unsqueeze(0) for row in rows])[0].cpu()
+        return g
 
     def stored(self, name: str) -> StoredTensor | None:
         """Return a tensor in its stored dtype for the compiled kernels; None if they do not support it."""

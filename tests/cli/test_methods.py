@@ -47,7 +47,11 @@ def test_facts_and_parameters_as_json():
         "default": 0.5,
         "description": "0 is the first run, 1 the second",
     }
-    assert [m["name"] for m in everything if m["held_out_loss"] == "required"] == ["greedy-soup", "positioning"]
+    assert [m["name"] for m in everything if m["held_out_loss"] == "required"] == [
+        "greedy-soup",
+        "metrics-weighted",
+        "positioning",
+    ]
     assert [m["name"] for m in everything if m["saves_masks"]] == ["tall-mask"]
 
 

@@ -7,7 +7,9 @@ length, so that results do not depend on how the work is split.
 """
 
 # These modules register their methods when they are imported.
+from emomerge.merging.methods import agreement as agreement
 from emomerge.merging.methods import averages as averages
+from emomerge.merging.methods import metrics_weighted as metrics_weighted
 from emomerge.merging.methods import positioning as positioning
 from emomerge.merging.methods import sparse as sparse
 from emomerge.merging.methods import spectral as spectral

@@ -26,7 +26,7 @@ from torch import Tensor
 from emomerge.merging.native import StoredTensor
 from emomerge.merging.registry import merge_method, provides
 from emomerge.merging.vectors import TaskVectors
-from emomerge.numerics.sums import gram, weighted_sum
+from emomerge.numerics.sums import weighted_sum
 from emomerge.numerics.threads import one_thread
 
 if TYPE_CHECKING:
@@ -110,18 +110,9 @@ def choose_coefficients(vectors: TaskVectors, *, evaluations: Evaluations = 40) 
     if runs > 1:
         search.measure(torch.full((runs,), 1 / runs, dtype=torch.float64))
     start = (*vectors.labels, "mean")[search.losses.index(search.lowest)]
-    predicted = descend(search, axes(inner_products(vectors), search.best), evaluations)
+    predicted = descend(search, axes(vectors.inner_products(), search.best), evaluations)
     found = {"coefficients": tuple(search.best.tolist()), "start": start, "measured_loss": search.lowest}
     return {**found, "evaluations_used": len(search.losses) - runs, "predicted_loss": predicted}
-
-
-def inner_products(vectors: TaskVectors) -> Tensor:
-    """Return G = [⟨τ_s, τ_t⟩] (runs, runs), in float64."""
-    g = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
-    for name in vectors.names:
-        if (rows := vectors.rows(name)) is not None:
-            g += gram([row.unsqueeze(0) for row in rows])[0].cpu()
-    return g
 
 
 @one_thread()
