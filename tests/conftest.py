@@ -26,7 +26,7 @@ def tiny_recipe():
             "eval_fraction": 0.5,
         },
         "adapter": {"kind": "lora", "rank": 2, "alpha": 4, "dropout": 0.1},
-        "runs": {"steps": 6, "batch_size": 8, "checkpoint_every": 2, "lr": 20.0},
+        "runs": {"procedure": "paper", "preset": "guarded", "steps": 6, "batch_size": 8, "checkpoint_every": 2, "lr": 20.0},
         "merge": [{"method": "tall-mask"}, {"method": "ties"}, {"method": "mean"}, {"method": "greedy-soup"}],
         "rival": {"learning_rates": [0.001], "snapshots": 3},
         "probe": {"preset": "quick", "batches": 1, "batch_size": 32, "directions": 2},

@@ -5,7 +5,7 @@ import yaml
 
 from emomerge.errors import BadInput
 from emomerge.numerics.hashing import digest
-from emomerge.recipe import FAMILY, Recipe, load_recipe, parse_recipe
+from emomerge.recipe import FAMILY, Recipe, Runs, load_recipe, parse_recipe
 
 MINIMAL = {
     "name": "r",
@@ -24,8 +24,40 @@ def with_(**changes):
 def test_defaults():
     recipe = parse_recipe(MINIMAL)
     assert recipe.runs.optimizers == FAMILY
-    assert recipe.runs.preset == "guarded"
-    assert [m.method for m in recipe.merge] == ["tall-mask", "ties", "mean", "greedy-soup"]
+    assert recipe.runs == Runs(
+        preset="auto",
+        data_order="different",
+        rounds=30,
+        outer={"momentum": 0.5},
+        max_grad_norm=1.0,
+        cooldown=0.5,
+        keep_rounds=8,
+    )
+    assert [m.label for m in recipe.merge] == ["soup-of-rounds", "mean", "tall-mask", "ties", "greedy-soup", "positioning"]
+    assert recipe.merge[0].of == "rounds"
+
+
+def test_paper_procedure_takes_one_word():
+    recipe = with_(runs={"procedure": "paper"})
+    assert recipe.runs == Runs(
+        procedure="paper", preset="v3.8", data_order="same", rounds=1, outer=None, max_grad_norm=None, cooldown=0
+    )
+    assert [m.label for m in recipe.merge] == ["tall-mask", "mean", "ties", "greedy-soup", "positioning"]
+    assert with_(runs={"procedure": "paper", "max_grad_norm": 0.5}).runs.max_grad_norm == 0.5
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(5, 1), (19, 1), (20, 2), (299, 29), (300, 30), (10**6, 30)])
+def test_rounds_have_ten_steps_or_more(steps, rounds):
+    recipe = with_(runs={"steps": steps})
+    assert recipe.runs.rounds == rounds
+    assert (recipe.runs.outer is None) == (rounds == 1)
+    assert recipe.merge[0].label == ("soup-of-rounds" if rounds > 1 else "tall-mask")
+
+
+def test_written_recipe_reads_back_equal():
+    for runs in ({}, {"procedure": "paper"}, {"steps": 40, "rounds": 2}, {"steps": 3}):
+        recipe = with_(runs=runs)
+        assert parse_recipe(recipe.model_dump(mode="json")) == recipe
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.stem)
@@ -77,13 +109,16 @@ def test_shipped_recipes_are_valid_and_say_how_to_run_them(file):
         ({"merge": [{"method": "mean", "name": "../x"}]}, r"`merge\.0\.name`"),
         ({"merge": [{"method": "mean", "name": "tion-0"}]}, "'tion-0', which is the name of the base or of a run"),
         ({"runs": {"lr": 0}}, r"`runs\.lr`"),
+        ({"runs": {"lr": 3.0}}, "`lr` has no effect with the preset `auto`; leave it out"),
+        ({"runs": {"lr": {"cats": 3.0}}}, "`lr` has no effect with the preset `auto`"),
+        ({"runs": {"procedure": "papers"}}, r"`runs\.procedure`"),
         ({"runs": {"lr": {"sens": 0}}}, r"`runs\.lr\.sens`.*greater than 0; found 0"),
         ({"runs": {"lr": {"adam": 1}}}, r"`runs\.lr\.adam`.*'sens', 'airy'.*found 'adam'"),
         ({"runs": {"average": {"kind": "lawa", "lst": 1}}}, r"`runs\.average\.lst` in recipe; did you mean `last`\?"),
         ({"runs": {"average": "mean"}}, r"`runs\.average\.kind`.*'ema', 'lawa'; found 'mean'"),
         ({"runs": {"cooldown": 1.5}}, r"`runs\.cooldown`.*found 1\.5"),
         ({"runs": {"rounds": 301}}, "`rounds` is 301 for 300 steps"),
-        ({"runs": {"outer": {}}}, "`outer` acts between rounds; give `rounds`"),
+        ({"runs": {"rounds": 1, "outer": {}}}, "`outer` acts between rounds; give `rounds`"),
         ({"name": "../escape"}, "`name` in recipe"),
     ],
 )

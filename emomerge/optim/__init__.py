@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from emomerge.optim.pulse import EmoPulse as EmoPulse
     from emomerge.optim.scheduler import EmoPulseLR as EmoPulseLR
     from emomerge.optim.sens import EmoSens as EmoSens
+    from emomerge.optim.size import weight_size as weight_size
     from emomerge.optim.tion import EmoTion as EmoTion
     from emomerge.optim.trace import PulseTrace as PulseTrace
     from emomerge.optim.void import EmoVoid as EmoVoid
@@ -29,6 +30,7 @@ _MODULES = {
     "EmoPulseLR": "emomerge.optim.scheduler",
     "PulseTrace": "emomerge.optim.trace",
     "geom_relation": "emomerge.optim.geometry",
+    "weight_size": "emomerge.optim.size",
 }
 __all__ = ["OPTIMIZERS", *_MODULES]
 

@@ -19,6 +19,7 @@ from emomerge.optim.device_pulse import DevicePulse
 from emomerge.optim.intake import LossIntake
 from emomerge.optim.pulse import EmoPulse
 from emomerge.optim.rule import Group, Rate, Rule, blend_with_shadow
+from emomerge.optim.size import weight_size
 
 PULSE = "pulse_"
 """Prefix of the pulse's values in `param_groups[0]`."""
@@ -33,7 +34,8 @@ class EmoOptimizer(Rule, Optimizer):
     Args:
         params: parameters or parameter groups, as in any torch optimizer.
         lr: emoScope, a multiplier of emoPulse; 1.0 needs no tuning. Groups may differ. If it is 0 in every group, a step
-            changes neither weights nor pulse.
+            changes neither weights nor pulse. With the preset `auto` the value has no effect (unless it is 0), but a schedule
+            that changes it has: the rate is multiplied by `lr` / initial `lr`.
         betas: β₁, β₂ of the moments.
         eps: added to denominators.
         weight_decay: λ; a step multiplies the weights by 1 − λη.
@@ -85,7 +87,10 @@ class EmoOptimizer(Rule, Optimizer):
         }
         self.capture_loss, self.capturable = capture_loss, capturable
         self._check_options(defaults)
-        self._pulse = EmoPulse(preset, lr, cautious)
+        self._pulse = EmoPulse(preset, cautious=cautious)
+        self._sized = self._pulse.sized
+        self._pulse.scope = 1.0 if self._sized else lr
+        self._pulse.rate = self._pulse.rate_at(self._pulse.scope)
         self._device_pulse: DevicePulse | None = None
         super().__init__(params, defaults)
         self._save_pulse()
@@ -163,7 +168,8 @@ class EmoOptimizer(Rule, Optimizer):
                     self._state_of(p, group)
             return loss
 
-        check_rates(self.param_groups)
+        if not self._sized:
+            check_rates(self.param_groups)
         check_gradients(type(self).__name__, chain.from_iterable(pairs))
         pulse = self._advance()
         self._sorters += [Sorter() for _ in range(len(pairs) - len(self._sorters))]
@@ -178,11 +184,13 @@ class EmoOptimizer(Rule, Optimizer):
         """Update the pulse with the loss of this step."""
         head = self.param_groups[0]
         mean = self.intake.take(self._device())
+        if self._sized and not self._pulse.size:
+            self._measure_size()
         if self._device_pulse is not None:
-            self._device_pulse.update(-mean if head["maximize"] else mean, head["lr"])
+            self._device_pulse.update(-mean if head["maximize"] else mean, self._scope_of(head))
             return self._device_pulse
         loss = self._to_host(mean)
-        self._pulse.scope = head["lr"]
+        self._pulse.scope = self._scope_of(head)
         self._pulse.update(-loss if head["maximize"] else loss)
         self._generators.clear()
         return self._pulse
@@ -191,12 +199,25 @@ class EmoOptimizer(Rule, Optimizer):
         """Read the loss: the only host synchronization of a step."""
         return loss.item()
 
+    def _measure_size(self) -> None:
+        """Measure the weights, at the first step: by then they are loaded, and sharded if they are to be."""
+        self._pulse.size = float(weight_size(p for group in self.param_groups for p in group["params"]))
+        if self._device_pulse is not None:
+            self._device_pulse.load_state_dict(self._pulse.state_dict())
+
+    def _scope_of(self, group: Group) -> float:
+        """Return emoScope of a group: `lr`, or with `auto` its ratio to the `lr` that the group started with."""
+        scope: float = group["lr"]
+        if self._sized:
+            scope = scope / group["scope"] if group["scope"] else 1.0
+        return scope
+
     def _update_group(
         self, group: Group, pairs: list[tuple[Tensor, Tensor]], sorter: Sorter, pulse: EmoPulse | DevicePulse
     ) -> None:
         states = [self._state_of(p, group) for p, _ in pairs]
         for batch in sorter.batches([p for p, _ in pairs], [g for _, g in pairs], states):
-            rate = pulse.rate_at(group["lr"]) * self.damping
+            rate = pulse.rate_at(self._scope_of(group)) * self.damping
             if isinstance(pulse, DevicePulse):
                 finite = pulse.finite.to(batch.w[0].device)
                 batch.g = [torch.where(finite, g, 0) for g in batch.g]
@@ -307,6 +328,7 @@ class EmoOptimizer(Rule, Optimizer):
         if copied:
             self._pulse, self._device_pulse = EmoPulse(), None
         self._pulse.load_state_dict(_pulse_in(self.param_groups[0]))
+        self._sized = self._pulse.sized
         if copied:
             self._create_transients()
         elif self._device_pulse is not None:

@@ -36,6 +36,13 @@ class Preset:
     """Whether emoScope is multiplied by 100^c, where c is a short EMA of σ, and the largest rate scales with emoScope."""
     stop: Literal["v3.7", "v3.8", "v3.9"] = "v3.8"
     """The rule for `should_stop`."""
+    top: float = math.inf
+    """The largest dNR_hist."""
+    calm: float = 0.0
+    """Initial value of w: while the loss has moved less than this on average, c/w stays near 0."""
+    sized: bool = False
+    """Whether the rate is relative to the weights: η_base is multiplied by `weight_size`, and by `lr` only as far as a schedule
+    has changed it since the start."""
 
     def next_dnr(self, dnr: Any, goal: Any, trust: Any, do: Operations) -> Any:
         """Return dNR_hist after a step (paper 3.2), rising slowly and falling fast. `goal` is the value it moves towards."""
@@ -54,6 +61,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "v3.8-fft": Preset(base_scale=1e-5, min_rate=1e-8, max_rate=3e-4),
         "v3.9": Preset(min_rate=1e-8, chained=True, stop="v3.9"),
         "guarded": Preset(grow=1.10, span=10.0),
+        "auto": Preset(grow=1.10, span=3.0, top=1.0, calm=0.02, base_scale=0.12, max_rate=1.0, sized=True),
     }
 )
 """Every preset by name; `v3.8-fft` is for full fine-tuning.
@@ -61,6 +69,14 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 `guarded` is not from the paper. The published rules raise dNR_hist while the loss falls steeply and do not lower it again once
 the loss hardly moves. `guarded` follows 10^(c/w): up to 10 while the loss keeps falling, 1 while it fluctuates, 0.1 while it
 rises.
+
+`auto` is not from the paper either. It takes the scale of the rate from the weights, so that there is none to tune: η =
+0.12 · `weight_size` · dNR_hist, with dNR_hist between 1/3 and 1. A step of the sign rules changes every element of a matrix
+by η, and so its spectral norm by at most η·√(fan_out·fan_in); relative to that of the weights, about RMS(W)·√max(fan_out,
+fan_in), this is η·√min(fan_out, fan_in)/RMS(W). `auto` sets this ratio instead of η. That relative spectral change is what
+transfers between widths is the point of Yang, Simon and Bernstein (2023), "A Spectral Condition for Feature Learning"; 0.12
+was chosen on four small tasks, full fine-tuning and LoRA. dNR_hist starts at 1, stays there while the loss falls or is flat,
+and brakes while it rises; letting it rise above 1 made a LoRA on a small ViT worse by half.
 """
 
 
@@ -72,9 +88,10 @@ class EmoPulse:
         preset: a name in `PRESETS`.
         scope: emoScope, the user's multiplier of the rate.
         cautious: start with N = d = 0.2, for small or noisy data (paper, chapter 4, "Implementation Considerations").
+        size: for `auto`, `weight_size` of the parameters; optimizers measure it at their first step.
 
     Raises:
-        BadInput: an unknown preset, or a scope that is negative or not finite.
+        BadInput: an unknown preset, or a scope or size that is negative or not finite.
 
     Example:
         >>> pulse = EmoPulse()
@@ -85,6 +102,7 @@ class EmoPulse:
     preset: str = "v3.8"
     scope: float = 1.0
     cautious: bool = False
+    size: float = 0.0
 
     steps: int = field(default=0, init=False)
     """Number of losses seen."""
@@ -99,9 +117,9 @@ class EmoPulse:
     distance: float = field(default=0.02, init=False)
     """d, the EMA of |trust|."""
     chain: float = field(default=0.0, init=False)
-    """c, the EMA of σ: short in v3.9, slow in `guarded`."""
+    """c, the EMA of σ: short in v3.9, slow in `guarded` and `auto`."""
     swing: float = field(default=0.0, init=False)
-    """w, the slow EMA of |σ| (`guarded`)."""
+    """w, the slow EMA of |σ| (`guarded` and `auto`)."""
     dnr_now: float = field(default=0.0, init=False)
     """dNR_now of the last step."""
     dnr: float = field(default=1.0, init=False)
@@ -121,10 +139,18 @@ class EmoPulse:
         _require_preset(self.preset)
         if not 0 <= self.scope < math.inf:
             raise BadInput("emoScope (`lr`, `scope`) out of range", expected="a finite number ≥ 0", found=self.scope)
+        if not 0 <= self.size < math.inf:
+            raise BadInput("size of the weights out of range", expected="a finite number ≥ 0", found=self.size)
         if self.cautious:
             self.noise = self.distance = 0.2
+        self.swing = PRESETS[self.preset].calm
         vars(self).update(asdict(self))  # class-level defaults become instance attributes
         self.rate = self.rate_at(self.scope)
+
+    @property
+    def sized(self) -> bool:
+        """Whether the preset takes the scale of the rate from the size of the weights."""
+        return PRESETS[self.preset].sized
 
     @property
     def should_stop(self) -> bool:
@@ -146,7 +172,13 @@ class EmoPulse:
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; the state is unchanged. Catch the error to skip the step.
+            BadInput: the preset needs the size of the weights.
         """
+        if PRESETS[self.preset].sized and not self.size:
+            raise BadInput(
+                f"the preset {self.preset} needs the size of the weights",
+                fix=f'pass `EmoPulse("{self.preset}", size=weight_size(parameters))`',
+            )
         loss = float(loss)
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"the loss is {loss}; weights and optimizer state are as they were before this step")
@@ -168,6 +200,7 @@ class EmoPulse:
         Raises:
             BadInput: a value is missing, or the preset is unknown; the state is unchanged.
         """
+        state = {"size": 0.0, **state}  # written before there was a size
         missing = [name for name in _NAMES if name not in state]
         if missing:
             raise BadInput("not the state of an emoPulse", found=f"no {', '.join(missing)}")
@@ -230,7 +263,7 @@ def advance(preset: Preset, s: Mapping[str, Any], loss: Any, do: Operations) -> 
     if preset.span:
         chain = 0.997 * chain + 0.003 * sigma
         swing = 0.997 * swing + 0.003 * abs(sigma)
-        goal = preset.span ** (chain / do.maximum(swing, preset.noise_floor))
+        goal = do.minimum(preset.span ** (chain / do.maximum(swing, preset.noise_floor)), preset.top)
     dnr = preset.next_dnr(s["dnr"], goal, trust, do)
     if preset.hold_first:
         dnr = do.where(first, s["dnr"], dnr)
@@ -243,7 +276,7 @@ def advance(preset: Preset, s: Mapping[str, Any], loss: Any, do: Operations) -> 
     after = {
         "steps": s["steps"] + 1, "loss": loss, "short": short, "medium": medium, "long": long, "noise": noise,
         "distance": distance, "chain": chain, "swing": swing, "dnr_now": dnr_now, "dnr": dnr, "sigma": sigma, "trust": trust,
-        "gain": gain,
+        "gain": gain, "size": s["size"],
     }  # fmt: skip
     after["rate"] = rate_at(preset, after, s["scope"], do)
     rest = _at_rest(preset, after, sigma_long, noise_base - d_base)
@@ -257,8 +290,10 @@ def snr(d_base: Any, noise_base: Any) -> Any:
 
 
 def rate_at(preset: Preset, s: Mapping[str, Any], scope: float, do: Operations) -> Any:
-    """η = clamp(dNR_hist · emoScope · base_scale, min, max) (paper 3.2)."""
+    """η = clamp(dNR_hist · emoScope · base_scale, min, max) (paper 3.2); with `sized`, base_scale is relative to the size."""
     max_rate = preset.max_rate * scope if preset.chained else preset.max_rate
+    if preset.sized:
+        return do.maximum(do.minimum(s["dnr"] * (scope * preset.base_scale) * s["size"], max_rate), preset.min_rate)
     return do.maximum(do.minimum(s["dnr"] * (scope * s["gain"] * preset.base_scale), max_rate), preset.min_rate)
 
 

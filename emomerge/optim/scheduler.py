@@ -13,6 +13,7 @@ from emomerge.errors import BadInput
 from emomerge.optim.base import EmoOptimizer
 from emomerge.optim.intake import LossIntake
 from emomerge.optim.pulse import EmoPulse
+from emomerge.optim.size import weight_size
 
 
 class EmoPulseLR(LRScheduler):
@@ -41,6 +42,9 @@ class EmoPulseLR(LRScheduler):
             )
         self.optimizer = optimizer
         self.pulse = EmoPulse(preset, scope, cautious)
+        if self.pulse.sized:
+            self.pulse.size = float(weight_size(p for group in optimizer.param_groups for p in group["params"]))
+            self.pulse.rate = self.pulse.rate_at(scope)
         self._intake = LossIntake()
         self._write_lr()
 

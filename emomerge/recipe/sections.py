@@ -24,7 +24,7 @@ from emomerge.recipe.validation import by_kind, name_in, one_of, unknown_key, un
 from emomerge.tasks.table import TASKS, task_class
 
 OptimizerName = Annotated[str, name_in(OPTIMIZERS)]
-PresetName = Literal["v3.7", "v3.8", "v3.8-fft", "v3.9", "guarded"]
+PresetName = Literal["v3.7", "v3.8", "v3.8-fft", "v3.9", "guarded", "auto"]
 FAMILY = tuple(name for name, entry in OPTIMIZERS.items() if entry.default)
 """The optimizers that are trained if a recipe names none."""
 
@@ -209,23 +209,38 @@ def _rates(value: Any) -> Any:
     return _RATES.validate_python(value) if isinstance(value, Mapping) else _RATE.validate_python(value)
 
 
+PROCEDURES: Mapping[str, Mapping[str, Any]] = {
+    "rounds": {},
+    "paper": {
+        "data_order": "same", "preset": "v3.8", "max_grad_norm": None, "cooldown": 0.0, "rounds": 1, "outer": None,
+    },
+}  # fmt: skip
+"""Procedure → the defaults in which it differs from those of the fields."""
+ROUNDS, STEPS_PER_ROUND = 30, 10
+"""The number of rounds, unless that would leave them shorter than this."""
+
+
 class Runs(Section):
     """The settings that all runs share."""
 
+    procedure: Literal["rounds", "paper"] = "rounds"
+    """`rounds`: the runs see the rows in orders of their own and meet at their mean; the defaults below. `paper`: they see the
+    same batches and meet only in the merge, at the published rate, without clipping or cool-down. Other fields that are given
+    take precedence over the procedure's values."""
     optimizers: tuple[OptimizerName, ...] = Field(FAMILY, min_length=1)
     steps: int = Field(300, ge=1)
     batch_size: int = Field(16, ge=1)
     accumulation: int = Field(1, ge=1)
     """Micro-batches per step, each of `batch_size` rows."""
     seeds: tuple[int, ...] = Field((0,), min_length=1)
-    data_order: Literal["same", "different"] = "same"
-    preset: PresetName = "guarded"
+    data_order: Literal["same", "different"] = "different"
+    preset: PresetName = "auto"
     lr: Annotated[dict[OptimizerName, Rate] | Rate, BeforeValidator(_rates)] = 1.0
-    """emoScope, a multiplier of emoPulse; 1.0 needs no tuning. One number, or optimizer -> number (1.0 for the others)."""
+    """emoScope, a multiplier of emoPulse: one number, or optimizer -> number (1.0 for the others). `auto` takes none."""
     weight_decay: float = Field(0.01, ge=0)
     geometry: Literal["exact", "l1"] = "exact"
     use_shadow: bool = False
-    max_grad_norm: float | None = Field(None, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the forward pass under autocast; weights, pulse and merge stay in float32."""
     checkpoint_every: int = Field(100, ge=1)
@@ -234,11 +249,13 @@ class Runs(Section):
     """`none`, `ema` or `lawa`: an average of the weights inside each run, in the last round."""
     early_stop: bool = False
     """A run ends, or waits for the next round, once its optimizer's `should_stop` is true. Controls use all their steps."""
-    cooldown: float = Field(0.0, ge=0, le=1)
+    cooldown: float = Field(0.5, ge=0, le=1)
     """emoPulse falls linearly to 0 over this last share of the steps."""
-    rounds: int = Field(1, ge=1)
-    """Number of rounds that the steps are divided into; each starts all runs from the mean of the previous one."""
-    outer: Outer | None = None
+    rounds: int = Field(ROUNDS, ge=1)
+    """Number of rounds that the steps are divided into; each starts all runs from the mean of the previous one. By default 30,
+    fewer if a round would have less than ten steps."""
+    outer: Outer | None = Outer()
+    """Momentum between rounds."""
     keep_rounds: int = Field(8, ge=0)
     """Number of evenly spaced rounds whose mean is kept for merges `of: rounds`; the last is the mean of the finished runs."""
     sharding: Literal["ddp", "fsdp"] = "ddp"
@@ -249,8 +266,25 @@ class Runs(Section):
     """`stacked` trains all adapters in one pass over the shared base, equal to `sequential` up to rounding; `auto` does so if
     it is possible, fits into memory and saves time."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _procedure_defaults(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        value = {**PROCEDURES.get(value.get("procedure", "rounds"), {}), **value}
+        steps = value.get("steps", 300)
+        if "rounds" not in value and isinstance(steps, int):
+            value["rounds"] = max(1, min(ROUNDS, steps // STEPS_PER_ROUND))
+        if value.get("rounds") == 1:
+            value.setdefault("outer", None)  # acts between rounds
+        return value
+
     @model_validator(mode="after")
     def _coherent(self) -> Runs:
+        if self.preset == "auto" and any(self.lr_of(name) != 1 for name in self.optimizers):
+            raise ValueError(
+                "`lr` has no effect with the preset `auto`; leave it out, or set `preset: v3.8`, which it multiplies"
+            )
         for field, values in (("optimizers", self.optimizers), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
                 raise ValueError(f"`{field}` has a duplicate")
@@ -331,6 +365,15 @@ class Probe(Section):
         return {name: value for name, value in handler(self).items() if name not in ("metrics", "options") or value}
 
 
+def _merges(runs: Runs) -> tuple[Merge, ...]:
+    """Return the merges of a recipe that lists none; the first one is what we recommend for the procedure."""
+    soup = Merge.model_validate({"method": "greedy-soup", "of": "rounds", "name": "soup-of-rounds"})
+    mean, tall_mask = Merge(method="mean"), Merge(method="tall-mask")
+    others = [{"method": "ties", "density": 0.2}, {"method": "greedy-soup"}, {"method": "positioning"}]
+    first = (soup, mean, tall_mask) if len(runs.kept_rounds) > 1 else (tall_mask, mean)
+    return (*first, *map(Merge.model_validate, others))
+
+
 Control = Annotated[str, name_in(("best-single", *CONTROLS))]
 """The best single run, which every merge is compared with, or a control of the table."""
 
@@ -358,11 +401,8 @@ class Recipe(Section):
     task: Annotated[SerializeAsAny[TaskSection], BeforeValidator(_task)]
     adapter: Adapter = Lora(kind="lora")
     runs: Runs = Runs()
-    merge: tuple[Merge, ...] = Field(
-        (Merge(method="tall-mask"), Merge(method="ties"), Merge(method="mean"), Merge(method="greedy-soup")),
-        min_length=1,
-    )
-    """The verdict is about the first one."""
+    merge: tuple[Merge, ...] = Field(default_factory=lambda data: _merges(data.get("runs", Runs())), min_length=1)
+    """The verdict is about the first one: by default the greedy soup of the rounds, or with a single round tall-mask."""
     controls: tuple[Control, ...] = ("best-single", "distance-matched", "loss-matched", "long-run", "adamw-long-run")
     rival: Rival = Rival()
     probe: Probe = Probe()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,20 +60,30 @@ def round_ends(runs: Runs) -> list[int]:
     return [runs.steps * number // runs.rounds for number in range(1, runs.rounds + 1)]
 
 
-OFF_BY_DEFAULT = ("average", "early_stop", "cooldown", "rounds", "outer")
-"""Options left out of the hash at their defaults, so that runs trained before an option existed stay valid."""
+OFF: Mapping[str, object] = {"average": None, "early_stop": False, "cooldown": 0.0, "rounds": 1, "outer": None}
+"""Options left out of the hash while they are off, so that runs trained before an option existed stay valid."""
 
 
 def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
     """Return the hash of everything that decides a run's result. A finished run with the same hash is not trained again."""
     runs, control = recipe.runs, spec.role == "control"
-    irrelevant = {"optimizers", "seeds", "steps", "checkpoint_every", "sharding", "log_with", "parallel", "keep_rounds"}
+    irrelevant = {
+        "procedure",
+        "optimizers",
+        "seeds",
+        "steps",
+        "checkpoint_every",
+        "sharding",
+        "log_with",
+        "parallel",
+        "keep_rounds",
+    }
     shared = runs.model_dump(mode="json", exclude=irrelevant)
     shared["lr"] = runs.lr_of(spec.optimizer)
     unused = {"rounds", "outer", "early_stop"} if control else set()  # controls use their whole budget in one round
     unused |= {"average", "cooldown"} if spec.rate is not None else set()
-    for name in OFF_BY_DEFAULT:
-        if name in unused or getattr(runs, name) == Runs.model_fields[name].default:
+    for name, off in OFF.items():
+        if name in unused or getattr(runs, name) == off:
             del shared[name]
     others = [runs.optimizers, [runs.lr_of(name) for name in runs.optimizers]] if "rounds" in shared else []
     of_a_control = [spec.rate, recipe.rival.weight_decay, spec.member, spec.snapshots] if control else []

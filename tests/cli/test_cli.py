@@ -345,7 +345,18 @@ def test_wrong_options(models):
 
 def test_a_failure_inside_the_work_has_status_one(recipe_file, tmp_path):
     result = call(
-        "run", recipe_file, "-o", tmp_path / "out", "--set", "runs.lr=1e30", "--set", "base.prepare.learning_rate=1e30"
+        "run",
+        recipe_file,
+        "-o",
+        tmp_path / "out",
+        "--set",
+        "runs.procedure=paper",
+        "--set",
+        "runs.preset=guarded",
+        "--set",
+        "runs.lr=1e30",
+        "--set",
+        "base.prepare.learning_rate=1e30",
     )
     fails(result, "learning_rate", status=1)
 

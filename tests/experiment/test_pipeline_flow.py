@@ -24,7 +24,8 @@ def finished(tmp_path_factory):
         "task.train=digits", "task.limit=200", "task.eval_fraction=0.4", "task.sampling_steps=2",
         "base.prepare.hidden=32", "base.prepare.layers=1", "base.prepare.patch_size=4", "base.prepare.steps=120",
         "base.prepare.batch_size=16",
-        "base.prepare.learning_rate=0.01", "adapter.rank=4", "runs.steps=40", "runs.batch_size=16", "runs.lr=30",
+        "base.prepare.learning_rate=0.01", "adapter.rank=4", "runs.steps=40", "runs.batch_size=16",
+        "runs.procedure=paper", "runs.preset=guarded", "runs.lr=30",
         "runs.optimizers=[sens, cats]", "merge=[{method: tall-mask}, {method: mean}]", "controls=[distance-matched]",
         "probe.batch_size=32", "probe.directions=2",
     ]  # fmt: skip

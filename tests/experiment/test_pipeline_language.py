@@ -29,6 +29,7 @@ def finished(tmp_path_factory):
         "task.max_length=32",
         "base.prepare.hidden=32", "base.prepare.layers=1", "base.prepare.vocabulary=290", "base.prepare.steps=40",
         "base.prepare.batch_size=8", "base.prepare.learning_rate=0.01", "adapter.rank=4", "runs.steps=40", "runs.batch_size=8",
+        "runs.procedure=paper", "runs.preset=guarded",
         "runs.lr=30", "runs.optimizers=[sens, cats]", "merge=[{method: tall-mask}, {method: mean, dtype: bfloat16}]",
         "controls=[distance-matched]", "probe.batch_size=8", "probe.directions=2",
     ]  # fmt: skip

@@ -41,7 +41,10 @@ def finished(tmp_path_factory):
                 "classes": {"negative": "< -0.5", "positive": "> 0.5"}, "eval_fraction": 0.3, "max_length": 16,
             },
             "adapter": {"kind": "lora", "rank": 2, "alpha": 4},
-            "runs": {"steps": 60, "batch_size": 8, "lr": 30.0, "optimizers": ["sens", "cats"]},
+            "runs": {
+                "procedure": "paper", "preset": "guarded", "steps": 60, "batch_size": 8, "lr": 30.0,
+                "optimizers": ["sens", "cats"],
+            },  # fmt: skip
             "merge": [{"method": "tall-mask"}, {"method": "mean", "dtype": "bfloat16"}],
             "controls": ["distance-matched"],
             "probe": {"batches": 1, "batch_size": 32, "directions": 2},

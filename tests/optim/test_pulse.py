@@ -92,7 +92,7 @@ def test_first_step_of_v37_keeps_the_history() -> None:
 def test_bounds_for_any_finite_losses(
     preset: str, sequence: tuple[int, int, int, float, float], scope: float, cautious: bool
 ) -> None:
-    pulse, constants = EmoPulse(preset, scope, cautious), PRESETS[preset]
+    pulse, constants = EmoPulse(preset, scope, cautious, size=0.005), PRESETS[preset]
     largest = constants.max_rate * scope if preset == "v3.9" else constants.max_rate
     for loss in losses_of(*sequence):
         before = pulse.dnr
@@ -101,8 +101,8 @@ def test_bounds_for_any_finite_losses(
         assert constants.min_rate <= rate <= max(largest, constants.min_rate)
         assert 0.1 <= abs(pulse.sigma - pulse.trust) + 0.1 < 2.1
         hesitant = abs(pulse.trust) <= 0.5
-        if preset == "guarded":
-            assert 0.1 - 1e-12 <= pulse.dnr <= min(before * constants.grow, 10 + 1e-12)
+        if span := constants.span:
+            assert 1 / span - 1e-12 <= pulse.dnr <= min(before * constants.grow, span + 1e-12, constants.top)
             assert not hesitant or rate <= rate_before
         else:
             assert pulse.dnr <= before * constants.grow or hesitant
@@ -112,7 +112,7 @@ def test_bounds_for_any_finite_losses(
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("largest", [1e308, -1e308, 5e-324])
 def test_state_stays_finite_at_the_ends_of_double_precision(preset: str, largest: float) -> None:
-    pulse = EmoPulse(preset)
+    pulse = EmoPulse(preset, size=0.005)
     for loss in (largest, -largest, 0.0, largest, largest):
         pulse.update(loss)
         assert all(math.isfinite(value) for value in pulse.state_dict().values() if isinstance(value, float))
@@ -130,6 +130,44 @@ def test_guarded_rate_tells_a_fall_from_wandering_and_from_a_rise(scale: float) 
     assert rates["fall"] == pytest.approx(1e-3, rel=0.05)
     assert rates["none"] == pytest.approx(1e-4, rel=0.5)
     assert rates["rise"] == pytest.approx(1e-5, rel=0.05)
+
+
+def test_auto_takes_its_scale_from_the_weights_and_its_changes_from_the_loss() -> None:
+    noise, rates = random.Random(0), {}
+    for name, trend in {"fall": 0.999, "flat": 1.0, "rise": 1.001}.items():
+        pulse = EmoPulse("auto", size=0.005)
+        for step in range(3000):
+            pulse.update(trend**step * noise.uniform(0.95, 1.05))
+        rates[name] = pulse.rate / (0.12 * 0.005)
+    assert rates["fall"] == pytest.approx(1)
+    assert 0.7 <= rates["flat"] <= 1
+    assert rates["rise"] == pytest.approx(1 / 3, rel=0.2)
+
+
+def test_auto_does_not_starve_on_a_loss_that_starts_flat() -> None:
+    """A reason for w's initial value: `guarded` takes the first few fluctuations for a rise."""
+    rates = {}
+    for preset in ("guarded", "auto"):
+        pulse, noise = EmoPulse(preset, size=1.0), random.Random(3)
+        start = pulse.rate
+        rates[preset] = min(pulse.update(0.69 + noise.uniform(-0.01, 0.01)) / start for _ in range(60))
+    assert rates["guarded"] < 0.3
+    assert rates["auto"] > 0.9
+
+
+def test_auto_needs_the_size_of_the_weights() -> None:
+    with pytest.raises(BadInput, match=r"size=weight_size\(parameters\)"):
+        EmoPulse("auto").update(1.0)
+    with pytest.raises(BadInput, match="size of the weights out of range"):
+        EmoPulse("auto", size=-1.0)
+
+
+def test_state_without_a_size_is_one_of_an_earlier_version() -> None:
+    state = EmoPulse("guarded").state_dict()
+    del state["size"]
+    pulse = EmoPulse()
+    pulse.load_state_dict(state)
+    assert pulse.preset == "guarded" and pulse.size == 0
 
 
 def test_guarded_comes_down_after_a_steep_start_where_v38_stays_up() -> None:
@@ -226,9 +264,9 @@ def test_largest_rate_follows_the_scope_in_v39_only() -> None:
 
 def test_cautious_start() -> None:
     for preset in PRESETS:
-        pulse = EmoPulse(preset, cautious=True)
+        pulse = EmoPulse(preset, cautious=True, size=0.005)
         assert (pulse.noise, pulse.distance) == (0.2, 0.2)
-        eager = EmoPulse(preset)
+        eager = EmoPulse(preset, size=0.005)
         for _ in range(20):
             pulse.update(1.0)
             eager.update(1.0)
@@ -238,7 +276,7 @@ def test_cautious_start() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_non_finite_loss_leaves_the_state(loss: float, preset: str) -> None:
-    pulse = EmoPulse(preset)
+    pulse = EmoPulse(preset, size=0.005)
     for _ in range(3):
         before = pulse.state_dict()
         with pytest.raises(NonFiniteLossError, match="loss is"):
@@ -250,11 +288,11 @@ def test_non_finite_loss_leaves_the_state(loss: float, preset: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_state_continues_bit_identically(preset: str) -> None:
     losses = [1 + 0.5 * math.sin(0.3 * t) + (3 if t % 17 == 0 else 0) for t in range(60)]
-    whole = EmoPulse(preset)
+    whole = EmoPulse(preset, size=0.005)
     rates = [whole.update(loss) for loss in losses]
     for cut in (0, 1, 30):
-        first, second = EmoPulse(preset, cautious=True), EmoPulse()
-        first.load_state_dict(EmoPulse(preset).state_dict())
+        first, second = EmoPulse(preset, cautious=True, size=0.005), EmoPulse()
+        first.load_state_dict(EmoPulse(preset, size=0.005).state_dict())
         assert [first.update(loss) for loss in losses[:cut]] == rates[:cut]
         second.load_state_dict(first.state_dict())
         assert [second.update(loss) for loss in losses[cut:]] == rates[cut:]

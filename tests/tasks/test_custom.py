@@ -146,7 +146,14 @@ def recipe_of(folder, **changes):
         "name": "line",
         "task": {"kind": "custom", "function": "line.py:make"},
         "adapter": {"kind": "full"},
-        "runs": {"steps": 20, "batch_size": 4, "lr": 100.0, "optimizers": ["sens", "cats"]},
+        "runs": {
+            "procedure": "paper",
+            "preset": "guarded",
+            "steps": 20,
+            "batch_size": 4,
+            "lr": 100.0,
+            "optimizers": ["sens", "cats"],
+        },
         "merge": [{"method": "mean"}],
         "controls": [],
         "probe": {"batches": 1, "batch_size": 8, "directions": 2},
@@ -187,7 +194,8 @@ def test_the_example(tmp_path):
     pytest.importorskip("sklearn")
     torch.set_num_threads(1)
     changes = [
-        "base.prepare.steps=100", "runs.steps=20", "runs.lr=30", "runs.optimizers=[sens, cats]", "controls=[distance-matched]",
+        "base.prepare.steps=100",
+        "runs.procedure=paper", "runs.preset=guarded", "runs.steps=20", "runs.lr=30", "runs.optimizers=[sens, cats]", "controls=[distance-matched]",
         "merge=[{method: mean}]", "probe.batches=1", "probe.batch_size=16", "probe.directions=2",
     ]  # fmt: skip
     made = Pipeline(load_recipe(RECIPES / "autoencoder.yaml", changes), tmp_path / "out")

@@ -42,7 +42,17 @@ def train(digits, context):
     recipe, task, _ = digits
 
     def train(folder="runs", on_step=lambda spec, row: None, task=task, adapter=recipe.adapter, of="runs", **options):
-        runs = Runs(**{"steps": 12, "batch_size": 8, "optimizers": ("sens", "cats", "void"), "lr": 20.0, **options})
+        runs = Runs(
+            **{
+                "procedure": "paper",
+                "preset": "guarded",
+                "steps": 12,
+                "batch_size": 8,
+                "optimizers": ("sens", "cats", "void"),
+                "lr": 20.0,
+                **options,
+            }
+        )
         made = context(folder, task=task, runs=runs, adapter=adapter, merge=(Merge(method="mean", of=of),))
         specs = planned_runs(made.recipe)
         train_runs(made, specs, partial(train_locally, made, on_step=on_step))
@@ -78,7 +88,7 @@ def test_rounds_match_a_plain_loop(train, digits, context, outer):
     """Against the plainest loop: all models in memory, torch's SGD between the rounds."""
     runs = train(adapter=Full(kind="full"), rounds=3, outer=outer)
     recipe, task, data = digits
-    plain = context(adapter=Full(kind="full"), runs=Runs(batch_size=8))
+    plain = context(adapter=Full(kind="full"), runs=Runs(procedure="paper", batch_size=8))
     recipe = plain.recipe
     specs = [RunSpec(name, name, 0, 12) for name in ("sens", "cats", "void")]
     models = [adapted_model(plain, spec).train() for spec in specs]
@@ -271,6 +281,7 @@ def test_the_hash_of_a_run_holds_what_decides_it(digits):
 
     def of(name, control=None, **runs):
         spec = RunSpec(name, name, 0, 300, control=control)
+        runs = {"procedure": "paper", "preset": "guarded", **runs}
         return run_inputs(recipe.model_copy(update={"runs": Runs(**runs)}), spec, "b")
 
     plain = of("sens")

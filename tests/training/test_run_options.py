@@ -18,7 +18,7 @@ def train(digits, context):
     recipe, task, _ = digits
 
     def train(name="sens-0", folder="runs", on_step=lambda spec, row: None, task=task, adapter=recipe.adapter, **options):
-        runs = Runs(**{"steps": 6, "batch_size": 8, "lr": 20.0, **options})
+        runs = Runs(**{"procedure": "paper", "preset": "guarded", "steps": 6, "batch_size": 8, "lr": 20.0, **options})
         spec = RunSpec(name, name.partition("-")[0], 0, runs.steps)
         made = context(folder, task=task, runs=runs, adapter=adapter)
         train_run(made, spec, on_step)

@@ -135,7 +135,16 @@ class Centred(nn.Module):
 def recipe_of(*, steps=8, base="given", lora=None, **runs):
     section = {"kind": "text-classification", "train": "none"}
     adapter = {"kind": "lora", "rank": 2, "alpha": 4, **(lora or {})}
-    runs = {"steps": steps, "batch_size": 4, "checkpoint_every": 4, "lr": 20.0, "parallel": "stacked", **runs}
+    runs = {
+        "procedure": "paper",
+        "preset": "guarded",
+        "steps": steps,
+        "batch_size": 4,
+        "checkpoint_every": 4,
+        "lr": 20.0,
+        "parallel": "stacked",
+        **runs,
+    }
     return parse_recipe({"name": "t", "base": {"model": base}, "task": section, "adapter": adapter, "runs": runs})
 
 

@@ -27,7 +27,8 @@ def test_stacked_runs_are_those_of_one_by_one(name, tmp_path):
     pytest.importorskip("sklearn")
     torch.set_num_threads(1)
     shared = [
-        *TINY[name], "base.prepare.steps=3", "base.prepare.batch_size=8", "runs.steps=4", "runs.batch_size=4", "runs.lr=50",
+        *TINY[name], "base.prepare.steps=3", "base.prepare.batch_size=8", "runs.steps=4", "runs.batch_size=4",
+        "runs.procedure=paper", "runs.preset=guarded", "runs.lr=50",
         "runs.optimizers=[sens, cats, void]", "runs.data_order=different", "adapter.dropout=0.2",
     ]  # fmt: skip
     losses = {}
