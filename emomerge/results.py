@@ -293,7 +293,10 @@ class MergeFacts(Part):
     """Diagnostics of a merge; see `emomerge.merging.Merge.diagnostics`."""
 
     method: str
+    of: Literal["runs", "rounds"] = "runs"
+    """What was merged: finished runs, or the means of the runs after some rounds."""
     runs: tuple[str, ...]
+    """The names of the models that were merged."""
     params: dict[str, JsonValue] = {}
     elements: int | None = None
     lambda_crit: Number = None

@@ -41,9 +41,7 @@ def collect_results(experiment: Experiment, engine: Engine | None = None) -> Res
             "samples": _samples(experiment, [base, best[0], merges[experiment.recipe.merge[0].label][0]]),
             "traces": _traces(experiment),
             "cosines": _cosines(experiment),
-            "merges": {
-                n: MergeFacts.model_validate(experiment.merge_record(n)["diagnostics"]) for n in experiment.merge_stamps()
-            },
+            "merges": {name: _merge_facts(experiment.merge_record(name)) for name in experiment.merge_stamps()},
         }
     )
 
@@ -104,6 +102,11 @@ def _cosines(experiment: Experiment) -> Cosines | None:
         return None
     diagnostics = experiment.merge_record(experiment.merge_name(merge, experiment.recipe.runs.seeds[0]))["diagnostics"]
     return Cosines(names=diagnostics["runs"], matrix=diagnostics["cosines"], sign_agreement=diagnostics["sign_agreement"])
+
+
+def _merge_facts(record: dict[str, Any]) -> MergeFacts:
+    """Return the diagnostics of a merge; records of earlier versions do not say what was merged, which were runs."""
+    return MergeFacts.model_validate({"of": record.get("of", "runs"), **record["diagnostics"]})
 
 
 def seconds_of_stages(experiment: Experiment) -> dict[str, float]:

@@ -137,7 +137,10 @@ def _merges(results: Results) -> list[dict[str, Any]]:
     return [
         {
             "label": label,
-            "parameters": "; ".join(f"{key} {_value(v)}" for key, v in facts.params.items() if v is not None),
+            "parameters": "; ".join(
+                [f"of {len(facts.runs)} rounds"] * (facts.of == "rounds")
+                + [f"{key} {_value(v)}" for key, v in facts.params.items() if v is not None]
+            ),
             "lambda_crit": short(facts.lambda_crit),
             "masks": _span([density for density in facts.mask_density.values() if density is not None]),
             "kept_density": percent(facts.kept_density),

@@ -99,14 +99,14 @@ class _Group:
     def average(self, end: int, outer: Outer | None) -> None:
         """Write the weights that the next round starts from, after keeping their mean if it is to be kept.
 
-        After the last round, keep the mean of the finished runs and remove the file.
+        After the last round, remove the file and keep the mean of the finished runs.
         """
         number = self._ends.index(end) + 1
         is_kept = number in self._context.recipe.runs.kept_rounds
         if end == self._ends[-1]:
+            self._file.unlink(missing_ok=True)
             if is_kept:
                 self._kept.keep(number, partial(write_mean, [run.artefact for run in self._runs]))
-            self._file.unlink(missing_ok=True)
             self.step = end
             return
         files = [run.checkpoint for run in self._runs]
@@ -136,6 +136,7 @@ class _Group:
         """Return the step of the last average. If the files found are inconsistent, remove them and return 0."""
         ends = self._ends
         if all(run.is_done(inputs) for run, inputs in zip(self._runs, self._inputs, strict=True)):
+            self._file.unlink(missing_ok=True)
             return self._unless_rounds_are_missing(ends[-1])
         header = load_header(self._file, self._all_inputs)
         start = int(header["step"]) if header else 0

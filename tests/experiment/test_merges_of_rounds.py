@@ -1,6 +1,7 @@
 """Merges of the means at which the runs met, instead of the runs."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -58,6 +59,8 @@ def test_results_and_cards_name_the_rounds(finished):
     assert {row.name for row in results.artefacts if row.mean("cosine_to_mean") is not None} == {"mean"}
     assert results.verdict.merge == "soup-of-rounds"
     assert {evidence.against for evidence in results.verdict.better.evidence} == {"best single run", "plain mean"}
+    assert (results.merges["soup-of-rounds"].of, results.merges["mean"].of) == ("rounds", "runs")
+    assert re.search("of 3 rounds; chosen [^<]*; members round-", (finished / "report.html").read_text())
     card = (finished / "merges/soup-of-rounds/README.md").read_text()
     assert "from the means of the runs after 3 rounds over" in card
     assert "## Rounds\n\n- `round-1` from" in card
