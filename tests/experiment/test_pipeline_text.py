@@ -44,7 +44,7 @@ def finished(tmp_path_factory):
             "runs": {
                 "procedure": "paper", "preset": "guarded", "steps": 60, "batch_size": 8, "lr": 30.0,
                 "optimizers": ["sens", "cats"],
-            },  # fmt: skip
+            },
             "merge": [{"method": "tall-mask"}, {"method": "mean", "dtype": "bfloat16"}],
             "controls": ["distance-matched"],
             "probe": {"batches": 1, "batch_size": 32, "directions": 2},

@@ -195,8 +195,8 @@ def test_the_example(tmp_path):
     torch.set_num_threads(1)
     changes = [
         "base.prepare.steps=100",
-        "runs.procedure=paper", "runs.preset=guarded", "runs.steps=20", "runs.lr=30", "runs.optimizers=[sens, cats]", "controls=[distance-matched]",
-        "merge=[{method: mean}]", "probe.batches=1", "probe.batch_size=16", "probe.directions=2",
+        "runs.procedure=paper", "runs.preset=guarded", "runs.steps=20", "runs.lr=30", "runs.optimizers=[sens, cats]",
+        "controls=[distance-matched]", "merge=[{method: mean}]", "probe.batches=1", "probe.batch_size=16", "probe.directions=2",
     ]  # fmt: skip
     made = Pipeline(load_recipe(RECIPES / "autoencoder.yaml", changes), tmp_path / "out")
     assert made.run()
