@@ -434,11 +434,11 @@ def measure(plan: Plan, task: str, seed: int) -> list[str]:
     study, file = Study(plan, task, seed), plan.results / f"{plan.table}.jsonl"
     failed = []
     for unit, (changes, do) in study.units().items():
-        key, before = study.key(unit, changes), known(file).get((task, seed, unit))
-        if before is not None and before["key"] == key:
-            continue
-        started = time.perf_counter()
+        started, before = time.perf_counter(), known(file).get((task, seed, unit))
         try:
+            key = study.key(unit, changes)
+            if before is not None and before["key"] == key:
+                continue
             found = do()
         except Exception as error:  # the other units are measured all the same
             failed.append(f"{task}, seed {seed}, {unit}: {type(error).__name__}: {error}")
