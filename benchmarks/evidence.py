@@ -195,6 +195,8 @@ class Study:
         recipe = load_recipe(RECIPES / f"{self.setup.recipe}.yaml", [*self.overrides, *changes]).model_dump(mode="json")
         recipe["task"].pop("train", None)
         recipe["base"].pop("model", None)
+        of_others = {"probe", "select", *(() if unit in self.setup.controls else ("rival", "controls"))}
+        recipe = {name: section for name, section in recipe.items() if name not in of_others}
         return digest([recipe, unit, FACTORS, DEFAULT_RATES, __version__])[:16]
 
     # The table `defaults`.
