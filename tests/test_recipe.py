@@ -189,3 +189,13 @@ def test_the_order_of_classes_counts():
     turned = {**task, "classes": {"good": "> 0", "bad": "< 0"}}
     assert digest(with_(task=task)) == digest(with_(task=dict(task)))
     assert digest(with_(task=task)) != digest(with_(task=turned))
+
+
+def test_what_is_merged_is_written_only_if_it_is_not_the_runs():
+    """Hashes of merges that were made before there was a choice stay the same."""
+    recipe = with_(merge=[{"method": "ties", "density": 0.5}, {"method": "mean", "of": "rounds"}], runs={"rounds": 3})
+    ties, mean = recipe.model_dump(mode="json")["merge"]
+    assert ties == {"method": "ties", "name": None, "dtype": "base", "density": 0.5}
+    assert mean == {"method": "mean", "name": None, "dtype": "base", "of": "rounds"}
+    assert (recipe.merge[1].params, recipe.merges_rounds) == ({}, True)
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe

@@ -129,11 +129,19 @@ def test_one_round_is_none(train):
     assert hashes(train("a", **options)) == hashes(train("b", rounds=1, **options)) != hashes(train("c", rounds=2, **options))
 
 
-@pytest.mark.parametrize("parallel", ["sequential", "stacked"])
-def test_killed_again_and_again_in_every_round_they_end_with_the_same_bits(train, monkeypatch, parallel):
-    """Killed after steps, before and after files are written, between the runs of a round and before a meeting."""
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel": "sequential"},
+        {"parallel": "stacked"},
+        {"parallel": "sequential", "adapter": Full(kind="full"), "seeds": (0, 1), "keep_rounds": 3},
+    ],
+    ids=["sequential", "stacked", "full-two-seeds"],
+)
+def test_killed_again_and_again_in_every_round_they_end_with_the_same_bits(train, monkeypatch, changes):
+    """Killed after steps, before and after files are written, between the runs of a round, before and after a meeting."""
     options = {"rounds": 6, "outer": Outer(), "average": "lawa", "checkpoint_every": 2, "optimizers": ("sens", "cats")}
-    options["parallel"] = parallel
+    options |= changes
     whole = train("whole", **options)
     left, at, killed = 0, 0, set()
 
@@ -167,7 +175,9 @@ def test_killed_again_and_again_in_every_round_they_end_with_the_same_bits(train
         except Stop:
             killed.add((at - 1) // 2)
     assert hashes(runs) == hashes(whole)
-    assert kept(runs) == kept(whole)
+    for seed in changes.get("seeds", (0,)):
+        assert len(kept(whole, seed)) > 3
+        assert kept(runs, seed) == kept(whole, seed)
     assert killed == set(range(6))
     for run, undisturbed in zip(runs, whole, strict=True):
         assert [row["loss"] for row in run.metrics()] == [row["loss"] for row in undisturbed.metrics()]
