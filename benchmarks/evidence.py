@@ -128,6 +128,8 @@ class Plan:
     fashion: Path
     reviews: Path | None
     quick: bool
+    units: tuple[str, ...] = ()
+    """Names of the units to measure; all if empty."""
 
 
 class Study:
@@ -450,7 +452,7 @@ def measure(plan: Plan, task: str, seed: int) -> list[str]:
         made_with = {"emomerge": __version__, "torch": torch.__version__, "machine": machine()}
         append(file, {**about, **found, **made_with})
         print(f"{task}, seed {seed}, {unit}: {time.perf_counter() - started:.0f} s", flush=True)
-    if not failed:
+    if not failed and not plan.units:
         shutil.rmtree(study.folder, ignore_errors=True)
     return failed
 
@@ -481,6 +483,7 @@ def main() -> None:
     parser.add_argument("--reviews", type=Path, help="the file movieReviewSnippets.tsv")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="by default all of the table")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--units", nargs="+", default=[], help="by default all: ours, paper, the controls; optimizers")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--quick", action="store_true", help="one seed, cheap tasks, an eighth of the steps")
     args = parser.parse_args()
@@ -492,7 +495,9 @@ def main() -> None:
     seeds = args.seeds[:1] if args.quick else args.seeds
     results = args.cache / "results" if args.quick else RESULTS
     reviews = args.reviews and args.reviews.absolute()
-    plan = Plan(args.table, args.cache.absolute(), results.absolute(), args.fashion.absolute(), reviews, args.quick)
+    plan = Plan(
+        args.table, args.cache.absolute(), results.absolute(), args.fashion.absolute(), reviews, args.quick, tuple(args.units)
+    )
 
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # for the workers, before they import torch
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
