@@ -1,4 +1,4 @@
-"""The merge stage: one model per merge of the recipe and training seed."""
+"""The merge stages: one model per merge of the recipe and training seed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,30 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from emomerge.checkpoints import RoundingLoss, write_checkpoint
+from emomerge.errors import BadInput
 from emomerge.experiment.cards import merge_card
 from emomerge.experiment.experiment import Experiment
 from emomerge.experiment.measure import Artefact
 from emomerge.experiment.workspace import local_files
-from emomerge.merging import merge
+from emomerge.merging import check_params, find_method, merge
 from emomerge.merging.record import MergeRecord, Output, Run, as_json
-from emomerge.recipe import Merge
+from emomerge.recipe import Merge, Recipe
+
+
+def check_merge(recipe: Recipe, spec: Merge) -> None:
+    """Check a merge of a recipe before anything is trained.
+
+    Raises:
+        BadInput: the method does not have these parameters, merges another number of models, or needs files of runs.
+    """
+    check_params(spec.method, spec.params)
+    method = find_method(spec.method)
+    count = len(recipe.runs.kept_rounds if spec.of == "rounds" else recipe.runs.optimizers)
+    if method.exact_runs not in (None, count):
+        raise BadInput(f"{spec.method} merges exactly {method.exact_runs} {spec.of}", where=f"merge {spec.label}", found=count)
+    if spec.of == "rounds" and not method.run_files.keys() <= spec.params.keys():
+        fix = f"leave out `of`, or give {', '.join(f'`{key}`' for key in method.run_files)}"
+        raise BadInput(f"{spec.method} reads files that only runs have", where=f"merge {spec.label}", fix=fix)
 
 
 def write_merge(experiment: Experiment, spec: Merge, seed: int) -> None:

@@ -15,10 +15,9 @@ from emomerge.experiment.cards import write_cards
 from emomerge.experiment.collect import collect_results, seconds_of_stages
 from emomerge.experiment.control_runs import controls_inputs, train_controls
 from emomerge.experiment.experiment import Experiment
-from emomerge.experiment.merges import merge_note, write_merge
+from emomerge.experiment.merges import check_merge, merge_note, write_merge
 from emomerge.experiment.stage import Facts, Stage
 from emomerge.experiment.workspace import files_below, stopwatch
-from emomerge.merging import check_params
 from emomerge.numerics.hashing import digest
 from emomerge.probing.registry import recipe_metrics
 from emomerge.progress import Display
@@ -40,7 +39,7 @@ class Pipeline(Experiment):
         ranks: the processes started by torchrun; all but the first only `follow`.
 
     Raises:
-        BadInput: a merge of the recipe has a parameter that its method does not have.
+        BadInput: a merge of the recipe has a parameter that its method does not have, or does not fit what it merges.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Pipeline(Experiment):
         ranks: Ranks | None = None,
     ) -> None:
         for spec in recipe.merge:
-            check_params(spec.method, spec.params)
+            check_merge(recipe, spec)
         recipe_metrics(recipe.probe)  # refuses unknown metrics and options
         super().__init__(recipe, out, display=display, command=command)
         self.engine, self.ranks = engine, ranks

@@ -146,3 +146,21 @@ def test_one_round_is_not_merged(recipe, runs, kept):
         parse_recipe(changed)
     parse_recipe(changed | {"runs": changed["runs"] | {"rounds": 2, "keep_rounds": 2}})
     parse_recipe(changed | {"merge": [{"method": "greedy-soup"}]})
+
+
+@pytest.mark.parametrize(
+    ("merge", "message"),
+    [
+        ({"method": "slerp", "of": "rounds"}, "slerp merges exactly 2 rounds: merge slerp; found 3"),
+        (
+            {"method": "fisher", "of": "rounds"},
+            "files that only runs have: merge fisher; leave out `of`, or give `information`",
+        ),
+    ],
+)
+def test_a_merge_that_cannot_be_made_is_refused_before_training(recipe, tmp_path, merge, message):
+    with pytest.raises(BadInput, match=message):
+        Pipeline(parse_recipe(recipe | {"merge": [merge]}), tmp_path / "out")
+    Pipeline(parse_recipe(recipe | {"merge": [{"method": "slerp"}, {"method": "fisher"}]}), tmp_path / "out")
+    two = recipe | {"runs": recipe["runs"] | {"keep_rounds": 2}, "merge": [{"method": "slerp", "of": "rounds"}]}
+    Pipeline(parse_recipe(two), tmp_path / "out")
