@@ -2,9 +2,10 @@
 
     python benchmarks/lora_meetings.py --cache out/lora-meetings        # about 10 minutes on one core; continues
 
-The recipe `digits` (ViT, LoRA of rank 8), five runs of 300 steps, one an optimizer, in orders of their own, emoScope 3. With
-`factors`, which is what emomerge does, each meeting takes the means of A and of B; with `product` the mean of B·A, cut to rank
-8 by its singular values and split evenly into new factors. The optimizers keep their states in both.
+The recipe `digits` (ViT, LoRA of rank 8), five runs of 300 steps, one an optimizer, in orders of their own, preset `guarded`
+with emoScope 3, no outer momentum. With `factors`, which is what emomerge does, each meeting takes the means of A and of B;
+with `product` the mean of B·A, cut to rank 8 by its singular values and split evenly into new factors. The optimizers keep
+their states in both.
 
 Printed are, for each number of rounds (mean ± standard deviation over the training seeds), the test loss of the exact mean
 after the last round and of the mean of the factors, and how far apart these are: ‖mean(B·A) − mean(B)·mean(A)‖ / ‖mean(B·A)‖.
@@ -70,7 +71,7 @@ class Study:
     def train(self, number: int, meeting: str) -> list[tuple[float, float, float]]:
         """For each training seed the loss of the exact mean, that of the mean of the factors, and their distance."""
         made = self.pipeline
-        fields = {"optimizers": made.recipe.runs.optimizers, "batch_size": 32, "data_order": "different", "lr": 3.0}
+        fields = {"procedure": "paper", "preset": "guarded", "lr": 3.0, "data_order": "different", "batch_size": 32}
         runs = Runs(**fields, seeds=tuple(self.seeds), rounds=number)
         recipe = made.recipe.model_copy(update={"runs": runs})
         specs, folder = planned_runs(recipe), self.cache / f"{meeting}-{number}"

@@ -5,7 +5,8 @@
     python benchmarks/multi_positioning.py --cache out/mp --tasks digits --seeds 1
 
 Three tasks: the recipe `digits` (ViT, LoRA), the recipe `fashion-mnist` (MLP, full fine-tuning, inverted pictures: a strong
-shift) and the same without a shift from a base of 300 steps (mild). The runs are trained by the recipes' own pipeline, once.
+shift) and the same without a shift from a base of 300 steps (mild). The runs are separate ones of the preset `guarded`,
+trained by the recipes' own pipeline, once.
 
 The first table gives test losses in nats, mean ± standard deviation over the training seeds, and over all tasks and seeds the
 change against the best single run in per cent, how often the merge was better than that run, the held-out losses measured
@@ -285,7 +286,7 @@ def change(outcome: Outcome, single: Outcome) -> float:
 def prepare(task: str, seeds: int, cache: Path, data: Path) -> Pipeline:
     """The base and the runs of every seed, trained unless they are there."""
     file, settings = TASKS[task]
-    settings = [*settings, f"runs.seeds={list(range(seeds))}", "controls=[]"]
+    settings = [*settings, "runs.procedure=paper", "runs.preset=guarded", f"runs.seeds={list(range(seeds))}", "controls=[]"]
     if file.startswith("fashion"):
         settings.append(f"task.train={data}")
     pipeline = Pipeline(load_recipe(RECIPES / file, settings), cache / task.replace(", ", "-"))

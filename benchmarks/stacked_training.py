@@ -120,7 +120,7 @@ def contend(name: str, hidden: int, tokens: int, steps: int, dropout: float) -> 
     """One contender in this process; prints its figures."""
     warnings.simplefilter("ignore")
     task = RandomSentences(hidden, dropout)
-    runs = {"steps": steps, "batch_size": tokens // LENGTH, "checkpoint_every": steps}
+    runs = {"procedure": "paper", "steps": steps, "batch_size": tokens // LENGTH, "checkpoint_every": steps}
     runs["parallel"] = "stacked" if name == "stacked" else "sequential"
     if name == "one":
         runs["optimizers"] = ["sens"]
