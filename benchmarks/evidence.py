@@ -437,7 +437,8 @@ def measure(plan: Plan, task: str, seed: int) -> list[str]:
     torch.set_num_threads(1)
     study, file = Study(plan, task, seed), plan.results / f"{plan.table}.jsonl"
     failed = []
-    for unit, (changes, do) in study.units().items():
+    chosen = {unit: found for unit, found in study.units().items() if not plan.units or unit in plan.units}
+    for unit, (changes, do) in chosen.items():
         started, before = time.perf_counter(), known(file).get((task, seed, unit))
         try:
             key = study.key(unit, changes)

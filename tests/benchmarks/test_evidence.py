@@ -55,6 +55,11 @@ def test_a_finished_unit_is_not_measured_again(evidence: ModuleType, calls: list
     assert (line["task"], line["seed"], line["unit"], line["torch"]) == ("mild", 1, "good", torch.__version__)
 
 
+def test_only_the_units_asked_for_are_measured(evidence: ModuleType, calls: list[str], tmp_path: Path) -> None:
+    assert evidence.measure(plan(evidence, tmp_path, units=("good",)), "mild", 0) == []
+    assert calls == ["good"]
+
+
 def test_a_unit_of_another_recipe_is_measured_again(
     evidence: ModuleType, calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
