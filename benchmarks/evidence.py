@@ -340,7 +340,8 @@ def losses_of(made: Pipeline, artefact: Artefact) -> list[float | None]:
 
 def passes_of(made: Pipeline, specs: Sequence[RunSpec]) -> float:
     """Return the forward and backward passes of one batch that runs took."""
-    return sum(made.run_dir(spec).state["steps_taken"] for spec in specs) * made.recipe.runs.accumulation
+    runs = made.recipe.runs
+    return sum(made.run_dir(spec).state["steps_taken"] * spec.micro_batches(runs) for spec in specs)
 
 
 def minilm() -> Path:

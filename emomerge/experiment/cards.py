@@ -34,11 +34,12 @@ def write_cards(experiment: Experiment, results: Results) -> None:
         about = f"Trained from `{experiment.space.base}` for {spec.steps} steps with {optimizer}"
         rounds = experiment.recipe.runs.rounds if spec.role == "run" else 1
         about += "." if rounds == 1 else f", in {rounds} rounds that each began at the mean of all runs."
-        _write_card(
-            experiment,
-            experiment.run_dir(spec).artefact,
-            {"name": spec.name, "about": about, "base": str(experiment.space.base), **shared},
-        )
+        folders = {spec.name: experiment.run_dir(spec).artefact}
+        folders |= {
+            row.name: Path(row.path) for row in results.artefacts if row.path and row.name.startswith(f"{spec.name} at")
+        }
+        for name, folder in folders.items():
+            _write_card(experiment, folder, {"name": name, "about": about, "base": str(experiment.space.base), **shared})
 
 
 def _write_card(experiment: Experiment, folder: Path, context: dict[str, Any]) -> None:

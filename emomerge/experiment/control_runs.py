@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from emomerge.controls import CONTROLS
 from emomerge.errors import RunFailed
 from emomerge.experiment.experiment import Experiment
 from emomerge.experiment.measure import Artefact
@@ -16,21 +17,46 @@ from emomerge.training import RunSpec
 Train = Callable[[Sequence[RunSpec]], None]
 
 
+TRAINED = tuple(kind for kind, control in CONTROLS.items() if control.rival_in == "better" and control.made_from is None)
+"""The controls that are trained."""
+
+
+def sweep_runs(recipe: Recipe, seed: int) -> list[RunSpec]:
+    """Return AdamW runs with cosine decay, as many and as long as the merged runs, one for each peak rate of the sweep."""
+    return [
+        RunSpec(f"adamw-sweep-{rate:g}-{seed}", "adamw", seed, recipe.runs.steps, control="adamw-sweep", rate=rate)
+        for rate in recipe.sweep_rates
+    ]
+
+
 def long_run(recipe: Recipe, best: RunSpec) -> RunSpec:
     """Return the run of one optimizer with the steps of all runs, with the snapshots that `loss-matched` and `swa` need."""
-    steps, kept = total_steps(recipe), recipe.rival.snapshots
-    wanted = {"loss-matched", "swa"} & set(recipe.controls)
-    snapshots = tuple(sorted({max(1, steps * k // kept) for k in range(1, kept + 1)})) if wanted else ()
-    return RunSpec(f"long-{best.name}", best.optimizer, best.seed, steps, control="long-run", snapshots=snapshots)
+    wanted = any(control.made_from == "long-run" and kind in recipe.controls for kind, control in CONTROLS.items())
+    snapshots = snapshot_steps(recipe) if wanted else ()
+    return RunSpec(f"long-{best.name}", best.optimizer, best.seed, total_steps(recipe), control="long-run", snapshots=snapshots)
 
 
 def long_adamw_runs(recipe: Recipe, seed: int) -> list[RunSpec]:
-    """Return AdamW runs with cosine decay and the steps of all runs, one for each peak rate."""
+    """Return AdamW runs with cosine decay and the steps of all runs, one for each peak rate, with snapshots to stop at."""
     steps = total_steps(recipe)
+    earlier = tuple(step for step in snapshot_steps(recipe) if step < steps)
     return [
-        RunSpec(f"long-adamw-{rate:g}-{seed}", "adamw", seed, steps, control="adamw-long-run", rate=rate)
+        RunSpec(
+            f"long-adamw-{rate:g}-{seed}", "adamw", seed, steps, control="adamw-long-run", rate=rate, snapshots=earlier
+        )
         for rate in recipe.rival.learning_rates
-    ]
+    ]  # fmt: skip
+
+
+def large_batch_runs(recipe: Recipe, seed: int) -> list[RunSpec]:
+    """Return AdamW runs with cosine decay and the steps of one run on the rows of all runs, one for each peak rate."""
+    return [
+        RunSpec(
+            f"adamw-large-batch-{rate:g}-{seed}", "adamw", seed, recipe.runs.steps, control="adamw-large-batch", rate=rate,
+            batch_factor=len(recipe.runs.optimizers),
+        )
+        for rate in recipe.rival.learning_rates
+    ]  # fmt: skip
 
 
 def adamw_members(recipe: Recipe, seed: int, rate: float) -> list[RunSpec]:
@@ -47,10 +73,17 @@ def total_steps(recipe: Recipe) -> int:
     return recipe.runs.steps * len(recipe.runs.optimizers)
 
 
+def snapshot_steps(recipe: Recipe) -> tuple[int, ...]:
+    """Return the evenly spaced steps at which a long run keeps its weights, the last one included."""
+    steps, kept = total_steps(recipe), recipe.rival.snapshots
+    return tuple(sorted({max(1, steps * k // kept) for k in range(1, kept + 1)}))
+
+
 def controls_inputs(experiment: Experiment) -> str:
     """Return the hash of everything that decides which controls are trained, and how."""
-    wanted = sorted({"long-run", "adamw-long-run", "adamw-average"} & set(experiment.recipe.controls))
-    return digest([experiment.run_hashes(), wanted, experiment.recipe.rival, experiment.recipe.probe.batch_size])
+    recipe = experiment.recipe
+    wanted = [kind for kind in TRAINED if kind in recipe.controls]
+    return digest([experiment.run_hashes(), wanted, recipe.rival, recipe.sweep_rates, recipe.probe.batch_size])
 
 
 def train_controls(experiment: Experiment, train: Train) -> dict[str, Any]:
@@ -60,64 +93,111 @@ def train_controls(experiment: Experiment, train: Train) -> dict[str, Any]:
         Facts for the stamp: the runs that were trained, and the errors of those that diverged.
     """
     recipe, seeds = experiment.recipe, experiment.recipe.runs.seeds
-    best = [experiment.best_run(seed) for seed in seeds]
-    wanted = [long_run(recipe, spec) for spec in best] if "long-run" in recipe.controls else []
-    if "adamw-long-run" in recipe.controls:
-        wanted += [spec for seed in seeds for spec in long_adamw_runs(recipe, seed)]
-    trained, diverged = _train_all(experiment, train, wanted)
+    trainer = _Trainer(experiment, train)
+    of_seed: dict[str, Callable[[int], list[RunSpec]]] = {
+        "adamw-sweep": lambda seed: sweep_runs(recipe, seed),
+        "adamw-large-batch": lambda seed: large_batch_runs(recipe, seed),
+        "long-run": lambda seed: [long_run(recipe, experiment.best_run(seed))],
+        "adamw-long-run": lambda seed: long_adamw_runs(recipe, seed),
+    }
+    trainer.train([spec for kind, plan in of_seed.items() if kind in recipe.controls for seed in seeds for spec in plan(seed)])
     if "adamw-average" in recipe.controls:
-        members = [spec for seed in seeds for spec in adamw_members(recipe, seed, _adamw_rate(experiment, seed, trained))]
-        more, diverged_too = _train_all(experiment, train, members)
-        trained, diverged = [*trained, *more], [*diverged, *diverged_too]
-    return {"trained": [asdict(spec) for spec in trained], "diverged": diverged}
+        rates = {seed: _adamw_rate(experiment, seed, trainer.trained) for seed in seeds}
+        trainer.train([spec for seed in seeds for spec in adamw_members(recipe, seed, rates[seed])])
+    return {"trained": [asdict(spec) for spec in trainer.trained], "diverged": trainer.diverged}
 
 
-def _train_all(experiment: Experiment, train: Train, specs: Sequence[RunSpec]) -> tuple[list[RunSpec], list[str]]:
-    """Train runs; return the finished ones and the errors of the others."""
-    try:
-        train(specs)
-    except RunFailed as error:
-        experiment.display.say(str(error))
-        return [spec for spec in specs if experiment.run_is_done(spec)], [str(error)]
-    return list(specs), []
+class _Trainer:
+    """Trains controls and collects the finished ones, and the errors of the others."""
+
+    def __init__(self, experiment: Experiment, train: Train) -> None:
+        self._experiment, self._train = experiment, train
+        self.trained: list[RunSpec] = []
+        self.diverged: list[str] = []
+
+    def train(self, specs: Sequence[RunSpec]) -> None:
+        """Train runs. Those of equal length and batch size share a pass where they can."""
+        groups: dict[tuple[Any, ...], list[RunSpec]] = {}
+        for spec in specs:
+            # Snapshots of whole models are large: each such run is reduced to its best point before the next one starts.
+            alone = spec.name if self._experiment.recipe.adapter.kind == "full" and spec.snapshots else ""
+            groups.setdefault((spec.steps, spec.batch_factor, alone), []).append(spec)
+        for group in groups.values():
+            try:
+                self._train(group)
+            except RunFailed as error:
+                self._experiment.display.say(str(error))
+                self.diverged.append(str(error))
+            done = [spec for spec in group if self._experiment.run_is_done(spec)]
+            self.trained += done
+            for spec in done:
+                if spec.control == "adamw-long-run":
+                    _keep_best(self._experiment, spec)
+
+
+def _keep_best(experiment: Experiment, spec: RunSpec) -> None:
+    """Remove the snapshots of a run, except the one with the lowest validation loss if it is lower than at the end."""
+    best = experiment.measurer.best(_points(experiment, spec))
+    run = experiment.run_dir(spec)
+    run.remove_snapshots([step for step in spec.snapshots if run.snapshot(step) != best.path])
+
+
+def _points(experiment: Experiment, spec: RunSpec) -> list[Artefact]:
+    """Return the points of a run among which is chosen: its end, and with early stopping the snapshots that still exist."""
+    found = [experiment.run_artefact(spec)]
+    for step in spec.snapshots if spec.control == "adamw-long-run" else ():
+        folder = experiment.run_dir(spec).snapshot(step)
+        if folder.exists():
+            found.append(replace(experiment.snapshot_artefact(spec, step), path=folder, control=spec.control))
+    return found
 
 
 def _adamw_rate(experiment: Experiment, seed: int, trained: Sequence[RunSpec]) -> float:
     """Return the peak rate of the long run with the lowest validation loss; the recipe's first if none was trained."""
-    long = [spec for spec in trained if spec.optimizer == "adamw" and spec.seed == seed]
-    best = min(long, key=lambda spec: experiment.measurer.loss(experiment.run_artefact(spec), "validation"), default=None)
-    return experiment.recipe.rival.learning_rates[0] if best is None or best.rate is None else best.rate
+    long = [spec for spec in trained if spec.control == "adamw-long-run" and spec.seed == seed]
+    points = [(point, spec.rate) for spec in long for point in _points(experiment, spec)]
+    best = experiment.measurer.best([point for point, _ in points]) if points else None
+    return next((rate for point, rate in points if point is best and rate), experiment.recipe.rival.learning_rates[0])
 
 
 def possible_controls(experiment: Experiment) -> list[RunSpec]:
     """Return every control that may be trained; which ones are depends on the best run and the best rate."""
     recipe = experiment.recipe
-    long = [long_run(recipe, spec) for spec in experiment.specs]
-    long += [spec for seed in recipe.runs.seeds for spec in long_adamw_runs(recipe, seed)]
-    rates = recipe.rival.learning_rates
-    return long + [s for seed in recipe.runs.seeds for rate in rates for s in adamw_members(recipe, seed, rate)]
+    return [
+        *(spec for seed in recipe.runs.seeds for spec in sweep_runs(recipe, seed)),
+        *(long_run(recipe, spec) for spec in experiment.specs),
+        *(spec for seed in recipe.runs.seeds for spec in long_adamw_runs(recipe, seed)),
+        *(spec for seed in recipe.runs.seeds for spec in large_batch_runs(recipe, seed)),
+        *(s for seed in recipe.runs.seeds for rate in recipe.rival.learning_rates for s in adamw_members(recipe, seed, rate)),
+    ]
 
 
 def control_artefacts(experiment: Experiment) -> dict[str, list[Artefact]]:
-    """Return the artefacts of each kind of control, in the order of the seeds; `snapshots` are those of the long run."""
-    kinds = ("long-run", "adamw-long-run", "adamw-average", "swa", "snapshots")
-    found: dict[str, list[Artefact]] = {kind: [] for kind in kinds}
-    for seed in experiment.recipe.runs.seeds:
-        of_kind: dict[str | None, list[RunSpec]] = {kind: [] for kind in kinds}
+    """Return the artefacts of each kind of control, in the order of the seeds; `snapshots` are those of the long run.
+
+    Where several runs or several points of a run are candidates, the one with the lowest validation loss is returned.
+    """
+    measurer, recipe = experiment.measurer, experiment.recipe
+    found: dict[str, list[Artefact]] = {kind: [] for kind, control in CONTROLS.items() if control.rival_in == "better"}
+    found["snapshots"] = []
+    for seed in recipe.runs.seeds:
+        runs: dict[str | None, list[RunSpec]] = {kind: [] for kind in TRAINED}
         for spec in experiment.trained_controls:
             if spec.seed == seed:
-                of_kind[spec.control].append(spec)
-        long = [experiment.run_artefact(spec) for spec in of_kind["adamw-long-run"]]
-        if long:
-            found["adamw-long-run"].append(min(long, key=lambda a: experiment.measurer.loss(a, "validation")))
-        members = [experiment.run_artefact(spec) for spec in of_kind["adamw-average"]]
+                runs[spec.control].append(spec)
+        for kind in ("adamw-sweep", "adamw-long-run", "adamw-large-batch", "long-run"):
+            points = [point for spec in runs[kind] for point in _points(experiment, spec)]
+            found[kind] += [measurer.best(points)] if points else []
+        sweep = [experiment.run_artefact(spec) for spec in runs["adamw-sweep"]]
+        if sweep and "adamw-soup" in recipe.controls:
+            found["adamw-soup"].append(measurer.greedy_soup(f"adamw-soup-{seed}", sweep, "adamw-soup"))
+        members = [experiment.run_artefact(spec) for spec in runs["adamw-average"]]
         if members:
-            found["adamw-average"].append(experiment.measurer.average(f"adamw-average-{seed}", members, "adamw-average"))
-        for spec in of_kind["long-run"]:
-            found["long-run"].append(experiment.run_artefact(spec))
+            found["adamw-average"].append(measurer.average(f"adamw-average-{seed}", members, "adamw-average"))
+        for spec in runs["long-run"]:
             snapshots = [experiment.snapshot_artefact(spec, step) for step in spec.snapshots]
             found["snapshots"] += snapshots
-            if "swa" in experiment.recipe.controls:
+            if "swa" in recipe.controls:
                 later = [a for a, step in zip(snapshots, spec.snapshots, strict=True) if 2 * step > spec.steps]
-                found["swa"].append(experiment.measurer.average(f"swa-{spec.name}", later, "swa"))
+                found["swa"].append(measurer.average(f"swa-{spec.name}", later, "swa"))
     return found

@@ -95,8 +95,8 @@ class Experiment:
 
     def best_run(self, seed: int) -> RunSpec:
         """Return the run of a training seed with the lowest validation loss."""
-        runs = [spec for spec in self.specs if spec.seed == seed]
-        return min(runs, key=lambda spec: self.measurer.loss(self.run_artefact(spec), "validation"))
+        runs = {spec.name: spec for spec in self.specs if spec.seed == seed}
+        return runs[self.measurer.best([self.run_artefact(spec) for spec in runs.values()]).name]
 
     def run_artefact(self, spec: RunSpec) -> Artefact:
         """Return a trained run as an artefact."""

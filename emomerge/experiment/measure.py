@@ -7,6 +7,7 @@ selected artefact) depend on the validation split only; the held-out figures in 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -203,6 +204,11 @@ class Measurer:
         """Return the mean loss over a split."""
         return basics.mean_score(self.scores(artefact, split), "loss")
 
+    def best(self, artefacts: Sequence[Artefact]) -> Artefact:
+        """Return the artefact with the lowest validation loss."""
+        losses = [self.loss(artefact, "validation") for artefact in artefacts]
+        return artefacts[min(range(len(losses)), key=lambda i: math.inf if math.isnan(losses[i]) else losses[i])]
+
     def probe(self, artefact: Artefact, line: Line, metrics: Sequence[Metric]) -> Measured:
         """Measure one artefact: its scores, gradient norm, distance, and the metrics of single artefacts."""
         measured = Measured(artefact, self._basic_figures(artefact))
@@ -341,6 +347,16 @@ class Measurer:
             digest(["mean", *(a.hash for a in members)]),
             optimizer=members[0].optimizer, seed=members[0].seed, control=control,
         )  # fmt: skip
+
+    def greedy_soup(self, name: str, members: Sequence[Artefact], control: str) -> Artefact:
+        """Return the greedy soup of artefacts (Wortsman et al. 2022); the evaluations of its search go into the ledger."""
+        ordered = sorted(members, key=lambda member: self.loss(member, "validation"))
+        soup, chosen = self.average(name, ordered[:1], control), ordered[:1]
+        for candidate in ordered[1:]:
+            larger = self.average(name, [*chosen, candidate], control)
+            if self.best([larger, soup]) is larger:
+                soup, chosen = larger, [*chosen, candidate]
+        return soup
 
     def loss_matched(self, snapshots: Sequence[Artefact], merged: Artefact) -> Artefact:
         """Return the snapshot whose training loss is closest to the merge's."""

@@ -381,11 +381,24 @@ Control = Annotated[str, name_in(("best-single", *CONTROLS))]
 class Rival(Section):
     """How the controls are trained."""
 
-    learning_rates: tuple[float, ...] = Field((3e-4, 1e-3, 3e-3), min_length=1)
-    """Peak learning rates of AdamW. Each is trained for as many steps as all runs together; the best validation loss counts."""
+    learning_rates: tuple[Rate, ...] = Field((3e-4, 1e-3, 3e-3), min_length=1)
+    """Peak learning rates of `adamw-long-run` and `adamw-large-batch`; each is trained, the lowest validation loss counts."""
+    sweep: tuple[Rate, Rate] | None = None
+    """Lowest and highest peak rate of `adamw-sweep`. By default 1e-4 to 1e-2, and a tenth of that for full fine-tuning of a
+    given model: guides advise about 1e-4 to 1e-3 for LoRA and 1e-5 to 1e-4 for full fine-tuning (Hu et al. 2021, Devlin et
+    al. 2018), and a sweep goes beyond them."""
     weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradient clipping of AdamW, whatever `runs` says: 1.0 is the default of common trainers."""
     snapshots: int = Field(12, ge=2)
-    """Number of evenly spaced snapshots of the long run, for `loss-matched` and `swa`."""
+    """Number of evenly spaced points of a long run at which its weights are kept: for `loss-matched` and `swa`, and for early
+    stopping of `adamw-long-run`, of which only the best is left."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Rival:
+        if self.sweep is not None and self.sweep[0] > self.sweep[1]:
+            raise ValueError("`sweep` is (lowest rate, highest rate)")
+        return self
 
 
 def _task(value: Any) -> Any:
@@ -403,7 +416,9 @@ class Recipe(Section):
     runs: Runs = Runs()
     merge: tuple[Merge, ...] = Field(default_factory=lambda data: _merges(data.get("runs", Runs())), min_length=1)
     """The verdict is about the first one: by default the greedy soup of the rounds, or with a single round tall-mask."""
-    controls: tuple[Control, ...] = ("best-single", "distance-matched", "loss-matched", "long-run", "adamw-long-run")
+    controls: tuple[Control, ...] = (
+        "best-single", "adamw-sweep", "adamw-soup", "distance-matched", "loss-matched", "long-run", "adamw-long-run",
+    )  # fmt: skip
     rival: Rival = Rival()
     probe: Probe = Probe()
     select: Literal["best", "none"] = "best"
@@ -425,9 +440,10 @@ class Recipe(Section):
                 f"the merge `{merge}` is made of rounds and needs 2 or more, but {kept} are kept; set `runs.rounds` and "
                 "`runs.keep_rounds` to 2 or more, or leave out `of`"
             )
-        derived = sorted(name for name in self.controls if name in CONTROLS and CONTROLS[name].from_long_run)
-        if derived and "long-run" not in self.controls:
-            raise ValueError(f"the control `{derived[0]}` needs the long run; add `long-run` to `controls`")
+        for name in self.controls:
+            source = CONTROLS[name].made_from if name in CONTROLS else None
+            if source is not None and source not in self.controls:
+                raise ValueError(f"the control `{name}` is made from `{source}`; add `{source}` to `controls`")
         if self.base.model is None and self.base.prepare is None and self.task.needs_base:
             raise ValueError("`base` is empty: give either `model` (a folder or Hub id) or `prepare`")
         if self.base.prepare is not None:
@@ -438,6 +454,15 @@ class Recipe(Section):
     def merges_rounds(self) -> bool:
         """Whether a merge is made of the kept rounds."""
         return any(merge.of == "rounds" for merge in self.merge)
+
+    @property
+    def sweep_rates(self) -> tuple[float, ...]:
+        """The peak rates of the control `adamw-sweep`: as many as there are optimizers, logarithmically spaced."""
+        scale = 0.1 if self.adapter.kind == "full" and self.base.model is not None else 1.0
+        low, high = self.rival.sweep or (1e-4 * scale, 1e-2 * scale)
+        last = len(self.runs.optimizers) - 1
+        shares = [k / last for k in range(last + 1)] if last else [0.5]
+        return tuple(dict.fromkeys(float(f"{low * (high / low) ** share:.3g}") for share in shares))
 
     @property
     def base_task(self) -> TaskSection:

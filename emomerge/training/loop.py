@@ -33,13 +33,13 @@ def train_run(context: Context, spec: RunSpec, on_step: StepHook = ignore_step) 
     with torch.random.fork_rng():
         while run.unfinished:
             started = time.perf_counter()
-            for micro in micro_batches(runs, run.step):
+            for micro in micro_batches(runs, spec, run.step):
                 seed_default_generators(seed_of("dropout", spec.seed, micro), device)
                 rows = order.batch(micro)
                 batch = {key: value.to(device, non_blocking=True) for key, value in split.batch(rows).items()}
                 with autocast(device, runs.precision):
                     loss = task.loss(model, batch)
-                (loss / runs.accumulation).backward()
+                (loss / spec.micro_batches(runs)).backward()
                 run.observe(loss)
             run.take_step(rows, time.perf_counter() - started)
             model.zero_grad(set_to_none=True)
@@ -92,9 +92,10 @@ def order_key(runs: Runs, spec: RunSpec) -> tuple[object, ...]:
     return (*key, *([f"member {spec.member}"] if spec.member else []))
 
 
-def micro_batches(runs: Runs, step: int) -> range:
+def micro_batches(runs: Runs, spec: RunSpec, step: int) -> range:
     """Return the indices of the micro-batches of the step after `step` steps."""
-    return range(step * runs.accumulation, (step + 1) * runs.accumulation)
+    count = spec.micro_batches(runs)
+    return range(step * count, (step + 1) * count)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

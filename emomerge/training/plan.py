@@ -24,6 +24,7 @@ class RunSpec:
         control: the entry of the recipe's `controls` that this run serves; None for runs that are merged.
         rate: peak learning rate of AdamW; None for optimizers with an emoPulse.
         member: index among runs that differ only in the order of their batches.
+        batch_factor: size of a batch, as a multiple of the recipe's.
         snapshots: steps after which the weights are kept.
         start: steps taken in earlier rounds.
         end: step at which this round ends; by default the whole budget.
@@ -36,6 +37,7 @@ class RunSpec:
     control: str | None = None
     rate: float | None = None
     member: int = 0
+    batch_factor: int = 1
     snapshots: tuple[int, ...] = ()
     start: int = 0
     end: int = 0
@@ -47,6 +49,14 @@ class RunSpec:
     def role(self) -> Role:
         """`run` if it is merged, else `control`."""
         return "run" if self.control is None else "control"
+
+    def micro_batches(self, runs: Runs) -> int:
+        """Return the number of micro-batches of a step, given the recipe's `runs`."""
+        return runs.accumulation * self.batch_factor
+
+    def max_grad_norm(self, recipe: Recipe) -> float | None:
+        """Return the norm at which gradients are clipped; None for no clipping."""
+        return recipe.rival.max_grad_norm if self.optimizer == "adamw" else recipe.runs.max_grad_norm
 
 
 def planned_runs(recipe: Recipe) -> list[RunSpec]:
@@ -79,7 +89,7 @@ def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
         "keep_rounds",
     }
     shared = runs.model_dump(mode="json", exclude=irrelevant)
-    shared["lr"] = runs.lr_of(spec.optimizer)
+    shared |= {"lr": runs.lr_of(spec.optimizer), "max_grad_norm": spec.max_grad_norm(recipe)}
     unused = {"rounds", "outer", "early_stop"} if control else set()  # controls use their whole budget in one round
     unused |= {"average", "cooldown"} if spec.rate is not None else set()
     for name, off in OFF.items():
@@ -87,4 +97,5 @@ def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
             del shared[name]
     others = [runs.optimizers, [runs.lr_of(name) for name in runs.optimizers]] if "rounds" in shared else []
     of_a_control = [spec.rate, recipe.rival.weight_decay, spec.member, spec.snapshots] if control else []
+    of_a_control += [spec.batch_factor] if spec.batch_factor != 1 else []
     return digest([base_hash, recipe.adapter, shared, spec.optimizer, spec.seed, spec.steps, *others, *of_a_control])

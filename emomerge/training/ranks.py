@@ -137,13 +137,13 @@ def take_steps(ranks: Ranks, job: Job, on_step: StepHook = ignore_step) -> None:
     with torch.random.fork_rng():
         while run.unfinished:
             started = time.perf_counter()
-            for micro in micro_batches(runs, run.step):
+            for micro in micro_batches(runs, spec, run.step):
                 seed_default_generators(seed_of("dropout", spec.seed, micro, *[ranks.rank] * (not ranks.leads)), device)
                 rows = order.batch(micro)
                 batch = {key: value.to(device) for key, value in split.batch(ranks.share(rows)).items()}
                 with autocast(device, runs.precision):
                     loss = context.task.loss(parallel, batch)
-                (loss / runs.accumulation).backward()
+                (loss / spec.micro_batches(runs)).backward()
                 run.observe(ranks.mean(loss))
             run.take_step(rows, time.perf_counter() - started)
             parallel.zero_grad(set_to_none=True)

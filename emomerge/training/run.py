@@ -112,8 +112,8 @@ class TrainingRun:
         """
         started = time.perf_counter()
         runs = self.recipe.runs
-        if runs.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self._trained, runs.max_grad_norm)
+        if (limit := self.spec.max_grad_norm(self.recipe)) is not None:
+            nn.utils.clip_grad_norm_(self._trained, limit)
         if isinstance(self.optimizer, EmoOptimizer):
             self.optimizer.damping = damping(runs.cooldown, self.step, self.spec.steps)
         try:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ class RunDir:
     def snapshot(self, step: int) -> Path:
         """Return the folder with a control's weights after a step."""
         return self.path / "snapshots" / f"step-{step:06d}"
+
+    def remove_snapshots(self, steps: Iterable[int]) -> None:
+        """Remove snapshots of a finished run, which stays finished."""
+        folders = [self.snapshot(step) for step in steps]
+        removed = tuple(f"{folder.relative_to(self.path)}/" for folder in folders)
+        kept = {name: size for name, size in self.state.get("sizes", {}).items() if not name.startswith(removed)}
+        self.write_state(sizes=kept)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of metrics.jsonl, without a last line that a kill cut short."""

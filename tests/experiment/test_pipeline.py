@@ -47,7 +47,7 @@ def test_everything_is_there(finished, tiny_recipe):
     runs = ["sens-0", "airy-0", "cats-0", "tion-0", "void-0"]
     merges = ["tall-mask", "ties", "mean", "greedy-soup"]
     assert names[:10] == ["base", *runs, *merges]
-    controls = ["long-run", "adamw-long-run", *["distance-matched"] * 5, "loss-matched"]
+    controls = ["adamw-sweep", "adamw-soup", "long-run", "adamw-long-run", *["distance-matched"] * 5, "loss-matched"]
     assert [row.control for row in results.artefacts][10:] == controls
     for row in results.artefacts:
         assert row.loss("test") > 0
@@ -362,7 +362,11 @@ def test_the_standard_probe_measures_the_merge_its_rivals_and_the_base(probed):
     results = load_results(out)
     by_name = {row.name: row for row in results.artefacts}
     single = results.verdict.best_single[0]
-    rivals = {a.name for a in results.artefacts if a.control in ("long-run", "adamw-long-run", "loss-matched")}
+    rivals = {
+        a.name
+        for a in results.artefacts
+        if a.control in ("adamw-sweep", "adamw-soup", "long-run", "adamw-long-run", "loss-matched")
+    }
     matched = {a.name for a in results.artefacts if a.control == "distance-matched" and a.of == single}
     measured = {name for name, a in by_name.items() if a.hessian}
     assert measured == {"base", "tall-mask", "mean", single} | rivals | matched

@@ -102,7 +102,7 @@ def test_rounds_match_a_plain_loop(train, digits, context, outer):
             with torch.no_grad():
                 torch._foreach_copy_(list(model.parameters()), meeting)
             for step in range(begin, begin + 4):
-                (micro,) = micro_batches(recipe.runs, step)
+                (micro,) = micro_batches(recipe.runs, specs[0], step)
                 torch.manual_seed(seed_of("dropout", 0, micro))
                 rows = batch_order(recipe.runs, spec, len(data.train)).batch(micro)
                 loss = task.loss(model, data.train.batch(rows))

@@ -39,6 +39,8 @@ def prepare_stack(context: Context, specs: Sequence[RunSpec], say: Callable[[str
     recipe, task = context.recipe, context.task
     if recipe.adapter.kind != "lora":
         raise Unstackable("full fine-tuning leaves no base to share")
+    if len({spec.batch_factor for spec in specs}) > 1:
+        raise Unstackable("the runs have batches of different sizes")
     if alone := set(recipe.runs.log_with) - {"tensorboard"}:
         raise Unstackable(f"{', '.join(sorted(alone))} logs one run at a time")
     model, starts = adapted(context, specs)
@@ -103,7 +105,7 @@ def train_stacked(passes: StackedPasses, on_step: StepHook = ignore_step) -> dic
             step = min(runs[n].step for n in unfinished)
             active = [n for n in unfinished if runs[n].step == step]
             started = time.perf_counter()
-            for micro in micro_batches(context.recipe.runs, step):
+            for micro in micro_batches(context.recipe.runs, specs[0], step):
                 for n, loss in zip(active, passes.backward(micro, active), strict=True):
                     runs[n].observe(loss)
             stack.share_gradients()
@@ -165,7 +167,7 @@ class StackedPasses:
                 seed(run)  # a task draws again the numbers that it draws before calling the model
                 losses.append(run_loss(self.task, model, output, run, rows, batches[of_run[run]]))
         with runwise_dropout(self.streams, rows, widths):
-            (torch.stack(losses).sum() / self.runs.accumulation).backward()
+            (torch.stack(losses).sum() / self.specs[0].micro_batches(self.runs)).backward()
         return losses
 
     def sample(self) -> tuple[list[Batch], Inputs]:
