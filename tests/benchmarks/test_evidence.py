@@ -69,7 +69,7 @@ def test_a_unit_of_another_recipe_is_measured_again(
     assert calls.count("good") == 2
 
 
-@pytest.mark.parametrize("table", ["rates"])
+@pytest.mark.parametrize("table", ["defaults", "rates"])
 def test_recipes_of_all_units_can_be_read(
     evidence: ModuleType, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
