@@ -13,6 +13,7 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -150,10 +151,10 @@ class Defaults:
         rows = self._rows.get((task, name))
         return rows and statistics.fmean(row[kind] for row in rows.values())
 
-    def passes(self, name: str) -> str:
-        """Return the passes as multiples of ours, over the tasks."""
-        found = [self.cost(task, name, "passes") for task in self.tasks]
-        ours = [self.cost(task, OURS, "passes") for task in self.tasks]
+    def relative_cost(self, name: str, kind: str) -> str:
+        """Return `passes` or `cpu` as multiples of ours, over the tasks."""
+        found = [self.cost(task, name, kind) for task in self.tasks]
+        ours = [self.cost(task, OURS, kind) for task in self.tasks]
         ratios = [mine / its for mine, its in zip(found, ours, strict=True) if mine is not None and its]
         low, high = (f"{extreme:.2g}" for extreme in (min(ratios), max(ratios)))
         return low if low == high else f"{low} – {high}"
@@ -167,7 +168,7 @@ class Defaults:
 
     def summary(self) -> Cells:
         """Return the table of README.md: a row for each procedure, a column for each task."""
-        head = ["", *(TASKS[task] for task in self.tasks), "passes, ours = 1", "default lower on"]
+        head = ["", *(TASKS[task] for task in self.tasks), "passes, default = 1", "CPU, default = 1", "default lower on"]
         lowest = {task: min(e.mean for name in self.procedures if (e := self.test(task, name))) for task in self.tasks}
 
         def cell(task: str, name: str) -> str:
@@ -178,7 +179,8 @@ class Defaults:
             [
                 PROCEDURES[name],
                 *(cell(task, name) for task in self.tasks),
-                self.passes(name),
+                self.relative_cost(name, "passes"),
+                self.relative_cost(name, "cpu"),
                 "" if name == OURS else self.wins(name),
             ]
             for name in self.procedures
@@ -282,10 +284,8 @@ def markdown(cells: Cells) -> str:
 def conditions(lines: Iterable[Line]) -> str:
     """Return seeds, versions and machines in one sentence."""
     lines = list(lines)
-    counts: dict[str, set[int]] = {}
-    for line in lines:
-        counts.setdefault(line["task"], set()).add(line["seed"])
-    low, high = min(map(len, counts.values())), max(map(len, counts.values()))
+    counts = Counter((line["task"], line["unit"]) for line in lines)
+    low, high = min(counts.values()), max(counts.values())
     seeds = f"{high} training seed{'s' if high > 1 else ''}" if low == high else f"{low} to {high} training seeds"
     versions = " and ".join(sorted({f"emomerge {line['emomerge']} on torch {line['torch']}" for line in lines}))
     machines = " and ".join(sorted({f"{line['machine']['cpu']}, {line['machine']['cores']} cores" for line in lines}))

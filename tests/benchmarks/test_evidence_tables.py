@@ -37,7 +37,14 @@ def results(tmp_path: Path) -> Path:
     for seed in range(3):
         for task, sweep in (("mild", 0.6 + 0.1 * seed), ("vit", None)):
             lines.append({"task": task, "seed": seed, "unit": "ours", "rows": {"base": row(2.0, 0), "ours": row(0.5)}})
-            lines.append({"task": task, "seed": seed, "unit": "adamw-sweep", "rows": {"adamw-sweep": row(sweep, 150)}})
+            lines.append(
+                {
+                    "task": task,
+                    "seed": seed,
+                    "unit": "adamw-sweep",
+                    "rows": {"adamw-sweep": row(sweep, 150, 1.5 if sweep else 5.0)},
+                }
+            )
     write(tmp_path, "defaults", lines)
     rates = {"0.01": [1.0, 3.0], "0.1": [1.0, 2.0], "1": [1.0, 1.5], "10": [1.0, 1.8], "100": [1.0, 6.0]}
     auto: dict[str, Any] = {"losses": {"0.01": [1.0, 0.7], "1": [1.0, 0.7]}, "sha256": {"0.01": {"a": "b"}, "1": {"a": "b"}}}
@@ -85,8 +92,13 @@ def test_summary_counts_tasks_and_compares_costs(tables: ModuleType, results: Pa
     head, base, ours, sweep = tables.Defaults(results).summary()
     assert head[1:3] == ["FashionMNIST MLP, mild", "digits ViT, LoRA"]
     assert base[1:3] == ["2.000 ± 0.000"] * 2
-    assert ours[1:] == ["**0.500 ± 0.000**"] * 2 + ["1", ""]
-    assert sweep[1:] == ["0.700 ± 0.058", "diverged", "1.5", "2 of 2 (0 / 0)"]
+    assert ours[1:] == ["**0.500 ± 0.000**"] * 2 + ["1", "1", ""]
+    assert sweep[1:] == ["0.700 ± 0.058", "diverged", "1.5", "0.75 – 2.5", "2 of 2 (0 / 0)"]
+    write(results, "defaults", [*tables.Defaults(results).lines[:-1]])
+    assert "2 to 3 training seeds; emomerge" in tables.readme_block(results), "a unit lacks a seed"
+
+
+def test_conditions_are_named(tables: ModuleType, results: Path) -> None:
     assert "3 training seeds; emomerge 1.0 on torch 2.0; a CPU, 2 cores" in tables.readme_block(results)
 
 
