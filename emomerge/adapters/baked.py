@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from emomerge.adapters.change import Change
@@ -13,13 +15,25 @@ class BakedCheckpoint(Checkpoint):
 
     `info` reports the base's dtypes, so that a writer rounds θ once. `delta` returns the unrounded Δ: with bf16 weights of
     RMS 0.02 and a Δ of RMS 1e-4, a third of the weights would not change at all when baked.
+
+    Args:
+        base: θ₀.
+        changes: the effect of the adapter on each base tensor that it changes, by name.
+        source: the adapter.
+        reopen: reads the adapter again, in a process that this checkpoint is sent to.
     """
 
-    def __init__(self, base: Checkpoint, changes: dict[str, Change], *, source: str) -> None:
+    def __init__(
+        self, base: Checkpoint, changes: dict[str, Change], *, source: str, reopen: Callable[[], BakedCheckpoint]
+    ) -> None:
         self._base = base
         self._changes = changes
+        self._reopen = reopen
         self.source = source
         self.folder = base.folder
+
+    def __reduce__(self) -> tuple[Callable[[], BakedCheckpoint], tuple[()]]:
+        return self._reopen, ()
 
     def names(self) -> tuple[str, ...]:
         """Return the base's names."""

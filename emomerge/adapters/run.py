@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from emomerge.adapters.baked import BakedCheckpoint
@@ -31,7 +32,12 @@ def bake(base: Checkpoint | str | Path, adapter: str | Path, *, allow_unmatched:
         if path.is_file():
             refuse_adapter(open_checkpoint(path), where=path)
         raise BadInput("no adapter here", where=path, expected=" or ".join(known.layout for known in all_formats()))
-    return BakedCheckpoint(base, form.read(path, base, allow_unmatched=allow_unmatched), source=str(adapter))
+    return BakedCheckpoint(
+        base,
+        form.read(path, base, allow_unmatched=allow_unmatched),
+        source=str(adapter),
+        reopen=partial(bake, base, path.absolute(), allow_unmatched=allow_unmatched),
+    )
 
 
 def open_run(base: Checkpoint, run: Checkpoint | str | Path, *, allow_unmatched: bool = False) -> Checkpoint:

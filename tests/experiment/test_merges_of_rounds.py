@@ -1,6 +1,7 @@
 """Merges of the means at which the runs met, instead of the runs."""
 
 import json
+import pickle
 import re
 import shutil
 
@@ -82,6 +83,16 @@ def test_losses_of_kept_rounds_are_remembered(finished, recipe, monkeypatch):
     assert len(set(expected)) == 3
     monkeypatch.setattr("emomerge.experiment.measure.score", None)
     assert [made.measurer.loss(artefact, "validation") for artefact in rounds] == expected
+
+
+def test_artefacts_of_an_adapter_can_be_sent_to_workers(finished, recipe):
+    made = Pipeline(parse_recipe(recipe), finished)
+    merged = made.merge_artefact(made.recipe.merge[0], 0)
+    run = made.run_artefact(made.specs[0])
+    for artefact in (run, made.round_artefacts(0)[0], merged, made.measurer.distance_matched(run, merged)):
+        sent = pickle.loads(pickle.dumps(artefact))
+        assert sent.hash == artefact.hash
+        assert all(torch.equal(sent.checkpoint[name], artefact.checkpoint[name]) for name in made.base)
 
 
 def test_a_finished_folder_is_extended_by_a_merge_of_rounds(finished, recipe, tmp_path):
