@@ -72,7 +72,11 @@ FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
 DEFAULT_RATES = {"adamw": 1e-3, "prodigy": 1.0, "schedule-free": 2.5e-3, "v3.8": 1.0, "v3.9": 1.0, "auto": 1.0}
 """Optimizer of the table `rates`, or preset of EmoSens → its default rate."""
 MERGES = "merge=[{method: greedy-soup, of: rounds, name: soup-of-rounds}, {method: mean}, {method: tall-mask}]"
-PAPER = ["runs.procedure=paper", "merge=[{method: tall-mask}]", "controls=[best-single]"]
+APART = {
+    "paper": ["runs.procedure=paper", "merge=[{method: tall-mask}]", "controls=[best-single]"],
+    "separate": ["runs.rounds=1", "merge=[{method: mean}]", "controls=[best-single]"],
+}
+"""Unit whose runs meet only in the merge → changes of the recipe. `separate` has all other defaults."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ class Study:
         rivals = [MERGES, f"controls={list(self.setup.controls)}"]
         found: dict[str, tuple[list[str], Callable[[], dict[str, Any]]]] = {
             "ours": ([MERGES], self.ours),
-            "paper": (PAPER, self.paper),
+            **{unit: (changes, lambda unit=unit: self.apart(unit)) for unit, changes in APART.items()},  # type: ignore[misc]
         }
         return found | {kind: (rivals, lambda kind=kind: self.control(kind)) for kind in self.setup.controls}  # type: ignore[misc]
 
@@ -229,17 +233,18 @@ class Study:
             "members": self.members(made, [made.run_artefact(spec) for spec in made.specs]),
         }
 
-    def paper(self) -> dict[str, Any]:
-        """The paper's own procedure: five separate runs of the published preset, and their tall-mask merge."""
-        made = self.pipeline("paper", PAPER)
+    def apart(self, unit: str) -> dict[str, Any]:
+        """Five separate runs: the best of them, and their merge."""
+        made = self.pipeline(unit, APART[unit])
         clear(made)
-        cost = {name: complete(made, name) for name in ("runs", "merge-tall-mask")}
-        best = made.best_run(self.seed)
-        passes, tall = passes_of(made, made.specs), made.merge_artefact(made.recipe.merge[0], self.seed)
+        merge = made.recipe.merge[0]
+        cost = {name: complete(made, name) for name in ("runs", f"merge-{merge.label}")}
+        best = made.run_artefact(made.best_run(self.seed))
+        passes, merged = passes_of(made, made.specs), made.merge_artefact(merge, self.seed)
         return {
             "rows": {
-                "paper-best-single": self.row(made, made.run_artefact(best), passes, cost["runs"]),
-                "paper-tall-mask": self.row(made, tall, passes, sum(cost.values())),
+                f"{unit}-best-single": self.row(made, best, passes, cost["runs"]),
+                f"{unit}-{merge.label}": self.row(made, merged, passes, sum(cost.values())),
             },
             "members": self.members(made, [made.run_artefact(spec) for spec in made.specs]),
         }

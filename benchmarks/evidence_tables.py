@@ -45,6 +45,8 @@ PROCEDURES = {
     "best-single": "default: best of the five runs",
     "mean": "default: plain mean of the runs",
     "tall-mask": "default: tall-mask of the runs",
+    "separate-best-single": "the same without rounds: best run",
+    "separate-mean": "the same without rounds: plain mean",
     "paper-best-single": "the paper's procedure: best run",
     "paper-tall-mask": "the paper's procedure: tall-mask",
     "adamw-sweep": "AdamW sweep, best of five rates",
