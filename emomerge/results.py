@@ -281,12 +281,16 @@ class Verdict(Part):
 
 
 class Selected(Part):
-    """The run or merge to use."""
+    """The model to use, or what to do instead."""
 
     name: str
     path: str | None
     validation_loss: float
     sentence: str
+    kind: Literal["model", "control", "nothing"] = "model"
+    """A run or merge; a control that is better than each of them; or nothing that is better than the base, which is named."""
+    command: str = ""
+    """Command that writes a control that is in no folder."""
 
 
 class MergeFacts(Part):

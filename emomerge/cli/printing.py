@@ -32,7 +32,10 @@ def print_results(results: Results, report: Path) -> None:
         for caveat in results.verdict.caveats:
             screen.print(f"  {caveat}", markup=False, highlight=False, soft_wrap=True)
     if results.selected:
-        screen.print(results.selected.sentence, markup=False, highlight=False, soft_wrap=True)
+        found = results.selected
+        where = found.command or (found.path or "") * (found.kind == "control")
+        for line in [found.sentence, *([f"  {where}"] if where else [])]:
+            screen.print(line, markup=False, highlight=False, soft_wrap=True)
     click.echo(f"Report: {report}")
 
 

@@ -13,12 +13,13 @@ from emomerge.checkpoints import atomic, open_checkpoint
 from emomerge.controls import CONTROLS, PLAIN_MEAN, SINGLE_RUN
 from emomerge.errors import BadInput
 from emomerge.experiment.measure import Artefact, Measured, Measurer, fingerprint, steps_together, united
+from emomerge.experiment.recommendation import recommend
 from emomerge.experiment.workers import measure_in_workers
 from emomerge.probing import verdict
 from emomerge.probing.registry import METRICS, recipe_metrics
 from emomerge.progress import Display
 from emomerge.recipe import Recipe
-from emomerge.results import ArtefactRow, Column, Evidence, ProbeFacts, Results, Role, Selected, Verdict
+from emomerge.results import Column, Evidence, ProbeFacts, Results, Verdict
 from emomerge.training import Context, Engine
 
 
@@ -82,12 +83,15 @@ def assess(
     merge, best = contestants.merges[label][0], contestants.best[0]  # first seed: figures only, not the verdict
     runs = [run for run in contestants.runs if run.seed == best.seed]
     measurer.probe_together(measured, merge, best, runs, line, of_close)
+    models = _all({kind: made for kind, made in controls.items() if CONTROLS[kind].rival_in == "better"})
     results = _results(recipe, measured)
     return results.model_copy(
         update={
             "probe": _probe_facts(recipe, measurer, contestants.base),
             "verdict": _judge(recipe, measurer, comparisons, measured),
-            "selected": select(results.artefacts) if recipe.select == "best" else None,
+            "selected": recommend(measurer, contestants.base, contestants.runs, _all(contestants.merges), models)
+            if recipe.select == "best"
+            else None,
         }
     )
 
@@ -167,7 +171,10 @@ def _comparisons(recipe: Recipe, contestants: Contestants, controls: Mapping[str
     label, mean = recipe.merge[0].label, _plain_mean(recipe)
     found = []
     for index, (merge, single) in enumerate(zip(contestants.merges[label], contestants.best, strict=True)):
-        in_sharpness, in_loss = {SINGLE_RUN: single}, {SINGLE_RUN: single}
+        in_sharpness, in_loss = {SINGLE_RUN: single}, {}
+        if sweep := [a for a in controls.get("adamw-sweep", ()) if _belongs(a, merge, single)]:
+            in_loss[CONTROLS["adamw-sweep"].label] = sweep[0]  # the first rival: what one does otherwise
+        in_loss[SINGLE_RUN] = single
         if mean not in (None, label):
             in_loss[PLAIN_MEAN] = contestants.merges[mean][index]
         for kind, control in CONTROLS.items():
@@ -262,27 +269,6 @@ def _radii(recipe: Recipe) -> Sequence[float]:
     """Return the radii at which the verdict compares sharpness."""
     radii: Sequence[float] = METRICS["gaussian"].options_of(recipe.probe)["radii"]
     return radii
-
-
-def select(rows: Sequence[ArtefactRow]) -> Selected:
-    """Return the run or merge with the lowest validation loss, and a sentence that gives the reason."""
-
-    def loss(row: ArtefactRow) -> float:
-        found = row.loss("validation")
-        return float("inf") if found is None else found
-
-    def best(role: Role) -> ArtefactRow:
-        return min((row for row in rows if row.role == role), key=loss)
-
-    run, merge = best("run"), best("merge")
-    winner, other = (merge, run) if loss(merge) < loss(run) else (run, merge)
-    reason = (
-        f"the lowest validation loss, {loss(winner):.4f}, against {loss(other):.4f} of the best single run, {other.name}"
-        if winner is merge
-        else f"no merge has a lower validation loss than this single run's {loss(winner):.4f} ({other.name}: {loss(other):.4f})"
-    )
-    sentence = f"Use {winner.name}: {reason}."
-    return Selected(name=winner.name, path=winner.path, validation_loss=loss(winner), sentence=sentence)
 
 
 def _results(recipe: Recipe, measured: Mapping[str, Measured]) -> Results:

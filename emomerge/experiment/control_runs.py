@@ -146,9 +146,8 @@ def _points(experiment: Experiment, spec: RunSpec) -> list[Artefact]:
     """Return the points of a run among which is chosen: its end, and with early stopping the snapshots that still exist."""
     found = [experiment.run_artefact(spec)]
     for step in spec.snapshots if spec.control == "adamw-long-run" else ():
-        folder = experiment.run_dir(spec).snapshot(step)
-        if folder.exists():
-            found.append(replace(experiment.snapshot_artefact(spec, step), path=folder, control=spec.control))
+        if experiment.run_dir(spec).snapshot(step).exists():
+            found.append(replace(experiment.snapshot_artefact(spec, step), control=spec.control))
     return found
 
 
@@ -187,17 +186,21 @@ def control_artefacts(experiment: Experiment) -> dict[str, list[Artefact]]:
                 runs[spec.control].append(spec)
         for kind in ("adamw-sweep", "adamw-long-run", "adamw-large-batch", "long-run"):
             points = [point for spec in runs[kind] for point in _points(experiment, spec)]
-            found[kind] += [measurer.best(points)] if points else []
+            found[kind] += [replace(measurer.best(points), cost=experiment.cost_of(runs[kind]))] if points else []
         sweep = [experiment.run_artefact(spec) for spec in runs["adamw-sweep"]]
         if sweep and "adamw-soup" in recipe.controls:
-            found["adamw-soup"].append(measurer.greedy_soup(f"adamw-soup-{seed}", sweep, "adamw-soup"))
+            soup = measurer.greedy_soup(f"adamw-soup-{seed}", sweep, "adamw-soup")
+            found["adamw-soup"].append(replace(soup, cost=experiment.cost_of(runs["adamw-sweep"])))
         members = [experiment.run_artefact(spec) for spec in runs["adamw-average"]]
         if members:
-            found["adamw-average"].append(measurer.average(f"adamw-average-{seed}", members, "adamw-average"))
+            average = measurer.average(f"adamw-average-{seed}", members, "adamw-average")
+            cost = experiment.cost_of([*runs["adamw-average"], *runs["adamw-long-run"]])  # the latter chose its rate
+            found["adamw-average"].append(replace(average, cost=cost))
         for spec in runs["long-run"]:
             snapshots = [experiment.snapshot_artefact(spec, step) for step in spec.snapshots]
             found["snapshots"] += snapshots
             if "swa" in recipe.controls:
                 later = [a for a, step in zip(snapshots, spec.snapshots, strict=True) if 2 * step > spec.steps]
-                found["swa"].append(measurer.average(f"swa-{spec.name}", later, "swa"))
+                average = measurer.average(f"swa-{spec.name}", later, "swa")
+                found["swa"].append(replace(average, cost=experiment.cost_of([spec])))
     return found

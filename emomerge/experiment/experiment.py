@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from emomerge.adapters import open_run
 from emomerge.checkpoints import Checkpoint, atomic, open_checkpoint
+from emomerge.experiment.costs import Cost, total
 from emomerge.experiment.measure import Artefact, Measurer
 from emomerge.experiment.workspace import Workspace
 from emomerge.numerics.hashing import digest
@@ -98,6 +100,18 @@ class Experiment:
         runs = {spec.name: spec for spec in self.specs if spec.seed == seed}
         return runs[self.measurer.best([self.run_artefact(spec) for spec in runs.values()]).name]
 
+    def cost_of(self, specs: Iterable[RunSpec]) -> Cost:
+        """Return what it cost to train some runs."""
+        runs, costs = self.recipe.runs, []
+        for spec in specs:
+            state = self.run_dir(spec).state
+            costs.append(Cost(state["steps_taken"] * runs.batch_size * spec.micro_batches(runs), state.get("cpu_seconds")))
+        return total(costs)
+
+    def cost_of_runs(self, seed: int) -> Cost:
+        """Return what it cost to train all runs of a training seed."""
+        return self.cost_of(spec for spec in self.specs if spec.seed == seed)
+
     def run_artefact(self, spec: RunSpec) -> Artefact:
         """Return a trained run as an artefact."""
         run = self.run_dir(spec)
@@ -107,6 +121,7 @@ class Experiment:
             digest([self.base_hash, state["sha256"]]), path=run.artefact, optimizer=spec.optimizer, seed=spec.seed,
             control=spec.control,
             seconds=state["seconds"], sha256=state["sha256"],
+            cost=self.cost_of_runs(spec.seed) if spec.role == "run" and self.recipe.runs.rounds > 1 else self.cost_of([spec]),
         )  # fmt: skip
 
     def snapshot_artefact(self, spec: RunSpec, step: int) -> Artefact:
@@ -115,7 +130,8 @@ class Experiment:
         weights = {file.name: atomic.sha256(file) for file in sorted(folder.glob("*.safetensors"))}
         return Artefact(
             f"{spec.name} at step {step}", "control", open_run(self.base, folder),
-            digest([self.base_hash, weights]), optimizer=spec.optimizer, seed=spec.seed,
+            digest([self.base_hash, weights]), path=folder, optimizer=spec.optimizer, seed=spec.seed,
+            cost=self.cost_of([spec]),
         )  # fmt: skip
 
     def kept_rounds(self, seed: int) -> KeptRounds:
@@ -168,11 +184,11 @@ class Experiment:
     def merge_artefact(self, spec: Merge, seed: int) -> Artefact:
         """Return a written merge as an artefact."""
         name = self.merge_name(spec, seed)
-        folder = self.space.merges / name
+        folder, stamp = self.space.merges / name, self.space.stamp(f"merge-{name}")
         weights = {file.name: atomic.sha256(file) for file in sorted(folder.glob("*.safetensors"))}
         return Artefact(
             name, "merge", open_checkpoint(folder), digest(weights), path=folder, seed=seed, method=spec.method, sha256=weights,
-            seconds=self.space.stamp(f"merge-{name}").get("seconds"),
+            seconds=stamp.get("seconds"), cost=total([self.cost_of_runs(seed), Cost(0, stamp.get("cpu_seconds"))]),
             cosine_to_mean=self.merge_record(name)["diagnostics"].get("cosine_to_mean") if spec.of == "runs" else None,
         )  # fmt: skip
 

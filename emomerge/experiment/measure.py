@@ -19,7 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from emomerge.checkpoints import Checkpoint, load_into
-from emomerge.experiment.scores import COSINE, DISTANCE, ENTROPY, GRADIENT_NORM, Figure, exact, score, score_figures
+from emomerge.experiment.costs import Cost
+from emomerge.experiment.scores import (
+    COSINE,
+    DISTANCE,
+    ENTROPY,
+    GRADIENT_NORM,
+    Figure,
+    cost_figures,
+    exact,
+    score,
+    score_figures,
+)  # fmt: skip
 from emomerge.merging import merge
 from emomerge.numerics.hashing import bytes_of, digest
 from emomerge.probing import basics
@@ -53,6 +64,10 @@ class Artefact:
     """SHA-256 of the weights, or of each file."""
     method: str | None = None
     """Merge method."""
+    sources: tuple[Path, ...] = ()
+    """The models that a control in no folder of its own is merged from by `method`."""
+    cost: Cost | None = None
+    """What it cost to train everything that it was made of or chosen from."""
     cosine_to_mean: float | None = None
     """Cosine between its task vector and the mean of the runs' task vectors."""
 
@@ -295,7 +310,7 @@ class Measurer:
             after.append((COSINE, exact(artefact.cosine_to_mean)))
         if "entropy" in scores["train"]:
             after.append((ENTROPY, exact(basics.mean_score(scores["train"], "entropy"))))
-        return test, [*after, (GRADIENT_NORM, exact(gradient_norm))]
+        return test, [*after, (GRADIENT_NORM, exact(gradient_norm)), *cost_figures(artefact.cost)]
 
     def weights_of(self, artefact: Artefact) -> dict[str, Tensor]:
         """Return copies of an artefact's parameters, keyed by their names in the model."""
@@ -345,7 +360,8 @@ class Measurer:
             name, "control",
             merge(self.context.base, [a.checkpoint for a in members], method="mean", names=[a.name for a in members]),
             digest(["mean", *(a.hash for a in members)]),
-            optimizer=members[0].optimizer, seed=members[0].seed, control=control,
+            optimizer=members[0].optimizer, seed=members[0].seed, control=control, method="mean",
+            sources=tuple(member.path for member in members if member.path is not None),
         )  # fmt: skip
 
     def greedy_soup(self, name: str, members: Sequence[Artefact], control: str) -> Artefact:
@@ -356,7 +372,7 @@ class Measurer:
             larger = self.average(name, [*chosen, candidate], control)
             if self.best([larger, soup]) is larger:
                 soup, chosen = larger, [*chosen, candidate]
-        return soup
+        return replace(soup, method="greedy-soup", sources=self.average(name, members, control).sources)
 
     def loss_matched(self, snapshots: Sequence[Artefact], merged: Artefact) -> Artefact:
         """Return the snapshot whose training loss is closest to the merge's."""
@@ -375,7 +391,7 @@ class Measurer:
             f"{run.name} at |{merged.name}|", "control",
             merge(self.context.base, [run.checkpoint], method="task-arithmetic", weights=[1.0], scale=factor, names=[run.name]),
             digest([run.hash, factor]),
-            optimizer=run.optimizer, seed=run.seed, control="distance-matched", of=run.name,
+            optimizer=run.optimizer, seed=run.seed, control="distance-matched", of=run.name, cost=run.cost,
         )  # fmt: skip
 
 

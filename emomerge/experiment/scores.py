@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
+from emomerge.experiment.costs import Cost
 from emomerge.probing.basics import mean_score
 from emomerge.probing.registry import Array
 from emomerge.results import Column, Estimate, View
@@ -27,6 +28,23 @@ ENTROPY = Column(
     meaning="mean entropy of the predictions (nats); confident models look flatter",
 )  # fmt: skip
 GRADIENT_NORM = Column(key="grad_norm", title="‖∇L‖", meaning="norm of the gradient at the artefact", views=("table",))
+
+EXAMPLES = Column(
+    key="examples", title="examples", views=("table", "terminal"), decimals=0,
+    meaning="rows passed forward and backward to train everything that the artefact was made of or chosen from",
+)  # fmt: skip
+CPU_SECONDS = Column(
+    key="cpu_seconds", title="CPU s", views=("table", "terminal"), digits=2,
+    meaning="CPU seconds of that training and of merging; runs that share a pass share its time",
+)  # fmt: skip
+
+
+def cost_figures(cost: Cost | None) -> list[Figure]:
+    """Return the columns and figures of a cost, without the CPU time if it is unknown."""
+    if cost is None:
+        return []
+    seconds = [] if cost.cpu_seconds is None else [(CPU_SECONDS, exact(cost.cpu_seconds))]
+    return [(EXAMPLES, exact(cost.examples)), *seconds]
 
 
 def score_figures(split: SplitName, scores: Mapping[str, Array], unit: str, *, perplexity: bool) -> list[Figure]:

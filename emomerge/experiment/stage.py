@@ -44,4 +44,4 @@ class Stage:
         with stopwatch() as clock:
             facts = self.do() or {}
         if self.inputs is not None:
-            space.write_stamp(self.name, self.inputs(), self.files(), **{"seconds": clock["seconds"], **facts})
+            space.write_stamp(self.name, self.inputs(), self.files(), **{**clock, **facts})

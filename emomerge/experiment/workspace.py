@@ -163,9 +163,10 @@ def files_below(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def stopwatch() -> Iterator[dict[str, float]]:
-    """Measure the duration of a block in seconds, available as `seconds` after it."""
-    started, measured = time.perf_counter(), {"seconds": 0.0}
+    """Measure the duration and the CPU time of a block, available as `seconds` and `cpu_seconds` after it."""
+    started, measured = (time.perf_counter(), time.process_time()), {"seconds": 0.0, "cpu_seconds": 0.0}
     try:
         yield measured
     finally:
-        measured["seconds"] = time.perf_counter() - started
+        measured["seconds"] = time.perf_counter() - started[0]
+        measured["cpu_seconds"] = time.process_time() - started[1]

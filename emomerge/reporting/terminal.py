@@ -13,7 +13,7 @@ from emomerge.results import Column, Results
 if TYPE_CHECKING:
     from rich.table import Table
 
-FIRST = ("validation_loss", "test_loss", "test_accuracy", "sharpness", "distance")
+FIRST = ("validation_loss", "test_loss", "test_accuracy", "sharpness", "cpu_seconds", "examples", "distance")
 """Columns or families in order of importance: shown first, left out last."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from emomerge.training.adapt import adapt
 from emomerge.training.context import Context
 from emomerge.training.order import BatchOrder
 from emomerge.training.plan import RunSpec
-from emomerge.training.run import StepHook, TrainingRun, ignore_step
+from emomerge.training.run import Clock, StepHook, TrainingRun, ignore_step
 
 
 def train_run(context: Context, spec: RunSpec, on_step: StepHook = ignore_step) -> None:
@@ -32,7 +31,7 @@ def train_run(context: Context, spec: RunSpec, on_step: StepHook = ignore_step) 
     run.keep_snapshot(model)  # in case of a kill between checkpoint and snapshot
     with torch.random.fork_rng():
         while run.unfinished:
-            started = time.perf_counter()
+            clock = Clock()
             for micro in micro_batches(runs, spec, run.step):
                 seed_default_generators(seed_of("dropout", spec.seed, micro), device)
                 rows = order.batch(micro)
@@ -41,7 +40,7 @@ def train_run(context: Context, spec: RunSpec, on_step: StepHook = ignore_step) 
                     loss = task.loss(model, batch)
                 (loss / spec.micro_batches(runs)).backward()
                 run.observe(loss)
-            run.take_step(rows, time.perf_counter() - started)
+            run.take_step(rows, clock.read())
             model.zero_grad(set_to_none=True)
             run.keep_snapshot(model)
     run.finish(model.cpu())

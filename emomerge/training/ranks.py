@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -26,7 +25,7 @@ from emomerge.recipe import Recipe
 from emomerge.tasks import Task, TaskData
 from emomerge.training.context import Job
 from emomerge.training.loop import adapted_model, autocast, batch_order, buffers, micro_batches, trained
-from emomerge.training.run import StepHook, TrainingRun, copy_into, ignore_step
+from emomerge.training.run import Clock, StepHook, TrainingRun, copy_into, ignore_step
 from emomerge.training.run_dir import RunDir
 from emomerge.training.sharded import unshard
 
@@ -136,7 +135,7 @@ def take_steps(ranks: Ranks, job: Job, on_step: StepHook = ignore_step) -> None:
     order = batch_order(runs, spec, len(split))
     with torch.random.fork_rng():
         while run.unfinished:
-            started = time.perf_counter()
+            clock = Clock()
             for micro in micro_batches(runs, spec, run.step):
                 seed_default_generators(seed_of("dropout", spec.seed, micro, *[ranks.rank] * (not ranks.leads)), device)
                 rows = order.batch(micro)
@@ -145,7 +144,7 @@ def take_steps(ranks: Ranks, job: Job, on_step: StepHook = ignore_step) -> None:
                     loss = context.task.loss(parallel, batch)
                 (loss / spec.micro_batches(runs)).backward()
                 run.observe(ranks.mean(loss))
-            run.take_step(rows, time.perf_counter() - started)
+            run.take_step(rows, clock.read())
             parallel.zero_grad(set_to_none=True)
             if run.step in spec.snapshots:
                 tensors = {name: unshard(tensor) for name, tensor in run.learnt.items()}

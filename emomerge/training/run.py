@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,26 @@ def ignore_step(spec: RunSpec, row: dict[str, Any]) -> None:
     """Do nothing after a step."""
 
 
+class Spent(NamedTuple):
+    """Time spent, in seconds."""
+
+    wall: float
+    cpu: float
+    """Of all threads of this process."""
+
+
+class Clock:
+    """Measures the time since it was created."""
+
+    def __init__(self) -> None:
+        self._started = Spent(time.perf_counter(), time.process_time())
+
+    def read(self, shared_by: int = 1) -> Spent:
+        """Return the time spent so far, divided by the number of runs that share it."""
+        wall, cpu = time.perf_counter() - self._started.wall, time.process_time() - self._started.cpu
+        return Spent(wall / shared_by, cpu / shared_by)
+
+
 class TrainingRun:
     """Optimizer, metrics, checkpoints and result of one run. A training loop gives it losses and gradients:
 
@@ -38,7 +58,7 @@ class TrainingRun:
         while run.unfinished:
             ...                         # forward and backward pass on the rows of step run.step + 1
             run.observe(loss)           # for every micro-batch
-            run.take_step(rows, seconds)
+            run.take_step(rows, clock.read())
             ...                         # zero the gradients
         run.finish(model)
 
@@ -100,18 +120,17 @@ class TrainingRun:
         self.optimizer.observe(loss)
         self._losses.append(loss.detach())
 
-    def take_step(self, rows: Tensor, seconds: float) -> None:
+    def take_step(self, rows: Tensor, spent: Spent) -> None:
         """Take one step from the gradients in the parameters, write its metrics, and a checkpoint if one is due.
 
         Args:
             rows: row numbers of the last micro-batch, for the error message.
-            seconds: duration of the forward and backward passes.
+            spent: time spent on the forward and backward passes.
 
         Raises:
             RunFailed: the loss is NaN or infinite; names step and rows. The last good checkpoint is kept.
         """
-        started = time.perf_counter()
-        runs = self.recipe.runs
+        clock, runs = Clock(), self.recipe.runs
         if (limit := self.spec.max_grad_norm(self.recipe)) is not None:
             nn.utils.clip_grad_norm_(self._trained, limit)
         if isinstance(self.optimizer, EmoOptimizer):
@@ -123,7 +142,8 @@ class TrainingRun:
         self.step += 1
         if self._average is not None:
             self._average.update(self.step)
-        row = self._row(seconds + time.perf_counter() - started)
+        own = clock.read()
+        row = self._row(Spent(spent.wall + own.wall, spent.cpu + own.cpu))
         self.run.append_metrics(row)
         self._on_step(self.spec, row)
         if runs.early_stop and self.spec.role == "run" and row["should_stop"]:
@@ -131,13 +151,16 @@ class TrainingRun:
         if self.step % runs.checkpoint_every == 0 or not self.unfinished:
             self._save_checkpoint()
 
-    def _row(self, seconds: float) -> dict[str, Any]:
+    def _row(self, spent: Spent) -> dict[str, Any]:
         figures = self.optimizer.pulse.figures()
         if isinstance(self.optimizer, EmoOptimizer):
             figures["rate"] *= self.optimizer.damping
         losses = torch.stack(self._losses).tolist()
         self._losses.clear()
-        return {**figures, "step": self.step, "loss": sum(losses) / len(losses), "seconds": round(seconds, 6)}
+        return {**figures, "step": self.step, "loss": sum(losses) / len(losses)} | {
+            "seconds": round(spent.wall, 6),
+            "cpu_seconds": round(spent.cpu, 6),
+        }
 
     def keep_snapshot(self, model: nn.Module) -> None:
         """Save the weights if the run keeps a snapshot after this step; `model` as for `finish`."""
@@ -177,6 +200,7 @@ class TrainingRun:
             sizes={f"{f.relative_to(self.run.path)}/{name}": size for f in folders for name, size in file_sizes(f).items()},
             steps_taken=len(rows),
             seconds=sum(row["seconds"] for row in rows),
+            cpu_seconds=sum(row["cpu_seconds"] for row in rows) if all("cpu_seconds" in row for row in rows) else None,
             last_loss=sum(row["loss"] for row in rows[-20:]) / max(1, len(rows[-20:])),
         )
         self.run.checkpoint.unlink(missing_ok=True)

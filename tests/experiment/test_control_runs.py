@@ -1,16 +1,22 @@
 import json
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from emomerge.adapters import open_run
+from emomerge.checkpoints import open_checkpoint
+from emomerge.cli import main
 from emomerge.controls import CONTROLS
 from emomerge.errors import BadInput
 from emomerge.experiment.control_runs import control_artefacts, large_batch_runs, long_adamw_runs, sweep_runs
-from emomerge.experiment.measure import Measurer
+from emomerge.experiment.measure import Artefact, Measurer
 from emomerge.experiment.pipeline import Pipeline
+from emomerge.experiment.recommendation import recommend
 from emomerge.merging import merge
 from emomerge.recipe import parse_recipe
 from emomerge.results import load_results
@@ -192,6 +198,48 @@ def test_clipping_shortens_the_gradients_of_adamw(finished, recipe, tmp_path):
     first, second = (next(pipeline.run_dir(spec).metrics()) for pipeline in (finished, other))
     assert first["loss"] == pytest.approx(second["loss"])
     assert finished.run_dir(spec).state["sha256"] != other.run_dir(spec).state["sha256"]
+
+
+def test_every_model_costs_what_was_trained_to_choose_it(finished):
+    examples = {row.control or row.name: row.mean("examples") for row in load_results(finished.space.out).artefacts}
+    one = 6 * 8
+    assert (examples["sens-0"], examples["mean"]) == (one, 3 * one)
+    assert examples["adamw-sweep"] == examples["adamw-soup"] == 3 * one
+    assert examples["adamw-long-run"] == examples["adamw-large-batch"] == 2 * 3 * one, "at two rates"
+    assert examples["base"] is None
+    cpu = {row.control or row.name: row.mean("cpu_seconds") for row in load_results(finished.space.out).artefacts}
+    assert cpu["mean"] > cpu["sens-0"] > 0
+    assert (
+        cpu["adamw-soup"]
+        == cpu["adamw-sweep"]
+        == pytest.approx(sum(finished.run_dir(spec).state["cpu_seconds"] for spec in sweep_runs(finished.recipe, 0)))
+    )
+
+
+def test_the_cpu_time_of_runs_of_earlier_versions_is_unknown(finished, recipe, tmp_path):
+    shutil.copytree(finished.space.out, tmp_path / "out")
+    again = Pipeline(parse_recipe(recipe), tmp_path / "out")
+    spec = again.specs[0]
+    state = again.run_dir(spec).state
+    del state["cpu_seconds"]
+    (again.run_dir(spec).path / "run.json").write_text(json.dumps(state))
+    assert again.run_is_done(spec)
+    assert again.run_artefact(spec).cost == (48, None)
+    assert again.merge_artefact(again.recipe.merge[0], 0).cost == (3 * 48, None)
+
+
+def test_the_command_for_a_soup_writes_the_soup(finished, tmp_path, monkeypatch):
+    soup = control_artefacts(finished)["adamw-soup"][0]
+    base = Artefact("base", "base", finished.base, finished.base_hash)
+    winner = replace(finished.run_artefact(finished.specs[0]), checkpoint=finished.base, hash=finished.base_hash)
+    found = recommend(finished.measurer, base, [winner], [winner], [soup])
+    assert (found.kind, found.path) == ("control", None)
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, shlex.split(found.command)[1:])
+    assert done.exit_code == 0, done.output
+    written = open_checkpoint(tmp_path / "adamw-soup-0")
+    for name in finished.base:
+        torch.testing.assert_close(written[name], soup.checkpoint[name], rtol=1e-5, atol=1e-6)
 
 
 def test_controls_made_from_others_need_them(recipe):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -15,7 +14,7 @@ from emomerge.tasks import Batch
 from emomerge.training.context import Context
 from emomerge.training.loop import adapted_model, autocast, batch_order, buffers, micro_batches, order_key, trained
 from emomerge.training.plan import RunSpec
-from emomerge.training.run import StepHook, TrainingRun, ignore_step
+from emomerge.training.run import Clock, StepHook, TrainingRun, ignore_step
 from emomerge.training.stacked.estimate import estimate
 from emomerge.training.stacked.losses import Inputs, check_loss, check_rows_apart, model_inputs, run_loss, stack_inputs
 from emomerge.training.stacked.model import StackedModel, Unstackable
@@ -104,13 +103,13 @@ def train_stacked(passes: StackedPasses, on_step: StepHook = ignore_step) -> dic
         while unfinished := [n for n, run in enumerate(runs) if run.unfinished and specs[n] not in failures]:
             step = min(runs[n].step for n in unfinished)
             active = [n for n in unfinished if runs[n].step == step]
-            started = time.perf_counter()
+            clock = Clock()
             for micro in micro_batches(context.recipe.runs, specs[0], step):
                 for n, loss in zip(active, passes.backward(micro, active), strict=True):
                     runs[n].observe(loss)
             stack.share_gradients()
-            seconds = (time.perf_counter() - started) / len(active)
-            each(active, lambda n, seconds=seconds: runs[n].take_step(passes.rows_of(n), seconds))  # type: ignore[misc]
+            spent = clock.read(len(active))
+            each(active, lambda n, spent=spent: runs[n].take_step(passes.rows_of(n), spent))  # type: ignore[misc]
             stack.drop_gradients()
             each(active, keep_snapshot)
     model.cpu()
