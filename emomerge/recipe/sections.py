@@ -422,7 +422,8 @@ class Recipe(Section):
     rival: Rival = Rival()
     probe: Probe = Probe()
     select: Literal["best", "none"] = "best"
-    """`best` selects the artefact with the lowest validation loss, a merge or a single run."""
+    """`best` recommends the merge or single run with the lowest validation loss, unless it is no better than the base or a
+    control is better than it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps …"""
 

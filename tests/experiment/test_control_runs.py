@@ -22,6 +22,7 @@ from emomerge.recipe import parse_recipe
 from emomerge.results import load_results
 from emomerge.training.loop import batch_order, micro_batches
 from emomerge.training.plan import RunSpec, run_inputs
+from emomerge.training.stacked import Unstackable, prepare_stack
 
 ADAMW = ["adamw-sweep", "adamw-soup", "adamw-long-run", "adamw-large-batch"]
 
@@ -129,6 +130,22 @@ def test_large_batches_hold_the_rows_of_all_runs(finished):
     assert torch.equal(first, torch.cat([sweep.batch(number) for number in range(3)]))
     assert finished.run_dir(spec).state["steps_taken"] == 6
     assert control_artefacts(finished)["adamw-large-batch"][0].control == "adamw-large-batch"
+
+
+def test_large_batches_in_one_pass_equal_those_trained_alone(finished, recipe, tmp_path):
+    weights = []
+    for parallel in ("stacked", "sequential"):
+        shutil.copytree(finished.space.base, tmp_path / parallel / "base")
+        shutil.copytree(finished.space.out / "stamps", tmp_path / parallel / "stamps")
+        made = Pipeline(parse_recipe(recipe | {"runs": recipe["runs"] | {"parallel": parallel}}), tmp_path / parallel)
+        specs = large_batch_runs(made.recipe, 0)
+        made.train(specs)
+        weights.append(open_run(made.base, made.run_dir(specs[0]).path))
+    for name in finished.base:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-5)
+    mixed = [sweep_runs(finished.recipe, 0)[0], specs[0]]
+    with pytest.raises(Unstackable, match="batches of different sizes"):
+        prepare_stack(finished.context, mixed)
 
 
 def test_controls_of_equal_length_and_batch_are_trained_together(recipe, tmp_path):
