@@ -22,7 +22,14 @@ def digits():
             "base": {"prepare": {"model": "vit", "hidden": 16, "layers": 1, "patch_size": 4}},
             "task": {"kind": "image-classification", "train": "digits", "limit": 64, "eval_fraction": 0.25},
             "adapter": {"kind": "lora", "rank": 2, "alpha": 4, "dropout": 0.2},
-            "runs": {"steps": 6, "batch_size": 8, "checkpoint_every": 2, "parallel": "sequential"},
+            "runs": {
+                "procedure": "paper",
+                "preset": "guarded",
+                "steps": 6,
+                "batch_size": 8,
+                "checkpoint_every": 2,
+                "parallel": "sequential",
+            },
         }
     )
     task = make_task(recipe.task)
