@@ -191,6 +191,9 @@ def example_results(steps: int = 300) -> Results:
         ("swa-long-airy-0", "swa", "airy", None, 0.3222, 0.0091),
         ("long-adamw-0.001-0", "adamw-long-run", "adamw", None, 0.3259, 0.0196),
         ("adamw-average-0", "adamw-average", "adamw", None, 0.3249, 0.0104),
+        ("sweep-adamw-0.001-0", "adamw-sweep", "adamw", None, 0.3345, 0.0082),
+        ("adamw-soup-0", "adamw-soup", "adamw", None, 0.3335, 0.0205),
+        ("batch-adamw-0.003-0", "adamw-large-batch", "adamw", None, 0.3150, 0.0060),
     )
     controls += [
         _artefact(name, "control", test, sharp, 3.3, optimizer=o, seed=0, control=kind, of=of)
