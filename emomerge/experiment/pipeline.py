@@ -162,7 +162,9 @@ class Pipeline(Experiment):
             if self.engine is not None:
                 train_in_workers(self.engine, self.context, pieces, on_step)
             else:
-                train_locally(self.context, pieces, ranks=self.ranks, on_step=on_step, say=self.display.say)
+                first_round = all(spec.start == 0 for spec in pieces)
+                say = self.display.say if first_round else lambda line: None  # every round would say the same
+                train_locally(self.context, pieces, ranks=self.ranks, on_step=on_step, say=say)
 
         train_runs(self.context, specs, execute)
 
