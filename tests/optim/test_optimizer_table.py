@@ -44,7 +44,8 @@ mine = table.OptimizerEntry(path="mine:Mine", description="", source="", state="
 table.OPTIMIZERS = MappingProxyType({**table.OPTIMIZERS, "mine": mine})
 import emomerge.recipe
 assert "torch" not in sys.modules
-recipe = {"name": "x", "task": {"kind": "custom", "function": "f:g"}, "runs": {"optimizers": ["mine"], "preset": "v3.8", "lr": {"mine": 2.0}}}
+runs = {"optimizers": ["mine"], "preset": "v3.8", "lr": {"mine": 2.0}}
+recipe = {"name": "x", "task": {"kind": "custom", "function": "f:g"}, "runs": runs}
 runs = emomerge.recipe.parse_recipe(recipe).runs
 assert runs.optimizers == ("mine",) and runs.lr_of("mine") == 2.0
 assert emomerge.recipe.Runs().optimizers == ("sens", "airy", "cats", "tion", "void")
