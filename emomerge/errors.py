@@ -43,6 +43,10 @@ class BadInput(EmomergeError, ValueError):
         super().__init__(" ".join("; ".join(parts).split()))
 
 
+class Note(UserWarning):
+    """Something that the user of an output should know; commands print it on standard error as one line."""
+
+
 class MissingExtra(EmomergeError, ImportError):
     """A command or function needs a package that the installation lacks; exit status 2.
 

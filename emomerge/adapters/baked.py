@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor
 
@@ -20,20 +21,28 @@ class BakedCheckpoint(Checkpoint):
         base: θ₀.
         changes: the effect of the adapter on each base tensor that it changes, by name.
         source: the adapter.
+        adapter_folder: its folder, which may hold a tokenizer.
         reopen: reads the adapter again, in a process that this checkpoint is sent to.
     """
 
     def __init__(
-        self, base: Checkpoint, changes: dict[str, Change], *, source: str, reopen: Callable[[], BakedCheckpoint]
-    ) -> None:
+        self, base: Checkpoint, changes: dict[str, Change], *, source: str, adapter_folder: Path,
+        reopen: Callable[[], BakedCheckpoint],
+    ) -> None:  # fmt: skip
         self._base = base
         self._changes = changes
         self._reopen = reopen
         self.source = source
         self.folder = base.folder
+        self._adapter_folder = adapter_folder
 
     def __reduce__(self) -> tuple[Callable[[], BakedCheckpoint], tuple[()]]:
         return self._reopen, ()
+
+    @property
+    def tokenizers_from(self) -> tuple[Path, ...]:
+        """The folder of the adapter."""
+        return (self._adapter_folder,)
 
     def names(self) -> tuple[str, ...]:
         """Return the base's names."""

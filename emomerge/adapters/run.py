@@ -36,6 +36,7 @@ def bake(base: Checkpoint | str | Path, adapter: str | Path, *, allow_unmatched:
         base,
         form.read(path, base, allow_unmatched=allow_unmatched),
         source=str(adapter),
+        adapter_folder=path if path.is_dir() else path.parent,
         reopen=partial(bake, base, path.absolute(), allow_unmatched=allow_unmatched),
     )
 

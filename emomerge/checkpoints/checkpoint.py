@@ -51,6 +51,11 @@ class Checkpoint(Mapping[str, Tensor]):
     paths: tuple[Path, ...] = ()
     """The files that the tensors are read from, sorted; empty for weights that are computed or in memory."""
 
+    @property
+    def tokenizers_from(self) -> tuple[Path, ...]:
+        """The folders that may hold a tokenizer with which these weights were trained."""
+        return () if self.folder is None else (self.folder,)
+
     @abstractmethod
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of one tensor, without loading it."""
@@ -163,6 +168,11 @@ class OnDevice(Checkpoint):
         self.device = device
         self.source = checkpoint.source
         self.folder = checkpoint.folder
+
+    @property
+    def tokenizers_from(self) -> tuple[Path, ...]:
+        """The folders of the checkpoint."""
+        return self._checkpoint.tokenizers_from
 
     def names(self) -> tuple[str, ...]:
         """Return all tensor names, sorted."""

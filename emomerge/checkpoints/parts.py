@@ -1,6 +1,6 @@
-"""Models of several parts: a diffusers folder, or one file with a prefix for each part (latent diffusion, ComfyUI).
+"""Models of several parts: a diffusers or sentence-transformers folder, or one file with a prefix for each part (ComfyUI).
 
-Both are one `Checkpoint`. Tensors of a folder are named `unet/conv_in.weight`: the part, a slash, the name in the part's own
+All are one `Checkpoint`. Tensors of a folder are named `unet/conv_in.weight`: the part, a slash, the name in the part's own
 file. A slash mirrors the path on disk and occurs in no module name, whereas `unet.conv_in.weight` could also be the name of a
 tensor in a single file.
 """
@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from emomerge.errors import BadInput
 
-MODEL_INDEX = "model_index.json"
+MODEL_INDEX, MODULES = "model_index.json", "modules.json"
+"""What names the parts of a folder of diffusers, and of sentence-transformers."""
 STEMS = ("model", "diffusion_pytorch_model")
 """Names of weight files, without suffix and shard number: of transformers and of diffusers."""
 _DENOISER = "model.diffusion_model."
@@ -32,14 +34,14 @@ class PartsCheckpoint(Checkpoint):
     """The parts of a model as one checkpoint.
 
     Args:
-        parts: part name → its weights.
+        parts: part name → its weights; the name of weights in the folder itself is empty.
         source: origin of the weights, for messages.
         folder: the folder that holds the parts.
     """
 
     def __init__(self, parts: Mapping[str, Checkpoint], *, source: str, folder: Path) -> None:
         self._parts = parts
-        self._names = tuple(sorted(f"{part}/{name}" for part, weights in parts.items() for name in weights))
+        self._names = tuple(sorted(f"{part}/{name}" if part else name for part, weights in parts.items() for name in weights))
         self.paths = tuple(sorted(path for weights in parts.values() for path in weights.paths))
         self.source = source
         self.folder = folder
@@ -50,12 +52,16 @@ class PartsCheckpoint(Checkpoint):
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of one tensor."""
-        part, _, own = name.partition("/")
+        part, own = self._split(name)
         return self._parts[part].info(own)
 
     def __getitem__(self, name: str) -> Tensor:
-        part, _, own = name.partition("/")
+        part, own = self._split(name)
         return self._parts[part][own]
+
+    def _split(self, name: str) -> tuple[str, str]:
+        part, slash, own = name.partition("/")
+        return (part, own) if slash and part in self._parts else ("", name)
 
 
 def parts_of(checkpoint: Checkpoint) -> dict[str, str]:
@@ -75,22 +81,33 @@ def parts_of(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def part_folders(folder: Path | None) -> list[str]:
-    """Return the subfolders that a diffusers `model_index.json` names, such as unet, scheduler and tokenizer; sorted.
+    """Return the subfolders that hold parts of a model, sorted.
+
+    They are named by diffusers' `model_index.json`, such as unet, scheduler and tokenizer, or by the `modules.json` of
+    sentence-transformers, such as 1_Pooling and 2_Dense.
 
     Raises:
-        BadInput: the index is not a JSON object.
+        BadInput: the file is not JSON of this kind.
     """
-    index = folder / MODEL_INDEX if folder is not None else None
-    if index is None or not index.is_file():
+    if folder is None:
         return []
+    named = [name for name, entry in _index(folder / MODEL_INDEX, dict).items() if isinstance(entry, list)]
+    named += [str(module.get("path")) for module in _index(folder / MODULES, list) if isinstance(module, dict)]
+    plain = {name for name in named if Path(name).name == name and name not in ("", "..")}
+    return sorted(name for name in plain if (folder / name).is_dir())
+
+
+def _index(path: Path, kind: type[Any]) -> Any:
+    """Return the content of an index of parts, empty if there is none."""
+    if not path.is_file():
+        return kind()
     try:
-        components = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput("not JSON", where=index, found=error) from None
-    if not isinstance(components, dict):
-        raise BadInput("not a JSON object", where=index, found=type(components).__name__)
-    named = [name for name, entry in components.items() if isinstance(entry, list)]
-    return sorted(name for name in named if Path(name).name == name and (index.parent / name).is_dir())
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadInput("not JSON", where=path, found=error) from None
+    if not isinstance(found, kind):
+        raise BadInput(f"not a JSON {'object' if kind is dict else 'list'}", where=path, found=type(found).__name__)
+    return found
 
 
 def weight_stem(folder: Path) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo
-from emomerge.checkpoints.parts import MODEL_INDEX, STEMS, PartsCheckpoint, part_folders
+from emomerge.checkpoints.parts import MODEL_INDEX, MODULES, STEMS, PartsCheckpoint, part_folders
 from emomerge.errors import BadInput
 from emomerge.extras import needed_by
 
@@ -44,11 +44,12 @@ DTYPES: dict[str, torch.dtype] = {
 if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
-_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.jinja", "*.tiktoken", "LICENSE*"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TO_CONVERT = (
     "convert it where you trust it: safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
 )
+_INDEX = ".safetensors.index.json"
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
@@ -115,8 +116,8 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     """Open weights without reading their data.
 
     Args:
-        source: a `.safetensors` file; a folder with one, or with a `*.safetensors.index.json`; a diffusers folder, with
-            `model_index.json` (see `checkpoints.parts`); or a Hub id.
+        source: a `.safetensors` file or a `.safetensors.index.json`; a folder with one; a folder of several parts (see
+            `checkpoints.parts`); or a Hub id.
         revision: the branch, tag or commit of a Hub id.
 
     Raises:
@@ -126,9 +127,19 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     path = Path(source)
     if path.is_dir():
         return _open_folder(path, source=str(source))
+    if path.is_file() and path.name.endswith(_INDEX):
+        return _open_index(path, source=str(source))
     if path.is_file():
         return _open_files([path], source=str(source), folder=path.parent)
     return _open_folder(_from_hub(str(source), revision), source=str(source))
+
+
+def lasting_name(source: str | Path) -> str:
+    """Return a name of a model that means the same in every working directory: an absolute path, or a Hub id."""
+    path = Path(source)
+    if path.is_file() and (path.parent / "config.json").is_file():
+        path = path.parent
+    return str(path.resolve()) if path.exists() else str(source)
 
 
 def read_header(path: Path) -> Header:
@@ -200,8 +211,17 @@ def _entry(path: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
 
 def _open_folder(folder: Path, *, source: str) -> Checkpoint:
     if parts := {name: _open_folder(folder / name, source=f"{source}/{name}") for name in _weighted_parts(folder)}:
+        if (folder / MODULES).is_file() and any(folder.glob("*.safetensors*")):  # its first module lies in the folder itself
+            parts[""] = _open_weights(folder, source=source)
         return PartsCheckpoint(parts, source=source, folder=folder)
-    indices = sorted(folder.glob("*.safetensors.index.json"))
+    return _open_weights(folder, source=source)
+
+
+def _open_weights(folder: Path, *, source: str) -> Checkpoint:
+    """Open the weights that lie in the folder itself."""
+    indices = sorted(folder.glob(f"*{_INDEX}"))
+    if usual := [path for path in indices if path.name == f"{STEMS[0]}{_INDEX}"]:  # beside Mistral's consolidated one
+        indices = usual
     weights = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     variants = all(path.name.startswith(STEMS[1]) for path in weights)
     plain = [path for path in weights if path.stem == STEMS[0] or (path.stem == STEMS[1] and variants)]
@@ -221,11 +241,16 @@ def _open_folder(folder: Path, *, source: str) -> Checkpoint:
 
 
 def _weighted_parts(folder: Path) -> list[str]:
-    """Return the parts of a diffusers folder that have weights, or should have; schedulers and tokenizers have none."""
+    """Return the parts of a folder that have weights, or should have; schedulers, tokenizers and poolings have none."""
     names = part_folders(folder)
     if not any(any((folder / name).glob("*.safetensors*")) for name in names):
         return []  # only the top level of a repository, which may hold the model as one file
-    return [name for name in names if (folder / name / "config.json").is_file() or any((folder / name).glob("*.safetensors*"))]
+    needed = (folder / MODEL_INDEX).is_file()
+    return [
+        name
+        for name in names
+        if any((folder / name).glob("*.safetensors*")) or (needed and (folder / name / "config.json").is_file())
+    ]
 
 
 def _open_index(index: Path, *, source: str) -> Checkpoint:
@@ -275,7 +300,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
     try:
         folder = fetch(_HUB_FILES, ["*/*"])  # the files that an AutoModel reads, not onnx/ and the like
-        if (folder / MODEL_INDEX).is_file():
+        if (folder / MODEL_INDEX).is_file() or (folder / MODULES).is_file():
             folder = fetch([f"*/{pattern}" for pattern in _HUB_FILES], ["*/*/*", "*.fp16.*", "*.non_ema.*"])
         return folder
     except Exception as error:  # many types: offline, not found, gated, a bad id, a broken connection

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,14 +18,13 @@ from torch import Tensor
 
 from emomerge.checkpoints.atomic import new_path, require_space, translate_os_error
 from emomerge.checkpoints.checkpoint import Checkpoint, RoundingLoss, TensorInfo, all_finite
+from emomerge.checkpoints.companions import check_tokenizer, copy_companions, note, set_dtype
 from emomerge.checkpoints.parts import STEMS, part_folders, weight_stem
-from emomerge.checkpoints.reader import DTYPES, inside
-from emomerge.errors import BadInput
+from emomerge.checkpoints.reader import DTYPES, open_checkpoint
+from emomerge.errors import BadInput, EmomergeError
 from emomerge.numerics.rounding import Rounding, round_at_random, round_to
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_NOT_COPIED = re.compile(r".*\.index\.json|adapter_.*|run\.json|requirements.*\.txt|\..*", re.IGNORECASE)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Plan = dict[str, TensorInfo]
@@ -71,6 +69,7 @@ def write_checkpoint(
     force: bool = False,
     progress: Progress | None = None,
     shards_by: ShardWriter | None = None,
+    say: Callable[[str], None] = note,
 ) -> dict[str, str]:
     """Write weights as safetensors, holding one tensor in memory at a time; equal input gives equal bytes.
 
@@ -83,12 +82,15 @@ def write_checkpoint(
         seed: of stochastic rounding; the draws depend on it and on the tensor's name.
         loss: accumulates the error of rounding θ₀ + τ over its base.
         max_shard_size: bytes, or a string such as "5GB", above which the weights in a folder are split into files.
-        files_from: a folder whose configuration, tokenizer and preprocessor files are copied.
+        files_from: a folder whose configuration, tokenizer and other files are copied, but no weights and no code. The
+            configuration gets the dtype that is written. A tokenizer in the folders of the weights (see
+            `Checkpoint.tokenizers_from`) takes precedence if these agree on it.
         beside: file name → more tensors, for a folder.
         extra_files: file name → text, or a function that returns it and is called after all weights are written.
         force: replace an existing `out`, once the new one is complete.
         progress: called with each tensor's name and bytes after it is written.
         shards_by: used instead of this process to write the weight files if there are several.
+        say: called with each line about what the output lacks or has from elsewhere; by default it is a warning (`Note`).
 
     Returns:
         dict: file name → SHA-256 of every weight file.
@@ -111,10 +113,12 @@ def write_checkpoint(
             if parts := _parts(plan, layout):
                 what = "a model of several parts is written as a folder"
                 raise BadInput(what, where=out, found=", ".join(parts), fix="give a name without .safetensors")
-            return {out.name: write_file(checkpoint, plan, temporary, options)}
+            digest = write_file(checkpoint, plan, temporary, options)
+            _check(temporary, plan, out)
+            return {out.name: digest}
         temporary.mkdir()
         if files_from is not None:
-            _copy_files(files_from, temporary)
+            copy_companions(files_from, temporary, tokenizers_from=checkpoint.tokenizers_from, say=say)
         hashes = _write_weights(checkpoint, plan, temporary, limit, options, shards_by, layout)
         for name, (tensors, metadata) in beside.items():
             infos = {tensor: tensors.info(tensor) for tensor in tensors}
@@ -122,7 +126,29 @@ def write_checkpoint(
             hashes[name] = write_file(tensors, infos, temporary / name, WriteOptions(), metadata)
         for name, text in (extra_files() if callable(extra_files) else extra_files).items():
             (temporary / name).write_text(text, encoding="utf-8", newline="\n")
+        if files_from is not None or not _parts(plan, layout):  # without their index, parts are several checkpoints
+            _check(temporary, plan, out)
+        _fit_companions(temporary, plan, layout, say)
         return hashes
+
+
+def _check(path: Path, plan: Plan, out: Path) -> None:
+    """Open a file or folder as its reader will, and compare it with what was to be written."""
+    written = open_checkpoint(path)
+    found = {name: written.info(name) for name in written}
+    for name in plan.keys() | found.keys():
+        if plan.get(name) != found.get(name):
+            raise EmomergeError(f"{out} would not hold what was to be written: {name}, {plan.get(name)}; {found.get(name)}")
+
+
+def _fit_companions(folder: Path, plan: Plan, layout: Path | None, say: Callable[[str], None]) -> None:
+    """Bring the files beside the weights, part by part, in agreement with the weights."""
+    parts = _parts(plan, layout)
+    for part, infos in parts.items():
+        set_dtype(folder / part, infos.values())
+    root = {name: info for name, info in plan.items() if not any(name in infos for infos in parts.values())}
+    set_dtype(folder, root.values())
+    check_tokenizer(folder, root, say)
 
 
 def _parts(plan: Plan, layout: Path | None) -> dict[str, Plan]:
@@ -289,13 +315,3 @@ def _bytes(size: str | int) -> int:
     if match is None or match[2] not in _UNITS or (limit := int(float(match[1]) * _UNITS[match[2]])) < 1:
         raise BadInput("not a size", where=f"max_shard_size {size}", expected="a number of bytes or such as 5GB, 500MB")
     return limit
-
-
-def _copy_files(source: Path, target: Path) -> None:
-    """Copy configuration, tokenizer and preprocessor files, also those of a model's parts; no weights, code or READMEs."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in _COPIED and not _NOT_COPIED.fullmatch(path.name):
-            shutil.copyfile(inside(source, path.name, named_by=path), target / path.name)
-    for part in part_folders(source):
-        (target / part).mkdir()
-        _copy_files(source / part, target / part)

@@ -10,13 +10,14 @@ import contextlib
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from emomerge.errors import BadInput, EmomergeError
+from emomerge.errors import BadInput, EmomergeError, Note
 from emomerge.extras import needed_by, require
 
 if TYPE_CHECKING:
@@ -59,6 +60,23 @@ def _explained(where: Path) -> Iterator[None]:
             raise
 
 
+@contextlib.contextmanager
+def _shown_notes() -> Iterator[None]:
+    """Print each `Note` as one line, and other warnings as Python does."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, Note):
+                click.echo(f"Note: {message}", err=True)
+            else:
+                others(message, category, *where, **more)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", Note)
+        yield
+
+
 def _guard(function: Callable[..., None], name: str, extras: Sequence[str]) -> Callable[..., None]:
     """Check that the extras are installed, and turn every expected error into one line and an exit status."""
 
@@ -66,7 +84,7 @@ def _guard(function: Callable[..., None], name: str, extras: Sequence[str]) -> C
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             require(name, *extras)
-            with needed_by(name), _explained(kwargs.get("out") or Path.cwd()):
+            with _shown_notes(), needed_by(name), _explained(kwargs.get("out") or Path.cwd()):
                 function(*args, **kwargs)
         except EmomergeError as error:
             fail(error)

@@ -64,7 +64,7 @@ def write_adapter(merged: MergedCheckpoint, destination: Destination, output: Ou
         )  # fmt: skip
     dtype = "float32" if output.dtype == "base" else output.dtype
     files = texts({"adapter": truncated.figures()})
-    truncated.adapter().write(destination.out, dtype=dtype, extra_files=files, force=destination.force)
+    truncated.adapter().write(destination.out, dtype=dtype, extra_files=files, force=destination.force, weights=merged)
 
 
 def card_only(**context: Any) -> TextFiles:

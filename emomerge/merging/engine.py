@@ -119,6 +119,11 @@ class MergedCheckpoint(BasePlusDelta):
         self._scale_losses: dict[float, float] = {}
         self._merged_loss: float | None = None
 
+    @property
+    def tokenizers_from(self) -> tuple[Path, ...]:
+        """The folders of all runs."""
+        return tuple(folder for run in self._task.runs for folder in run.tokenizers_from)
+
     def tau(self, name: str) -> Tensor | None:
         """Return τ_m of a tensor, before scaling; None if no run moved it."""
         if not merges(self.info(name)):

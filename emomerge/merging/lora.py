@@ -20,6 +20,7 @@ from emomerge.adapters.low_rank import LowRank, Target
 from emomerge.adapters.naming import BaseNames
 from emomerge.adapters.peft.writer import PeftAdapter, head_of, target_of
 from emomerge.checkpoints import Checkpoint
+from emomerge.checkpoints.reader import lasting_name
 from emomerge.errors import BadInput
 from emomerge.numerics.seeds import seed_of
 from emomerge.numerics.sums import sum_of_row_norms
@@ -175,7 +176,7 @@ def truncate(
             progress(name, base.info(name).nbytes)
     if not layers:
         raise BadInput("no matrix moved: there is nothing for an adapter to hold", where=merged.source)
-    return Truncation(tuple(layers), left_out, base.source, modules, heads, saved)
+    return Truncation(tuple(layers), left_out, lasting_name(base.source), modules, heads, saved)
 
 
 def low_rank(tau: Tensor, rank: int, *, energy: float | None = None, name: str) -> tuple[Tensor, Tensor]:

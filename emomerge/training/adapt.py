@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from emomerge.checkpoints import atomic, model_checkpoint, write_checkpoint
+from emomerge.checkpoints.reader import lasting_name
 from emomerge.errors import BadInput
 from emomerge.numerics.seeds import seed_of
 from emomerge.recipe import Full, Lora
@@ -63,7 +64,7 @@ def save_adapted(model: nn.Module, folder: Path, *, base_folder: Path) -> None:
         write_checkpoint(model_checkpoint(model, source=str(folder)), folder, files_from=base_folder, force=True)
         return
     for config in model.peft_config.values():
-        config.base_model_name_or_path = str(base_folder)
+        config.base_model_name_or_path = lasting_name(base_folder)
     with atomic.new_folder(folder, force=True) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)

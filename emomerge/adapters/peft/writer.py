@@ -17,6 +17,7 @@ from emomerge.adapters.low_rank import LowRank, Target
 from emomerge.adapters.naming import BaseNames
 from emomerge.adapters.peft.files import CONFIG, PREFIX, WEIGHTS
 from emomerge.checkpoints import Checkpoint, all_finite, new_folder
+from emomerge.checkpoints.companions import take_tokenizer
 from emomerge.errors import BadInput
 
 
@@ -73,8 +74,9 @@ class PeftAdapter:
         return tensors
 
     def write(
-        self, out: str | Path, *, dtype: str = "float32", extra_files: Mapping[str, str] | None = None, force: bool = False
-    ) -> None:
+        self, out: str | Path, *, dtype: str = "float32", extra_files: Mapping[str, str] | None = None, force: bool = False,
+        weights: Checkpoint | None = None,
+    ) -> None:  # fmt: skip
         """Write the folder.
 
         Args:
@@ -82,6 +84,7 @@ class PeftAdapter:
             dtype: of the stored tensors: "float32", "bfloat16" or "float16".
             extra_files: file name → text, written beside the weights.
             force: replace an existing `out`.
+            weights: what the adapter was made from; a tokenizer in its folders that is not the base's is copied.
 
         Raises:
             BadInput: `out` exists, or a value is too large for `dtype`.
@@ -91,6 +94,8 @@ class PeftAdapter:
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
             for name, text in {CONFIG: json.dumps(self.config(), indent=2) + "\n", **(extra_files or {})}.items():
                 (folder / name).write_text(text, encoding="utf-8", newline="\n")
+            if weights is not None:
+                take_tokenizer(weights.folder, folder, weights.tokenizers_from)
 
 
 def target_of(base: Checkpoint, names: BaseNames, name: str) -> Target | str:
