@@ -18,7 +18,7 @@ from torch import Tensor
 
 from emomerge.adapters.low_rank import LowRank, Target
 from emomerge.adapters.naming import BaseNames
-from emomerge.adapters.peft.writer import PeftAdapter, head_of, target_of
+from emomerge.adapters.peft.writer import PeftAdapter, Task, head_of, target_of, task_of
 from emomerge.checkpoints import Checkpoint
 from emomerge.checkpoints.reader import lasting_name
 from emomerge.errors import BadInput
@@ -81,6 +81,7 @@ class Truncation:
     """Modules that are held in full."""
     saved: Mapping[str, Saved]
     """Their tensors, by the base's names."""
+    task: Task = Task()
 
     @property
     def energy(self) -> float:
@@ -112,7 +113,7 @@ class Truncation:
         """Return the adapter that holds these layers and heads."""
         head_tensors = tuple((saved.live, saved.tensor) for saved in self.saved.values())
         factors = tuple(layer.factors for layer in self.layers)
-        return PeftAdapter(factors, self.source, self.modules, self.heads, head_tensors)
+        return PeftAdapter(factors, self.source, self.modules, self.heads, head_tensors, self.task)
 
 
 def truncate(
@@ -129,7 +130,7 @@ def truncate(
 
     Embeddings count as matrices unless they are tied to a head. If the base has no `config.json`, every 2-D `….weight` is
     taken for that of a Linear. If it has one, a layer directly below the model's root whose bias moved, such as a new
-    classifier, is held in full, as PEFT does in training.
+    classifier, is held in full, and so is every module that PEFT saves in full for the model's task type.
 
     Args:
         merged: θ.
@@ -155,12 +156,12 @@ def truncate(
         if isinstance(target, str) and (delta := merged.delta(name, base)) is not None and delta.any()
     }
     modules = frozenset(names.live_name(name).removesuffix(".weight") for name in base if name.endswith(".weight"))
-    heads = tuple(sorted({module for name in unfit if (module := head_of(names, name)) is not None}))
-    held = {module for module in modules if heads and module.endswith(heads)}  # as PEFT interprets modules_to_save
+    task = task_of(names)
+    heads = tuple(sorted({*task.heads, *(module for name in unfit if (module := head_of(names, name)) is not None)}))
     saved = {
         name: Saved(live, merged[name], _energy(delta) if (delta := merged.delta(name, base)) is not None else 0.0)
         for name in base
-        if (live := names.live_name(name)).rpartition(".")[0] in held
+        if _is_held(live := names.live_name(name), heads)
     }
     left_out = {name: energy for name, energy in unfit.items() if name not in saved}
     if left_out and not allow_partial:
@@ -176,7 +177,13 @@ def truncate(
             progress(name, base.info(name).nbytes)
     if not layers:
         raise BadInput("no matrix moved: there is nothing for an adapter to hold", where=merged.source)
-    return Truncation(tuple(layers), left_out, lasting_name(base.source), modules, heads, saved)
+    return Truncation(tuple(layers), left_out, lasting_name(base.source), modules, heads, saved, task)
+
+
+def _is_held(tensor: str, heads: tuple[str, ...]) -> bool:
+    """Return whether a tensor is inside a module that `modules_to_save` names, to PEFT any whose path ends in the name."""
+    parts = tensor.split(".")[:-1]
+    return any(".".join(parts[:end]).endswith(heads) for end in range(1, len(parts) + 1)) if heads else False
 
 
 def low_rank(tau: Tensor, rank: int, *, energy: float | None = None, name: str) -> tuple[Tensor, Tensor]:

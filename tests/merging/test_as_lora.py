@@ -58,7 +58,7 @@ def matrices(base, *parts):
 
 
 CASES = {
-    "linear": (bert, ("query", "dense", "classifier")),
+    "linear": (bert, ("query", "dense")),
     "embeddings": (bert, ("word_embeddings", "value")),
     "conv1d": (gpt2, ("c_attn", "c_proj", "lm_head")),
     "embedding and conv1d": (gpt2, ("c_fc", "wte")),
@@ -103,7 +103,7 @@ def test_peft_computes_what_the_truncated_dense_merge_does(case, rank, tmp_path,
     torch.testing.assert_close(output(live), output(expected), rtol=0, atol=1e-5)
     assert (output(make()) - output(expected)).abs().max() > 0.01
     baked = bake(base, tmp_path / "adapter")
-    assert set(baked.touched()) == set(names)
+    assert set(baked.touched()) == {*names, *truncated.saved}
     for name in names:
         torch.testing.assert_close(baked[name], dense[name], rtol=0, atol=1e-5)
 
@@ -164,7 +164,8 @@ def test_a_fresh_head_is_held_whole(make, tmp_path, exact_run):
     truncated = truncate(merged, base, rank=16)
     truncated.adapter().write(tmp_path / "adapter")
     assert list(truncated.saved) == sorted(head)
-    assert truncated.adapter().config()["modules_to_save"] == ["classifier"]
+    listed = truncated.adapter().config()["modules_to_save"]
+    assert listed == (None if make is bert else ["classifier"])  # PEFT itself adds those of a text classifier
     assert truncated.figures()["energy"] == pytest.approx(1)
     expected = copy.deepcopy(model)
     load_into(expected, merged)
@@ -174,6 +175,64 @@ def test_a_fresh_head_is_held_whole(make, tmp_path, exact_run):
     torch.testing.assert_close(output(live), output(expected), rtol=0, atol=1e-5)
     baked = bake(base, tmp_path / "adapter")
     assert all(torch.equal(baked[name], merged[name]) for name in head)
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=50, decoder_start_token_id=0, **sizes))
+
+
+def roberta():
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    return RobertaForSequenceClassification(RobertaConfig(vocab_size=50, num_labels=3, pad_token_id=0, **SMALL))
+
+
+def tokens_bert():
+    from transformers import BertConfig, BertForTokenClassification
+
+    return BertForTokenClassification(BertConfig(vocab_size=50, num_labels=3, **SMALL))
+
+
+def bare_bert():
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(vocab_size=50, **SMALL))
+
+
+@pytest.mark.parametrize(
+    "make, auto, parts",
+    [
+        (bert, "AutoPeftModelForSequenceClassification", ("query", "classifier")),
+        (roberta, "AutoPeftModelForSequenceClassification", ("query", "classifier.dense", "out_proj")),
+        (tokens_bert, "AutoPeftModelForTokenClassification", ("query", "classifier")),
+        (gpt2, "AutoPeftModelForCausalLM", ("c_attn",)),
+        (t5, "AutoPeftModelForSeq2SeqLM", ("SelfAttention.q",)),
+        (bare_bert, "AutoPeftModelForFeatureExtraction", ("query",)),
+        (vit, "AutoPeftModel", ("query", "classifier")),
+    ],
+)
+def test_the_auto_class_of_peft_loads_the_adapter_with_its_base(make, auto, parts, tmp_path, exact_run):
+    import peft
+
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path / "base")
+    base = open_checkpoint(tmp_path / "base")
+    merged = merge(base, [moved(base, matrices(base, *parts), exact_run)], method="mean")
+    truncate(merged, base, rank=16).adapter().write(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        live = getattr(peft, auto).from_pretrained(tmp_path / "adapter", local_files_only=True)
+    saved = live.peft_config["default"].modules_to_save or []
+    assert len(saved) == len(set(saved))
+    expected = live.get_base_model()
+    inner = live.merge_and_unload()
+    dense = model_checkpoint(inner, source="merged by PEFT")
+    assert inner is expected
+    for name in merged:
+        torch.testing.assert_close(dense[name], merged[name].float(), rtol=0, atol=1e-5)
 
 
 def test_a_tied_embedding_and_attention_in_one_piece_are_refused(tmp_path, exact_run):

@@ -22,6 +22,18 @@ from emomerge.errors import BadInput
 
 
 @dataclass(frozen=True)
+class Task:
+    """What `AutoPeftModel…` needs to know to load an adapter together with its base."""
+
+    kind: str | None = None
+    """PEFT's `task_type`."""
+    auto_mapping: dict[str, str] | None = None
+    """The class of the base and its module, for a model that belongs to no task type of PEFT."""
+    heads: tuple[str, ...] = ()
+    """Modules that PEFT adds to `modules_to_save` by itself for this task type; listed in the file, they would be there twice."""
+
+
+@dataclass(frozen=True)
 class PeftAdapter:
     """A LoRA adapter, ready to be written; s = α/r is 1 in every layer."""
 
@@ -34,6 +46,7 @@ class PeftAdapter:
     """Modules that are stored whole, as PEFT's `modules_to_save`."""
     head_tensors: tuple[tuple[str, Tensor], ...] = ()
     """Their tensors, by their names in the live model."""
+    task: Task = Task()
 
     def config(self) -> dict[str, Any]:
         """Return the content of the configuration file."""
@@ -41,9 +54,11 @@ class PeftAdapter:
         # PEFT reads the keys as regular expressions and takes the first that matches the end of a name.
         ranks = {f"^{re.escape(pair.target.module)}": pair.rank for pair in self.factors if pair.rank != most}
         return {
-            "peft_type": "LORA", "task_type": None, "base_model_name_or_path": self.base, "inference_mode": True,
+            "peft_type": "LORA", "task_type": self.task.kind, "auto_mapping": self.task.auto_mapping,
+            "base_model_name_or_path": self.base, "inference_mode": True,
             "r": most, "lora_alpha": most, "rank_pattern": ranks, "alpha_pattern": ranks, "use_rslora": False,
-            "lora_dropout": 0.0, "bias": "none", "init_lora_weights": True, "modules_to_save": list(self.heads) or None,
+            "lora_dropout": 0.0, "bias": "none", "init_lora_weights": True,
+            "modules_to_save": [head for head in self.heads if head not in self.task.heads] or None,
             "fan_in_fan_out": any(pair.target.kind == "conv1d" for pair in self.factors),
             "target_modules": self._target_modules(),
         }  # fmt: skip
@@ -116,6 +131,32 @@ def target_of(base: Checkpoint, names: BaseNames, name: str) -> Target | str:
     if isinstance(layer, nn.Embedding):
         return Target(module, "embedding")
     return Target(module, "conv1d") if type(layer).__name__ == "Conv1D" else f"in a {type(layer).__name__}"
+
+
+_TASKS = (
+    ("SEQ_CLS", "SEQUENCE_CLASSIFICATION", ("classifier", "score")),
+    ("TOKEN_CLS", "TOKEN_CLASSIFICATION", ("classifier", "score")),
+    ("QUESTION_ANS", "QUESTION_ANSWERING", ("qa_outputs",)),
+    ("SEQ_2_SEQ_LM", "SEQ_TO_SEQ_CAUSAL_LM", ()),
+    ("CAUSAL_LM", "CAUSAL_LM", ()),
+)
+"""PEFT's task types: name, the table of transformers' auto classes, and the modules that PEFT always saves in full."""
+
+
+def task_of(names: BaseNames) -> Task:
+    """Return the task type of a base, from the auto class of transformers that loads it."""
+    model = names.model
+    if model is None:
+        return Task()
+    from transformers.models.auto import modeling_auto
+
+    own = type(model)
+    for kind, table, heads in _TASKS:
+        if own.__name__ in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values():
+            return Task(kind, heads=heads)
+    if own.__name__ in modeling_auto.MODEL_MAPPING_NAMES.values() and getattr(model, "main_input_name", "") == "input_ids":
+        return Task("FEATURE_EXTRACTION")
+    return Task(auto_mapping={"base_model_class": own.__name__, "parent_library": own.__module__})
 
 
 def head_of(names: BaseNames, name: str) -> str | None:
