@@ -34,8 +34,8 @@ from emomerge.errors import BadInput
 
 if TYPE_CHECKING:
     from emomerge.checkpoints import Checkpoint
+    from emomerge.experiment.measure import Measurer
     from emomerge.merging.record import MergeRecord, Output
-    from emomerge.merging.vectors import Loss
     from emomerge.training.engines import Engine, EngineName
 
 
@@ -144,6 +144,11 @@ def bake(
     help="Recipe whose validation data gives the held-out loss, for `auto` and methods that need it.",
 )
 @click.option(
+    "--reestimate",
+    is_flag=True,
+    help="Estimate the running statistics of batch norm for the merged weights, on the recipe's training data.",
+)
+@click.option(
     "--set",
     "overrides",
     multiple=True,
@@ -240,6 +245,7 @@ class MergeOptions:
     max_rank: int | None
     allow_partial: bool
     recipe_path: str | None
+    reestimate: bool
     overrides: Sequence[str]
 
     def record(self) -> MergeRecord:
@@ -286,10 +292,12 @@ class MergeOptions:
                 raise BadInput(f"{option} belongs to --as-lora auto", found=value)
         if self.allow_partial and self.as_lora is None:
             raise BadInput("--allow-partial belongs to --as-lora")
+        if self.reestimate and self.recipe_path is None:
+            raise BadInput("--reestimate needs training data", fix="give a recipe with --recipe")
         written = {
             "dtype": dtype, "rounding": self.rounding, "seed": self.seed, "max_shard_size": self.max_shard_size,
             "save_masks": self.save_masks, "as_lora": _rank(self.as_lora), "energy": self.energy,
-            "max_rank": self.max_rank, "allow_partial": self.allow_partial,
+            "max_rank": self.max_rank, "allow_partial": self.allow_partial, "reestimate": self.reestimate,
         }  # fmt: skip
         return Output.model_validate({key: value for key, value in written.items() if value is not None})
 
@@ -361,13 +369,16 @@ def write_merge(
 
     _check_output(record, destination)
     output, base = record.output, open_dense(record.base)
-    loss, read = (None, []) if record.recipe is None else _held_out_loss(record.recipe, record.overrides, base)
+    measurer, read = (None, []) if record.recipe is None else _measurer(record.recipe, record.overrides, base)
+    loss = None if measurer is None else measurer.held_out_loss
     if device != "cpu":
         from emomerge.training import choose_device
 
         device = str(choose_device(device))
     sources = [run.source for run in record.runs]
     merged = merging.merge(base, sources, method=record.method, held_out_loss=loss, device=device, **record.params)
+    if measurer is not None and output.reestimate:
+        merged.set_statistics(measurer.batch_norm_statistics(merged))
     record = record.named(merged.runs)
     found: dict[str, Any] = {}
     with ThreadPoolExecutor(1) as background:
@@ -409,8 +420,8 @@ def _check_output(record: MergeRecord, destination: Destination) -> None:
     atomic.refuse_existing(out, force=destination.force)
 
 
-def _held_out_loss(recipe: str, overrides: Sequence[str], base: Checkpoint) -> tuple[Loss, list[Path]]:
-    """Return the validation loss of a recipe's task as a function of the weights, and the local files it depends on."""
+def _measurer(recipe: str, overrides: Sequence[str], base: Checkpoint) -> tuple[Measurer, list[Path]]:
+    """Return what measures weights on the data of a recipe's task, and the local files it depends on."""
     from emomerge.experiment.measure import Measurer
     from emomerge.experiment.workspace import local_files
     from emomerge.training import Context
@@ -418,5 +429,4 @@ def _held_out_loss(recipe: str, overrides: Sequence[str], base: Checkpoint) -> t
     parsed = open_recipe(recipe, overrides)
     if base.folder is None:
         raise BadInput("--recipe needs a BASE folder with its config", found=base.source)
-    measurer = Measurer(Context(parsed, base.folder, "base"), None)
-    return measurer.held_out_loss, local_files([recipe, *parsed.external_sources()])
+    return Measurer(Context(parsed, base.folder, "base"), None), local_files([recipe, *parsed.external_sources()])

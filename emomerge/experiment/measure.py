@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from emomerge.checkpoints import Checkpoint, load_into
+from emomerge.checkpoints import Checkpoint, disk_names, load_into
+from emomerge.errors import BadInput
 from emomerge.experiment.costs import Cost
 from emomerge.experiment.scores import (
     COSINE,
@@ -34,6 +35,7 @@ from emomerge.experiment.scores import (
 from emomerge.merging import merge
 from emomerge.numerics.hashing import bytes_of, digest
 from emomerge.probing import basics
+from emomerge.probing.batch_norm import reestimate_batch_norm
 from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Perturbable, rms
 from emomerge.probing.registry import Array, Measurement, Metric
@@ -194,6 +196,16 @@ class Measurer:
         load_into(self.model, checkpoint)
         rows = [score(self.task, self.model, batch) for batch in self.batches("validation")]
         return float(np.average([row["loss"] for row in rows], weights=[row["weight"] for row in rows]))
+
+    def batch_norm_statistics(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """Estimate the running statistics of batch norm on training data for a checkpoint's weights, by the names on disk."""
+        self._loaded = None
+        load_into(self.model, checkpoint)
+        batches = self.batches("train")
+        if not reestimate_batch_norm(self.model, lambda model, batch: (self.task.loss(model, batch), 1.0), batches):
+            raise BadInput("--reestimate needs a model with batch norm", where=checkpoint.source, fix="leave that option out")
+        state, to_disk = self.model.state_dict(), disk_names(self.model)
+        return {on_disk: state[name].clone() for name, on_disk in to_disk.items()}
 
     def scores(self, artefact: Artefact, split: SplitName) -> dict[str, Array]:
         """Return loss, accuracy, entropy and weight of every batch of a split, each (batches,)."""

@@ -19,6 +19,8 @@ from emomerge.adapters import open_dense, open_run
 from emomerge.checkpoints import Checkpoint, OnDevice, RoundingLoss
 from emomerge.errors import BadInput, EmomergeError
 from emomerge.merging import vectors
+from emomerge.merging.buffers import is_statistic
+from emomerge.merging.buffers import notes as buffer_notes
 from emomerge.merging.diagnostics import Figures, describe
 from emomerge.merging.native import KINDS, RoundedOutput
 from emomerge.merging.registry import DEFAULT_METHOD, MergeMethod, arguments_of, check_params, find_method, select
@@ -129,6 +131,8 @@ class MergedCheckpoint(BasePlusDelta):
         if not merges(self.info(name)):
             self._task.check_equal(name)
             return None
+        if is_statistic(name):
+            return self._task.statistic(name)
         if (compiled := self._by_kernel(name)) is not None:
             return compiled
         figures = Figures(len(self._task))
@@ -151,9 +155,19 @@ class MergedCheckpoint(BasePlusDelta):
         self._figures.setdefault(name, figures)
         return torch.cat(parts).view(self.info(name).shape) if parts else None
 
+    def with_base(self, name: str, base: Checkpoint) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return θ₀ + scale·τ, θ₀ and scale·τ; of a counter, its merged value."""
+        counter = self._task.counter(name)
+        return super().with_base(name, base) if counter is None else (counter, base[name], None)
+
     def rounded(self, name: str, dtype: torch.dtype, loss: RoundingLoss | None) -> Tensor | None:
         """Return θ₀ + scale·τ_m, rounded once, from compiled kernels in a single pass; None if they do not support it."""
-        if not merges(self.info(name)) or dtype not in KINDS or (loss is not None and loss.base is not self.base):
+        if (
+            is_statistic(name)
+            or not merges(self.info(name))
+            or dtype not in KINDS
+            or (loss is not None and loss.base is not self.base)
+        ):
             return None
         written = RoundedOutput(dtype, self.scale_of(name))
         tensor = self._by_kernel(name, written)
@@ -208,6 +222,8 @@ class MergedCheckpoint(BasePlusDelta):
 
     def moves(self, name: str) -> bool:
         """Return whether any run moves a tensor."""
+        if is_statistic(name):
+            return self._task.statistic(name) is not None
         if merges(self.info(name)) and name not in self._figures:
             self.tau(name)
         return name in self._figures and self._figures[name].moved > 0
@@ -244,14 +260,18 @@ class MergedCheckpoint(BasePlusDelta):
 
     def scale_of(self, name: str) -> float:
         """Return the factor on a tensor's τ_m."""
-        return self._scales[name][0] if name in self._scales else self.scale
+        return self._scales[name][0] if name in self._scales else super().scale_of(name)
+
+    def set_statistics(self, estimated: Mapping[str, Tensor]) -> None:
+        """Replace running statistics of batch norm by those estimated for the merged weights; tensors by name."""
+        self._task.estimated = {name: tensor for name, tensor in estimated.items() if name in self._task.statistics}
 
     def choose_scale(self) -> None:
         """Set the scale to that with the lowest held-out loss, the smallest one in case of ties; spools τ_m to disk."""
         loss = self._task.require_loss("scale: auto")
         with tempfile.TemporaryDirectory(prefix="emomerge-") as folder:
             files = {}
-            for number, name in enumerate(self._task.names):
+            for number, name in enumerate(self._task.floating):
                 if (tau := self.tau(name)) is not None:
                     files[name] = Path(folder) / f"{number}.safetensors"
                     save_file({"tau": tau.contiguous()}, files[name])
@@ -294,7 +314,7 @@ class MergedCheckpoint(BasePlusDelta):
         if self._scale_losses:
             report["scale_losses"] = {f"{scale:g}": _json(loss) for scale, loss in self._scale_losses.items()}
         advice = self.method.advice(report) if self.method.advice and self._figures else []
-        report["warnings"] = advice + self._compare_with_runs(losses)
+        report["warnings"] = advice + buffer_notes(*self._task.moved_buffers()) + self._compare_with_runs(losses)
         return report
 
     def _resolved(self) -> dict[str, Any]:
@@ -330,8 +350,8 @@ def _resolve_weights(task: TaskVectors, method: MergeMethod, given: Weights | No
         given = softmax_weights(task.run_losses("weights: auto"))
     elif given is None or isinstance(given, str):
         given = [1.0] * runs
-    settings = [resolve(each, task.names, what=f"`weights`, {run}") for each, run in zip(given, task.labels, strict=True)]
-    weights = {name: tuple(each[name][0] for each in settings) for name in task.names}
+    settings = [resolve(each, task.floating, what=f"`weights`, {run}") for each, run in zip(given, task.labels, strict=True)]
+    weights = {name: tuple(each[name][0] for each in settings) for name in task.floating}
     if not method.relative_weights:
         return weights
     return {name: _mean_one(some, name) for name, some in weights.items()}

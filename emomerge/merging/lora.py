@@ -81,7 +81,8 @@ class Truncation:
     """Modules that are held in full."""
     saved: Mapping[str, Saved]
     """Their tensors, by the base's names."""
-    task: Task = Task()
+    task: Task
+    """The task type of the base."""
 
     @property
     def energy(self) -> float:

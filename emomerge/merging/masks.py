@@ -19,6 +19,7 @@ from torch import Tensor
 from emomerge.checkpoints import Checkpoint, SideFile, TensorInfo, open_checkpoint, working_dtype
 from emomerge.checkpoints.reader import read_header
 from emomerge.errors import BadInput
+from emomerge.merging.buffers import is_statistic
 from emomerge.merging.engine import MergedCheckpoint
 from emomerge.merging.registry import METHODS, MergeMethod, select
 from emomerge.merging.vectors import CHUNK, Candidate
@@ -72,6 +73,9 @@ def localized(merged: MergedCheckpoint, name: str) -> Iterator[tuple[Tensor, Ten
     """Yield R (n,) and the masks (runs, n) of the pieces of a tensor that moved; n is a multiple of 8 except in the last."""
     localize = merged.method.localize
     assert localize is not None, "call `require_masks` first"
+    if is_statistic(name) and (mean := merged.tau(name)) is not None:  # one mean for all runs, as in the merge
+        yield mean.flatten(), torch.ones(len(merged.runs), mean.numel(), dtype=torch.bool)
+        return
     arguments = merged.arguments(name)
     for deltas in arguments["deltas"].split(CHUNK, dim=1):
         yield localize(**select(localize, arguments | {"deltas": deltas}))

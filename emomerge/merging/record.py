@@ -40,6 +40,8 @@ class Output(_Part):
     """Seed of stochastic rounding."""
     max_shard_size: str = "5GB"
     save_masks: bool = False
+    reestimate: bool = False
+    """Whether batch norm statistics were estimated for the merged weights, on the recipe's training data."""
     as_lora: int | Literal["auto"] | None = None
     """Rank of the adapter; None for a model."""
     energy: float = 0.99

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emomerge.checkpoints import Checkpoint, TensorInfo, working_dtype
 from emomerge.errors import BadInput
+from emomerge.merging.buffers import is_counter, is_statistic, largest, mean_statistic
 from emomerge.merging.native import StoredTensor, open_stored
 from emomerge.merging.thresholds import Bracket, sample_step
 from emomerge.native import in_parallel
@@ -48,8 +49,8 @@ class BasePlusDelta(Checkpoint):
         return self.base.info(name)
 
     def scale_of(self, name: str) -> float:
-        """Return the factor on a tensor's delta."""
-        return self.scale
+        """Return the factor on a tensor's delta; running statistics are never scaled."""
+        return 1.0 if is_statistic(name) else self.scale
 
     def __getitem__(self, name: str) -> Tensor:
         return self.with_base(name, self.base)[0]
@@ -107,15 +108,20 @@ class TaskVectors:
         self.base = base
         self.runs = tuple(runs)
         self.labels = tuple(labels)
-        self.names = _floating(base)
+        self.floating = _floating(base)
+        self.names = tuple(name for name in self.floating if not is_statistic(name))
+        """The tensors that methods merge."""
+        self.statistics = tuple(name for name in self.floating if is_statistic(name))
         for run, label in zip(self.runs, self.labels, strict=True):
             _check_headers(base, run, label)
         self.numel = sum(base.info(name).numel for name in self.names)
         """Number of elements of one task vector."""
-        self.dtype = working_dtype(*(theta.info(name).dtype for theta in (base, *runs) for name in self.names))
+        self.dtype = working_dtype(*(theta.info(name).dtype for theta in (base, *runs) for name in self.floating))
         """The widest dtype of any tensor."""
-        self.weights: Mapping[str, tuple[float, ...]] = dict.fromkeys(self.names, (1.0,) * len(self.runs))
+        self.weights: Mapping[str, tuple[float, ...]] = dict.fromkeys(self.floating, (1.0,) * len(self.runs))
         """The weights of the runs, by tensor."""
+        self.estimated: Mapping[str, Tensor] = {}
+        """Running statistics that were re-estimated for the merged weights."""
         self.held_out_loss = held_out_loss
         self._run_losses = run_losses
 
@@ -214,15 +220,42 @@ class TaskVectors:
         """Return the held-out loss of θ₀ + rule(τ), NaN as infinity; `what` names the choice for errors."""
 
         def tau(name: str) -> Tensor | None:
-            if not merges(self.base.info(name)):
-                return None
+            if is_statistic(name) or not merges(self.base.info(name)):
+                return self.statistic(name)
             parts = [rule(name, piece) for piece in self.pieces(name)]
             return torch.cat(parts).view(self.base.info(name).shape) if parts else None
 
         return finite_or_inf(self.require_loss(what)(Candidate(self.base, tau)))
 
+    def statistic(self, name: str) -> Tensor | None:
+        """Return the delta of a running statistic; None if no run moved it, and for a tensor that is none."""
+        if name in self.estimated:
+            estimated, base = self.estimated[name], self.base[name]
+            return estimated.to(base.device, dtype := working_dtype(base.dtype)) - base.to(dtype)
+        rows = self.rows(name) if name in self.statistics else None
+        if rows is None:
+            return None
+        mean = mean_statistic(name, rows, self.base[name].flatten(), self.weights[name])
+        return mean.view(self.base.info(name).shape)
+
+    def counter(self, name: str) -> Tensor | None:
+        """Return the merged value of a counter; None for a tensor that is none."""
+        return largest(name, self.base[name], self.runs) if is_counter(self.base.info(name)) else None
+
+    def moved_buffers(self) -> tuple[list[str], list[str]]:
+        """Return the running statistics and the counters that differ between the base and a run."""
+        counters = [name for name in self.base if is_counter(self.base.info(name))]
+
+        def differs(name: str) -> bool:
+            return any(name in run and not torch.equal(run[name], self.base[name]) for run in self.runs)
+
+        averaged = [name for name in self.statistics if name not in self.estimated and differs(name)]
+        return averaged, [name for name in counters if differs(name)]
+
     def check_equal(self, name: str) -> None:
         """Raise BadInput if a tensor that is not merged differs between the base and a run that has it."""
+        if is_counter(self.base.info(name)):
+            return
         for run, label in zip(self.runs, self.labels, strict=True):
             if name in run and not (run.info(name) == self.base.info(name) and _same_bytes(run[name], self.base[name])):
                 raise BadInput(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -21,8 +21,7 @@ from emomerge.checkpoints.companions import take_tokenizer
 from emomerge.errors import BadInput
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """What `AutoPeftModel…` needs to know to load an adapter together with its base."""
 
     kind: str | None = None
@@ -30,7 +29,7 @@ class Task:
     auto_mapping: dict[str, str] | None = None
     """The class of the base and its module, for a model that belongs to no task type of PEFT."""
     heads: tuple[str, ...] = ()
-    """Modules that PEFT adds to `modules_to_save` by itself for this task type; listed in the file, they would be there twice."""
+    """Modules that PEFT itself adds to `modules_to_save` for this task type; in the file, they would be listed twice."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +45,21 @@ class PeftAdapter:
     """Modules that are stored whole, as PEFT's `modules_to_save`."""
     head_tensors: tuple[tuple[str, Tensor], ...] = ()
     """Their tensors, by their names in the live model."""
-    task: Task = Task()
+    task: Task | None = None
+    """The task type of the base, if it is known."""
 
     def config(self) -> dict[str, Any]:
         """Return the content of the configuration file."""
         most = max(pair.rank for pair in self.factors)
         # PEFT reads the keys as regular expressions and takes the first that matches the end of a name.
+        task = self.task or Task()
         ranks = {f"^{re.escape(pair.target.module)}": pair.rank for pair in self.factors if pair.rank != most}
         return {
-            "peft_type": "LORA", "task_type": self.task.kind, "auto_mapping": self.task.auto_mapping,
+            "peft_type": "LORA", "task_type": task.kind, "auto_mapping": task.auto_mapping,
             "base_model_name_or_path": self.base, "inference_mode": True,
             "r": most, "lora_alpha": most, "rank_pattern": ranks, "alpha_pattern": ranks, "use_rslora": False,
             "lora_dropout": 0.0, "bias": "none", "init_lora_weights": True,
-            "modules_to_save": [head for head in self.heads if head not in self.task.heads] or None,
+            "modules_to_save": [head for head in self.heads if head not in task.heads] or None,
             "fan_in_fan_out": any(pair.target.kind == "conv1d" for pair in self.factors),
             "target_modules": self._target_modules(),
         }  # fmt: skip
