@@ -51,7 +51,9 @@ def mean_statistic(name: str, rows: Sequence[Tensor], base: Tensor, weights: Seq
 
 def largest(name: str, base: Tensor, runs: Sequence[Checkpoint]) -> Tensor:
     """Return the largest value of a counter in the base and in the runs that have it."""
-    return torch.stack([base, *(run[name].to(base) for run in runs if name in run)]).amax(dim=0)
+    found = [run[name] for run in runs if name in run and is_counter(run.info(name))]
+    most = max([base, *found], key=Tensor.item)
+    return most if most is base else most.to(base.dtype).view(base.shape)
 
 
 def notes(statistics: Sequence[str], counters: Sequence[str]) -> list[str]:

@@ -254,10 +254,11 @@ class TaskVectors:
 
     def check_equal(self, name: str) -> None:
         """Raise BadInput if a tensor that is not merged differs between the base and a run that has it."""
-        if is_counter(self.base.info(name)):
-            return
+        counts = is_counter(self.base.info(name))
         for run, label in zip(self.runs, self.labels, strict=True):
-            if name in run and not (run.info(name) == self.base.info(name) and _same_bytes(run[name], self.base[name])):
+            if name not in run or (counts and is_counter(run.info(name))):
+                continue
+            if not (run.info(name) == self.base.info(name) and _same_bytes(run[name], self.base[name])):
                 raise BadInput(
                     "a tensor that cannot be merged differs from the base's",
                     where=f"{name} of run {label}",

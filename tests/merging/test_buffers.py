@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from emomerge.checkpoints import MemoryCheckpoint, open_checkpoint, write_checkpoint
