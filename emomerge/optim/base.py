@@ -126,13 +126,13 @@ class EmoOptimizer(Rule, Optimizer):
         """Record the loss of one micro-batch of the coming step.
 
         The losses since the last `step()` are averaged, and under torch.distributed the ranks too. With a GradScaler, pass the
-        unscaled loss.
+        unscaled loss; if it skips the step, `zero_grad` drops the losses with the gradients.
 
         Args:
             loss: a scalar tensor (not synchronized with the host) or a number.
             divided: the loss is already divided by the number of micro-batches; the losses are then summed.
         """
-        self.intake.observe(loss, divided)
+        self.intake.observe(loss, divided, self._params())
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -183,7 +183,7 @@ class EmoOptimizer(Rule, Optimizer):
     def _advance(self) -> EmoPulse | DevicePulse:
         """Update the pulse with the loss of this step."""
         head = self.param_groups[0]
-        mean = self.intake.take(self._device())
+        mean = self.intake.take(self._device(), self._params())
         if self._sized and not self._pulse.size:
             self._measure_size()
         if self._device_pulse is not None:
@@ -251,6 +251,9 @@ class EmoOptimizer(Rule, Optimizer):
             self._generators[device] = torch.Generator(device).manual_seed(self.pulse.steps)
         return self._generators[device]
 
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _device(self) -> torch.device:
         return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
@@ -266,9 +269,13 @@ class EmoOptimizer(Rule, Optimizer):
         return state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients as any torch optimizer does, and drop captured (not observed) losses with them."""
-        self.intake.forget_captured()
+        """Reset the gradients as any torch optimizer does, and drop their losses with them, as after a skipped step.
+
+        A loss that was observed but not yet differentiated is kept.
+        """
+        self.intake.clear_gradients(self._params())
         super().zero_grad(set_to_none)
+        self.intake.mark(self._params())
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a parameter group. The pulse is not affected."""

@@ -50,7 +50,7 @@ class EmoPulseLR(LRScheduler):
 
     def observe(self, loss: Tensor | float, divided: bool = False) -> None:
         """Record the loss of a micro-batch of the coming step; see `EmoOptimizer.observe`."""
-        self._intake.observe(loss, divided)
+        self._intake.observe(loss, divided, self._params())
 
     def step(self, loss: Tensor | float | None = None) -> None:
         """Set the rate of the coming optimizer step from this loss and the losses observed so far.
@@ -61,9 +61,9 @@ class EmoPulseLR(LRScheduler):
         """
         if loss is not None:
             self.observe(loss)
-        params = (p for group in self.optimizer.param_groups for p in group["params"])
-        first = next(params, torch.empty(0))
-        self.pulse.update(float(self._intake.take(first.device)))
+        params = self._params()
+        device = params[0].device if params else torch.device("cpu")
+        self.pulse.update(float(self._intake.take(device, params)))
         self._write_lr()
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,6 +74,9 @@ class EmoPulseLR(LRScheduler):
         """Load a `state_dict()`, to continue with the same bits."""
         self.pulse.load_state_dict(state_dict)
         self._write_lr()
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _write_lr(self) -> None:
         self.last_epoch = self.pulse.steps

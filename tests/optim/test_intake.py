@@ -93,7 +93,7 @@ def test_what_is_kept_is_a_detached_copy() -> None:
     intake.capture(loss)
     with torch.no_grad():
         loss /= 4
-    for kept in (*intake._observed, *intake._captured):
+    for kept in (intake._observed[0].value, *intake._captured):
         assert isinstance(kept, Tensor) and not kept.requires_grad
         assert kept.item() == 2.0
 
