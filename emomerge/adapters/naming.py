@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Mapping
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from emomerge.checkpoints import Checkpoint, disk_names
+from emomerge.checkpoints import Checkpoint, Layout, Piece
+from emomerge.checkpoints.names import index_by_tail, variants
 from emomerge.extras import installed, require_module
 
 CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
@@ -31,40 +32,64 @@ class BaseNames:
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base
-        self._by_tail = _index_by_tail(base.names())
+        self._by_tail = index_by_tail(base.names())
 
     def find(self, name: str) -> str | None:
         """Return the base's name of a module tensor: equal, renamed by transformers, or with another prefix; or None."""
         if name in self._base:
             return name
-        direct = _variants(name, self._base, self._by_tail)
-        if self.needs_transformers:
+        direct = variants(name, self._base, self._by_tail)
+        if self.needs_transformers or self.layout is None:
             return direct[0] if len(direct) == 1 else None
-        renamed = [self._disk[variant] for variant in _variants(name, self._disk, self._disk_by_tail)]
-        for candidates in (renamed, direct):
-            present = sorted({candidate for candidate in candidates if candidate in self._base})
-            if len(present) == 1:
-                return present[0]
-        return None
+        piece = self.layout.find(name)
+        whole = [stored for stored, part in self.parts(name) if part == piece]
+        return whole[0] if len(whole) == 1 else direct[0] if len(direct) == 1 else None
+
+    def parts(self, name: str) -> list[tuple[str, Piece]]:
+        """Return the base tensors that hold parts of a module tensor, such as the single experts of a stack."""
+        piece = None if self.needs_transformers else self._piece(name)
+        return self._holders.get(piece.live, []) if piece is not None else []
+
+    def holds(self, name: str) -> bool:
+        """Return whether the base has a module tensor, whole or in parts."""
+        return self.find(name) is not None or bool(self.parts(name))
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a module tensor; None if it is unknown."""
+        piece = self._piece(name)
+        return piece.shape if piece is not None else None
+
+    def _piece(self, name: str) -> Piece | None:
+        return self.layout.find(name) if self.layout is not None else None
 
     def live_name(self, name: str) -> str:
         """Return the name of a base tensor in a live model; its own name if the model is unknown."""
-        found = _variants(name, self._from_disk, self._from_disk_by_tail)
-        return self._from_disk[found[0]] if len(found) == 1 else name
+        piece = self._piece(name)
+        return name if piece is None or self.is_stacked(name) else piece.live
+
+    def is_stacked(self, name: str) -> bool:
+        """Return whether a base tensor is only a part of one in a live model."""
+        piece = self._piece(name)
+        return self.layout is not None and piece is not None and not self.layout.is_whole(piece)
 
     def module(self, name: str) -> nn.Module | None:
         """Return the module of that name in a model of the base's configuration, without data; None if it is unknown."""
-        found = _variants(name, self._modules, self._modules_by_tail)
+        found = variants(name, self._modules, self._modules_by_tail)
         return self._modules[found[0]] if len(found) == 1 else None
 
     def tied_partner(self, name: str) -> str | None:
-        """Return the module tensor that transformers ties to this one, such as a language model's head to its embedding."""
-        ties: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
-        for head, embedding in ties.items():
-            for this, other in ((head, embedding), (embedding, head)):
-                if this in _variants(name, self._disk, self._disk_by_tail):
-                    return other
-        return None
+        """Return another module tensor that the model ties to this one, such as a head to its embedding; None if it has none.
+
+        Without transformers, heads and embeddings are told by their usual names and by `tie_word_embeddings`.
+        """
+        if self.needs_transformers or self.layout is None:
+            return usual_partner(name, self.config)
+        piece = self.layout.find(name)
+        if piece is None:
+            return None
+        first = self.layout.ties.get(piece.live, piece.live)
+        tied = [first, *(alias for alias, owner in self.layout.ties.items() if owner == first)]
+        return next((other for other in tied if other != piece.live), None)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -122,20 +147,22 @@ class BaseNames:
         return model
 
     @cached_property
-    def _disk(self) -> dict[str, str]:
-        return disk_names(self.model) if self.model is not None else {}
+    def layout(self) -> Layout | None:
+        """How the tensors of such a model are stored; None if transformers does not know it.
+
+        Raises:
+            MissingExtra: as for `model`.
+        """
+        return None if self.model is None else Layout(self.model)
 
     @cached_property
-    def _disk_by_tail(self) -> dict[str, list[str]]:
-        return _index_by_tail(self._disk)
-
-    @cached_property
-    def _from_disk(self) -> dict[str, str]:
-        return {on_disk: live for live, on_disk in self._disk.items()}
-
-    @cached_property
-    def _from_disk_by_tail(self) -> dict[str, list[str]]:
-        return _index_by_tail(self._from_disk)
+    def _holders(self) -> dict[str, list[tuple[str, Piece]]]:
+        """Module tensor → the base tensors that hold parts of it."""
+        found: dict[str, list[tuple[str, Piece]]] = defaultdict(list)
+        for name in self._base.names():
+            if self.layout is not None and (piece := self.layout.find(name)) is not None:
+                found[piece.live].append((name, piece))
+        return dict(found)
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
@@ -143,23 +170,19 @@ class BaseNames:
 
     @cached_property
     def _modules_by_tail(self) -> dict[str, list[str]]:
-        return _index_by_tail(self._modules)
+        return index_by_tail(self._modules)
 
 
-def _variants(name: str, names: Container[str], by_tail: dict[str, list[str]]) -> list[str]:
-    """Return `name` if it is among `names`, else those of `names` that differ by one leading component such as `bert.`."""
-    if name in names:
-        return [name]
-    head, _, tail = name.partition(".")
-    shorter = [tail] if tail and not head.isdigit() and tail in names else []
-    return shorter + by_tail.get(name, [])
+_HEADS = re.compile(r"(?:.+\.)?(?:lm_head|embed_out|output_layer|cls\.predictions\.decoder|lm_head\.decoder)\.weight")
+_EMBEDDINGS = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings|shared|embed_in|tok_embeddings)\.weight")
 
 
-def _index_by_tail(names: Iterable[str]) -> dict[str, list[str]]:
-    """Index names by the rest after their first component; a number, as in a sequence of layers, is not a prefix."""
-    index: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        head, _, tail = name.partition(".")
-        if tail and not head.isdigit():
-            index[tail].append(name)
-    return dict(index)
+def usual_partner(name: str, config: Mapping[str, Any]) -> str | None:
+    """Return what a head or an embedding is tied to according to the configuration alone; None if it is neither, or untied."""
+    texts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
+    ties = [part["tie_word_embeddings"] for part in texts if "tie_word_embeddings" in part]
+    if not any(ties):
+        return None
+    if _HEADS.fullmatch(name):
+        return "the input embedding"
+    return "lm_head.weight" if _EMBEDDINGS.fullmatch(name) else None

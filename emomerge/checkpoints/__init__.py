@@ -10,15 +10,17 @@ from emomerge.checkpoints.checkpoint import (
     all_finite,
     working_dtype,
 )
-from emomerge.checkpoints.names import disk_names, load_into, model_checkpoint
+from emomerge.checkpoints.names import Layout, Piece, disk_names, load_into, model_checkpoint, on_disk
 from emomerge.checkpoints.reader import open_checkpoint
 from emomerge.checkpoints.writer import SideFile, write_checkpoint
 from emomerge.numerics.rounding import Rounding
 
 __all__ = [
     "Checkpoint",
+    "Layout",
     "MemoryCheckpoint",
     "OnDevice",
+    "Piece",
     "Rounding",
     "RoundingLoss",
     "SideFile",
@@ -28,6 +30,7 @@ __all__ = [
     "load_into",
     "model_checkpoint",
     "new_folder",
+    "on_disk",
     "open_checkpoint",
     "replace",
     "sha256",

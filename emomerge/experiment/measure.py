@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from emomerge.checkpoints import Checkpoint, disk_names, load_into
+from emomerge.checkpoints import Checkpoint, load_into, on_disk
 from emomerge.errors import BadInput
 from emomerge.experiment.costs import Cost
 from emomerge.experiment.scores import (
@@ -204,8 +204,9 @@ class Measurer:
         batches = self.batches("train")
         if not reestimate_batch_norm(self.model, lambda model, batch: (self.task.loss(model, batch), 1.0), batches):
             raise BadInput("--reestimate needs a model with batch norm", where=checkpoint.source, fix="leave that option out")
-        state, to_disk = self.model.state_dict(), disk_names(self.model)
-        return {on_disk: state[name].clone() for name, on_disk in to_disk.items()}
+        state = self.model.state_dict()
+        buffers = {name: state[name].clone() for name, _ in self.model.named_buffers() if name in state}
+        return on_disk(self.model, buffers)
 
     def scores(self, artefact: Artefact, split: SplitName) -> dict[str, Array]:
         """Return loss, accuracy, entropy and weight of every batch of a split, each (batches,)."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from emomerge.checkpoints import MemoryCheckpoint, atomic, disk_names, model_checkpoint, write_checkpoint
+from emomerge.checkpoints import MemoryCheckpoint, atomic, model_checkpoint, on_disk, write_checkpoint
 from emomerge.errors import BadInput, NonFiniteLossError, RunFailed
 from emomerge.optim import OPTIMIZERS
 from emomerge.optim.base import EmoOptimizer
@@ -306,11 +306,7 @@ def squared_gradients(model: nn.Module, optimizer: EmoOptimizer, key: str) -> Me
     for group in optimizer.param_groups:
         unbiased = 1 - group["betas"][1] ** optimizer.pulse.steps
         learnt |= {p: optimizer.state[p][key] / unbiased for p in group["params"] if p in optimizer.state}
-    found = {
-        on_disk: learnt[p]
-        for name, on_disk in disk_names(model).items()
-        if (p := parameters.get(name)) is not None and p in learnt
-    }
+    found = on_disk(model, {name: learnt[p] for name, p in parameters.items() if p in learnt})
     weights = model_checkpoint(model, source="F")
     floating = [name for name in weights if weights[name].is_floating_point()]
     return MemoryCheckpoint({name: found.get(name, torch.zeros_like(weights[name])).cpu() for name in floating}, source="F")

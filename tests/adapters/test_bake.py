@@ -115,6 +115,11 @@ def save_base(model: nn.Module, folder: Path) -> Path:
 
 def adapted(model: nn.Module, folder: Path, **config: object) -> torch.Tensor:
     """Save a random adapter of the model to the folder and return what the live one computes."""
+    return output(save_adapter(model, folder, **config))
+
+
+def save_adapter(model: nn.Module, folder: Path, **config: object) -> nn.Module:
+    """Save a random adapter of the model to the folder and return the live one."""
     from peft import LoraConfig, get_peft_model
 
     with warnings.catch_warnings():
@@ -125,7 +130,7 @@ def adapted(model: nn.Module, folder: Path, **config: object) -> torch.Tensor:
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter) * 0.2)
         live.save_pretrained(folder)
-    return output(live)
+    return live
 
 
 QUERY_VALUE = ["query", "value"]
@@ -173,11 +178,7 @@ CASES = {
 def test_the_baked_model_computes_what_the_live_adapter_does(case, tmp_path, record_property):
     make, config = CASES[case]
     model = loud(make())
-    if case.endswith("experts"):  # fused experts are written under the module's names
-        model.config.save_pretrained(tmp_path / "base")
-        write_checkpoint(model_checkpoint(model, source="test"), tmp_path / "base", files_from=tmp_path / "base", force=True)
-    else:
-        save_base(model, tmp_path / "base")
+    save_base(model, tmp_path / "base")
     live = adapted(model, tmp_path / "adapter", **config)
     before = output(model)
     baked = bake(tmp_path / "base", tmp_path / "adapter")
@@ -188,6 +189,80 @@ def test_the_baked_model_computes_what_the_live_adapter_does(case, tmp_path, rec
     print(f"{case}: {difference:.1e}")
     assert difference <= TOLERANCE
     assert (before - live).abs().max() > 0.05  # or the test would show nothing
+
+
+def qwen3_moe() -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"moe_intermediate_size": 20, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=50, **SMALL, **sizes))
+
+
+@pytest.mark.parametrize("stored", ["an expert at a time", "stacked"])
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe])
+def test_experts_are_baked_however_they_are_stored(make, stored, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = loud(make())
+    save_base(model, tmp_path / "base")
+    if stored == "stacked":
+        stacked = MemoryCheckpoint(model.state_dict())
+        write_checkpoint(stacked, tmp_path / "stacked", files_from=tmp_path / "base")
+        base = tmp_path / "stacked"
+    else:
+        base = tmp_path / "base"
+        assert any(".experts.3." in name for name in open_checkpoint(base))
+    parameters = ["experts.down_proj", "experts.gate_up_proj"]
+    config = {"target_modules": ["q_proj"], "target_parameters": parameters, "r": 3}
+    live = adapted(model, tmp_path / "adapter", **config, rank_pattern={"experts.down_proj": 2})
+    baked = bake(base, tmp_path / "adapter")
+    assert sum("experts" in name for name in baked.touched()) == sum("experts" in name for name in open_checkpoint(base))
+    write_checkpoint(baked, tmp_path / "out", files_from=base)
+    loaded, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told.values()), told
+    torch.testing.assert_close(output(loaded), live, rtol=0, atol=TOLERANCE)
+    assert (output(model) - live).abs().max() > 0.05
+
+
+def llava() -> nn.Module:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    text = {"model_type": "qwen2", "vocab_size": 50, "num_key_value_heads": 1, **SMALL}
+    vision = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, **SMALL}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=vision, image_token_index=49, tie_word_embeddings=True)
+    )
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=50, decoder_start_token_id=0, **sizes))
+
+
+def masked_bert() -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    return BertForMaskedLM(BertConfig(vocab_size=50, **SMALL))
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (llava, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+        (llava, {"target_modules": ["lm_head"]}),
+        (t5, {"target_modules": ["q"], "modules_to_save": ["lm_head"]}),
+        (masked_bert, {"target_modules": ["word_embeddings"]}),
+        (masked_bert, {"target_modules": ["query"], "modules_to_save": ["decoder"]}),
+    ],
+)
+def test_one_side_of_a_tie_is_refused_wherever_the_model_declares_it(make, config, tmp_path):
+    model = make()
+    save_base(model, tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter", **config)
+    with pytest.raises(BadInput, match="ties this tensor"):
+        bake(tmp_path / "base", tmp_path / "adapter")
 
 
 def test_a_baked_folder_loads_with_from_pretrained(tmp_path):

@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,15 @@ from emomerge.adapters.change import Change
 from emomerge.adapters.low_rank import product
 from emomerge.adapters.naming import BaseNames
 from emomerge.adapters.peft.files import CONFIG, PICKLE, PREFIX, WEIGHTS, load_config
-from emomerge.checkpoints import Checkpoint, all_finite, open_checkpoint
+from emomerge.checkpoints import Checkpoint, Piece, all_finite, open_checkpoint
 from emomerge.errors import BadInput
 
 _FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.default)?(?:\.(weight|bias))?")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
+_MAYBE_TIED = re.compile(
+    r"(bbox|class)_embed\.|^(?!.*\.\d+\.).*(embed|shared|head|decoder|predictions|proj_out|output|\bw[tp]e\b)"
+)
+"""Matches the names of tensors that some model of transformers ties to others, and few more."""
 _INITS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base unchanged
 # Fields that are read here, or that only matter in training. Any other field that is set changes the formula.
 _UNDERSTOOD = frozenset(
@@ -110,13 +115,12 @@ class _Reader:
 
     def _add_replacement(self, changes: dict[str, Change], tensor: str, key: str) -> None:
         """Add a tensor that replaces one of the base."""
-        name = self._find(tensor, key)
-        if name is None:
-            return
         value = self.tensors[key]
-        self._require_shape(name, key, tuple(value.shape))
-        self._refuse_tied(tensor, name, key)
-        self._add(changes, name, key, Change(replace=lambda _: value))
+        self._refuse_tied(tensor, key)
+        for name, piece in self._targets(tensor, key):
+            self._require_shape(name, key, self._shape(name, tensor, piece), tuple(value.shape))
+            part = value if piece is None else piece.of(value)
+            self._add(changes, name, key, Change(replace=partial(_first, part)))
 
     def _add_low_rank(self, changes: dict[str, Change], module: str, embedding: bool, keys: dict[str, str]) -> None:
         """Add s·BA of one module, and s·b of its bias."""
@@ -125,17 +129,15 @@ class _Reader:
             if factor not in keys:
                 raise BadInput("a LoRA factor is missing", where=f"{self.file}, {module}", expected=f"lora_{factor}", found=key)
         pair = self._pair(module, embedding, keys["A"])
-        name = self._find(pair.tensor, pair.key)
-        if name is None:
-            return
-        scale = self._scale(pair, self._rank(pair, name, keys))
-        self._add(changes, name, pair.key, Change(delta=self._low_rank(pair, name, keys, scale)))
-        if embedding:
-            self._refuse_tied(pair.tensor, name, key)
+        self._refuse_tied(pair.tensor, key)
+        for name, piece in self._targets(pair.tensor, pair.key):
+            shape = self._shape(name, pair.tensor, piece)
+            scale = self._scale(pair, self._rank(pair, shape, keys))
+            self._add(changes, name, pair.key, Change(delta=self._low_rank(pair, name, shape, piece, keys, scale)))
         bias_name = self._find(f"{pair.module}.bias", keys["bias"]) if "bias" in keys else None
         if bias_name is not None:
             bias = self.tensors[keys["bias"]]
-            self._require_shape(bias_name, keys["bias"], tuple(bias.shape))
+            self._require_shape(bias_name, keys["bias"], self.base.info(bias_name).shape, tuple(bias.shape))
             self._add(changes, bias_name, keys["bias"], Change(delta=lambda dtype: bias.to(dtype) * scale))
 
     def _pair(self, module: str, embedding: bool, key: str) -> _Pair:
@@ -159,7 +161,7 @@ class _Reader:
             target.rpartition(".")[2]
             for target in targets
             if f".{module}.{target.rpartition('.')[2]}".endswith(f".{target}")
-            and self.names.find(f"{module}.{target.rpartition('.')[2]}") is not None
+            and self.names.holds(f"{module}.{target.rpartition('.')[2]}")
         }
         live = self.names.module(module) if last else None
         if live is not None:
@@ -172,13 +174,13 @@ class _Reader:
             )
         return sorted(last)
 
-    def _rank(self, pair: _Pair, name: str, keys: dict[str, str]) -> int:
+    def _rank(self, pair: _Pair, shape: tuple[int, ...], keys: dict[str, str]) -> int:
         """Return r of a pair by PEFT's patterns, checked against the factors."""
         rank = int(self._pattern("rank_pattern", "r", pair))
-        experts = self._experts(pair, name)
+        experts = shape[0] if pair.parameter and len(shape) == 3 else 1
         found = self.tensors.info(keys["A"]).shape[0]
         other = self.tensors.info(keys["B"]).shape[1]
-        if found != other and len(self.base.info(name).shape) > 2 and not pair.parameter:
+        if found != other and len(shape) > 2 and not pair.parameter:
             raise BadInput("LoRA of a grouped convolution is not a change of its weight", where=f"{self.file}, {pair.key}")
         if not found == other == rank * experts:
             raise BadInput(
@@ -201,40 +203,47 @@ class _Reader:
                 return value
         return self.config[default]
 
-    def _experts(self, pair: _Pair, name: str) -> int:
-        shape = self.base.info(name).shape
-        return shape[0] if pair.parameter and len(shape) == 3 else 1
-
-    def _low_rank(self, pair: _Pair, name: str, keys: dict[str, str], scale: float) -> Callable[[torch.dtype], Tensor]:
-        """Return a function that computes Δ = s·BA in the layout of the base tensor."""
+    def _low_rank(
+        self, pair: _Pair, name: str, shape: tuple[int, ...], piece: Piece | None, keys: dict[str, str], scale: float
+    ) -> Callable[[torch.dtype], Tensor]:
+        """Return a function that computes Δ = s·BA in the layout of the base tensor, or the piece of Δ that it holds."""
         a, b = self.tensors[keys["A"]], self.tensors[keys["B"]]
-        shape = self.base.info(name).shape
         if pair.parameter and len(shape) == 3:
-            return self._expert_delta(pair, name, a, b, scale)
+            return self._expert_delta(pair, name, shape, piece, a, b, scale)
+        if piece is not None:
+            whole = self._low_rank(pair, name, shape, None, keys, scale)
+            return lambda dtype: piece.of(whole(dtype))
         if a.ndim > 2:  # convolutions: B is 1×1, so that BA has the kernel of A
-            self._require_shape(name, pair.key, (b.shape[0], *a.shape[1:]))
+            self._require_shape(name, pair.key, shape, (b.shape[0], *a.shape[1:]))
             return lambda dtype: product(a.flatten(1), b.flatten(1), scale, dtype).reshape(shape)
         out_in = (b.shape[0], a.shape[1])
         transposed = pair.embedding or self._is_transposed(pair, shape, out_in)
-        self._require_shape(name, pair.key, out_in[::-1] if transposed else out_in)
+        self._require_shape(name, pair.key, shape, out_in[::-1] if transposed else out_in)
         if transposed:
             return lambda dtype: product(a, b, scale, dtype).T
         return lambda dtype: product(a, b, scale, dtype)
 
-    def _expert_delta(self, pair: _Pair, name: str, a: Tensor, b: Tensor, scale: float) -> Callable[[torch.dtype], Tensor]:
-        """Return a function that computes Δ of stacked experts.
+    def _expert_delta(
+        self, pair: _Pair, name: str, shape: tuple[int, ...], piece: Piece | None, a: Tensor, b: Tensor, scale: float
+    ) -> Callable[[torch.dtype], Tensor]:
+        """Return a function that computes Δ of stacked experts, or the piece of it that a base tensor holds.
 
         A (experts·r, in), B (out, r·experts) → (experts, out, in) or (experts, in, out).
         """
-        shape = self.base.info(name).shape
         outs, ins, experts = b.shape[0], a.shape[1], shape[0]
         live = self.names.module(pair.module) if outs == ins else None
         in_out = getattr(live, "is_transposed", False) if outs == ins else shape == (experts, ins, outs)
-        self._require_shape(name, pair.key, (experts, ins, outs) if in_out else (experts, outs, ins))
+        self._require_shape(name, pair.key, shape, (experts, ins, outs) if in_out else (experts, outs, ins))
+        some = slice(None)
+        if piece is not None and piece.offset % (outs * ins) + piece.extent <= outs * ins:  # of one expert
+            expert, offset = divmod(piece.offset, outs * ins)
+            some, piece = slice(expert, expert + 1), piece._replace(offset=offset)
 
         def delta(dtype: torch.dtype) -> Tensor:
-            stack = b.to(dtype).reshape(outs, -1, experts).permute(2, 0, 1) @ a.to(dtype).reshape(experts, -1, ins)
-            return (stack.mT if in_out else stack) * scale
+            first, second = a.reshape(experts, -1, ins)[some], b.reshape(outs, -1, experts)[..., some]
+            stack = second.to(dtype).permute(2, 0, 1) @ first.to(dtype)
+            whole = (stack.mT if in_out else stack) * scale
+            return whole if piece is None else piece.of(whole)
 
         return delta
 
@@ -281,6 +290,10 @@ class _Reader:
                 return None  # the partner has an entry of its own with the same content
             self.unmatched.append(key)
             return None
+        self._refuse_quantized(name)
+        return name
+
+    def _refuse_quantized(self, name: str) -> None:
         dtype = self.base.info(name).dtype
         if not dtype.is_floating_point or dtype.itemsize == 1:
             raise BadInput(
@@ -289,7 +302,6 @@ class _Reader:
                 found=dtype,
                 fix="bake into the unquantized base",
             )
-        return name
 
     def _report_unmatched(self, *, nothing_matched: bool) -> None:
         if not self.unmatched:
@@ -310,8 +322,24 @@ class _Reader:
             raise error
         warnings.warn(str(error), stacklevel=2)
 
-    def _require_shape(self, name: str, key: str, wanted: tuple[int, ...]) -> None:
-        found = self.base.info(name).shape
+    def _targets(self, tensor: str, key: str) -> list[tuple[str, Piece | None]]:
+        """Return the base tensor of a module tensor, or those that hold its pieces; notes the key if there is none."""
+        parts = [] if self.names.find(tensor) is not None else self.names.parts(tensor)
+        if not parts:
+            return [(name, None)] if (name := self._find(tensor, key)) is not None else []
+        for name, _ in parts:
+            self._refuse_quantized(name)
+        return list(parts)
+
+    def _shape(self, name: str, tensor: str, piece: Piece | None) -> tuple[int, ...]:
+        """Return the shape of a module tensor that `name` of the base holds, or a piece of it."""
+        shape = self.base.info(name).shape
+        if piece is None:
+            return shape
+        self._require_shape(name, name, shape, piece.shape)
+        return self.names.shape(tensor) or shape
+
+    def _require_shape(self, name: str, key: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if found != wanted:
             raise BadInput(
                 "the base tensor has another shape than the adapter expects",
@@ -321,13 +349,14 @@ class _Reader:
                 fix="give the base that the adapter was trained on",
             )
 
-    def _refuse_tied(self, tensor: str, name: str, key: str) -> None:
+    def _refuse_tied(self, tensor: str, key: str) -> None:
         """Refuse to change one of two tied tensors, as a live adapter does: a dense checkpoint has only one tensor for both."""
-        shape, config = self.base.info(name).shape, self.names.config
-        if self.config.get("ensure_weight_tying") or len(shape) != 2 or shape[0] != config.get("vocab_size"):
+        if not _MAYBE_TIED.search(tensor):  # no need to build the model
+            return
+        if self.config.get("ensure_weight_tying") or not tensor.endswith((".weight", ".bias")):
             return
         partner = self.names.tied_partner(tensor)
-        if partner is not None and self.names.find(partner) is None:
+        if partner is not None and (self.names.find(tensor) is None or self.names.find(partner) is None):
             raise BadInput(
                 "the base ties this tensor to another, which the adapter does not change",
                 where=f"{self.file}, {key}",
@@ -385,6 +414,10 @@ def open_weights(folder: Path) -> Checkpoint:
     if not tensors:
         raise BadInput("the adapter holds no tensors", where=path)
     return tensors
+
+
+def _first(value: Tensor, _: Tensor) -> Tensor:
+    return value
 
 
 def _without_wrappers(name: str) -> str:
