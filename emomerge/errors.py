@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+LONGEST = 1000
+"""Characters of a value that an error quotes, such as a name of a file."""
+
+
+def shown(text: object) -> str:
+    """Return a text for display: escape sequences, changes of direction and lone surrogates appear as `\\x1b`, not as effects.
+
+    Names of tensors, runs and files come from outside; they pass through here before they reach a terminal, card or page.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def shown_lines(text: str) -> str:
+    """Return a text of several lines for display; see `shown`."""
+    return "\n".join(shown(line.expandtabs(8)) for line in text.split("\n"))
+
+
+def _quoted(value: object) -> str:
+    text = " ".join(str(value).split())
+    return shown(text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text)} characters)")
 
 
 class EmomergeError(Exception):
@@ -33,11 +56,11 @@ class BadInput(EmomergeError, ValueError):
         found: object = None,
         fix: str | None = None,
     ) -> None:
-        parts = [what if where is None else f"{what}: {where}"]
+        parts = [what if where is None else f"{what}: {_quoted(where)}"]
         if expected is not None:
-            parts.append(f"expected {expected}")
+            parts.append(f"expected {_quoted(expected)}")
         if found is not None:
-            parts.append(f"found {found}")
+            parts.append(f"found {_quoted(found)}")
         if fix is not None:
             parts.append(fix)
         super().__init__(" ".join("; ".join(parts).split()))

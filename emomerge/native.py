@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -99,12 +100,13 @@ def _load_or_compile(command: list[str], source: Path) -> ctypes.CDLL:
     key = "\n".join([*command, *FLAGS, _processor(), source.read_text()])
     file = f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     folder = _cache_folder()
-    if folder and (folder / file).exists():
+    if folder and _is_private(folder / file):
         with contextlib.suppress(OSError):  # damaged, or from another system that shares the disk: compile again
             return ctypes.CDLL(str(folder / file))
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # a new folder of this user alone
         built = Path(scratch) / file
         _compile(command, source, built)
+        built.chmod(0o700)
         return ctypes.CDLL(str(built.replace(folder / file) if folder else built))
 
 
@@ -117,12 +119,25 @@ def _compile(command: list[str], source: Path, built: Path) -> None:
 
 
 def _cache_folder() -> Path | None:
-    """Return the folder for compiled code; None for a user without a home directory, or on a read-only disk."""
+    """Return the folder for compiled code; None for a user without a home directory, on a read-only disk, or if others may
+    write in it: they could put code of their own there."""
     with contextlib.suppress(OSError, RuntimeError):
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emomerge"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return folder if os.access(folder, os.W_OK) else None
+        return folder if os.access(folder, os.W_OK) and _is_private(folder) else None
     return None
+
+
+def _is_private(path: Path) -> bool:
+    """Return whether `path` exists, is no link, belongs to this user and can be written by nobody else."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    if not hasattr(os, "getuid"):  # Windows, where a user's cache is private
+        return not stat.S_ISLNK(status.st_mode)
+    is_own = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return is_own and (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode))
 
 
 def in_parallel(work: Callable[[Item], object], parts: Sequence[Item]) -> None:

@@ -8,6 +8,22 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.text import Text
+
+from emomerge.errors import shown, shown_lines
+
+
+class PlainConsole(Console):
+    """A console that shows every text literally: neither markup such as `[bold]` nor escape sequences in it have an effect."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Render a text as `rich.console.Console` does, after `shown_lines`."""
+        return super().render_str(shown_lines(text), **options)
+
+
+def plain_console(*, stderr: bool = False, quiet: bool = False) -> PlainConsole:
+    """Return a console for standard output or standard error."""
+    return PlainConsole(stderr=stderr, quiet=quiet, markup=False, emoji=False)
 
 
 class Line:
@@ -19,12 +35,12 @@ class Line:
     def at(self, done: float, note: str = "") -> None:
         """Set the completed amount and a note."""
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, note=note)
+            self._progress.update(self._task, completed=done, note=shown(note))
 
     def add(self, amount: float = 1, note: str | None = None) -> None:
         """Advance by an amount."""
         if self._progress is not None and self._task is not None:
-            extra: dict[str, Any] = {} if note is None else {"note": note}
+            extra: dict[str, Any] = {} if note is None else {"note": shown(note)}
             self._progress.update(self._task, advance=amount, **extra)
 
 
@@ -36,7 +52,7 @@ class Display:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet)
+        self.console = plain_console(stderr=True, quiet=quiet)
         self._progress: Progress | None = None
         self._quiet = quiet
 
@@ -45,10 +61,10 @@ class Display:
         """Show lines live within the block."""
         columns = (
             SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=8),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=self.console, disable=self._quiet) as progress:
             self._progress = progress
@@ -61,8 +77,8 @@ class Display:
         """Add a line for `total` units of work."""
         if self._progress is None:
             return Line(None, None)
-        return Line(self._progress, self._progress.add_task(title, total=total, note=note))
+        return Line(self._progress, self._progress.add_task(shown(title), total=total, note=shown(note)))
 
     def say(self, text: str) -> None:
         """Print one line of text."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(shown_lines(text), highlight=False)

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from emomerge.errors import BadInput
+from emomerge.errors import BadInput, shown_lines
+from emomerge.files import JsonObject, explain, parse_json, read_text
 
 SCHEMA_VERSION = 2
 """Incremented when a field changes its name, type or meaning. Results of other versions are rejected."""
@@ -29,6 +30,10 @@ def _finite_or_none(value: object) -> object:
 
 Number: TypeAlias = Annotated[float | None, BeforeValidator(_finite_or_none)]
 """A float; None if it is not finite."""
+
+
+Shown: TypeAlias = Annotated[str, AfterValidator(shown_lines)]
+"""A text that is shown: without escape sequences, which would reach terminals, cards, pages and the library of the figures."""
 
 
 def _require_shape(table: Sequence[Sequence[object]], rows: int, columns: int) -> None:
@@ -51,25 +56,25 @@ class Estimate(Part):
     """Standard error of the mean; None if it is unknown or the figure is exact."""
     n: int | None = None
     """Number of samples, usually directions."""
-    finding: str | None = None
+    finding: Shown | None = None
     """A remark on this measurement, such as where it diverged."""
-    facts: dict[str, Number] = {}
+    facts: dict[Shown, Number] = {}
     """Further numbers, such as the norm of the perturbation after rounding."""
 
 
 class Column(Part):
     """A column of the tables, filled from `ArtefactRow.estimates`."""
 
-    key: str
+    key: Shown
     """Key in `ArtefactRow.estimates`; unique."""
-    title: str
-    meaning: str
+    title: Shown
+    meaning: Shown
     """One sentence, without a full stop."""
     better: Literal["lower", "higher"] | None = None
     """Which values are better, for marking the best run or merge; None if no value is."""
     views: tuple[View, ...] = ("table", "card", "terminal")
     """Where it is shown: the page's main table or its table of secondary measures, model cards, the terminal."""
-    family: str = ""
+    family: Shown = ""
     """Name shared by the columns of a measure at several radii; the terminal shows the middle radius."""
     radius: float | None = None
     percent: bool = False
@@ -95,7 +100,7 @@ class Subspace(Part):
     eigenvalues: tuple[Number, ...] | None
     """Descending."""
     trace: Number
-    along: dict[str, Number]
+    along: dict[Shown, Number]
     """Run → curvature along its task vector."""
     asymmetry: Number = None
     """‖H − Hᵀ‖/‖H‖ before symmetrisation."""
@@ -107,7 +112,7 @@ class Hessian(Part):
     """Facts about the Hessian of an artefact beyond the figures λmax, λmin and trace."""
 
     density: Density | None = None
-    layers: dict[str, Number] = {}
+    layers: dict[Shown, Number] = {}
     """Module → its part of the trace, in the model's order."""
     step: Number = None
     """Step size of the finite differences."""
@@ -119,25 +124,25 @@ class Hessian(Part):
 class ArtefactRow(Part):
     """An artefact (base, run, merge or control) and all its figures."""
 
-    name: str
+    name: Shown
     role: Role
-    path: str | None = None
-    optimizer: str | None = None
+    path: Shown | None = None
+    optimizer: Shown | None = None
     seed: int | None = None
-    control: str | None = None
+    control: Shown | None = None
     """Kind of control, a key of `emomerge.controls.CONTROLS`."""
-    of: str | None = None
+    of: Shown | None = None
     """Name of the artefact that a control is matched to."""
-    sha256: str | dict[str, str] | None = None
+    sha256: Shown | dict[Shown, Shown] | None = None
     """SHA-256 of the weights, or of each file of weights."""
     seconds: float | None = None
     """Wall time of training or merging."""
-    method: str | None = None
+    method: Shown | None = None
     """Merge method."""
-    estimates: dict[str, Estimate] = {}
+    estimates: dict[Shown, Estimate] = {}
     """`Column.key` → figure; figures that were not measured are absent."""
     hessian: Hessian | None = None
-    details: dict[str, JsonValue] = {}
+    details: dict[Shown, JsonValue] = {}
     """Metric → summary, for metrics without a figure in the report."""
 
     def mean(self, key: str) -> float | None:
@@ -177,7 +182,7 @@ class Surface(Part):
 class Point(Part):
     """The position of a named model on a plane."""
 
-    name: str
+    name: Shown
     x: float
     y: float
 
@@ -191,7 +196,7 @@ class Plane(Surface):
 class Matrix(Part):
     """A symmetric matrix with a figure for every pair of models."""
 
-    names: tuple[str, ...]
+    names: tuple[Shown, ...]
     matrix: tuple[tuple[Number, ...], ...]
 
     @model_validator(mode="after")
@@ -215,7 +220,7 @@ class Cosines(Matrix):
 class Trace(Part):
     """The training trace of a run, one entry per step."""
 
-    optimizer: str
+    optimizer: Shown
     seed: int
     step: tuple[int, ...]
     loss: tuple[Number, ...]
@@ -228,19 +233,19 @@ class Trace(Part):
 class Samples(Part):
     """Samples generated by models: texts that continue prompts, or pictures."""
 
-    about: str
-    prompts: tuple[str, ...] = ()
-    texts: dict[str, tuple[str, ...]] = {}
+    about: Shown
+    prompts: tuple[Shown, ...] = ()
+    texts: dict[Shown, tuple[Shown, ...]] = {}
     """Artefact → one text per prompt."""
-    images: dict[str, str] = {}
+    images: dict[Shown, Shown] = {}
     """Artefact → PNG in base64."""
 
 
 class Evidence(Part):
     """One comparison of the merge with one rival; negative estimates favour the merge."""
 
-    against: str
-    what: str
+    against: Shown
+    what: Shown
     scale: Literal["difference", "log-ratio"]
     """`difference` of losses, in the task's unit; `log-ratio` of sharpness or curvature."""
     estimate: Number
@@ -262,7 +267,7 @@ class Claim(Part):
 
     status: Literal["better", "flatter", "refuted", "not shown"]
     evidence: tuple[Evidence, ...] = ()
-    note: str = ""
+    note: Shown = ""
     """Comparisons that the claim needs but that were not measured."""
 
 
@@ -270,38 +275,38 @@ class Verdict(Part):
     """The verdict on whether the merge lies in a better and flatter minimum than its rivals."""
 
     status: Literal["better and flatter", "better", "flatter", "refuted", "not shown"]
-    sentence: str
-    merge: str
+    sentence: Shown
+    merge: Shown
     """Name of the merge of the first training seed."""
-    best_single: tuple[str, ...]
+    best_single: tuple[Shown, ...]
     """The best run of each training seed."""
     better: Claim
     flatter: Claim
-    caveats: tuple[str, ...] = ()
+    caveats: tuple[Shown, ...] = ()
 
 
 class Selected(Part):
     """The model to use, or what to do instead."""
 
-    name: str
-    path: str | None
+    name: Shown
+    path: Shown | None
     validation_loss: float
-    sentence: str
+    sentence: Shown
     kind: Literal["model", "control", "nothing"] = "model"
     """A run or merge; a control that is better than each of them; or nothing that is better than the base, which is named."""
-    command: str = ""
+    command: Shown = ""
     """Command that writes a control that is in no folder."""
 
 
 class MergeFacts(Part):
     """Diagnostics of a merge; see `emomerge.merging.Merge.diagnostics`."""
 
-    method: str
+    method: Shown
     of: Literal["runs", "rounds"] = "runs"
     """What was merged: finished runs, or the means of the runs after some rounds."""
-    runs: tuple[str, ...]
+    runs: tuple[Shown, ...]
     """The names of the models that were merged."""
-    params: dict[str, JsonValue] = {}
+    params: dict[Shown, JsonValue] = {}
     elements: int | None = None
     lambda_crit: Number = None
     moved_density: Number = None
@@ -310,13 +315,13 @@ class MergeFacts(Part):
     cosine_to_mean: Number = None
     merged_norm: Number = None
     mean_norm: Number = None
-    run_norms: dict[str, Number] = {}
+    run_norms: dict[Shown, Number] = {}
     cosines: tuple[tuple[Number, ...], ...] = ()
     sign_agreement: tuple[tuple[Number, ...], ...] = ()
-    mask_density: dict[str, Number] = {}
-    run_losses: dict[str, Number] = {}
-    scale_losses: dict[str, Number] = {}
-    warnings: tuple[str, ...] = ()
+    mask_density: dict[Shown, Number] = {}
+    run_losses: dict[Shown, Number] = {}
+    scale_losses: dict[Shown, Number] = {}
+    warnings: tuple[Shown, ...] = ()
 
 
 class Rows(Part):
@@ -330,17 +335,17 @@ class Rows(Part):
 class Data(Part):
     """The data of the task."""
 
-    summary: str
+    summary: Shown
     rows: Rows
-    classes: tuple[str, ...] = ()
-    unit: str = "nats"
+    classes: tuple[Shown, ...] = ()
+    unit: Shown = "nats"
     """Unit of losses."""
 
 
 class ProbeFacts(Part):
     """How flatness was measured: the recipe's `probe` section and related facts."""
 
-    preset: str
+    preset: Shown
     data: Literal["train", "test"]
     batches: int
     batch_size: int
@@ -350,9 +355,9 @@ class ProbeFacts(Part):
     lanczos_steps: int | None = None
     trace_probes: int | None = None
     seed: int = 0
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[Shown, ...] = ()
     """Metrics beyond those of the preset."""
-    options: dict[str, JsonValue] = {}
+    options: dict[Shown, JsonValue] = {}
     """Metric → its options in the recipe."""
     rows: int | None = None
     """Number of rows that the probe used."""
@@ -364,30 +369,30 @@ class Results(Part):
     """All results of an experiment. Parts that were not measured are None or empty."""
 
     schema_version: int = Field(SCHEMA_VERSION, ge=SCHEMA_VERSION, le=SCHEMA_VERSION)
-    name: str
-    created: str | None = None
+    name: Shown
+    created: Shown | None = None
     """Time in ISO 8601."""
-    command: str = ""
-    recipe: dict[str, JsonValue] = {}
-    recipe_yaml: str = ""
-    versions: dict[str, str] = {}
-    device: str | None = None
+    command: Shown = ""
+    recipe: dict[Shown, JsonValue] = {}
+    recipe_yaml: Shown = ""
+    versions: dict[Shown, Shown] = {}
+    device: Shown | None = None
     data: Data | None = None
     columns: tuple[Column, ...] = ()
     """In the order of the tables."""
     artefacts: tuple[ArtefactRow, ...] = ()
     probe: ProbeFacts | None = None
-    curves: dict[str, Curve] = {}
+    curves: dict[Shown, Curve] = {}
     barriers: Matrix | None = None
     plane: Plane | None = None
-    surfaces: dict[str, Surface] = {}
+    surfaces: dict[Shown, Surface] = {}
     verdict: Verdict | None = None
     selected: Selected | None = None
     samples: Samples | None = None
-    traces: dict[str, Trace] = {}
+    traces: dict[Shown, Trace] = {}
     cosines: Cosines | None = None
-    merges: dict[str, MergeFacts] = {}
-    seconds: dict[str, float] = {}
+    merges: dict[Shown, MergeFacts] = {}
+    seconds: dict[Shown, float] = {}
     """Stage → wall time in seconds."""
 
     def to_json(self) -> str:
@@ -407,22 +412,17 @@ class Results(Part):
             BadInput: the text is damaged, or of another schema version.
         """
         again = "run the recipe again; its evaluations are remembered"
+        what = "the results cannot be read"
+        plain = parse_json(text, JsonObject, where=where, what=what, fix=again)
+        if (version := plain.get("schema_version")) != SCHEMA_VERSION:
+            raise BadInput(
+                "the results have the schema of another version of emomerge", where=where,
+                expected=f"schema_version {SCHEMA_VERSION}", found="none" if version is None else repr(version), fix=again,
+            )  # fmt: skip
         try:
-            plain = json.loads(text)
-            if not isinstance(plain, dict):
-                raise BadInput("the results cannot be read", where=where, expected="a mapping", fix=again)
-            if (version := plain.get("schema_version")) != SCHEMA_VERSION:
-                raise BadInput(
-                    "the results have the schema of another version of emomerge", where=where,
-                    expected=f"schema_version {SCHEMA_VERSION}", found="none" if version is None else repr(version), fix=again,
-                )  # fmt: skip
             return cls.model_validate(plain)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise BadInput("the results cannot be read", where=where, found=error, fix=again) from None
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
-            raise BadInput("the results cannot be read", where=f"{where}, {field}", found=first["msg"], fix=again) from None
+            raise explain(error, what=what, where=where, fix=again) from None
 
 
 def load_results(folder: Path) -> Results:
@@ -432,13 +432,9 @@ def load_results(folder: Path) -> Results:
         BadInput: there are no results, or they are damaged or of another schema version.
     """
     file = folder / "results.json"
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput("no results here", where=file, fix="run the recipe to its end first") from None
-    except UnicodeDecodeError as error:
-        raise BadInput("the results cannot be read", where=file, found=error, fix="run the recipe again") from None
-    return Results.from_json(text, file)
+    if not file.is_file():
+        raise BadInput("no results here", where=file, fix="run the recipe to its end first")
+    return Results.from_json(read_text(file), file)
 
 
 def sort_rows(rows: Sequence[ArtefactRow]) -> list[ArtefactRow]:

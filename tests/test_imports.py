@@ -13,15 +13,17 @@ import emomerge.integrations
 import emomerge.optim
 
 PACKAGE = Path(emomerge.__file__).parent
-FLOOR = {"controls", "errors", "extras", "native", "numerics", "progress", "results"}
+FLOOR = {"controls", "errors", "extras", "files", "native", "numerics", "progress", "results", "watch"}
 ALLOWED = {
     "controls": {"errors"},
     "errors": set(),
     "extras": {"errors"},
+    "files": {"errors"},
     "native": {"errors"},
     "numerics": {"errors"},
     "progress": {"errors"},
-    "results": {"errors"},
+    "results": {"errors", "files"},
+    "watch": {"errors"},
     "checkpoints": FLOOR,
     "adapters": FLOOR | {"checkpoints"},
     "optim": FLOOR,

@@ -169,7 +169,7 @@ def test_unreadable_recipes(tmp_path):
         load_recipe(tmp_path / "broken.yaml")
     assert "\n" not in str(caught.value)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(BadInput, match="the recipe"):
+    with pytest.raises(BadInput, match="not UTF-8"):
         load_recipe(tmp_path / "binary.yaml")
 
 

@@ -42,7 +42,7 @@ def test_a_figure_that_was_not_measured_is_none():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", "cannot be read: .*results.json; expected a mapping"),
+        ("[]", "cannot be read: .*results.json; found Input should be an object"),
         ("{", "cannot be read: .*results.json; found"),
         ("[" * 100_000, "cannot be read: .*results.json; found"),
         ('{"schema_version": "2", "name": "x"}', "found '2'"),
@@ -63,7 +63,7 @@ def test_missing_results_are_named(tmp_path):
     with pytest.raises(BadInput, match="no results here: .*results.json"):
         load_results(tmp_path)
     (tmp_path / "results.json").write_bytes(b"\xff")
-    with pytest.raises(BadInput, match="cannot be read"):
+    with pytest.raises(BadInput, match="not UTF-8"):
         load_results(tmp_path)
 
 

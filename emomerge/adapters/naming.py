@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from emomerge.checkpoints import Checkpoint, Layout, Piece
 from emomerge.checkpoints.names import index_by_tail, variants
 from emomerge.extras import installed, require_module
+from emomerge.files import JsonObject, read_json_or
 
 CONV1D_MODELS = {"clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
 """The `model_type`s of transformers with layers of type Conv1D; newer models have none."""
+
+
+MOST_LAYERS = 100_000
 
 
 class BaseNames:
@@ -97,11 +102,7 @@ class BaseNames:
         path = self._base.folder / "config.json" if self._base.folder is not None else None
         if path is None or not path.is_file():
             return {}
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            return {}
-        return config if isinstance(config, dict) else {}
+        return read_json_or(path, JsonObject, {})
 
     @cached_property
     def without_conv1d(self) -> bool:
@@ -130,19 +131,20 @@ class BaseNames:
         Raises:
             MissingExtra: the base is a model of transformers, which is not installed.
         """
-        if "model_type" not in self.config:
+        if "model_type" not in self.config or _is_absurd(self.config):
             return None
         require_module(f"an adapter over this {self.config['model_type']} model", "transformers")
         import transformers
 
-        try:
-            config = transformers.AutoConfig.from_pretrained(self._base.folder, local_files_only=True)
+        try:  # without a refusal, transformers would ask on the terminal whether to run the code that `auto_map` names
+            config = transformers.AutoConfig.from_pretrained(self._base.folder, local_files_only=True, trust_remote_code=False)
             architecture = getattr(transformers, (config.architectures or [""])[0], None)
-            if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
-                architecture = transformers.AutoModel.from_config
-            with torch.device("meta"):
-                model: nn.Module = architecture(config)
-        except (ValueError, OSError, KeyError, AttributeError, ImportError):  # the configuration of a custom model
+            with torch.device("meta"), _bounded(len(self._base)):
+                if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
+                    model: nn.Module = architecture(config)
+                else:
+                    model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+        except Exception:  # a custom model, or values that its class does not expect: any type of error
             return None
         return model
 
@@ -175,6 +177,35 @@ class BaseNames:
 
 _HEADS = re.compile(r"(?:.+\.)?(?:lm_head|embed_out|output_layer|cls\.predictions\.decoder|lm_head\.decoder)\.weight")
 _EMBEDDINGS = re.compile(r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings|shared|embed_in|tok_embeddings)\.weight")
+
+
+def _is_absurd(config: object) -> bool:
+    """Return whether a configuration asks for more layers than any model has, lists of which would fill the memory."""
+    if isinstance(config, dict):
+        return any(
+            (isinstance(value, int) and value > MOST_LAYERS and re.search("layers?$|depth|blocks", str(key)) is not None)
+            or _is_absurd(value)
+            for key, value in config.items()
+        )
+    return isinstance(config, list) and any(map(_is_absurd, config))
+
+
+@contextmanager
+def _bounded(tensors: int) -> Iterator[None]:
+    """Stop the construction of a model in this block that has far more tensors than the weights that it is for."""
+    left = 10_000 + 20 * tensors
+
+    def count(*_: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("the configuration describes a larger model than its weights")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def usual_partner(name: str, config: Mapping[str, Any]) -> str | None:

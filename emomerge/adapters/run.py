@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from emomerge.adapters.baked import BakedCheckpoint
 from emomerge.adapters.formats import all_formats, format_of, is_adapter
@@ -12,6 +13,13 @@ from emomerge.adapters.unsupported import refuse_adapter
 from emomerge.checkpoints import Checkpoint, open_checkpoint
 from emomerge.checkpoints.reader import inside
 from emomerge.errors import BadInput
+from emomerge.files import read_json
+
+
+class _State(BaseModel):
+    """What is read of run.json."""
+
+    artefact: str
 
 
 def bake(base: Checkpoint | str | Path, adapter: str | Path, *, allow_unmatched: bool = False) -> BakedCheckpoint:
@@ -96,11 +104,8 @@ def artefact_of(run: str | Path) -> Path:
     folder, path = Path(run), Path(run) / "run.json"
     if not path.is_file():
         return folder
-    try:
-        name = json.loads(path.read_text(encoding="utf-8"))["artefact"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput("the run has no weights yet", where=path, expected='"artefact"', fix="finish it first") from error
-    artefact = inside(folder, str(name), named_by=path)
+    name = read_json(path, _State, what="the run has no weights yet", fix="finish it first").artefact
+    artefact = inside(folder, name, named_by=path)
     if not artefact.is_dir():
         raise BadInput("the run's weights are missing", where=path, expected=f"a folder {name}")
     return artefact

@@ -14,6 +14,7 @@ from emomerge.checkpoints.names import Layout, Piece, disk_names, load_into, mod
 from emomerge.checkpoints.reader import open_checkpoint
 from emomerge.checkpoints.writer import SideFile, write_checkpoint
 from emomerge.numerics.rounding import Rounding
+from emomerge.watch import watched_inputs
 
 __all__ = [
     "Checkpoint",
@@ -34,6 +35,7 @@ __all__ = [
     "open_checkpoint",
     "replace",
     "sha256",
+    "watched_inputs",
     "working_dtype",
     "write_checkpoint",
     "write_json",

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import itertools
-import json
 import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from emomerge import watch
 from emomerge.errors import BadInput
+from emomerge.files import to_json
 from emomerge.numerics.hashing import sha256 as sha256
 
 _SERIAL = itertools.count()
@@ -41,7 +44,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Write an object as indented JSON; see `write_text`."""
-    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, to_json(obj, ascii_only=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -61,12 +64,14 @@ def new_path(out: Path, *, force: bool) -> Iterator[Path]:
     """Yield the name of a temporary sibling of `out`, for a file or folder that the caller creates; see `new_folder`."""
     _remove_leftovers(out)
     refuse_existing(out, force=force)
+    watch.refuse_inputs_below(out)
     missing = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     temporary = out.with_name(f".{out.name}.{socket.gethostname()}-{os.getpid()}-{next(_SERIAL)}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _sync_tree(temporary)
+        watch.require_unchanged()
         refuse_existing(out, force=force)
         replace(temporary, out)
     except BaseException:
@@ -91,17 +96,27 @@ def replace(src: Path, dst: Path) -> None:
     """Rename `src` to `dst`, replacing what is there. All renames of the package go through this function."""
     if dst.is_dir() and not dst.is_symlink():  # the system replaces files in one step, but not folders that have contents
         old = src.with_suffix(".old")
-        dst.rename(old)
-        try:
-            src.rename(dst)
-        except BaseException:
-            old.rename(dst)
-            raise
+        if _exchange(src, dst):
+            src.rename(old)
+        else:
+            dst.rename(old)
+            try:
+                src.rename(dst)
+            except BaseException:
+                old.rename(dst)
+                raise
         _sync(dst.parent)
         _remove(old)
     else:
         src.replace(dst)
         _sync(dst.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step, so that there is no moment with neither; False if the system cannot."""
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return exchange is not None and exchange(here, os.fsencode(first), here, os.fsencode(second), swap) == 0
 
 
 @contextlib.contextmanager
@@ -120,11 +135,13 @@ def translate_os_error(where: str | Path, *, needed: int | None = None) -> Itera
             raise
         what, fix = _ERRORS[number]
         full = number in (errno.ENOSPC, errno.EDQUOT)
+        free = free_space(Path(where)) if number == errno.ENOSPC else None
+        short = free is not None and (needed is None or free < needed)  # not if removing the temporaries made room
         raise BadInput(
             what,
             where=where,
             expected=f"{size(needed)} of space" if full and needed else None,
-            found=f"{size(free_space(Path(where)))} free" if full else None,
+            found=f"{size(free)} free" if free is not None and short else None,
             fix=fix,
         ) from error
 

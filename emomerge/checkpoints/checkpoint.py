@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from emomerge.numerics.rounding import round_to
-from emomerge.numerics.sums import PIECE, squared_row_lengths
+from emomerge.numerics.sums import PIECE, exact_sum, squared_row_lengths
 
 
 class TensorInfo(NamedTuple):
@@ -148,15 +148,16 @@ class RoundingLoss:
         self.add_sums(other._moved, other._unchanged, other._squared_errors, other._squared_lengths)
 
     def figures(self) -> dict[str, float | None]:
-        """Return the figures, ready for JSON; None if nothing changed.
+        """Return the figures, ready for JSON; None if nothing changed or the sums overflow.
 
         - `unchanged`: the share of the weights with τ ≠ 0 that are written with the base's value.
         - `relative_error`: ‖round(θ₀ + τ) − θ₀ − τ‖ / ‖τ‖.
         """
-        length = math.sqrt(math.fsum(self._squared_lengths))
+        length = math.sqrt(exact_sum(self._squared_lengths))
+        error = math.sqrt(exact_sum(self._squared_errors)) / length if length else math.nan
         return {
             "unchanged": self._unchanged / self._moved if self._moved else None,
-            "relative_error": math.sqrt(math.fsum(self._squared_errors)) / length if length else None,
+            "relative_error": error if math.isfinite(error) else None,
         }
 
 

@@ -22,6 +22,7 @@ from emomerge.checkpoints.checkpoint import TensorInfo
 from emomerge.checkpoints.parts import part_folders
 from emomerge.checkpoints.reader import inside
 from emomerge.errors import Note
+from emomerge.files import read_json_or
 from emomerge.numerics.hashing import sha256
 
 CONFIG = "config.json"
@@ -246,8 +247,9 @@ def _last_id(folder: Path) -> int | None:
     if fast is not None:
         model, added = fast.get("model"), fast.get("added_tokens")
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary or ()))[-1:]
-        ids += [token.get("id") for token in added or () if isinstance(token, dict)]
+        if isinstance(vocabulary, (dict, list)):
+            ids += vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))[-1:]
+        ids += [token.get("id") for token in (added if isinstance(added, list) else ()) if isinstance(token, dict)]
     else:
         for name in ("vocab.json", "added_tokens.json"):
             ids += (_json(folder / name) or {}).values()
@@ -272,8 +274,4 @@ def _is_float(name: str) -> bool:
 
 def _json(path: Path, kind: type[Any] = dict) -> Any:
     """Return the content of a JSON file, None if it is missing, damaged or of another kind."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, kind) else None
+    return read_json_or(path, kind, None)

@@ -7,16 +7,16 @@ tensor in a single file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from torch import Tensor
 
 from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo
-from emomerge.errors import BadInput
+from emomerge.files import JsonObject, read_json
 
+T = TypeVar("T")
 MODEL_INDEX, MODULES = "model_index.json", "modules.json"
 """What names the parts of a folder of diffusers, and of sentence-transformers."""
 STEMS = ("model", "diffusion_pytorch_model")
@@ -91,23 +91,15 @@ def part_folders(folder: Path | None) -> list[str]:
     """
     if folder is None:
         return []
-    named = [name for name, entry in _index(folder / MODEL_INDEX, dict).items() if isinstance(entry, list)]
-    named += [str(module.get("path")) for module in _index(folder / MODULES, list) if isinstance(module, dict)]
+    named = [name for name, entry in _index(folder / MODEL_INDEX, JsonObject, {}).items() if isinstance(entry, list)]
+    named += [str(module.get("path")) for module in _index(folder / MODULES, list[JsonObject], [])]
     plain = {name for name in named if Path(name).name == name and name not in ("", "..")}
-    return sorted(name for name in plain if (folder / name).is_dir())
+    return sorted(name for name in plain if (place := folder / name).is_dir() and place.resolve().parent == folder.resolve())
 
 
-def _index(path: Path, kind: type[Any]) -> Any:
-    """Return the content of an index of parts, empty if there is none."""
-    if not path.is_file():
-        return kind()
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BadInput("not JSON", where=path, found=error) from None
-    if not isinstance(found, kind):
-        raise BadInput(f"not a JSON {'object' if kind is dict else 'list'}", where=path, found=type(found).__name__)
-    return found
+def _index(path: Path, kind: type[T], absent: T) -> T:
+    """Return the content of an index of parts, `absent` if there is none."""
+    return read_json(path, kind) if path.is_file() else absent
 
 
 def weight_stem(folder: Path) -> str:

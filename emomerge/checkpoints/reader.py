@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import math
 import mmap
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field
 from torch import Tensor
 
+from emomerge import watch
 from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo
 from emomerge.checkpoints.parts import MODEL_INDEX, MODULES, STEMS, PartsCheckpoint, part_folders
 from emomerge.errors import BadInput
 from emomerge.extras import needed_by
+from emomerge.files import JsonObject, check_type, parse_json, read_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -50,7 +53,23 @@ _TO_CONVERT = (
     "convert it where you trust it: safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
 )
 _INDEX = ".safetensors.index.json"
+_NOT_SAFETENSORS = "not a safetensors file"
 _LARGEST_HEADER = 100_000_000  # the format's own limit
+_Size = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Entry(BaseModel):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: Annotated[list[_Size], Field(max_length=64)]  # torch has no tensors of more dimensions
+    data_offsets: Annotated[list[_Size], Field(min_length=2, max_length=2)]
+
+
+class _Index(BaseModel):
+    """The index of a checkpoint of several files."""
+
+    weight_map: dict[str, str]
 
 
 class Header(NamedTuple):
@@ -60,6 +79,7 @@ class Header(NamedTuple):
     metadata: dict[str, str]
     offsets: dict[str, int]
     """Position in the file of the first byte of each tensor."""
+    identity: watch.Identity
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -94,18 +114,21 @@ class SafetensorsCheckpoint(Checkpoint):
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         offset = self._headers[path].offsets[name]
-        data = _mapped(path, offset, info.nbytes)
+        data = _mapped(path, self._headers[path], offset, info.nbytes)
         if offset % info.dtype.itemsize:  # the format does not guarantee alignment
             data = data.copy()
         return torch.from_numpy(data).view(info.dtype).view(info.shape)
 
 
-def _mapped(path: Path, start: int, size: int) -> NDArray[np.uint8]:
+def _mapped(path: Path, header: Header, start: int, size: int) -> NDArray[np.uint8]:
     """Return bytes of a file, in private pages: changes to them never reach the file."""
     before = start % mmap.ALLOCATIONGRANULARITY
-    with path.open("rb") as file:
-        if (total := os.fstat(file.fileno()).st_size) < start + size:
-            raise _truncated(path, start + size, total)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise watch.changed(path, error.strerror) from None
+    with file:
+        watch.require_same(path, header.identity, os.fstat(file.fileno()))
         pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
     if hasattr(mmap, "MADV_WILLNEED"):
         pages.madvise(mmap.MADV_WILLNEED)  # read all of it ahead
@@ -150,8 +173,10 @@ def read_header(path: Path) -> Header:
     """
     if not path.is_file():
         raise BadInput("no such file", where=path)
-    total = path.stat().st_size
     with path.open("rb") as file:
+        identity = watch.identity_of(os.fstat(file.fileno()))
+        watch.note(path, identity)
+        total = identity[2]
         start = file.read(8)
         _refuse_pickle(path, start)
         length = int.from_bytes(start, "little")
@@ -160,19 +185,15 @@ def read_header(path: Path) -> Header:
         text = file.read(length)
     if len(text) < length:
         raise _truncated(path, 8 + length, total)
-    try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__", None) or {}
-        tensors = {name: _entry(path, name, entry) for name, entry in header.items()}
-        offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
-        extent = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise _not_safetensors(path, "its header is not valid JSON of this format") from error
+    header = parse_json(text, JsonObject, where=path, what=_NOT_SAFETENSORS)
+    metadata = check_type(header.pop("__metadata__", None) or {}, dict[str, str], where=path, what=_NOT_SAFETENSORS)
+    entries = check_type(header, dict[str, _Entry], where=path, what=_NOT_SAFETENSORS)
+    tensors = {name: _info(path, name, entry) for name, entry in entries.items()}
+    extent = _extent(path, entries)
     if 8 + length + extent != total:
         raise _truncated(path, 8 + length + extent, total)
-    return Header(tensors, metadata, offsets)
+    offsets = {name: 8 + length + entry.data_offsets[0] for name, entry in entries.items()}
+    return Header(tensors, metadata, offsets, identity)
 
 
 def inside(folder: Path, name: str, *, named_by: Path) -> Path:
@@ -199,14 +220,26 @@ def inside(folder: Path, name: str, *, named_by: Path) -> Path:
     return path
 
 
-def _entry(path: Path, name: str, entry: dict[str, Any]) -> TensorInfo:
-    if entry["dtype"] not in DTYPES:
-        raise BadInput("a tensor of an unknown dtype", where=f"{path}, {name}", found=entry["dtype"])
-    info = TensorInfo(DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"]))
-    begin, end = entry["data_offsets"]
-    if not 0 <= begin <= end or end - begin != info.nbytes:
+def _info(path: Path, name: str, entry: _Entry) -> TensorInfo:
+    if entry.dtype not in DTYPES:
+        raise BadInput("a tensor of an unknown dtype", where=f"{path}, {name}", found=entry.dtype)
+    info = TensorInfo(DTYPES[entry.dtype], tuple(entry.shape))
+    if math.prod(size for size in info.shape if size) >= 2**63:
+        raise _not_safetensors(path, f"{name} has a shape that no tensor can have")
+    begin, end = entry.data_offsets
+    if end - begin != info.nbytes:
         raise _not_safetensors(path, f"the extent of {name} does not match its shape")
     return info
+
+
+def _extent(path: Path, entries: Mapping[str, _Entry]) -> int:
+    """Return the bytes of all tensors. Raises BadInput if they overlap or leave gaps, which the format forbids."""
+    extent = 0
+    for (begin, end), name in sorted((entry.data_offsets, name) for name, entry in entries.items()):
+        if begin != extent:
+            raise _not_safetensors(path, f"{name} {'overlaps the tensor before it' if begin < extent else 'follows a gap'}")
+        extent = end
+    return extent
 
 
 def _open_folder(folder: Path, *, source: str) -> Checkpoint:
@@ -254,11 +287,8 @@ def _weighted_parts(folder: Path) -> list[str]:
 
 
 def _open_index(index: Path, *, source: str) -> Checkpoint:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        items = sorted((str(name), str(file)) for name, file in weight_map.items())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise BadInput("not an index of safetensors files", where=index, expected="JSON with a weight_map") from error
+    found = read_json(index, _Index, what="not an index of safetensors files")
+    items = sorted(found.weight_map.items())
     paths = {file: inside(index.parent, file, named_by=index) for file in sorted({file for _, file in items})}
     for file, path in paths.items():
         if not path.is_file():
@@ -318,7 +348,7 @@ def _refuse_pickle(path: Path, start: bytes) -> None:
 
 
 def _not_safetensors(path: Path, why: str) -> BadInput:
-    return BadInput("not a safetensors file", where=path, found=why)
+    return BadInput(_NOT_SAFETENSORS, where=path, found=why)
 
 
 def _truncated(path: Path, expected: int, found: int) -> BadInput:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from emomerge.errors import BadInput, EmomergeError, Note
+from emomerge.errors import BadInput, EmomergeError, Note, shown
 from emomerge.extras import needed_by, require
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Command(click.Command):
 
 def fail(error: EmomergeError) -> NoReturn:
     """Print an error in one line and exit with its status."""
-    click.echo(f"emomerge: {error}", err=True)
+    click.echo(f"emomerge: {shown(error)}", err=True)
     sys.exit(error.exit_status)
 
 
@@ -68,7 +70,7 @@ def _shown_notes() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, Note):
-                click.echo(f"Note: {message}", err=True)
+                click.echo(f"Note: {shown(message)}", err=True)
             else:
                 others(message, category, *where, **more)
 
@@ -77,20 +79,44 @@ def _shown_notes() -> Iterator[None]:
         yield
 
 
-def _guard(function: Callable[..., None], name: str, extras: Sequence[str]) -> Callable[..., None]:
+class _Terminated(KeyboardInterrupt):
+    """The system asked the process to end; temporaries are removed on the way out."""
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """Raise _Terminated on SIGTERM within the block, in the main thread of a program that does not handle it itself."""
+
+    def stop(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # cleaning up is not interrupted again
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _guard(function: Callable[..., None], name: str, extras: Sequence[str], resumes: bool) -> Callable[..., None]:
     """Check that the extras are installed, and turn every expected error into one line and an exit status."""
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             require(name, *extras)
-            with _shown_notes(), needed_by(name), _explained(kwargs.get("out") or Path.cwd()):
+            with _termination(), _shown_notes(), needed_by(name), _explained(kwargs.get("out") or Path.cwd()):
                 function(*args, **kwargs)
         except EmomergeError as error:
             fail(error)
-        except KeyboardInterrupt:
-            click.echo("emomerge: interrupted; the same command resumes", err=True)
-            sys.exit(130)
+        except KeyboardInterrupt as stop:
+            terminated = isinstance(stop, _Terminated)
+            left = "the same command resumes" if resumes else "nothing was written"
+            click.echo(f"emomerge: {'terminated' if terminated else 'interrupted'}; {left}", err=True)
+            sys.exit(143 if terminated else 130)
 
     return guarded
 
@@ -146,7 +172,7 @@ def main() -> None:
 
 
 def command(
-    name: str, example: str, *, extras: Sequence[str] = (), cls: type[Command] = Command
+    name: str, example: str, *, extras: Sequence[str] = (), cls: type[Command] = Command, resumes: bool = False
 ) -> Callable[[Callable[..., None]], click.Command]:
     """Register a function as a command of `main`. Errors become one line, and the help ends with the example.
 
@@ -155,19 +181,19 @@ def command(
         example: one or more command lines.
         extras: extras of emomerge that the command requires.
         cls: class of the command.
+        resumes: whether the command continues where it was interrupted if it is given again.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
-        return main.command(name, cls=cls, example=example)(_guard(function, f"emomerge {name}", extras))
+        return main.command(name, cls=cls, example=example)(_guard(function, f"emomerge {name}", extras, resumes))
 
     return decorate
 
 
 def engine_of(folder: Path, executor: EngineName, max_parallel: int | None, settings: Sequence[str]) -> Engine | None:
     """Return the engine described by --executor, --max-parallel and --executor-set; None if this process does the work."""
-    import yaml
-
     from emomerge.experiment.workspace import Workspace
+    from emomerge.files import parse_yaml
     from emomerge.training import open_engine
 
     given = {}
@@ -175,7 +201,7 @@ def engine_of(folder: Path, executor: EngineName, max_parallel: int | None, sett
         key, sign, text = setting.partition("=")
         if not sign:
             raise BadInput("--executor-set wants KEY=VALUE", found=repr(setting))
-        given[key] = yaml.safe_load(text)
+        given[key] = parse_yaml(text, what="not a value in YAML", where=f"--executor-set {key}")
     return open_engine(executor, max_parallel=max_parallel, settings=given, folder=Workspace(folder).slurm)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from emomerge.cli.command import command, force_option, out_path, quiet_option
+from emomerge.errors import shown
 
 
 @command("init", "emomerge init movie-reviews -o my-recipe.yaml")
@@ -30,4 +31,4 @@ def init(template: str, out: Path | None, force: bool, quiet: bool) -> None:
     for original, copy in files.items():
         atomic.write_text(copy, original.read_text(encoding="utf-8"))
     if not quiet:
-        click.echo(f"{target}: run it with `emomerge run {shlex.quote(str(target))}`")
+        click.echo(f"{shown(target)}: run it with `emomerge run {shlex.quote(shown(target))}`")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from emomerge.cli.command import command, json_option, out_path, quiet_option
-from emomerge.cli.printing import console
+from emomerge.cli.printing import console, print_json
 from emomerge.errors import BadInput
 
 
@@ -33,10 +32,10 @@ def inspect(path: str, other: str | None, base: str | None, top: int, quiet: boo
         if base is not None:
             raise BadInput("--base belongs to a comparison", found=base, fix="name two paths")
         described = {**describe(path), "kernels": kernels()}
-        click.echo(json.dumps(described, indent=2)) if as_json else console().print(show_description(described))
+        print_json(described) if as_json else console().print(show_description(described))
     else:
         compared = compare(path, other, base=base)
-        click.echo(json.dumps(compared, indent=2)) if as_json else console().print(show_comparison(compared, top=top))
+        print_json(compared) if as_json else console().print(show_comparison(compared, top=top))
 
 
 @command("status", "emomerge status out/digits --watch")
@@ -59,4 +58,4 @@ def print_status(folder: Path, as_json: bool) -> None:
     from emomerge.cli.status import show_status, status_of
 
     found = status_of(folder)
-    click.echo(json.dumps(found, indent=2)) if as_json else console().print(show_status(found))
+    print_json(found) if as_json else console().print(show_status(found))

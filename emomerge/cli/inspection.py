@@ -74,7 +74,8 @@ def compare(path: str, other: str, *, base: str | None = None) -> dict[str, Any]
         `only_here`, `only_there`: names; `shapes`: name → both shapes if they differ; `equal`: number of equal tensors;
         `changed`: figures of each tensor that differs, largest differences first; `all`: figures over all of these.
         Figures: `norm` = ‖B − A‖; `relative` = ‖B − A‖/‖A‖; `cosine` of A and B; `sign_agreement`: fraction with equal sign
-        among elements that are nonzero in both; `density`: fraction of elements that differ. Undefined figures are None.
+        among elements that are nonzero in both; `density`: fraction of elements that differ. Undefined figures and those
+        that overflow are None.
     """
     here, there, origin = _open_pair(path, other, base)
     shared = [name for name in here if name in there]
@@ -95,7 +96,7 @@ def compare(path: str, other: str, *, base: str | None = None) -> dict[str, Any]
         else:
             found["changed"].append({"name": name, **comparison.figures()})
             total.add(comparison)
-    found["changed"].sort(key=lambda row: -row["norm"])
+    found["changed"].sort(key=lambda row: -math.inf if row["norm"] is None else -row["norm"])
     return {**found, "all": total.figures()}
 
 
@@ -134,13 +135,14 @@ class _Comparison:
         """Return the figures described in `compare`."""
         here, there = map(math.sqrt, self.squares)
         norm, both = math.sqrt(self.difference), here * there
-        return {
+        found = {
             "norm": norm,
             "relative": norm / here if here else None,
-            "cosine": max(-1.0, min(self.product / both, 1.0)) if both else None,
+            "cosine": max(-1.0, min(self.product / both, 1.0)) if both and math.isfinite(self.product / both) else None,
             "sign_agreement": self.alike / self.signed if self.signed else None,
             "density": self.different / self.elements if self.elements else None,
         }
+        return {key: value if value is not None and math.isfinite(value) else None for key, value in found.items()}
 
 
 def _compare(here: Checkpoint, there: Checkpoint, origin: Checkpoint | None, name: str) -> _Comparison | None:

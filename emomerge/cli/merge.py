@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,10 +26,11 @@ from emomerge.cli.command import (
     rounding_option,
     setting_option,
 )
-from emomerge.cli.printing import print_diagnostics, print_rounding, print_truncation
+from emomerge.cli.printing import print_diagnostics, print_json, print_rounding, print_truncation
 from emomerge.cli.templates import open_recipe
 from emomerge.cli.write import Destination, card_only, merge_card, write_adapter, write_model
-from emomerge.errors import BadInput
+from emomerge.errors import BadInput, shown
+from emomerge.watch import watched_inputs
 
 if TYPE_CHECKING:
     from emomerge.checkpoints import Checkpoint
@@ -77,6 +77,7 @@ class MergeCommand(Command):
 )
 @force_option
 @quiet_option
+@watched_inputs()
 def bake(
     base: str, adapter: str, out: Path, dtype: str, rounding: str, seed: int, max_shard_size: str, allow_unmatched: bool,
     force: bool, quiet: bool,
@@ -92,7 +93,7 @@ def bake(
     lost = write_model(baked, opened, Destination(out, force, quiet), output, title="bake", texts=texts)
     if not quiet:
         print_rounding(lost)
-    click.echo(str(out))
+    click.echo(shown(out))
 
 
 @command(
@@ -162,6 +163,7 @@ def bake(
 @force_option
 @quiet_option
 @json_option
+@watched_inputs()
 def merge(
     out: Path, base: str | None, runs: Sequence[str], again: Path | None, extend: Path | None, weights: Sequence[float],
     device: str, executor: EngineName, settings: Sequence[str], force: bool, quiet: bool, as_json: bool, **options: Any,
@@ -182,12 +184,12 @@ def merge(
     engine = engine_of(out.parent, executor, None, settings) if settings or executor != "local" else None
     found = write_merge(record, Destination(out, force, quiet), digest, device, engine)
     if as_json:
-        click.echo(json.dumps({**found, "out": str(out)}, indent=2))
+        print_json({**found, "out": str(out)})
         return
     print_truncation(found.get("adapter"), record)
     print_diagnostics(found["diagnostics"])
     print_rounding(found.get("rounding_loss"))
-    click.echo(str(out))
+    click.echo(shown(out))
 
 
 @command(
@@ -206,6 +208,7 @@ def merge(
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @force_option
 @quiet_option
+@watched_inputs()
 def reconstruct(
     folder: Path, run: str, out: Path, dtype: str, rounding: str, seed: int, max_shard_size: str, force: bool, quiet: bool
 ) -> None:
@@ -221,7 +224,7 @@ def reconstruct(
     output = Output(dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size)
     texts = card_only(title=out.stem, about=f"{run}, reconstructed from the masks in {folder}.", base=record.base)
     write_model(rebuilt, base, Destination(out, force, quiet), output, title=f"reconstruct {run}", texts=texts)
-    click.echo(str(out))
+    click.echo(shown(out))
 
 
 @dataclass(frozen=True)
@@ -318,12 +321,9 @@ def _split_overrides(known: set[str | None], overrides: Sequence[str], recipe: s
 
 def _value(option: str, text: str | None) -> Any:
     """Parse the value of an option as YAML."""
-    import yaml
+    from emomerge.files import parse_yaml
 
-    try:
-        return None if text is None else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput("not a value in YAML", where=option, found=error) from None
+    return None if text is None else parse_yaml(text, what="not a value in YAML", where=option)
 
 
 def _rank(text: str | None) -> int | str | None:
@@ -363,6 +363,7 @@ def write_merge(
     """Merge as described by a record, write the result and return the content of merge.json."""
     from emomerge import merging
     from emomerge.adapters import open_dense
+    from emomerge.files import to_json
     from emomerge.merging.masks import mask_files
     from emomerge.merging.record import as_json
     from emomerge.merging.shards import ShardWriter
@@ -387,7 +388,7 @@ def write_merge(
 
         def texts(facts: dict[str, Any]) -> dict[str, str]:
             found.update(as_json(hashed.result(), **facts, diagnostics=merged.diagnostics()))
-            return {"merge.json": json.dumps(found, indent=2) + "\n", "README.md": merge_card(found, destination.out)}
+            return {"merge.json": to_json(found) + "\n", "README.md": merge_card(found, destination.out)}
 
         if output.as_lora is not None:
             write_adapter(merged, destination, output, texts=texts)

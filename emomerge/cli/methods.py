@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from emomerge.cli.command import command, json_option
-from emomerge.cli.printing import console
+from emomerge.cli.printing import console, print_json
 
 if TYPE_CHECKING:
     from emomerge.merging import MergeMethod
@@ -29,7 +29,7 @@ def methods(name: str | None, as_json: bool) -> None:
 
     described = [describe_method(method) for method in ([find_method(name)] if name else METHODS.values())]
     if as_json:
-        click.echo(json.dumps(described[0] if name else described, indent=2))
+        print_json(described[0] if name else described)
     elif name:
         print_method(described[0])
     else:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from emomerge.errors import shown
+
 if TYPE_CHECKING:
     from emomerge.merging.record import MergeRecord
     from emomerge.results import Results
@@ -14,9 +16,16 @@ if TYPE_CHECKING:
 
 def console() -> Any:
     """Return a console for standard output."""
-    from rich.console import Console
+    from emomerge.progress import plain_console
 
-    return Console()
+    return plain_console()
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON."""
+    from emomerge.files import to_json
+
+    click.echo(to_json(value))
 
 
 def print_results(results: Results, report: Path) -> None:
@@ -48,20 +57,20 @@ def print_diagnostics(diagnostics: dict[str, Any]) -> None:
         if isinstance(value, (int, float, str)):
             table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
         elif isinstance(value, dict):
-            shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
-            table.add_row(key, shown)
+            pairs = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+            table.add_row(key, pairs)
     console().print(table)
     for warning in diagnostics.get("warnings", []):
-        click.echo(f"Warning: {warning}", err=True)
+        click.echo(f"Warning: {shown(warning)}", err=True)
 
 
 def print_rounding(lost: dict[str, Any] | None) -> None:
     """Print the rounding loss of the task vector, if it was measured."""
     if lost and lost["relative_error"] is not None:
-        shown = (
+        text = (
             f"rounding left {lost['unchanged']:.1%} of the moved weights at the base's value; relative error of the task vector"
         )
-        click.echo(f"{shown} {lost['relative_error']:.2g}")
+        click.echo(f"{text} {lost['relative_error']:.2g}")
 
 
 def print_truncation(adapter: dict[str, Any] | None, record: MergeRecord) -> None:

@@ -22,6 +22,7 @@ from emomerge.cli.command import (
     setting_option,
 )  # fmt: skip
 from emomerge.cli.printing import console
+from emomerge.errors import shown
 
 if TYPE_CHECKING:
     from emomerge.training.engines import EngineName
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     emomerge probe recipes/digits.yaml out/digits/merges/tall-mask -o probed --preset full --executor ray
     """,
     extras=("train",),
+    resumes=True,
 )  # fmt: skip
 @click.argument("recipe")
 @click.argument("models", nargs=-1, required=True)
@@ -92,4 +94,4 @@ def report(folder: Path, out: Path | None, force: bool, quiet: bool) -> None:
         atomic.refuse_existing(out, force=force)
     page = write_report(results, out or folder / "report.html")
     if not quiet:
-        click.echo(str(page))
+        click.echo(shown(page))

@@ -62,6 +62,7 @@ class Options:
     emomerge run recipes/movie-reviews.yaml --executor slurm --executor-set slurm_partition=gpu
     """,
     extras=("train", "report"),
+    resumes=True,
 )  # fmt: skip
 @click.argument("recipe")
 @click.option("-o", "--out", type=out_path, help="Output folder (default: out/<name of the recipe>).")
@@ -98,6 +99,7 @@ def run(recipe: str, out: Path | None, again: bool, as_json: bool, **options: An
     emomerge train-all recipes/movie-reviews.yaml --executor ray --executor-set num_gpus=1
     """,
     extras=("train",),
+    resumes=True,
 )  # fmt: skip
 @click.argument("recipe")
 @click.option("-o", "--out", type=out_path, help="Output folder (default: out/<name of the recipe>).")

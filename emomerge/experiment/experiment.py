@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from functools import cached_property
 from importlib.metadata import version
@@ -11,17 +10,29 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import BaseModel, ConfigDict
 
 from emomerge.adapters import open_run
 from emomerge.checkpoints import Checkpoint, atomic, open_checkpoint
 from emomerge.experiment.costs import Cost, total
 from emomerge.experiment.measure import Artefact, Measurer
 from emomerge.experiment.workspace import Workspace
+from emomerge.files import JsonObject, read_json
 from emomerge.numerics.hashing import digest
 from emomerge.progress import Display
 from emomerge.recipe import Merge, Recipe
 from emomerge.tasks import Task, TaskData, make_task
 from emomerge.training import Context, KeptRounds, RunDir, RunSpec, choose_device, planned_runs, run_inputs
+
+
+class _Record(BaseModel):
+    """What is read of the merge.json of a merge."""
+
+    model_config = ConfigDict(extra="allow")
+
+    method: str
+    params: JsonObject
+    diagnostics: JsonObject
 
 
 class Experiment:
@@ -178,8 +189,7 @@ class Experiment:
 
     def merge_record(self, name: str) -> dict[str, Any]:
         """Return merge.json of a written merge."""
-        record: dict[str, Any] = json.loads((self.space.merges / name / "merge.json").read_text(encoding="utf-8"))
-        return record
+        return read_json(self.space.merges / name / "merge.json", _Record, fix="merge again with --restart").model_dump()
 
     def merge_artefact(self, spec: Merge, seed: int) -> Artefact:
         """Return a written merge as an artefact."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib.metadata import version
 
@@ -12,6 +11,7 @@ from emomerge.experiment.cards import merge_card
 from emomerge.experiment.experiment import Experiment
 from emomerge.experiment.measure import Artefact
 from emomerge.experiment.workspace import local_files
+from emomerge.files import to_json
 from emomerge.merging import check_params, find_method, merge
 from emomerge.merging.record import MergeRecord, Output, Run, as_json
 from emomerge.recipe import Merge, Recipe
@@ -52,7 +52,7 @@ def write_merge(experiment: Experiment, spec: Merge, seed: int) -> None:
         asked = _merge_record(experiment, spec, artefacts).with_hashes(decided_by)
         record = as_json(asked, rounding_loss=loss.figures(), diagnostics=merged.diagnostics())
         record |= {"name": name, "of": spec.of, "dtype": spec.dtype, "inputs": inputs, "emomerge": version("emomerge")}
-        return {"merge.json": json.dumps(record, indent=2) + "\n", "README.md": merge_card(experiment, name, record)}
+        return {"merge.json": to_json(record) + "\n", "README.md": merge_card(experiment, name, record)}
 
     write_checkpoint(
         merged,

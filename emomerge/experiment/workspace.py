@@ -6,18 +6,38 @@ A completed stage is stamped with the hash of its inputs and the sizes of its fi
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from pydantic import BaseModel, ConfigDict
+
 from emomerge.checkpoints import atomic
 from emomerge.errors import BadInput
+from emomerge.files import read_json_or
 from emomerge.numerics.hashing import digest
 from emomerge.recipe import Recipe
 from emomerge.training.run_dir import sizes_agree
+
+
+class _Stamp(BaseModel):
+    """The facts of a stamp that every stage has, of the types that are written; others are kept as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    inputs: str = ""
+    sizes: dict[str, int] = {}
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+class _Fingerprint(BaseModel):
+    """The hash of an input, with its size and modification time."""
+
+    seen: list[int]
+    sha256: str
 
 
 class Workspace:
@@ -42,11 +62,7 @@ class Workspace:
 
     def stamp(self, stage: str) -> dict[str, Any]:
         """Return the stamp of a completed stage; empty if there is none."""
-        try:
-            stamp = json.loads((self._stamps / f"{stage}.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            return {}
-        return stamp if isinstance(stamp, dict) else {}
+        return read_json_or(self._stamps / f"{stage}.json", _Stamp, _Stamp()).model_dump(exclude_unset=True)
 
     def is_done(self, stage: str, inputs: str) -> bool:
         """Return whether the stage was completed from these inputs and its files still have their sizes."""
@@ -131,10 +147,8 @@ class Workspace:
             return None
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         memory_file = self._stamps / "fingerprints.json"
-        try:
-            memory = json.loads(memory_file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            memory = {}
+        kept = read_json_or(memory_file, dict[str, _Fingerprint], {})
+        memory = {name: known.model_dump() for name, known in kept.items()}
         found, fresh = {}, False
         for file in files:
             status = file.stat()

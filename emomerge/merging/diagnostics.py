@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emomerge.numerics.sums import PIECE, row_sums, run_sum
+from emomerge.numerics.sums import PIECE, exact_sum, row_sums, run_sum
 
 
 class Figures:
@@ -69,7 +69,7 @@ class Figures:
         x = torch.cat([deltas, torch.stack([merged, mean, torch.where(merged != 0, mean, 0)])]).double()
         partial = torch.stack([row_sums(x[i] * x[j]) for i, j in self.products])
         for sums, new in zip(self.products.values(), partial.tolist(), strict=True):
-            sums.append(math.fsum(new))
+            sums.append(exact_sum(new))
         signs, moves = deltas.sign(), (deltas != 0).to(deltas.dtype)
         self.signs += (signs @ signs.T).to("cpu", torch.int64)
         self.shared += (moves @ moves.T).to("cpu", torch.int64)
@@ -100,7 +100,7 @@ def describe(figures: Figures, labels: Sequence[str], elements: int, *, masking:
     """
     runs = len(labels)
     merged, mean, kept = range(runs, runs + 3)
-    products = {pair: math.fsum(sums) for pair, sums in figures.products.items()}
+    products = {pair: exact_sum(sums) for pair, sums in figures.products.items()}
     norms = [math.sqrt(products[run, run]) for run in range(runs)]
     agreeing = ((figures.shared + figures.signs) // 2).tolist()
     shared = figures.shared.tolist()
@@ -117,9 +117,9 @@ def describe(figures: Figures, labels: Sequence[str], elements: int, *, masking:
         "kept_density": ratio(figures.kept, elements),
         "kept_energy": ratio(products[kept, kept], products[mean, mean]),
         "cosine_to_mean": cosine(merged, mean),
-        "merged_norm": math.sqrt(products[merged, merged]),
-        "mean_norm": math.sqrt(products[mean, mean]),
-        "run_norms": dict(zip(labels, norms, strict=True)),
+        "merged_norm": finite_or_none(math.sqrt(products[merged, merged])),
+        "mean_norm": finite_or_none(math.sqrt(products[mean, mean])),
+        "run_norms": dict(zip(labels, map(finite_or_none, norms), strict=True)),
         "cosines": [[cosine(i, j) for j in range(runs)] for i in range(runs)],
         "sign_agreement": [[ratio(agreeing[i][j], shared[i][j]) for j in range(runs)] for i in range(runs)],
     }
@@ -130,5 +130,10 @@ def describe(figures: Figures, labels: Sequence[str], elements: int, *, masking:
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """Return part/whole, or None if whole is zero."""
-    return part / whole if whole else None
+    """Return part/whole; None if whole is zero or either is not finite."""
+    return finite_or_none(part / whole) if whole else None
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a number that JSON can represent, or None."""
+    return value if math.isfinite(value) else None

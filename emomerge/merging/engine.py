@@ -26,6 +26,7 @@ from emomerge.merging.native import KINDS, RoundedOutput
 from emomerge.merging.registry import DEFAULT_METHOD, MergeMethod, arguments_of, check_params, find_method, select
 from emomerge.merging.settings import Setting, constant, resolve
 from emomerge.merging.vectors import BasePlusDelta, Candidate, Loss, TaskVectors, blocks, finite_or_inf, merges
+from emomerge.numerics.sums import exact_sum
 
 SCALES = tuple(step / 10 for step in range(1, 16))
 """The candidates for `scale: auto`."""
@@ -314,7 +315,9 @@ class MergedCheckpoint(BasePlusDelta):
         if self._scale_losses:
             report["scale_losses"] = {f"{scale:g}": _json(loss) for scale, loss in self._scale_losses.items()}
         advice = self.method.advice(report) if self.method.advice and self._figures else []
-        report["warnings"] = advice + buffer_notes(*self._task.moved_buffers()) + self._compare_with_runs(losses)
+        overflow = None in (report["merged_norm"], report["mean_norm"], *report["run_norms"].values())
+        beyond = ["the weights are so large that sums of their squares overflow: some figures are unknown"] * overflow
+        report["warnings"] = advice + beyond + buffer_notes(*self._task.moved_buffers()) + self._compare_with_runs(losses)
         return report
 
     def _resolved(self) -> dict[str, Any]:
@@ -358,9 +361,9 @@ def _resolve_weights(task: TaskVectors, method: MergeMethod, given: Weights | No
 
 
 def _mean_one(weights: tuple[float, ...], name: str) -> tuple[float, ...]:
-    total = math.fsum(weights)
-    if total <= 0:
-        raise BadInput("weights must have a positive sum", where=name, found=list(weights))
+    total = exact_sum(weights)
+    if not 0 < total < math.inf:
+        raise BadInput("weights must have a positive, finite sum", where=name, found=list(weights))
     return tuple(weight * len(weights) / total for weight in weights)
 
 
@@ -368,7 +371,7 @@ def softmax_weights(losses: Sequence[float]) -> list[float]:
     """Return the softmax of the z-scored negative losses (population standard deviation); equal losses get equal weights."""
     mean, deviation = statistics.fmean(losses), statistics.pstdev(losses)
     powers = [math.exp((mean - loss) / deviation) if deviation else 1.0 for loss in losses]
-    return [power / math.fsum(powers) for power in powers]
+    return [power / exact_sum(powers) for power in powers]
 
 
 def _check_lengths(runs: int, **given: Sequence[Any] | None) -> None:

@@ -8,7 +8,6 @@ Martinsson and Tropp 2011). A truncation captures the share ‖BA‖²/‖τ‖�
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +22,7 @@ from emomerge.checkpoints import Checkpoint
 from emomerge.checkpoints.reader import lasting_name
 from emomerge.errors import BadInput
 from emomerge.numerics.seeds import seed_of
-from emomerge.numerics.sums import sum_of_row_norms
+from emomerge.numerics.sums import exact_sum, sum_of_row_norms
 from emomerge.numerics.threads import one_thread
 
 SMALL = 512
@@ -88,7 +87,7 @@ class Truncation:
     def energy(self) -> float:
         """‖τ‖² of all tensors, including those that are left out."""
         whole = (saved.energy for saved in self.saved.values())
-        return math.fsum([*(layer.energy for layer in self.layers), *self.left_out.values(), *whole])
+        return exact_sum([*(layer.energy for layer in self.layers), *self.left_out.values(), *whole])
 
     def figures(self) -> dict[str, Any]:
         """Return the shares of ‖τ‖², ready for JSON.
@@ -99,7 +98,7 @@ class Truncation:
         total = self.energy
         saved = {name: each.energy / total for name, each in self.saved.items()}
         return {
-            "energy": math.fsum([*(layer.captured / total for layer in self.layers), *saved.values()]),
+            "energy": exact_sum([*(layer.captured / total for layer in self.layers), *saved.values()]),
             "layers": {
                 layer.name: {
                     "rank": layer.rank, "energy": layer.captured / layer.energy, "share": layer.energy / total,

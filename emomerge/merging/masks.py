@@ -19,6 +19,7 @@ from torch import Tensor
 from emomerge.checkpoints import Checkpoint, SideFile, TensorInfo, open_checkpoint, working_dtype
 from emomerge.checkpoints.reader import read_header
 from emomerge.errors import BadInput
+from emomerge.files import parse_json
 from emomerge.merging.buffers import is_statistic
 from emomerge.merging.engine import MergedCheckpoint
 from emomerge.merging.registry import METHODS, MergeMethod, select
@@ -96,7 +97,11 @@ def reconstruct(folder: Path, run: str, base: Checkpoint) -> Candidate:
         if not (folder / file).is_file():
             raise BadInput("no masks in this folder", where=folder / file, fix="merge with --save-masks")
     masks, references = open_checkpoint(folder / MASKS), open_checkpoint(folder / REFERENCE)
-    index = find_run(run, json.loads(read_header(folder / MASKS).metadata.get("runs", "[]")))
+    written = read_header(folder / MASKS).metadata.get("runs", "[]")
+    runs = parse_json(written, list[str], where=f"{folder / MASKS}, runs", what="not a list of runs")
+    index = find_run(run, runs)
+    for name in masks:
+        _check_fit(folder, name, len(runs), masks, references, base)
 
     def tau(name: str) -> Tensor | None:
         if name not in masks:
@@ -105,6 +110,18 @@ def reconstruct(folder: Path, run: str, base: Checkpoint) -> Candidate:
         return torch.where(unpack(masks[name][index], r.numel()).view(r.shape), r, 0)
 
     return Candidate(base, tau)
+
+
+def _check_fit(folder: Path, name: str, runs: int, masks: Checkpoint, references: Checkpoint, base: Checkpoint) -> None:
+    """Raise BadInput if a tensor's masks or reference do not fit the base."""
+    where = f"{folder / MASKS}, {name}"
+    if name not in references or name not in base:
+        raise BadInput("masks of a tensor without reference or base", where=where)
+    info = base.info(name)
+    wanted = TensorInfo(torch.uint8, (runs, -(-info.numel // 8))), TensorInfo(working_dtype(info.dtype), info.shape)
+    found = masks.info(name), references.info(name)
+    if found != wanted:
+        raise BadInput("masks or reference do not fit the base", where=where, expected=wanted, found=found)
 
 
 def find_run(run: str, names: Sequence[str]) -> int:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from emomerge.adapters import open_dense
 from emomerge.errors import BadInput
+from emomerge.files import read_yaml
 from emomerge.merging.registry import check_params
 from emomerge.merging.settings import layer_count, resolve
 
@@ -191,10 +191,9 @@ def read_config(path: str | Path) -> MergekitMerge:
 
 
 def _load(path: Path) -> Config:
+    given = read_yaml(path, what="the configuration cannot be read")
     try:
-        return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput("the configuration cannot be read", where=path, found=error) from None
+        return Config.model_validate(given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or path

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from emomerge.adapters import input_files
 from emomerge.checkpoints import Rounding, sha256
 from emomerge.errors import BadInput
-from emomerge.merging.registry import find_method
+from emomerge.files import read_json
+from emomerge.merging.registry import check_params, find_method
 
 RECORD = "merge.json"
 
@@ -138,14 +139,10 @@ def read_record(path: str | Path) -> MergeRecord:
         BadInput: there is no record, or it lacks the hashes of its inputs.
     """
     file = Path(path) / RECORD if Path(path).is_dir() else Path(path)
-    try:
-        record = MergeRecord.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise BadInput("no record of a merge", where=file, found=error.strerror) from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = f"{file}, {'.'.join(map(str, first['loc']))}"
-        raise BadInput("not the record of a merge", where=where, expected=first["msg"]) from None
+    if not file.exists():
+        raise BadInput("no record of a merge", where=file)
+    record = read_json(file, MergeRecord, what="not the record of a merge")
+    check_params(record.method, record.params)
     if not record.base_sha256 or not all(run.sha256 for run in record.runs):
         raise BadInput("the record lacks the hashes of its inputs", where=file, fix="merge from scratch")
     return record

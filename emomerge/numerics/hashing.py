@@ -37,19 +37,29 @@ class Digests:
     """
 
     def __init__(self, files: Iterable[Path] = ()) -> None:
-        self._futures: dict[Path, Future[str]] = {file: Future() for file in files}
+        self._futures: dict[Path, Future[tuple[str, tuple[int, ...]]]] = {file: Future() for file in files}
         Thread(target=self._work, daemon=True).start()
 
     def __call__(self, file: Path) -> str:
         """Return the SHA-256 of a file, in hexadecimal; wait for it if it is being hashed in the background."""
-        return self._futures[file].result() if file in self._futures else sha256(file)
+        if file in self._futures:
+            digest, hashed = self._futures[file].result()
+            if hashed == _version(file):  # else it was replaced before it was opened
+                return digest
+        return sha256(file)
 
     def _work(self) -> None:
         for file, future in self._futures.items():
             try:
-                future.set_result(sha256(file))
+                version = _version(file)
+                future.set_result((sha256(file), version))
             except BaseException as error:
                 future.set_exception(error)
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    status = file.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def digest(value: object) -> str:

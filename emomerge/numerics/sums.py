@@ -19,6 +19,14 @@ INNER_PIECE = 2**22
 """Elements that `inner` converts to float64 at a time."""
 
 
+def exact_sum(values: Iterable[float]) -> float:
+    """Return `math.fsum`; NaN where it raises, because the sum overflows or adds opposite infinities."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return math.nan
+
+
 def run_sum(terms: Iterable[Tensor]) -> Tensor:
     """Return Σ_t x_t, one run after the other."""
     first, *rest = terms
@@ -67,7 +75,7 @@ def squared_row_lengths(values: Tensor) -> list[float]:
 
 def sum_of_row_norms(matrix: Tensor, power: int) -> float:
     """Return Σ ‖row‖ᵖ over the rows of a matrix, in float64; `math.fsum` makes it independent of the order of the rows."""
-    return math.fsum(torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64).pow(power).tolist())
+    return exact_sum(torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64).pow(power).tolist())
 
 
 def total(values: Tensor) -> Tensor:

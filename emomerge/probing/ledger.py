@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from emomerge.errors import BadInput
+from emomerge.files import JsonObject, parse_json, read_bytes
+
+LARGEST = 2**32
 Key: TypeAlias = tuple[Any, ...]
 FIELDS = ("model", "data", "metric", "radius", "direction", "batch")
 """The key of an evaluation: hashes of model and data, and where in weight space it was taken."""
@@ -28,13 +32,13 @@ class Ledger:
                 self._read(file, repair=file is path)
 
     def _read(self, path: Path, *, repair: bool) -> None:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, largest=LARGEST).decode("utf-8", errors="replace")
         whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line short
         for line in whole.splitlines():
             try:
-                row = json.loads(line)
+                row = parse_json(line, JsonObject, where=path)
                 self._rows[self._key(row)] = row
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (BadInput, KeyError, TypeError):
                 continue  # a damaged row is evaluated again
         if repair and whole != text:
             path.write_text(whole, encoding="utf-8")

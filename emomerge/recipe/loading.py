@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from emomerge.errors import BadInput
+from emomerge.files import parse_yaml, read_yaml
 from emomerge.recipe.sections import Recipe
 from emomerge.recipe.validation import UNKNOWN_KEY, UNKNOWN_NAME, nearest
 
@@ -26,14 +26,9 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             the nearest known one.
     """
     file = Path(path)
-    try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput("no such recipe", where=file, fix="start from one with `emomerge init`") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput("the recipe cannot be read", where=file, found=error) from None
-    except yaml.YAMLError as error:
-        raise BadInput("the recipe is not YAML", where=file, found=error) from None
+    if not file.exists():
+        raise BadInput("no such recipe", where=file, fix="start from one with `emomerge init`")
+    data = read_yaml(file, what="the recipe is not YAML")
     if not isinstance(data, dict):
         raise BadInput("a recipe is a mapping of keys", where=file, found=type(data).__name__)
     for override in overrides:
@@ -63,10 +58,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise BadInput("--set takes key.sub=value", found=repr(override))
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+    value = parse_yaml(text, what="not a value in YAML", where=f"--set {key}")
     *parents, last = key.split(".")
     node: Any = data
     for depth, part in enumerate(parents):

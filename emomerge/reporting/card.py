@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from emomerge.errors import shown, shown_lines
 from emomerge.reporting.table import FilledColumn, artefacts, filled_columns
 from emomerge.reporting.text import percent, short
 from emomerge.results import MergeFacts, Results
@@ -83,12 +84,12 @@ def model_card(card: Card) -> str:
 
 def in_table(text: object) -> str:
     """Escape a text for Markdown, so that it is shown literally, also within a table."""
-    return re.sub(r"([\\`*_\[\]|<>&#])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_\[\]|<>&#])", r"\\\1", shown(" ".join(str(text).split())))
 
 
 def in_code(text: object) -> str:
     """Return a text as a Markdown code span."""
-    plain = " ".join(str(text).split())
+    plain = shown(" ".join(str(text).split()))
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", plain)), default=0))
     room = " " if plain.startswith("`") or plain.endswith("`") else ""
     return f"{fence}{room}{plain}{room}{fence}"
@@ -96,7 +97,7 @@ def in_code(text: object) -> str:
 
 def in_block(text: object) -> str:
     """Return a text as an indented Markdown code block, which its content cannot terminate."""
-    return "\n".join(f"    {line}".rstrip() for line in str(text).strip("\n").splitlines())
+    return "\n".join(f"    {line}".rstrip() for line in shown_lines(str(text).strip("\n")).split("\n"))
 
 
 def _front_matter(card: Card) -> str:

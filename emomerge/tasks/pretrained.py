@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from emomerge import recipe
 from emomerge.adapters import is_adapter
 from emomerge.errors import BadInput
+from emomerge.files import JsonObject, read_json
 from emomerge.numerics.seeds import cpu_seed
 from emomerge.tasks.base import Batch, Task, TaskData, inputs_of
 
@@ -132,13 +132,7 @@ def load_preprocessor(base: recipe.Base) -> dict[str, Any]:
         )
     if file is None:
         return {}
-    try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput("the file is not JSON", where=file, found=error) from None
-    if not isinstance(found, dict):
-        raise BadInput("the file is not a JSON object", where=file)
-    return found
+    return read_json(Path(file), JsonObject)
 
 
 def load_classifier(auto_class: Any, base: recipe.Base, classes: Sequence[str]) -> Any:

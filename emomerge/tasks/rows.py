@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from emomerge.errors import BadInput
+from emomerge.files import JsonObject, parse_json
 from emomerge.tasks import sources
 
 Columns = Sequence[str | int]
@@ -92,10 +92,5 @@ def _read_jsonl(path: Path, columns: Columns) -> Iterator[Row]:
             if not line.strip():
                 continue
             where = f"{path}, row {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadInput("line is not JSON", where=where, found=error) from None
-            if not isinstance(row, dict):
-                raise BadInput("line is not a JSON object", where=where, found=type(row).__name__)
+            row = parse_json(line, JsonObject, where=where, what="line is not a JSON object")
             yield Row(tuple(row[sources.find_column(column, list(row), where)] for column in columns), number)

@@ -7,20 +7,35 @@ runs/rounds-0/
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emomerge.checkpoints import atomic, working_dtype
+from emomerge.files import read_json_or
 from emomerge.numerics.hashing import digest
 from emomerge.training.run_dir import file_sizes, sizes_agree
+
+
+class _Kept(BaseModel):
+    """Hashes and sizes of the files of a kept round."""
+
+    sha256: dict[str, str]
+    sizes: dict[str, int]
+
+
+class _Index(BaseModel):
+    """The content of rounds.json."""
+
+    inputs: str = ""
+    rounds: dict[str, _Kept] = {}
 
 
 class KeptRounds:
@@ -71,14 +86,8 @@ class KeptRounds:
 
     def _rounds(self) -> dict[str, Any]:
         """Return the kept rounds of these inputs, by number."""
-        try:
-            found = json.loads(self._index.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            return {}
-        if not isinstance(found, dict) or found.get("inputs") != self._inputs:
-            return {}
-        rounds: dict[str, Any] = found["rounds"]
-        return rounds
+        found = read_json_or(self._index, _Index, _Index())
+        return {number: kept.model_dump() for number, kept in found.rounds.items()} if found.inputs == self._inputs else {}
 
 
 def write_mean(folders: Sequence[Path], out: Path) -> None:

@@ -20,12 +20,41 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from emomerge.checkpoints import atomic
 from emomerge.errors import BadInput
+from emomerge.files import parse_json, read_bytes, read_json_or
 from emomerge.training.plan import RunSpec
 from emomerge.training.state import load_state, of_kind, save_state
+
+LARGEST_METRICS = 2**32
+
+
+class _State(BaseModel):
+    """The fields of run.json that this package reads, of the types that it writes; others are kept as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    state: str = ""
+    inputs: str | None = None
+    step: int = 0
+    artefact: str = ""
+    sizes: dict[str, int] = {}
+    seconds: float = 0.0
+    last_loss: float | None = None
+    error: str | None = None
+
+
+class _Row(BaseModel):
+    """A row of metrics.jsonl."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int
+    loss: float | None = None
+    rate: float | None = None
 
 
 class RunDir:
@@ -41,11 +70,7 @@ class RunDir:
     @property
     def state(self) -> dict[str, Any]:
         """The contents of run.json; empty for a run that never started."""
-        try:
-            state = json.loads(self._state_file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-            return {}
-        return state if isinstance(state, dict) else {}
+        return read_json_or(self._state_file, _State, _State()).model_dump(exclude_unset=True)
 
     def write_state(self, **fields: Any) -> None:
         """Update run.json with `fields`."""
@@ -86,14 +111,12 @@ class RunDir:
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of metrics.jsonl, without a last line that a kill cut short."""
-        try:
-            lines = self._metrics_file.read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
+        if not self._metrics_file.is_file():
             return
-        for line in lines:
+        for line in read_bytes(self._metrics_file, largest=LARGEST_METRICS).splitlines():
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                yield parse_json(line, _Row, where=self._metrics_file).model_dump(exclude_unset=True)
+            except BadInput:
                 return
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -108,8 +131,9 @@ class RunDir:
                 lines = file.read().split(b"\n")
         except FileNotFoundError:
             return None
-        row: dict[str, Any] | None = json.loads(lines[-2]) if len(lines) > 1 else None
-        return row
+        if len(lines) < 2:
+            return None
+        return parse_json(lines[-2], _Row, where=self._metrics_file).model_dump(exclude_unset=True)
 
     def restart_metrics(self, after_step: int) -> None:
         """Drop the rows after a step (0 drops all), since a resumed run writes them again."""

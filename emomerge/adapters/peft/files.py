@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from emomerge.errors import BadInput
+from emomerge import watch
+from emomerge.files import JsonObject, read_json
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -15,13 +14,9 @@ PREFIX = "base_model.model."
 """What PEFT puts before the name of every module."""
 
 
-def load_config(folder: Path) -> dict[str, Any]:
+def load_config(folder: Path) -> JsonObject:
     """Return `adapter_config.json` as it is. Raises BadInput if it is not a JSON object."""
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput("the adapter's configuration is not JSON", where=path, found=error) from None
-    if not isinstance(config, dict):
-        raise BadInput("the adapter's configuration is not a JSON object", where=path, found=type(config).__name__)
+    config = read_json(path, JsonObject, what="the adapter's configuration is not a JSON object")
+    watch.note(path, watch.identity_of(path.stat()))
     return config

@@ -16,17 +16,20 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from emomerge.adapters.change import Change
 from emomerge.adapters.low_rank import product
 from emomerge.adapters.naming import BaseNames
 from emomerge.adapters.peft.files import CONFIG, PICKLE, PREFIX, WEIGHTS, load_config
+from emomerge.adapters.peft.patterns import matches_end
 from emomerge.checkpoints import Checkpoint, Piece, all_finite, open_checkpoint
 from emomerge.errors import BadInput
+from emomerge.files import check_type
 
 _FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.default)?(?:\.(weight|bias))?")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
@@ -44,6 +47,25 @@ _UNDERSTOOD = frozenset(
     target_parameters task_type trainable_token_indices use_rslora
     """.split()  # noqa: SIM905
 )
+
+
+_Count = Annotated[int, Field(gt=0, lt=2**31)]
+_Number = Annotated[float, Field(ge=0, lt=1e30, allow_inf_nan=False)]
+
+
+class _Config(BaseModel):
+    """The types of the fields that are read here."""
+
+    peft_type: str
+    r: _Count
+    lora_alpha: Annotated[_Number, Field(gt=0)]
+    rank_pattern: dict[str, _Count] | None = None
+    alpha_pattern: dict[str, _Number] | None = None
+    use_rslora: bool | None = None
+    fan_in_fan_out: bool | None = None
+    ensure_weight_tying: bool | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +113,9 @@ class _Reader:
         changes: dict[str, Change] = {}
         for key in sorted(self.tensors, key=lambda key: "modules_to_save" in key):  # these override a trained bias
             name = key.removeprefix(PREFIX)
+            dtype = self.tensors.info(key).dtype
+            if not dtype.is_floating_point or dtype.itemsize == 1:
+                raise BadInput("an adapter tensor of a dtype that cannot be added", where=f"{self.file}, {key}", found=dtype)
             if not all_finite(self.tensors[key]):
                 raise BadInput("NaN or infinity in an adapter", where=f"{self.file}, {key}", fix="train it again")
             if match := _FACTOR.fullmatch(name):
@@ -178,8 +203,10 @@ class _Reader:
         """Return r of a pair by PEFT's patterns, checked against the factors."""
         rank = int(self._pattern("rank_pattern", "r", pair))
         experts = shape[0] if pair.parameter and len(shape) == 3 else 1
-        found = self.tensors.info(keys["A"]).shape[0]
-        other = self.tensors.info(keys["B"]).shape[1]
+        a, b = (self.tensors.info(keys[factor]).shape for factor in ("A", "B"))
+        if not 2 <= len(a) == len(b) or math.prod(b[2:]) != 1 or not a[0]:
+            raise BadInput("not the shapes of LoRA factors", where=f"{self.file}, {pair.key}", found=f"A {a}, B {b}")
+        found, other = a[0], b[1]
         if found != other and len(shape) > 2 and not pair.parameter:
             raise BadInput("LoRA of a grouped convolution is not a change of its weight", where=f"{self.file}, {pair.key}")
         if not found == other == rank * experts:
@@ -199,7 +226,7 @@ class _Reader:
         """Return the value of the first pattern that matches the module's name or its end (`peft.utils.get_pattern_key`)."""
         target = pair.tensor if pair.parameter else pair.module
         for pattern, value in (self.config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", target):
+            if matches_end(pattern, target, where=f"{self.file.with_name(CONFIG)}, {patterns}"):
                 return value
         return self.config[default]
 
@@ -381,9 +408,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             expected="LORA",
             found=config["peft_type"],
         )
-    for field in ("r", "lora_alpha"):
-        if isinstance(config.get(field), bool) or not isinstance(config.get(field), (int, float)) or config[field] <= 0:
-            raise BadInput("not a positive number", where=f"{path}, {field}", found=config.get(field))
+    check_type(config, _Config, where=path, what="a wrong value in the adapter's configuration")
     if config.get("init_lora_weights", True) not in _INITS:
         raise BadInput(
             "this initialization changed the base",
