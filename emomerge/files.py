@@ -63,6 +63,16 @@ def read_bytes(path: Path, *, largest: int = LARGEST_TEXT) -> bytes:
         os.close(descriptor)
 
 
+def require_regular(path: Path) -> None:
+    """Raise BadInput if `path` is a pipe or device, or cannot be looked at."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise BadInput(_UNREADABLE, where=path, found=error) from None
+    if not stat.S_ISREG(mode):
+        raise BadInput(_UNREADABLE, where=path, expected="a regular file")
+
+
 def read_text(path: Path, *, largest: int = LARGEST_TEXT) -> str:
     """Return the content of a UTF-8 file. Raises BadInput as `read_bytes`, or if it is not UTF-8."""
     return decode(read_bytes(path, largest=largest), where=path)

@@ -93,7 +93,7 @@ def part_folders(folder: Path | None) -> list[str]:
         return []
     named = [name for name, entry in _index(folder / MODEL_INDEX, JsonObject, {}).items() if isinstance(entry, list)]
     named += [str(module.get("path")) for module in _index(folder / MODULES, list[JsonObject], [])]
-    plain = {name for name in named if Path(name).name == name and name not in ("", "..")}
+    plain = {name for name in named if Path(name).name == name and name not in ("", "..") and len(name) < 64}
     return sorted(name for name in plain if (place := folder / name).is_dir() and place.resolve().parent == folder.resolve())
 
 

@@ -210,7 +210,11 @@ def inside(folder: Path, name: str, *, named_by: Path) -> Path:
         BadInput: the name leads out of the folder.
     """
     path = folder / name
-    real, root = path.resolve(), folder.resolve()
+    try:
+        real, root = path.resolve(), folder.resolve()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a loop of links
+        raise BadInput("a file name that cannot be used", where=named_by, found=f"{name}: {error}") from None
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")

@@ -363,7 +363,7 @@ def _resolve_weights(task: TaskVectors, method: MergeMethod, given: Weights | No
 def _mean_one(weights: tuple[float, ...], name: str) -> tuple[float, ...]:
     total = exact_sum(weights)
     if not 0 < total < math.inf:
-        raise BadInput("weights must have a positive, finite sum", where=name, found=list(weights))
+        raise BadInput("weights must have a positive sum", where=name, found=list(weights))
     return tuple(weight * len(weights) / total for weight in weights)
 
 

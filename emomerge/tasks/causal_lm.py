@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from emomerge import recipe
 from emomerge.checkpoints import working_dtype
 from emomerge.errors import BadInput
+from emomerge.files import require_regular
 from emomerge.numerics.seeds import cpu_seed
 from emomerge.tasks import sources
 from emomerge.tasks.base import Batch, RowFigures, Split, TaskData, Texts, inputs_of, predictive_entropy
@@ -408,6 +409,7 @@ def _read(source: str, role: str, columns: LanguageColumns) -> list[Document]:
 
 
 def _read_text(path: Path) -> str:
+    require_regular(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

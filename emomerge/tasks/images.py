@@ -23,6 +23,7 @@ from emomerge import recipe
 from emomerge.checkpoints import write_json
 from emomerge.errors import BadInput
 from emomerge.extras import needed_by
+from emomerge.files import require_regular
 from emomerge.tasks import sources
 from emomerge.tasks.base import Split, TaskData
 from emomerge.tasks.pretrained import TransformersTask, load_config, load_preprocessor
@@ -280,6 +281,7 @@ def _idx(path: Path) -> _Source:
 
 def _read_idx(path: Path, dims: int) -> Tensor:
     """Read an IDX file of unsigned bytes with `dims` dimensions: magic 0, 0, 8, dims; big-endian sizes; data."""
+    require_regular(path)
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:

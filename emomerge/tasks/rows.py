@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emomerge.errors import BadInput
-from emomerge.files import JsonObject, parse_json
+from emomerge.files import JsonObject, parse_json, require_regular
 from emomerge.tasks import sources
 
 Columns = Sequence[str | int]
@@ -42,6 +42,7 @@ def _read_file(path: Path, columns: Columns) -> list[Row]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise BadInput("not text data", where=path, expected="a .tsv, .csv or .jsonl file, or a `datasets` id")
+    require_regular(path)
     try:
         return list(reader(path, columns))
     except UnicodeDecodeError as error:
