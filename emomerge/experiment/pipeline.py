@@ -24,7 +24,17 @@ from emomerge.progress import Display
 from emomerge.recipe import Merge, Recipe
 from emomerge.reporting import write_report
 from emomerge.results import SCHEMA_VERSION, Results, load_results
-from emomerge.training import Engine, Ranks, RunSpec, check_trackers, follow, train_in_workers, train_locally, train_runs
+from emomerge.training import (
+    Engine,
+    Loaded,
+    Ranks,
+    RunSpec,
+    check_trackers,
+    follow,
+    train_in_workers,
+    train_locally,
+    train_runs,
+)
 
 
 class Pipeline(Experiment):
@@ -158,13 +168,15 @@ class Pipeline(Experiment):
         def on_step(spec: RunSpec, row: dict[str, Any]) -> None:
             lines[spec.name].at(row["step"], f"loss {row['loss']:.4f}  emoPulse {row['rate']:.2e}")
 
+        loaded = Loaded()
+
         def execute(pieces: Sequence[RunSpec]) -> None:
             if self.engine is not None:
                 train_in_workers(self.engine, self.context, pieces, on_step)
             else:
                 first_round = all(spec.start == 0 for spec in pieces)
                 say = self.display.say if first_round else lambda line: None  # every round would say the same
-                train_locally(self.context, pieces, ranks=self.ranks, on_step=on_step, say=say)
+                train_locally(self.context, pieces, ranks=self.ranks, on_step=on_step, say=say, loaded=loaded)
 
         train_runs(self.context, specs, execute)
 

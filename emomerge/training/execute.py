@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
+
 from emomerge.errors import BadInput, EmomergeError, RunFailed
 from emomerge.training.context import Context, Job
 from emomerge.training.engines import Engine
@@ -18,11 +20,28 @@ from emomerge.training.loop import train_run
 from emomerge.training.plan import RunSpec
 from emomerge.training.ranks import Ranks, take_steps
 from emomerge.training.run import StepHook, ignore_step
-from emomerge.training.stacked import Unstackable, prepare_stack, train_stacked
+from emomerge.training.stacked import StackedPasses, Unstackable, prepare_stack, train_stacked
 from emomerge.training.tracking import tracked
 from emomerge.training.workers import catch_errors, raise_together, run_in_workers
 
 Say = Callable[[str], None]
+
+
+class Loaded:
+    """Models that stay in memory from one round to the next. The weights of a round are read from the runs' files."""
+
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
+        """Adapted model of the last run that was trained alone."""
+        self.passes: StackedPasses | None = None
+        """The last stack."""
+
+    def prepare(self, context: Context, specs: Sequence[RunSpec], say: Say) -> StackedPasses:
+        """Return a stack of the given runs, as `prepare_stack` does."""
+        if self.passes is None or not self.passes.give_round(specs):
+            self.passes = None  # frees its memory first
+            self.passes = prepare_stack(context, specs, say)
+        return self.passes
 
 
 def train_locally(
@@ -32,6 +51,7 @@ def train_locally(
     ranks: Ranks | None = None,
     on_step: StepHook = ignore_step,
     say: Say = lambda line: None,
+    loaded: Loaded | None = None,
 ) -> None:
     """Train runs in this process, each to the end of its round. Runs that have reached it are skipped.
 
@@ -41,17 +61,19 @@ def train_locally(
         ranks: the processes that take the steps together, of which this is the first; None if it is alone.
         on_step: called after every step.
         say: receives one line on how the runs are trained, if the recipe leaves that open.
+        loaded: models of an earlier round of the same recipe, kept for the next.
 
     Raises:
         EmomergeError: a run could not be trained; raised after all others are. With several ranks, errors that the other
             ranks cannot notice are raised at once.
     """
     failures: dict[RunSpec, EmomergeError] = {}
+    loaded = loaded or Loaded()
     if ranks is None and context.recipe.runs.parallel != "sequential":
-        failures = _train_stacked(context, specs, on_step, say)
+        failures = _train_stacked(context, specs, on_step, say, loaded)
     for spec in [spec for spec in specs if spec not in failures]:
         try:
-            _train_leased(context, spec, ranks, on_step)
+            _train_leased(context, spec, ranks, on_step, loaded)
         except EmomergeError as error:
             if ranks is not None and not isinstance(error, RunFailed):
                 raise
@@ -62,7 +84,9 @@ def train_locally(
     raise_together(list(failures.values()))
 
 
-def _train_stacked(context: Context, specs: Sequence[RunSpec], on_step: StepHook, say: Say) -> dict[RunSpec, EmomergeError]:
+def _train_stacked(
+    context: Context, specs: Sequence[RunSpec], on_step: StepHook, say: Say, loaded: Loaded
+) -> dict[RunSpec, EmomergeError]:
     """Train all runs that are not done in one stack, holding their leases; return the errors of those that failed.
 
     Does nothing if they cannot be stacked, or raises BadInput if the recipe requires it. The stack includes runs that already
@@ -73,7 +97,7 @@ def _train_stacked(context: Context, specs: Sequence[RunSpec], on_step: StepHook
         if len(stack) < 2 or all(context.has_reached(spec) for spec in specs):
             return {}
         try:
-            passes = prepare_stack(context, stack, say)
+            passes = loaded.prepare(context, stack, say)
         except Unstackable as reason:
             if context.recipe.runs.parallel == "stacked":
                 raise BadInput("the runs cannot share a pass", found=reason, fix="use runs.parallel: auto") from None
@@ -94,7 +118,7 @@ def _train_stacked(context: Context, specs: Sequence[RunSpec], on_step: StepHook
             return train_stacked(passes, on_step=checked)
 
 
-def _train_leased(context: Context, spec: RunSpec, ranks: Ranks | None, on_step: StepHook) -> None:
+def _train_leased(context: Context, spec: RunSpec, ranks: Ranks | None, on_step: StepHook, loaded: Loaded) -> None:
     """Train one run while holding its lease. If another process takes the lease over, wait for that one and look again."""
     run = context.run_dir(spec)
     while not context.has_reached(spec):
@@ -112,7 +136,11 @@ def _train_leased(context: Context, spec: RunSpec, ranks: Ranks | None, on_step:
                 job = Job(context, spec)
                 ranks.announce(job)
                 take_steps(ranks, job, on_step=checked)
-            train_run(context, spec, checked)
+            if ranks is not None:  # every rank holds a shard
+                train_run(context, spec, checked)
+            else:
+                model, loaded.model = loaded.model, None  # another loss or a full disk may leave it in any state
+                loaded.model = train_run(context, spec, checked, model)
 
 
 def train_in_workers(engine: Engine, context: Context, specs: Sequence[RunSpec], on_step: StepHook = ignore_step) -> None:

@@ -17,14 +17,24 @@ from emomerge.training.plan import RunSpec
 from emomerge.training.run import Clock, StepHook, TrainingRun, ignore_step
 
 
-def train_run(context: Context, spec: RunSpec, on_step: StepHook = ignore_step) -> None:
+def train_run(context: Context, spec: RunSpec, on_step: StepHook = ignore_step, model: nn.Module | None = None) -> nn.Module:
     """Train one run to the end of its round. A checkpoint of the same inputs is resumed bit-identically.
+
+    Args:
+        context, spec: the run.
+        on_step: called after every step.
+        model: an adapted model returned by an earlier call for a run of this recipe. It saves loading the base again, and is
+            used only if the run starts from weights on disk, not from the adapter's initialization.
+
+    Returns:
+        the adapted model on the CPU, with the weights of the run.
 
     Raises:
         RunFailed: the loss became NaN or infinite; names step and rows. The last good checkpoint is kept.
     """
     runs, task, device, split = context.recipe.runs, context.task, context.device, context.data.train
-    model = adapted_model(context, spec)
+    if model is None or spec.start == 0:
+        model = adapted_model(context, spec)
     model.to(device).train()
     run = TrainingRun(context, spec, trained=trained(model), buffers=buffers(model), on_step=on_step)
     order = batch_order(runs, spec, len(split))
@@ -44,6 +54,7 @@ def train_run(context: Context, spec: RunSpec, on_step: StepHook = ignore_step) 
             model.zero_grad(set_to_none=True)
             run.keep_snapshot(model)
     run.finish(model.cpu())
+    return model
 
 
 def adapted_model(context: Context, spec: RunSpec) -> nn.Module:

@@ -21,7 +21,7 @@ from emomerge.training.context import Context
 from emomerge.training.plan import RunSpec
 from emomerge.training.run_dir import RunDir, file_sizes, load_round_start
 from emomerge.training.sharded import shard_like, shard_state
-from emomerge.training.state import load_state, of_kind
+from emomerge.training.state import load_header, load_state, of_kind
 
 StepHook = Callable[[RunSpec, dict[str, Any]], None]
 """Called after every step with the run and its row of metrics."""
@@ -87,17 +87,15 @@ class TrainingRun:
     ) -> None:
         self.context, self.recipe, self.spec = context, context.recipe, spec
         self.run = run = run_dir or context.run_dir(spec)
-        self.inputs = inputs = context.run_inputs(spec)
-        recipe = context.recipe
+        self.inputs = context.run_inputs(spec)
         self.learnt: dict[str, Tensor] = {**trained, **buffers}
         """Parameters and buffers that training changes, by name."""
-        self.optimizer = build_optimizer(list(trained.values()), recipe, spec)
+        self.optimizer = build_optimizer(list(trained.values()), context.recipe, spec)
         self.step = 0
         """Steps taken so far."""
         self._trained = list(trained.values())
         self._buffers = list(buffers)
-        how = recipe.runs.average if spec.end == spec.steps and spec.rate is None else None
-        self._average = WeightAverage(how, self.learnt, spec.start, spec.end) if how else None
+        self._average = self._new_average()
         self._losses: list[Tensor] = []
         self._on_step = on_step
         run.path.mkdir(parents=True, exist_ok=True)
@@ -105,8 +103,35 @@ class TrainingRun:
             leftover.unlink(missing_ok=True)
         self._resume()
         run.restart_metrics(self.step)
-        run.write_state(
-            name=spec.name, role=spec.role, optimizer=spec.optimizer, seed=spec.seed, steps=spec.steps, inputs=inputs,
+        self._write_running()
+
+    def begin_round(self, spec: RunSpec, on_step: StepHook) -> None:
+        """Continue with the next round, as a new object that reads the checkpoint would.
+
+        Args:
+            spec: the run with the steps of the next round.
+            on_step: called after every step.
+        """
+        self.spec, self._on_step = spec, on_step
+        self._average = self._new_average()
+        header = load_header(self.run.checkpoint, self.inputs)
+        if header is not None and header["step"] == self.step == spec.start:
+            self._load_weights(load_round_start(self.run, spec))
+        else:  # another process has trained it in the meantime
+            self._resume()
+            self.run.restart_metrics(self.step)
+        self._write_running()
+
+    def _new_average(self) -> WeightAverage | None:
+        spec, how = self.spec, self.recipe.runs.average
+        if how is None or spec.end < spec.steps or spec.rate is not None:
+            return None
+        return WeightAverage(how, self.learnt, spec.start, spec.end)
+
+    def _write_running(self) -> None:
+        spec = self.spec
+        self.run.write_state(
+            name=spec.name, role=spec.role, optimizer=spec.optimizer, seed=spec.seed, steps=spec.steps, inputs=self.inputs,
             artefact=self._used, state="running", step=self.step, error=None,
         )  # fmt: skip
 
@@ -257,13 +282,16 @@ class TrainingRun:
         for name, tensor in of_kind(tensors, "optimizer").items():
             index, _, key = name.partition(".")
             state.setdefault(int(index), {})[key] = tensor
-        with torch.no_grad():
-            for name, tensor in self.learnt.items():
-                tensor.copy_(shard_like(weights[name], tensor))
+        self._load_weights(weights)
         self.optimizer.load_state_dict({"state": shard_state(self.optimizer, state), "param_groups": header["groups"]})
         if self._average is not None:
             self._average.load(of_kind(tensors, "average"))
         self.step = int(header["step"])
+
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self.learnt.items():
+                tensor.copy_(shard_like(weights[name], tensor))
 
 
 def damping(cooldown: float, step: int, steps: int) -> float:

@@ -15,6 +15,7 @@ from emomerge.optim import OPTIMIZERS
 from emomerge.recipe import Full, Merge, Outer, Runs
 from emomerge.training import (
     KeptRounds,
+    Loaded,
     RunDir,
     RunSpec,
     TrainingRun,
@@ -41,7 +42,9 @@ class Stop(Exception):
 def train(digits, context):
     recipe, task, _ = digits
 
-    def train(folder="runs", on_step=lambda spec, row: None, task=task, adapter=recipe.adapter, of="runs", **options):
+    def train(
+        folder="runs", on_step=lambda spec, row: None, task=task, adapter=recipe.adapter, of="runs", loaded=None, **options
+    ):
         runs = Runs(
             **{
                 "procedure": "paper",
@@ -55,7 +58,7 @@ def train(digits, context):
         )
         made = context(folder, task=task, runs=runs, adapter=adapter, merge=(Merge(method="mean", of=of),))
         specs = planned_runs(made.recipe)
-        train_runs(made, specs, partial(train_locally, made, on_step=on_step))
+        train_runs(made, specs, partial(train_locally, made, on_step=on_step, loaded=loaded))
         return [made.run_dir(spec) for spec in specs]
 
     return train
@@ -122,6 +125,21 @@ def test_rounds_match_a_plain_loop(train, digits, context, outer):
         for name, tensor in model_checkpoint(model, source="plain").items():
             assert torch.equal(written[name], tensor.detach())
         assert [row["step"] for row in run.metrics()] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("changes", [{"parallel": "sequential"}, {"parallel": "stacked"}, {"adapter": Full(kind="full")}])
+def test_models_that_stay_loaded_save_time_and_nothing_else(train, digits, monkeypatch, changes):
+    _, task, _ = digits
+    counts = {}
+    for kept in (None, Loaded()):
+        reloads, reload_model = [], task.reload_model
+        with monkeypatch.context() as patch:
+            patch.setattr(task, "reload_model", lambda *a, **k: reloads.append(0) or reload_model(*a, **k))  # noqa: B023
+            found = hashes(train(f"loaded {kept is not None}", rounds=4, outer=Outer(momentum=0.5), loaded=kept, **changes))
+        counts[kept is not None] = len(reloads), found
+    (with_reloads, without), (with_loaded, same) = counts[False], counts[True]
+    assert same == without
+    assert with_reloads - with_loaded == 3  # one for each round after the first
 
 
 def test_one_round_is_none(train):

@@ -9,7 +9,7 @@ loop.py         the training loop
 
 from __future__ import annotations
 
-from emomerge.training.stacked.loop import prepare_stack, train_stacked
+from emomerge.training.stacked.loop import StackedPasses, prepare_stack, train_stacked
 from emomerge.training.stacked.model import StackedModel, Unstackable
 
-__all__ = ["StackedModel", "Unstackable", "prepare_stack", "train_stacked"]
+__all__ = ["StackedModel", "StackedPasses", "Unstackable", "prepare_stack", "train_stacked"]

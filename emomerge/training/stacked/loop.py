@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -66,15 +67,11 @@ def train_stacked(passes: StackedPasses, on_step: StepHook = ignore_step) -> dic
     together therefore resume bit-identically.
 
     Args:
-        passes: from `prepare_stack`; can be trained once.
+        passes: from `prepare_stack`, or those of the round before, which have been given the next round.
         on_step: called after every step of every run.
     """
     context, specs, stack, model = passes.context, passes.specs, passes.stack, passes.stack.model
-    kept = buffers(model)
-    runs = [
-        TrainingRun(context, spec, trained=stack.parameters_of(number), buffers=kept, on_step=on_step)
-        for number, spec in enumerate(specs)
-    ]
+    runs = passes.training_runs(on_step)
     failures: dict[RunSpec, EmomergeError] = {}
 
     def each(numbers: Iterable[int], do: Callable[[int], None]) -> None:
@@ -112,7 +109,8 @@ def train_stacked(passes: StackedPasses, on_step: StepHook = ignore_step) -> dic
             each(active, lambda n, spent=spent: runs[n].take_step(passes.rows_of(n), spent))  # type: ignore[misc]
             stack.drop_gradients()
             each(active, keep_snapshot)
-    model.cpu()
+    if any(spec.end == spec.steps for spec in specs):  # then results are written
+        model.cpu()
     each(range(len(runs)), finish)
     return failures
 
@@ -142,6 +140,28 @@ class StackedPasses:
         self._orders = [batch_order(self.runs, specs[run], len(self.split)) for run in self.streams.leaders]
         self._rows: list[Tensor] = []
         self._slopes: list[list[Shape]] | None = None
+        self._training: list[TrainingRun] = []
+
+    def give_round(self, specs: Sequence[RunSpec]) -> bool:
+        """Take a later round of the same runs, whose weights the runs' files hold; return False if it is none."""
+        is_later = bool(self._training) and all(spec.start > 0 for spec in specs)
+        if not is_later or list(map(whole, specs)) != list(map(whole, self.specs)):
+            return False
+        self.specs = specs
+        return True
+
+    def training_runs(self, on_step: StepHook) -> list[TrainingRun]:
+        """Return the runs at the first step of their round."""
+        if self._training:
+            for run, spec in zip(self._training, self.specs, strict=True):
+                run.begin_round(spec, on_step)
+        else:
+            kept, weights = buffers(self.stack.model), self.stack.parameters_of
+            self._training = [
+                TrainingRun(self.context, spec, trained=weights(number), buffers=kept, on_step=on_step)
+                for number, spec in enumerate(self.specs)
+            ]
+        return self._training
 
     def rows_of(self, run: int) -> Tensor:
         """Return the row numbers of a run's last micro-batch."""
@@ -216,6 +236,11 @@ class StackedPasses:
         with torch.no_grad(), runwise_dropout(self.streams, rows, Widths([0] * len(batches))) as found:
             self.stack.model(*args, **kwargs)
         return found
+
+
+def whole(spec: RunSpec) -> RunSpec:
+    """Return the specification of a run, given that of a round."""
+    return replace(spec, start=0, end=spec.steps)
 
 
 def narrow(batches: Sequence[Batch], width: int) -> list[Batch]:
