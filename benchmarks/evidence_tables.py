@@ -67,6 +67,11 @@ OPTIMIZERS = {
     "prodigy": "Prodigy, cosine",
     "schedule-free": "schedule-free AdamW",
 }
+MERGED = {
+    "rounds": "Five runs that meet every few steps (the default)",
+    "separate": "Five runs that never meet",
+}
+"""Procedure of the table `methods` → its title."""
 FACTORS = ("0.01", "0.1", "1", "10", "100")
 Line = dict[str, Any]
 Cells = list[list[str]]
@@ -258,6 +263,46 @@ class Rates:
         return rows
 
 
+class Methods:
+    """The results of the table `methods`."""
+
+    REFERENCE = "mean-of-runs"
+
+    def __init__(self, results: Path) -> None:
+        self.lines = read(results / "methods.jsonl")
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The tasks that have results."""
+        return [task for task in TASKS if any(line["task"] == task for line in self.lines)]
+
+    def values(self, procedure: str, task: str, merge: str) -> dict[int, float]:
+        """Return seed → test loss."""
+        lines = [line for line in self.lines if (line["task"], line["unit"]) == (task, procedure)]
+        return {line["seed"]: _finite(line["losses"][merge][1]) for line in lines if merge in line["losses"]}
+
+    def difference(self, procedure: str, task: str, merge: str) -> Estimate | None:
+        """Return a merge − the plain mean of the runs, paired by seed."""
+        found, reference = (self.values(procedure, task, name) for name in (merge, self.REFERENCE))
+        pairs = tuple(found[seed] - reference[seed] for seed in found if seed in reference)
+        return Estimate(pairs) if pairs else None
+
+    def summary(self, procedure: str) -> Cells:
+        """Return a row for each merge, a column for each task."""
+        tasks = [task for task in self.tasks if self.values(procedure, task, self.REFERENCE)]
+        merges = list(dict.fromkeys(m for line in self.lines if line["unit"] == procedure for m in line["losses"]))
+        rows = [["merge", *(TASKS[task] for task in tasks), "lower than the mean on"]]
+        for merge in merges:
+            values = [self.values(procedure, task, merge) for task in tasks]
+            cells = [Estimate(tuple(found.values())).text() if found else "–" for found in values]
+            differences = [d for task in tasks if (d := self.difference(procedure, task, merge))]
+            lower = sum(d.mean < 0 for d in differences)
+            surely, above = (sum(d.sign == sign for d in differences) for sign in (-1, 1))
+            compared = "" if merge == self.REFERENCE else f"{lower} of {len(differences)} ({surely} / {above})"
+            rows.append([merge.replace("-of-", " of "), *cells, compared])
+        return rows
+
+
 def ratio(losses: Mapping[str, Estimate]) -> str:
     """Return the lowest loss over the factors, and the highest as a multiple of it."""
     if not losses:
@@ -342,7 +387,7 @@ def document(results: Path) -> str:
         parts += [f"### {full_name(task)}", markdown(defaults.details(task))]
     parts.append("## How much the rate matters")
     if not rates.tasks:
-        return "\n\n".join([*parts, EMPTY.replace("defaults", "rates"), END]) + "\n"
+        return "\n\n".join([*parts, EMPTY.replace("defaults", "rates"), *merge_methods(results), END]) + "\n"
     parts += [
         "The lowest test loss over 0.01, 0.1, 1, 10 and 100 times an optimizer's default rate, and the highest as a multiple "
         f"of it (means of {conditions(rates.lines)}).",
@@ -358,7 +403,25 @@ def document(results: Path) -> str:
         )
     for task in rates.tasks:
         parts += [f"### {full_name(task)}", markdown(rates.details(task))]
-    return "\n\n".join([*parts, END]) + "\n"
+    return "\n\n".join([*parts, *merge_methods(results), END]) + "\n"
+
+
+def merge_methods(results: Path) -> list[str]:
+    """Return the part of docs/evidence.md on merge methods, by paragraph."""
+    methods = Methods(results)
+    parts = ["## Merge methods"]
+    if not methods.tasks:
+        return [*parts, EMPTY.replace("defaults", "methods")]
+    parts.append(
+        f"Test loss of different merges of the same runs, mean ± standard error ({conditions(methods.lines)}). `of rounds` are "
+        "merges of the means that were kept of the default procedure's rounds. Last column: on how many tasks a merge is lower "
+        "than the plain mean of the runs, and in brackets on how many the 95 % interval of the paired difference is below / "
+        "above 0."
+    )
+    for procedure, title in MERGED.items():
+        if len(cells := methods.summary(procedure)) > 1:
+            parts += [f"### {title}", markdown(cells)]
+    return parts
 
 
 def full_name(task: str) -> str:
@@ -382,7 +445,10 @@ def files(results: Path = RESULTS) -> dict[Path, str]:
 
 
 def terminal(table: str, results: Path) -> list[Table]:
-    """Return rich tables of `defaults` or `rates`."""
+    """Return rich tables of `defaults`, `rates` or `methods`."""
+    if table == "methods":
+        found = [(title, Methods(results).summary(procedure)) for procedure, title in MERGED.items()]
+        return [_rich(title, cells) for title, cells in found if len(cells) > 1]
     made: Defaults | Rates = Defaults(results) if table == "defaults" else Rates(results)
     if not made.tasks:
         return []

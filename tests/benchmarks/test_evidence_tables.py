@@ -128,3 +128,18 @@ def test_other_bits_are_not_called_the_same(tables: ModuleType, results: Path) -
 def test_an_unmeasured_table_says_so(tables: ModuleType, tmp_path: Path) -> None:
     assert tables.readme_block(tmp_path) == tables.EMPTY
     assert tables.document(tmp_path).count("No results yet") == 2
+
+
+def test_merges_are_compared_with_the_plain_mean_of_the_same_runs(tables: ModuleType, results: Path) -> None:
+    assert "`python benchmarks/evidence.py methods` measures them" in tables.document(results)
+    lines = [
+        {"task": "vit", "seed": seed, "unit": "separate", "losses": {"mean-of-runs": [9, mean], "ties-of-runs": [9, ties]}}
+        for seed, (mean, ties) in enumerate([(0.5, 0.4), (0.7, 0.59), (0.6, 0.48)])
+    ]
+    write(results, "methods", lines)
+    head, mean, ties = tables.Methods(results).summary("separate")
+    assert head == ["merge", "digits ViT, LoRA", "lower than the mean on"]
+    assert mean == ["mean of runs", "0.600 ± 0.058", ""]
+    assert ties == ["ties of runs", "0.490 ± 0.055", "1 of 1 (1 / 0)"]
+    document = tables.document(results)
+    assert "### Five runs that never meet" in document and tables.MERGED["rounds"] not in document
