@@ -44,15 +44,15 @@ class BaseNames:
         if name in self._base:
             return name
         direct = variants(name, self._base, self._by_tail)
-        if self.needs_transformers or self.layout is None:
+        if self.known_layout is None:
             return direct[0] if len(direct) == 1 else None
-        piece = self.layout.find(name)
+        piece = self.known_layout.find(name)
         whole = [stored for stored, part in self.parts(name) if part == piece]
         return whole[0] if len(whole) == 1 else direct[0] if len(direct) == 1 else None
 
     def parts(self, name: str) -> list[tuple[str, Piece]]:
         """Return the base tensors that hold parts of a module tensor, such as the single experts of a stack."""
-        piece = None if self.needs_transformers else self._piece(name)
+        piece = self.known_layout.find(name) if self.known_layout is not None else None
         return self._holders.get(piece.live, []) if piece is not None else []
 
     def holds(self, name: str) -> bool:
@@ -87,13 +87,14 @@ class BaseNames:
 
         Without transformers, heads and embeddings are told by their usual names and by `tie_word_embeddings`.
         """
-        if self.needs_transformers or self.layout is None:
+        layout = self.known_layout
+        if layout is None:
             return usual_partner(name, self.config)
-        piece = self.layout.find(name)
+        piece = layout.find(name)
         if piece is None:
             return None
-        first = self.layout.ties.get(piece.live, piece.live)
-        tied = [first, *(alias for alias, owner in self.layout.ties.items() if owner == first)]
+        first = layout.ties.get(piece.live, piece.live)
+        tied = [first, *(alias for alias, owner in layout.ties.items() if owner == first)]
         return next((other for other in tied if other != piece.live), None)
 
     @cached_property
@@ -156,6 +157,11 @@ class BaseNames:
             MissingExtra: as for `model`.
         """
         return None if self.model is None else Layout(self.model)
+
+    @property
+    def known_layout(self) -> Layout | None:
+        """The layout; None also where transformers is not installed."""
+        return None if self.needs_transformers else self.layout
 
     @cached_property
     def _holders(self) -> dict[str, list[tuple[str, Piece]]]:

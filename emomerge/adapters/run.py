@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from emomerge.adapters.aligned import aligned, distinct
 from emomerge.adapters.baked import BakedCheckpoint
 from emomerge.adapters.formats import all_formats, format_of, is_adapter
 from emomerge.adapters.unsupported import refuse_adapter
@@ -33,7 +34,7 @@ def bake(base: Checkpoint | str | Path, adapter: str | Path, *, allow_unmatched:
     Raises:
         BadInput: the adapter is damaged, unsupported, or does not fit the base.
     """
-    base = base if isinstance(base, Checkpoint) else open_dense(base)
+    base = distinct(base if isinstance(base, Checkpoint) else open_dense(base))
     path = artefact_of(adapter)
     form = format_of(path)
     if form is None:
@@ -50,11 +51,11 @@ def bake(base: Checkpoint | str | Path, adapter: str | Path, *, allow_unmatched:
 
 
 def open_run(base: Checkpoint, run: Checkpoint | str | Path, *, allow_unmatched: bool = False) -> Checkpoint:
-    """Open the weights of a run over `base`, lazily.
+    """Open the weights of a run over `base`, lazily, with the base's names (see `adapters.aligned`).
 
     Args:
         base: the model that the run started from.
-        run: a Checkpoint, which is returned as it is; a run directory, whose `run.json` names the `artefact` in it; an
+        run: a Checkpoint; a run directory, whose `run.json` names the `artefact` in it; an
             adapter; or anything that `open_dense` accepts.
         allow_unmatched: as in `bake`.
 
@@ -62,19 +63,23 @@ def open_run(base: Checkpoint, run: Checkpoint | str | Path, *, allow_unmatched:
         BadInput: it is none of these, or damaged.
     """
     if isinstance(run, Checkpoint):
-        return run
+        return aligned(base, run)
     path = artefact_of(run)
     if is_adapter(path):
         return bake(base, path, allow_unmatched=allow_unmatched)
-    return open_dense(path if path.exists() else run)
+    return aligned(base, _open_whole(path if path.exists() else run))
 
 
 def open_dense(source: str | Path) -> Checkpoint:
-    """Open a whole model; `open_checkpoint` for sources that a user names.
+    """Open a whole model; `open_checkpoint` for sources that a user names. Tied tensors have one name.
 
     Raises:
         BadInput: as `open_checkpoint`; or `source` is an adapter.
     """
+    return distinct(_open_whole(source))
+
+
+def _open_whole(source: str | Path) -> Checkpoint:
     checkpoint = open_checkpoint(source)
     paths = set(checkpoint.paths)
     if paths and (form := format_of(source)) is not None and paths <= set(form.files(Path(source))):
@@ -90,7 +95,7 @@ def input_files(source: str | Path) -> dict[str, Path]:
     path = artefact_of(source)
     if (form := format_of(path)) is not None:
         return {file.name: file for file in form.files(path)}
-    checkpoint = open_dense(path if path.exists() else source)
+    checkpoint = _open_whole(path if path.exists() else source)
     folder = checkpoint.folder or Path()
     return {file.relative_to(folder).as_posix(): file for file in checkpoint.paths}
 

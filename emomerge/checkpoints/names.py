@@ -22,6 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from emomerge.checkpoints.checkpoint import Checkpoint, MemoryCheckpoint
 from emomerge.errors import BadInput
 
+MAYBE_TIED = re.compile(
+    r"(bbox|class)_embed\.|^(?!.*\.\d+\.).*(embed|shared|head|decoder|predictions|proj_out|output|\bw[tp]e\b)"
+)
+"""Matches the names of tensors that some model of transformers ties to others, and few more."""
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Components that torch.compile, FSDP and activation checkpointing add to names."""
+
 
 class Piece(NamedTuple):
     """A tensor on disk as a view of one in memory; in elements, as in `Tensor.as_strided`."""
@@ -142,6 +149,11 @@ class Layout:
     @cached_property
     def _shapes_by_tail(self) -> dict[str, list[str]]:
         return index_by_tail(self.shapes)
+
+
+def unwrapped(name: str) -> str:
+    """Return a name without the components that torch's wrappers of modules add."""
+    return ".".join(part for part in name.removeprefix("module.").split(".") if part not in _WRAPPERS)
 
 
 def variants(name: str, names: Container[str], by_tail: Mapping[str, list[str]]) -> list[str]:

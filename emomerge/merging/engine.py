@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emomerge.adapters import open_dense, open_run
+from emomerge.adapters.aligned import distinct
 from emomerge.checkpoints import Checkpoint, OnDevice, RoundingLoss
 from emomerge.errors import BadInput, EmomergeError
 from emomerge.merging import vectors
@@ -75,7 +76,7 @@ def merge(
     definition = find_method(method)
     given: dict[str, Any] = {"scale": scale, "weights": weights if isinstance(weights, str | None) else list(weights)}
     options = check_params(method, params | {key: value for key, value in given.items() if value is not None})
-    base = base if isinstance(base, Checkpoint) else open_dense(base)
+    base = distinct(base if isinstance(base, Checkpoint) else open_dense(base))
     _check_lengths(len(runs), weights=options.get("weights"), run_losses=run_losses, names=names)
     opened = [open_run(base, run) for run in runs]
     if definition.exact_runs not in (None, len(runs)):

@@ -28,15 +28,12 @@ from emomerge.adapters.naming import BaseNames
 from emomerge.adapters.peft.files import CONFIG, PICKLE, PREFIX, WEIGHTS, load_config
 from emomerge.adapters.peft.patterns import matches_end
 from emomerge.checkpoints import Checkpoint, Piece, all_finite, open_checkpoint
+from emomerge.checkpoints.names import MAYBE_TIED
 from emomerge.errors import BadInput
 from emomerge.files import check_type
 
 _FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.default)?(?:\.(weight|bias))?")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
-_MAYBE_TIED = re.compile(
-    r"(bbox|class)_embed\.|^(?!.*\.\d+\.).*(embed|shared|head|decoder|predictions|proj_out|output|\bw[tp]e\b)"
-)
-"""Matches the names of tensors that some model of transformers ties to others, and few more."""
 _INITS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base unchanged
 # Fields that are read here, or that only matter in training. Any other field that is set changes the formula.
 _UNDERSTOOD = frozenset(
@@ -378,7 +375,7 @@ class _Reader:
 
     def _refuse_tied(self, tensor: str, key: str) -> None:
         """Refuse to change one of two tied tensors, as a live adapter does: a dense checkpoint has only one tensor for both."""
-        if not _MAYBE_TIED.search(tensor):  # no need to build the model
+        if not MAYBE_TIED.search(tensor):  # no need to build the model
             return
         if self.config.get("ensure_weight_tying") or not tensor.endswith((".weight", ".bias")):
             return
