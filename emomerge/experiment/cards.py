@@ -26,7 +26,7 @@ def write_cards(experiment: Experiment, results: Results) -> None:
         "version": version("emomerge"),
     }
     prepare = experiment.recipe.base.prepare
-    base = experiment.recipe.base.model or (f"a small {prepare.model}" if prepare else "the model of the task's function")
+    base = experiment.as_written.base.model or (f"a small {prepare.model}" if prepare else "the model of the task's function")
     about = f"The base of all runs of the recipe `{experiment.recipe.name}`: {base}."
     _write_card(experiment, experiment.space.base, {"name": "base", "about": about, **shared})
     for spec in [*experiment.specs, *experiment.trained_controls]:
@@ -51,7 +51,7 @@ def merge_card(experiment: Experiment, name: str, record: dict[str, Any], result
     """Return the card of a merge, with its results if known."""
     params = record["diagnostics"].get("params", record["params"])
     known = {
-        "title": f"{experiment.recipe.name}, {name}", "name": name, "base": experiment.recipe.base.model or "prepared",
+        "title": f"{experiment.recipe.name}, {name}", "name": name, "base": experiment.as_written.base.model or "prepared",
         "params": params, "results": results, "recipe_yaml": experiment.recipe_yaml, "command": experiment.command,
         "version": record["emomerge"],
     }  # fmt: skip

@@ -53,7 +53,7 @@ def _heading(experiment: Experiment) -> dict[str, Any]:
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": experiment.command,
-        "recipe": experiment.recipe.model_dump(mode="json"),
+        "recipe": experiment.as_written.model_dump(mode="json"),
         "recipe_yaml": experiment.recipe_yaml,
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
         "device": str(experiment.device),

@@ -49,7 +49,9 @@ class Experiment:
         self.recipe, self.command = recipe, command
         self.space = Workspace(out)
         self.display = display or Display(quiet=True)
-        self.base_inputs = digest(["base", recipe.base, recipe.task, self.space.input_hash(recipe)])
+        self.paths = recipe.written | self.space.paths()
+        self.as_written = recipe.as_written(self.paths)
+        self.base_inputs = digest(["base", self.as_written.base, self.as_written.task, self.space.input_hash(recipe)])
         self.specs = planned_runs(recipe)
 
     @cached_property
@@ -85,8 +87,8 @@ class Experiment:
 
     @cached_property
     def recipe_yaml(self) -> str:
-        """The recipe as YAML, including defaults."""
-        return yaml.safe_dump(self.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The recipe as YAML, including defaults, with paths as they were given."""
+        return as_yaml(self.as_written)
 
     @property
     def base_hash(self) -> str:
@@ -180,7 +182,7 @@ class Experiment:
 
     def merge_stamps(self) -> dict[str, str]:
         """Return the hash of the inputs of every merge, by name."""
-        shared = [self.recipe.task, self.recipe.probe.batch_size, version("emomerge")]
+        shared = [self.as_written.task, self.recipe.probe.batch_size, version("emomerge")]
         return {
             self.merge_name(spec, seed): digest([spec, self.merged_hashes(spec, seed), shared])
             for spec in self.recipe.merge
@@ -207,3 +209,8 @@ class Experiment:
         """The controls that have been trained."""
         plans = self.space.stamp("controls").get("trained", [])
         return [RunSpec(**{**plan, "snapshots": tuple(plan["snapshots"])}) for plan in plans]
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """Return a recipe as YAML, including defaults."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

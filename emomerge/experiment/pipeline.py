@@ -14,14 +14,14 @@ from emomerge.experiment.base import make_base
 from emomerge.experiment.cards import write_cards
 from emomerge.experiment.collect import collect_results, seconds_of_stages
 from emomerge.experiment.control_runs import controls_inputs, train_controls
-from emomerge.experiment.experiment import Experiment
+from emomerge.experiment.experiment import Experiment, as_yaml
 from emomerge.experiment.merges import check_merge, merge_note, write_merge
 from emomerge.experiment.stage import Facts, Stage
 from emomerge.experiment.workspace import files_below, stopwatch
 from emomerge.numerics.hashing import digest
 from emomerge.probing.registry import recipe_metrics
 from emomerge.progress import Display
-from emomerge.recipe import Merge, Recipe
+from emomerge.recipe import Merge, Recipe, load_recipe
 from emomerge.reporting import write_report
 from emomerge.results import SCHEMA_VERSION, Results, load_results
 from emomerge.training import (
@@ -135,8 +135,9 @@ class Pipeline(Experiment):
         """Check all inputs before writing anything, then write the recipe.
 
         Raises:
-            BadInput: the data are unusable, or the folder holds a `base` that emomerge did not make.
+            BadInput: the data are unusable, or the folder holds a `base` that emomerge did not make or another recipe's models.
         """
+        self._refuse_other_recipe()
         if self.space.base.exists() and not self.space.recipe.exists():
             raise BadInput(
                 "this folder has a `base` that emomerge did not make", where=self.space.base, fix="choose another -o"
@@ -146,7 +147,26 @@ class Pipeline(Experiment):
             raise BadInput("the base lies inside the output folder", where=given, fix="choose another -o")
         check_trackers(self.recipe.runs.log_with)
         _ = self.data
-        atomic.write_text(self.space.recipe, self.recipe_yaml)
+        atomic.write_text(self.space.recipe, as_yaml(self.recipe))
+        self.space.write_paths(self.paths)
+
+    def _refuse_other_recipe(self) -> None:
+        """Raise BadInput if the folder holds what was trained by a recipe of another name, base or task."""
+        if not self.space.recipe.exists() or not self.space.stamp("base"):
+            return
+        fix = "choose another -o, or delete what is there with `emomerge run --restart`"
+        try:
+            before = load_recipe(self.space.recipe)
+        except BadInput as error:
+            raise BadInput(
+                "the recipe of what is in the folder cannot be read", where=self.space.out, found=error, fix=fix
+            ) from None
+        before = before.as_written(before.written | self.paths)
+        for part in ("name", "base", "task"):
+            if getattr(before, part) != getattr(self.as_written, part):
+                wanted, found = _differing(self.as_written, part, before), _differing(before, part, self.as_written)
+                what = f"the folder holds the models of a recipe with another {part}"
+                raise BadInput(what, where=self.space.out, expected=wanted, found=found, fix=fix)
 
     def train(self, specs: Sequence[RunSpec] | None = None) -> None:
         """Train runs, by default the shallow runs of the recipe, and show their progress."""
@@ -257,3 +277,11 @@ class Pipeline(Experiment):
         except BadInput:
             return False
         return True
+
+
+def _differing(recipe: Recipe, part: str, other: Recipe) -> str:
+    """Return the fields of a section that another recipe has otherwise."""
+    here, there = (each.model_dump(mode="json")[part] for each in (recipe, other))
+    if not (isinstance(here, dict) and isinstance(there, dict)):
+        return str(here)
+    return ", ".join(f"{part}.{key}: {value}" for key, value in here.items() if key not in there or there[key] != value)

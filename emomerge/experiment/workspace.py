@@ -59,6 +59,7 @@ class Workspace:
         self.figures = out / "figures"
         self.slurm = out / "slurm"
         self._stamps = out / "stamps"
+        self._paths = self._stamps / "paths.json"
 
     def stamp(self, stage: str) -> dict[str, Any]:
         """Return the stamp of a completed stage; empty if there is none."""
@@ -73,6 +74,14 @@ class Workspace:
         """Stamp a stage as complete."""
         sizes = {str(file.relative_to(self.out)): file.stat().st_size for file in files}
         atomic.write_json(self._stamps / f"{stage}.json", {"inputs": inputs, "sizes": sizes, **facts})
+
+    def paths(self) -> dict[str, str]:
+        """Return the absolute paths in the folder's recipe, and how the recipe that it was made from gives them."""
+        return read_json_or(self._paths, dict[str, str], {})
+
+    def write_paths(self, paths: dict[str, str]) -> None:
+        """Remember paths; see `paths`."""
+        atomic.write_json(self._paths, paths)
 
     def forget(self, stage: str) -> None:
         """Remove a stage's stamp, so that it is done again."""

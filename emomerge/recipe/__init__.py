@@ -10,11 +10,13 @@ from emomerge.recipe.sections import (
     Base,
     DataSection,
     Ema,
+    Find,
     Full,
     Lawa,
     Lora,
     Merge,
     Outer,
+    Place,
     Prepare,
     Probe,
     Recipe,
@@ -23,6 +25,7 @@ from emomerge.recipe.sections import (
     Section,
     TaskSection,
     Transform,
+    located_files,
 )
 
 __all__ = [
@@ -31,11 +34,13 @@ __all__ = [
     "Base",
     "DataSection",
     "Ema",
+    "Find",
     "Full",
     "Lawa",
     "Lora",
     "Merge",
     "Outer",
+    "Place",
     "Prepare",
     "Probe",
     "Recipe",
@@ -45,5 +50,6 @@ __all__ = [
     "TaskSection",
     "Transform",
     "load_recipe",
+    "located_files",
     "parse_recipe",
 ]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from emomerge.errors import BadInput
+from emomerge.errors import BadInput, Note
 from emomerge.files import parse_yaml, read_yaml
-from emomerge.recipe.sections import Recipe
+from emomerge.recipe.sections import Find, Recipe
 from emomerge.recipe.validation import UNKNOWN_KEY, UNKNOWN_NAME, nearest
 
 
@@ -18,8 +19,9 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply overrides.
 
     Args:
-        path: a YAML file. Code that the task names is also looked for in its folder.
-        overrides: `key.sub=value`, with the value in YAML; list items are addressed by number.
+        path: a YAML file. Relative paths in it start from its folder; where there is nothing, from the working directory.
+        overrides: `key.sub=value`, with the value in YAML; list items are addressed by number. Relative paths in them start
+            from the working directory first.
 
     Raises:
         BadInput: the file is missing or is not a YAML mapping, or a field is wrong; for an unknown key the message suggests
@@ -31,10 +33,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     data = read_yaml(file, what="the recipe is not YAML")
     if not isinstance(data, dict):
         raise BadInput("a recipe is a mapping of keys", where=file, found=type(data).__name__)
-    for override in overrides:
-        _apply(data, override)
-    recipe = parse_recipe(data, source=str(file))
-    return recipe.model_copy(update={"task": recipe.task.beside(file.parent)})
+    overriding = [_apply(data, override) for override in overrides]
+    return parse_recipe(data, source=str(file)).located(_finder(file.parent, {str(text) for text in overriding}))
 
 
 def parse_recipe(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -53,8 +53,34 @@ def parse_recipe(data: Mapping[str, Any], source: str = "recipe") -> Recipe:
         raise _explain(error, source) from None
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Set one `key.sub=value` in the plain data."""
+def _finder(folder: Path, overriding: Container[str]) -> Find:
+    """Return the function that finds the files a recipe in `folder` names; see `load_recipe`."""
+
+    def find(name: str) -> tuple[str, str] | None:
+        given, here, there = Path(name).expanduser(), folder.resolve(), Path.cwd()
+        if given.is_absolute() or not name:
+            return None
+        places = (there, here) if name in overriding else (here, there)
+        place = next((place for place in places if _exists(place / given)), None)
+        if place is None:
+            return None
+        if place == there != here and name not in overriding:
+            warnings.warn(f"{name} is not in {folder}, beside the recipe: the one in the working directory is used", Note, 2)
+        # Earlier versions hashed the path to a function's file, and other names as they are.
+        return str(place / given), str(folder / given) if given.suffix == ".py" and place == here else name
+
+    return find
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a NUL, for a name
+        return False
+
+
+def _apply(data: dict[str, Any], override: str) -> Any:
+    """Set one `key.sub=value` in the plain data and return the value."""
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise BadInput("--set takes key.sub=value", found=repr(override))
@@ -76,6 +102,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         node[last] = value
     else:
         raise BadInput("--set reaches into a plain value", where=".".join(parents), found=repr(override))
+    return value
 
 
 def _index(part: str, items: list[Any], override: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
     TypeAdapter,
@@ -25,6 +26,10 @@ from emomerge.tasks.table import TASKS, task_class
 
 OptimizerName = Annotated[str, name_in(OPTIMIZERS)]
 PresetName = Literal["v3.7", "v3.8", "v3.8-fft", "v3.9", "guarded", "auto"]
+Place = Callable[[str], str]
+"""A name that may be a relative path → the path, or the name itself if there is no such file."""
+Find = Callable[[str], tuple[str, str] | None]
+"""A name that may be a relative path → the path and the name for hashes; None if there is no such file."""
 FAMILY = tuple(name for name, entry in OPTIMIZERS.items() if entry.default)
 """The optimizers that are trained if a recipe names none."""
 
@@ -80,13 +85,16 @@ class TaskSection(Section):
         """
         return []
 
-    def beside(self, folder: Path) -> Self:
-        """Return the section with files found in the recipe's folder; by default paths are relative to the current one."""
+    def located(self, place: Place) -> Self:
+        """Return the section with `place` applied to every value that may be a relative path; by default it has none."""
         return self
 
 
 class DataSection(TaskSection):
     """Fields of tasks that read their data from files or from `datasets`."""
+
+    bundled: ClassVar[frozenset[str]] = frozenset()
+    """Data sets of these names are no files."""
 
     train: str
     """A file, a folder or a `datasets` id."""
@@ -105,6 +113,11 @@ class DataSection(TaskSection):
     def external_sources(self, prepare: Prepare | None) -> list[str]:
         """Return the given data sources."""
         return [source for source in (self.train, self.validation, self.test) if source is not None]
+
+    def located(self, place: Place) -> Self:
+        """Return the section with its data located."""
+        given = {name: source for name in ("train", "validation", "test") if (source := getattr(self, name)) is not None}
+        return self.model_copy(update={name: place(source) for name, source in given.items() if source not in self.bundled})
 
 
 class Prepare(Section):
@@ -145,6 +158,25 @@ class Base(Section):
         if self.model is not None and self.prepare is not None:
             raise ValueError("give either `model` (a folder or Hub id) or `prepare`, not both")
         return self
+
+    def located(self, place: Place) -> Base:
+        """Return the section with the model, or the files of `prepare`, located."""
+        if self.model is not None:
+            return self.model_copy(update={"model": place(self.model)})
+        if self.prepare is None:
+            return self
+        options = located_files(self.prepare.options, place)
+        train = None if self.prepare.train is None else place(self.prepare.train)
+        return self.model_copy(update={"prepare": self.prepare.model_copy(update={"train": train, "options": options})})
+
+
+def located_files(options: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """Return options of a custom task with `place` applied to those that name files."""
+
+    def located(value: Any) -> Any:
+        return found if isinstance(value, str) and Path(found := place(value)).is_file() else value
+
+    return {key: located(value) for key, value in options.items()}
 
 
 class Lora(Section):
@@ -426,6 +458,31 @@ class Recipe(Section):
     control is better than it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps …"""
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def written(self) -> dict[str, str]:
+        """The paths that `located` replaced, and how the recipe gives them."""
+        return dict(self._written)
+
+    def located(self, find: Find) -> Recipe:
+        """Return the recipe with the relative paths that `find` finds replaced by absolute ones."""
+        written: dict[str, str] = {}
+
+        def place(value: str) -> str:
+            path, name = find(value) or (value, value)
+            if path != value:
+                written[path] = name
+            return path
+
+        copy = self.model_copy(update={"base": self.base.located(place), "task": self.task.located(place)})
+        copy._written = written
+        return copy
+
+    def as_written(self, names: Mapping[str, str] | None = None) -> Recipe:
+        """Return the recipe with the paths as it gives them, or as `names` gives them: what hashes are made of."""
+        known = self._written if names is None else names
+        return self.located(lambda path: (known[path], path) if path in known else None)
 
     @model_validator(mode="after")
     def _coherent(self) -> Recipe:

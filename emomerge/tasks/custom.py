@@ -77,12 +77,12 @@ class Custom(recipe.TaskSection):
         files = [value for value in options if isinstance(value, str) and Path(value).expanduser().is_file()]
         return [self.function.rpartition(":")[0], *files]
 
-    def beside(self, folder: Path) -> Self:
-        """Return the section with the function's file found in the recipe's folder."""
+    def located(self, place: recipe.Place) -> Self:
+        """Return the section with the function's file and the options that name files located."""
         file, _, name = self.function.rpartition(":")
-        if not file.endswith(".py") or not (folder / file).is_file():
-            return self
-        return self.model_copy(update={"function": f"{folder / file}:{name}"})
+        function = f"{place(file)}:{name}" if file.endswith(".py") else self.function
+        options = recipe.located_files(self.options, place)
+        return self.model_copy(update={"function": function, "options": options})
 
 
 class CustomTask(Task):

@@ -42,6 +42,8 @@ class LabelledImages(recipe.DataSection):
     Data are `digits` (scikit-learn), an IDX file or folder, a folder with one folder per class, or a `datasets` id.
     """
 
+    bundled = frozenset({"digits"})
+
     columns: ImageColumns = ImageColumns()
     transform: recipe.Transform = recipe.Transform()
     image_size: int | None = Field(None, ge=4)
