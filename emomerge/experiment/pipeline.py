@@ -148,7 +148,7 @@ class Pipeline(Experiment):
         check_trackers(self.recipe.runs.log_with)
         _ = self.data
         atomic.write_text(self.space.recipe, as_yaml(self.recipe))
-        self.space.write_paths(self.paths)
+        self.space.remember(self.paths)
 
     def _refuse_other_recipe(self) -> None:
         """Raise BadInput if the folder holds what was trained by a recipe of another name, base or task."""

@@ -60,6 +60,8 @@ class Workspace:
         self.slurm = out / "slurm"
         self._stamps = out / "stamps"
         self._paths = self._stamps / "paths.json"
+        self._fingerprints = self._stamps / "fingerprints.json"
+        self._memory: dict[str, dict[str, Any]] = {}
 
     def stamp(self, stage: str) -> dict[str, Any]:
         """Return the stamp of a completed stage; empty if there is none."""
@@ -79,9 +81,10 @@ class Workspace:
         """Return the absolute paths in the folder's recipe, and how the recipe that it was made from gives them."""
         return read_json_or(self._paths, dict[str, str], {})
 
-    def write_paths(self, paths: dict[str, str]) -> None:
-        """Remember paths; see `paths`."""
+    def remember(self, paths: dict[str, str]) -> None:
+        """Write down paths (see `paths`), and the hashes of all inputs that were read."""
         atomic.write_json(self._paths, paths)
+        atomic.write_json(self._fingerprints, self._memory)
 
     def forget(self, stage: str) -> None:
         """Remove a stage's stamp, so that it is done again."""
@@ -155,10 +158,10 @@ class Workspace:
         if not path.exists():
             return None
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-        memory_file = self._stamps / "fingerprints.json"
-        kept = read_json_or(memory_file, dict[str, _Fingerprint], {})
-        memory = {name: known.model_dump() for name, known in kept.items()}
-        found, fresh = {}, False
+        if not self._memory:
+            kept = read_json_or(self._fingerprints, dict[str, _Fingerprint], {})
+            self._memory = {name: known.model_dump() for name, known in kept.items()}
+        found, memory = {}, self._memory
         for file in files:
             status = file.stat()
             seen = [status.st_size, status.st_mtime_ns]
@@ -166,10 +169,7 @@ class Workspace:
             if known is None or known["seen"] != seen:
                 known = {"seen": seen, "sha256": atomic.sha256(file)}
                 memory[str(file.absolute())] = known
-                fresh = True
             found[file.relative_to(path).as_posix()] = known["sha256"]
-        if fresh and self.out.exists():
-            atomic.write_json(memory_file, memory)
         return digest(found)
 
 

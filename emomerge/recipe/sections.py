@@ -174,7 +174,8 @@ def located_files(options: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """Return options of a custom task with `place` applied to those that name files."""
 
     def located(value: Any) -> Any:
-        return found if isinstance(value, str) and Path(found := place(value)).is_file() else value
+        found = place(value) if isinstance(value, str) else value
+        return found if found != value and (Path(found).is_file() or Path(value).is_file()) else value
 
     return {key: located(value) for key, value in options.items()}
 

@@ -1,4 +1,4 @@
-"""What a recipe names is found from its own folder, an output is known from anywhere, and another recipe's is not overwritten."""
+"""What a recipe names is found from its folder; an output is known from anywhere, and not overwritten by another recipe."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from emomerge.errors import BadInput, Note
 from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import Recipe, load_recipe
 
-OWN = '''
+OWN = """
 import torch
 from pathlib import Path
 from torch import nn
 
 def make(rows, width=4, seed=0):
     data = torch.tensor([float(x) for x in Path(rows).read_text().split()])[:, None]
-    split = [{"x": row} for row in data]
-    return {"model": nn.Linear(1, 1), "loss": lambda model, batch: model(batch["x"]).square().mean(),
+    split = {"x": data}
+    return {"model": nn.Linear(1, 1), "loss": lambda model, batch: model(batch["x"]).square().flatten(1).mean(1),
             "train": split, "validation": split, "test": split}
-'''
+"""
 
 
 def recipe_data(**changes: Any) -> dict[str, Any]:
     return {
         "name": "own", "base": {"prepare": {"model": "custom", "steps": 2, "batch_size": 2}},
         "task": {"kind": "custom", "function": "own.py:make", "options": {"rows": "rows.txt"}},
-        "adapter": {"kind": "full"}, "runs": {"procedure": "paper", "steps": 2, "optimizers": ["sens", "cats"], "batch_size": 2},
+        "adapter": {"kind": "full"},
+        "runs": {"procedure": "paper", "steps": 2, "optimizers": ["sens", "cats"], "batch_size": 2},
         "merge": [{"method": "mean"}], "controls": [], **changes,
     }  # fmt: skip
 
@@ -104,7 +105,8 @@ def test_data_and_models_are_found_too_and_hub_ids_stay(project: Path, section: 
     recipe = load_recipe(project / "recipe.yaml")
     located = {"model": recipe.base.model, **recipe.task.model_dump()}
     assert located[section] == str(project / value)
-    assert {"somebody/model", "somebody/reviews"} - set(located.values()) <= {"somebody/model", "somebody/reviews"} - set(located)
+    ids = {"model": "somebody/model", "train": "somebody/reviews"}
+    assert all(located[name] == name_on_hub for name, name_on_hub in ids.items() if name != section)
     assert recipe.as_written().task.model_dump()["train"] == task["train"]
     assert recipe.as_written().base.model == base["model"]
 
