@@ -7,6 +7,7 @@ a run are found by asking which part of the live model each of them is.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from emomerge.checkpoints.companions import note
 from emomerge.checkpoints.names import MAYBE_TIED, unwrapped
 from emomerge.errors import BadInput
 
+_RECOMPUTED = re.compile(r"(.+\.)?(rotary_emb\.inv_freq|attn(ention)?\.(masked_)?bias|embeddings\.position_ids)")
+"""Buffers that earlier versions of transformers saved and that models compute themselves: rotary frequencies, causal masks."""
 _SAMPLE = 64
 """Number of elements of two tensors that are compared before transformers is asked whether they are tied."""
 
@@ -107,7 +110,7 @@ def _further_names(base: Checkpoint, names: Sequence[str], ties: _Ties) -> set[s
         if (owner := ties.owner(name)) is not None:
             tied[owner].append(name)
     firsts = {min(same, key=ties.is_alias): same for same in tied.values()}
-    return {name for first, same in firsts.items() for name in same if name != first and torch.equal(base[first], base[name])}
+    return {name for first, same in firsts.items() for name in same if name != first and _equal(base[first], base[name])}
 
 
 class _Ties:
@@ -168,6 +171,8 @@ def aligned(base: Checkpoint, run: Checkpoint) -> Checkpoint:
         used |= {name for name in run.names() if usual_partner(name, names.config) == "the input embedding"}
     missing = [name for name in _floating(base) if name not in reads]
     extra = [name for name in _floating(run) if name not in used]
+    buffers = [name for name in missing + extra if _RECOMPUTED.fullmatch(name) and (layout is None or not _place(layout, name))]
+    missing, extra = ([name for name in some if name not in buffers] for some in (missing, extra))
     if (missing or extra) and _has_other_head(names, run, reads):
         heads = [name for name in missing if _is_head(name, reads) and "embed" not in name]
         others = [name for name in extra if _is_head(name, used)]
@@ -178,7 +183,7 @@ def aligned(base: Checkpoint, run: Checkpoint) -> Checkpoint:
     else:
         heads, others = [], []
     reads |= {name: Read((name,)) for name in extra if name not in others}
-    return Relaid(run, reads, base=base, kept=heads)
+    return Relaid(run, reads, base=base, kept=[*heads, *(name for name in buffers if name in base)])
 
 
 def _by_model(layout: Layout, base: Checkpoint, run: Checkpoint) -> dict[str, Read]:
@@ -215,15 +220,11 @@ def _covers(held: Sequence[tuple[str, Piece]], whole: Piece, run: Checkpoint) ->
 def _current(base: Checkpoint, name: str, run: Checkpoint, same: Sequence[str]) -> str:
     """Return which of several names of one tensor holds the run's value: those that still have the base's are stale."""
     values = [run[own] for own in same]
-    if all(torch.equal(values[0], value) for value in values):
+    if all(_equal(values[0], value) for value in values):
         return same[0]
     origin = base[name]
-    moved = [
-        own
-        for own, value in zip(same, values, strict=True)
-        if value.shape != origin.shape or not torch.equal(value, origin.to(value.dtype))
-    ]
-    if not all(torch.equal(run[moved[0]], run[own]) for own in moved):
+    moved = [own for own, value in zip(same, values, strict=True) if not _equal(value, origin.to(value.dtype))]
+    if not all(_equal(run[moved[0]], run[own]) for own in moved):
         raise BadInput(
             "a run holds two values for a tensor that the base ties",
             where=run.source,
@@ -278,6 +279,13 @@ def _is_head(name: str, trunk: Iterable[str]) -> bool:
 
     starts = {start(each) for each in trunk}
     return start(name)[:1] not in {each[:1] for each in starts} or start(name) not in starts
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors hold the same bytes, NaN included."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
 
 
 def _unmatched(checkpoint: Checkpoint, other: Checkpoint) -> bool:

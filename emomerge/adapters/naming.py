@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from emomerge.checkpoints import Checkpoint, Layout, Piece
-from emomerge.checkpoints.names import index_by_tail, variants
+from emomerge.checkpoints.names import index_by_tail, unwrapped, variants
 from emomerge.extras import installed, require_module
 from emomerge.files import JsonObject, read_json_or
 
@@ -43,6 +43,7 @@ class BaseNames:
         """Return the base's name of a module tensor: equal, renamed by transformers, or with another prefix; or None."""
         if name in self._base:
             return name
+        name = unwrapped(name)
         direct = variants(name, self._base, self._by_tail)
         if self.known_layout is None:
             return direct[0] if len(direct) == 1 else None

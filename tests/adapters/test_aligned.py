@@ -256,6 +256,46 @@ def test_names_with_wrappers_of_torch_are_found(wrap, configured, tmp_path):
         torch.testing.assert_close(merged[name], expected[name])
 
 
+@pytest.mark.parametrize("configured", [True, False])
+@pytest.mark.parametrize("older", ["base", "run"])
+@pytest.mark.parametrize(
+    ("make", "buffer"),
+    [
+        (gpt2, "transformer.h.{}.attn.bias"),
+        (lambda: llama(tie_word_embeddings=False), "model.layers.{}.self_attn.rotary_emb.inv_freq"),
+    ],
+)
+def test_buffers_that_earlier_versions_saved_are_no_weights(make, buffer, older, configured, tmp_path):
+    torch.manual_seed(0)
+    model = make()
+    further = {buffer.format(layer): torch.rand(1, 1, 4, 4) for layer in range(2)}
+    base = save(model, tmp_path / "base", **(further if older == "base" else {}))
+    run = save(moved(model), tmp_path / "run", **(further if older == "run" else {}))
+    if not configured:
+        (base / "config.json").unlink()
+    merged = merge(base, [run], method="mean")
+    origin, tuned = open_checkpoint(base), open_checkpoint(run)
+    assert set(merged) == set(origin)
+    for name in merged:
+        torch.testing.assert_close(merged[name], origin[name] if name in further else tuned[name])
+
+
+def test_names_of_other_versions_of_transformers_are_found(tmp_path):
+    torch.manual_seed(0)
+    for make, old in (
+        (bert, lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")),
+        (llava, lambda name: name.replace("language_model.model.", "model.language_model.")),
+    ):
+        model = make()
+        base, run = save(model, tmp_path / f"{old}-base"), save(moved(model), tmp_path / f"{old}-run")
+        expected = {name: tensor.clone() for name, tensor in open_checkpoint(run).items()}
+        rewrite(run, old)
+        assert set(open_checkpoint(run)) != set(expected)
+        merged = merge(base, [run], method="mean")
+        for name in merged:
+            torch.testing.assert_close(merged[name], expected[name])
+
+
 @pytest.mark.parametrize("stacked", ["base", "run"])
 def test_experts_merge_across_layouts(stacked, tmp_path):
     torch.manual_seed(0)

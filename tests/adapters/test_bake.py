@@ -224,6 +224,20 @@ def test_experts_are_baked_however_they_are_stored(make, stored, tmp_path):
     assert (output(model) - live).abs().max() > 0.05
 
 
+def test_an_adapter_trained_on_a_compiled_model_is_baked(tmp_path):
+    model = loud(bert())
+    save_base(model, tmp_path / "base")
+    live = adapted(model, tmp_path / "adapter", target_modules=["query"], modules_to_save=["classifier"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    keys = {
+        key.replace("base_model.model.", "base_model.model._orig_mod."): t.clone() for key, t in open_checkpoint(file).items()
+    }
+    write_checkpoint(MemoryCheckpoint(keys), file, force=True)
+    write_checkpoint(bake(tmp_path / "base", tmp_path / "adapter"), tmp_path / "out")
+    load_into(model, open_checkpoint(tmp_path / "out"))
+    torch.testing.assert_close(output(model), live, rtol=0, atol=TOLERANCE)
+
+
 def llava() -> nn.Module:
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 

@@ -247,6 +247,22 @@ def test_a_tied_embedding_and_attention_in_one_piece_are_refused(tmp_path, exact
             truncate(merge(base, [moved(base, [name], exact_run)], method="mean"), base, rank=2)
 
 
+def test_single_experts_of_a_stack_are_refused_or_left_out(tmp_path, exact_run):
+    from peft import AutoPeftModelForCausalLM
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"num_key_value_heads": 2, "num_local_experts": 2}
+    MixtralForCausalLM(MixtralConfig(vocab_size=50, **SMALL, **sizes)).save_pretrained(tmp_path / "base")
+    base = open_checkpoint(tmp_path / "base")
+    merged = merge(base, [moved(base, matrices(base, "experts.0.w1", "q_proj"), exact_run)], method="mean")
+    with pytest.raises(BadInput, match="found one of stacked experts"):
+        truncate(merged, base, rank=2)
+    truncate(merged, base, rank=16, allow_partial=True).adapter().write(tmp_path / "adapter")
+    live = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", local_files_only=True).merge_and_unload()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(live.state_dict()[name], merged[name], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"rank": "auto", "energy": 0}, {"rank": "auto", "energy": 1.5}])
 def test_impossible_requests(wrong, exact_run):
     base = MemoryCheckpoint({"a.weight": torch.zeros(2, 2)})

@@ -119,6 +119,8 @@ def target_of(base: Checkpoint, names: BaseNames, name: str) -> Target | str:
     live = names.live_name(name)
     module, _, leaf = live.rpartition(".")
     dimensions = len(base.info(name).shape)
+    if names.is_stacked(name):
+        return "one of stacked experts"
     if dimensions != 2 or leaf != "weight" or not module:
         return f"{dimensions} dimensions" if dimensions != 2 else "not the weight of a layer"
     if names.find(f"{module.rpartition('.')[0]}.in_proj_weight") is not None:
