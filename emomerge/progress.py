@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
 from emomerge.errors import shown, shown_lines
@@ -44,6 +44,16 @@ class Line:
             self._progress.update(self._task, advance=amount, **extra)
 
 
+class _Mark(SpinnerColumn):
+    """A spinner that becomes a cross where the work failed."""
+
+    failed = False
+
+    def render(self, task: Task) -> RenderableType:
+        """Return the mark of a line."""
+        return Text("✗") if self.failed and not task.finished else super().render(task)
+
+
 class Display:
     """A progress display on standard error.
 
@@ -60,7 +70,7 @@ class Display:
     def live(self) -> Iterator[None]:
         """Show lines live within the block."""
         columns = (
-            SpinnerColumn(finished_text="✓"),
+            (mark := _Mark(finished_text="✓")),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=8),
             MofNCompleteColumn(),
@@ -70,6 +80,12 @@ class Display:
             self._progress = progress
             try:
                 yield
+            except BaseException:
+                mark.failed = True
+                for task in progress.tasks:
+                    if not task.completed:  # says nothing but that it was about to begin
+                        progress.update(task.id, visible=False)
+                raise
             finally:
                 self._progress = None
 

@@ -29,7 +29,7 @@ class BakedCheckpoint(Checkpoint):
         self, base: Checkpoint, changes: dict[str, Change], *, source: str, adapter_folder: Path,
         reopen: Callable[[], BakedCheckpoint],
     ) -> None:  # fmt: skip
-        self._base = base
+        self.base = base
         self._changes = changes
         self._reopen = reopen
         self.source = source
@@ -46,18 +46,18 @@ class BakedCheckpoint(Checkpoint):
 
     def names(self) -> tuple[str, ...]:
         """Return the base's names."""
-        return self._base.names()
+        return self.base.names()
 
     def info(self, name: str) -> TensorInfo:
         """Return the base's shape and dtype."""
-        return self._base.info(name)
+        return self.base.info(name)
 
     def touched(self) -> tuple[str, ...]:
         """Return the names of the tensors that the adapter changes, sorted."""
         return tuple(self._changes)
 
     def __getitem__(self, name: str) -> Tensor:
-        base = self._base[name]
+        base = self.base[name]
         change = self._changes.get(name)
         if change is None:
             return base
@@ -67,7 +67,7 @@ class BakedCheckpoint(Checkpoint):
 
     def delta(self, name: str, base: Checkpoint) -> Tensor | None:
         """Return the exact Δ, or None if the tensor is unchanged; over any other base, the plain difference."""
-        if base is not self._base:
+        if base is not self.base:
             return super().delta(name, base)
         change = self._changes.get(name)
         if change is None:

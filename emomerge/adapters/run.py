@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from emomerge.adapters.aligned import aligned, distinct
 from emomerge.adapters.baked import BakedCheckpoint
 from emomerge.adapters.formats import all_formats, format_of, is_adapter
-from emomerge.adapters.unsupported import refuse_adapter
+from emomerge.adapters.unsupported import refuse_adapter, refuse_quantized
 from emomerge.checkpoints import Checkpoint, open_checkpoint
 from emomerge.checkpoints.reader import inside
 from emomerge.errors import BadInput
@@ -34,6 +34,9 @@ def bake(base: Checkpoint | str | Path, adapter: str | Path, *, allow_unmatched:
     Raises:
         BadInput: the adapter is damaged, unsupported, or does not fit the base.
     """
+    if not isinstance(base, Checkpoint) and is_adapter(artefact_of(base)) and not is_adapter(artefact_of(adapter)):
+        what, found = "the base comes first, then the adapter", f"the adapter {base} first"
+        raise BadInput(what, found=found, fix=f"exchange them: {adapter} {base}")
     base = distinct(base if isinstance(base, Checkpoint) else open_dense(base))
     path = artefact_of(adapter)
     form = format_of(path)
@@ -84,9 +87,10 @@ def _open_whole(source: str | Path) -> Checkpoint:
     paths = set(checkpoint.paths)
     if paths and (form := format_of(source)) is not None and paths <= set(form.files(Path(source))):
         raise BadInput(
-            "this is an adapter, not a whole model", where=source, fix="bake it into its base: emomerge bake BASE ADAPTER"
+            "this is an adapter, not a whole model", where=source, fix="name its base first: emomerge bake BASE ADAPTER"
         )
     refuse_adapter(checkpoint, where=source)
+    refuse_quantized(checkpoint, where=source)
     return checkpoint
 
 

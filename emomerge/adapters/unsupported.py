@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from emomerge.adapters.peft.files import CONFIG
 from emomerge.checkpoints import Checkpoint
+from emomerge.checkpoints.reader import UNQUANTIZED
 from emomerge.errors import BadInput
 
 
@@ -87,6 +88,34 @@ def family_of(checkpoint: Checkpoint) -> Family | None:
         if _COMPANION.fullmatch(name) or any(family.keys.fullmatch(name) for family in FAMILIES):
             ours += count
     return found if 2 * ours > total else None
+
+
+_QUANTIZED = {
+    "GPTQ": re.compile(r".+\.g_idx"),
+    "AWQ": re.compile(r".+\.qzeros"),
+    "bitsandbytes, 4 bits": re.compile(r".+\.quant_state\.bitsandbytes__\w+"),
+    "bitsandbytes, 8 bits": re.compile(r".+\.SCB"),
+    "compressed-tensors": re.compile(r".+\.weight_packed"),
+    "FP8 with scales": re.compile(r".+\.weight_scale(_inv)?"),
+    "MXFP4": re.compile(r".+_blocks"),
+    "HQQ": re.compile(r".+\.W_q"),
+}
+"""How models are quantized, by tensors that occur in no other model; the first that matches."""
+
+
+def quantization_of(checkpoint: Checkpoint) -> str | None:
+    """Return how the weights of a model are quantized, None if they are not."""
+    stored = {info.dtype for info in map(checkpoint.info, checkpoint)}
+    if not any(dtype.itemsize == 1 or not dtype.is_floating_point for dtype in stored):
+        return None
+    found = (kind for kind, names in _QUANTIZED.items() if any(names.fullmatch(name) for name in checkpoint))
+    return next(found, None)
+
+
+def refuse_quantized(checkpoint: Checkpoint, *, where: object) -> None:
+    """Raise BadInput, naming the kind, if the weights of a model are quantized: their numbers are codes, not weights."""
+    if (kind := quantization_of(checkpoint)) is not None:
+        raise BadInput(f"the model is quantized ({kind})", where=where, fix=UNQUANTIZED)
 
 
 def refuse_adapter(checkpoint: Checkpoint, *, where: object) -> None:

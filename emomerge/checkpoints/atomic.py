@@ -64,6 +64,7 @@ def new_path(out: Path, *, force: bool) -> Iterator[Path]:
     """Yield the name of a temporary sibling of `out`, for a file or folder that the caller creates; see `new_folder`."""
     _remove_leftovers(out)
     refuse_existing(out, force=force)
+    refuse_no_disk(out)
     watch.refuse_inputs_below(out)
     missing = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     temporary = out.with_name(f".{out.name}.{socket.gethostname()}-{os.getpid()}-{next(_SERIAL)}.tmp")
@@ -156,10 +157,18 @@ def _errno(error: OSError | SafetensorError) -> int | None:
 
 def require_space(out: Path, needed: int) -> None:
     """Raise BadInput if the disk of `out` has fewer than `needed` bytes free."""
+    refuse_no_disk(out)
     free = free_space(out)
     if free < needed:
         what, fix = _ERRORS[errno.ENOSPC]
         raise BadInput(what, where=out, expected=f"{size(needed)} of space", found=f"{size(free)} free", fix=fix)
+
+
+def refuse_no_disk(path: Path) -> None:
+    """Raise BadInput if a path is on a file system that shows the kernel's state, such as /proc, and stores nothing."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if shutil.disk_usage(existing).total == 0:
+        raise BadInput("not a disk: no file can be stored here", where=path, fix="choose another path")
 
 
 def free_space(path: Path) -> int:

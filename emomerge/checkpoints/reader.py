@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import mmap
 import os
@@ -50,8 +51,10 @@ if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.codes", "*.jinja", "*.tiktoken", "LICENSE*"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TO_CONVERT = (
-    "convert it where you trust it: safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
+    "convert it where you trust it: safetensors.torch.save_file({name: tensor.contiguous().clone() for name, tensor in "
+    "torch.load(file, weights_only=True).items()}, 'model.safetensors', {'format': 'pt'})"
 )
+_GGUF, UNQUANTIZED = "a GGUF file of llama.cpp", "give the model in safetensors that it was quantized from"
 _INDEX = ".safetensors.index.json"
 _NOT_SAFETENSORS = "not a safetensors file"
 _LARGEST_HEADER = 100_000_000  # the format's own limit
@@ -178,6 +181,8 @@ def read_header(path: Path) -> Header:
         watch.note(path, identity)
         total = identity[2]
         start = file.read(8)
+        if start.startswith(b"GGUF"):
+            raise BadInput(_GGUF, where=path, fix=UNQUANTIZED)
         _refuse_pickle(path, start)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > _LARGEST_HEADER:
@@ -274,6 +279,8 @@ def _open_weights(folder: Path, *, source: str) -> Checkpoint:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
         raise BadInput("the weights are a pickle, which is never loaded", where=folder / pickles[0], fix=_TO_CONVERT)
+    if gguf := sorted(folder.glob("*.gguf")):
+        raise BadInput(_GGUF, where=gguf[0], fix=UNQUANTIZED)
     raise BadInput("no weights in this folder", where=folder, expected="model.safetensors or model.safetensors.index.json")
 
 
@@ -324,13 +331,19 @@ def _from_hub(name: str, revision: str | None) -> Path:
             "no such checkpoint",
             where=name,
             expected="a .safetensors file, a folder with one, or a Hub id",
-            fix="check the path",
+            fix=near_path(name) or "check the path",
         )
     with needed_by(f"{name} is not a local path; reading it from the Hub"):
         from huggingface_hub import snapshot_download
 
+    known = on_hub(name, revision)
+
     def fetch(allow: list[str], ignore: list[str]) -> Path:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=allow, ignore_patterns=ignore, local_files_only=not known
+            )
+        )  # fmt: skip
 
     try:
         folder = fetch(_HUB_FILES, ["*/*"])  # the files that an AutoModel reads, not onnx/ and the like
@@ -342,8 +355,31 @@ def _from_hub(name: str, revision: str | None) -> Path:
             "no such file or folder, and it could not be fetched from the Hub",
             where=name if revision is None else f"{name}, revision {revision}",
             found=type(error).__name__,
-            fix="check the spelling, the connection (HF_HUB_OFFLINE) and, for a gated model, that you are logged in",
+            fix=near_path(name)
+            or "check the spelling, the connection (HF_HUB_OFFLINE) and, for a gated model, that you are logged in",
         ) from error
+
+
+def on_hub(name: str, revision: str | None = None) -> bool:
+    """Return whether the Hub has a model and answers, asking once: downloads try five times before they give up."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except Exception:  # many types, as for a download
+        return False
+    return True
+
+
+def near_path(name: str) -> str | None:
+    """Return "did you mean PATH?" for the file or folder whose name is closest to one that does not exist."""
+    path = Path(name)
+    try:
+        names = [place.name for place in path.parent.iterdir() if not place.name.startswith(".")]
+    except OSError:
+        return None
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"did you mean {path.parent / near[0]}?" if near else None
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:

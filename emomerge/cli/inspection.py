@@ -12,9 +12,10 @@ from rich.table import Table
 from torch import Tensor
 
 from emomerge.adapters import artefact_of, format_of, is_adapter, open_dense, open_run
-from emomerge.adapters.unsupported import family_of
+from emomerge.adapters.unsupported import family_of, quantization_of
 from emomerge.checkpoints import Checkpoint, open_checkpoint
 from emomerge.checkpoints.atomic import size
+from emomerge.checkpoints.reader import UNQUANTIZED
 from emomerge.errors import BadInput
 
 PIECE = 2**20
@@ -27,6 +28,7 @@ def describe(path: str) -> dict[str, Any]:
     form = format_of(place)
     opened = _open(path)
     unsupported = family_of(opened) if form is None else None
+    quantized = quantization_of(opened) if form is None else None
     infos = [opened.info(name) for name in opened]
     dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
     return {
@@ -34,6 +36,7 @@ def describe(path: str) -> dict[str, Any]:
         "tensors": len(infos), "parameters": sum(info.numel for info in infos),
         "bytes": sum(info.nbytes for info in infos), "dtypes": dict(dtypes),
         **(form.facts(place) if form else {}), **({"to use it": unsupported.fix} if unsupported else {}),
+        **({"quantized": quantized, "to use it": UNQUANTIZED} if quantized else {}),
     }  # fmt: skip
 
 

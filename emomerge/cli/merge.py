@@ -86,8 +86,8 @@ def bake(
     from emomerge import adapters
     from emomerge.merging.record import Output
 
-    opened = adapters.open_dense(base)
-    baked = adapters.bake(opened, adapter, allow_unmatched=allow_unmatched)
+    baked = adapters.bake(base, adapter, allow_unmatched=allow_unmatched)
+    opened = baked.base
     output = Output(dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size)
     texts = card_only(title=out.stem, about=f"`{adapter}` merged into the weights of its base.", base=base)
     lost = write_model(baked, opened, Destination(out, force, quiet), output, title="bake", texts=texts)

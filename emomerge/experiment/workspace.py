@@ -97,6 +97,7 @@ class Workspace:
         Raises:
             BadInput: another process holds the lock.
         """
+        atomic.refuse_no_disk(self.out)
         with atomic.translate_os_error(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             lock = (self.out / ".lock").open("w")

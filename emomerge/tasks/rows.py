@@ -44,7 +44,12 @@ def _read_file(path: Path, columns: Columns) -> list[Row]:
         raise BadInput("not text data", where=path, expected="a .tsv, .csv or .jsonl file, or a `datasets` id")
     require_regular(path)
     try:
-        return list(reader(path, columns))
+        if not path.stat().st_size:
+            raise BadInput("the data file is empty", where=path, expected="rows")
+        rows = list(reader(path, columns))
+        if not rows:
+            raise BadInput("the data file has no rows", where=path, expected="rows below the header")
+        return rows
     except UnicodeDecodeError as error:
         raise BadInput("the file is not UTF-8", where=path, found=error) from None
     except (OSError, csv.Error) as error:
