@@ -311,7 +311,7 @@ def _shards(plan: Plan, limit: int) -> list[Plan]:
 
 
 def _bytes(size: str | int) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B|)", str(size).strip().upper())
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]I?B|)", str(size).strip().upper())
     if match is None or match[2] not in _UNITS or (limit := int(float(match[1]) * _UNITS[match[2]])) < 1:
         raise BadInput("not a size", where=f"max_shard_size {size}", expected="a number of bytes or such as 5GB, 500MB")
     return limit

@@ -19,6 +19,7 @@ from emomerge.errors import BadInput
 from emomerge.files import read_json_or
 from emomerge.numerics.hashing import digest
 from emomerge.recipe import Recipe
+from emomerge.training.plan import RunSpec
 from emomerge.training.run_dir import sizes_agree
 
 
@@ -31,6 +32,8 @@ class _Stamp(BaseModel):
     sizes: dict[str, int] = {}
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    trained: list[RunSpec] = []
+    """Of the stage `controls`."""
 
 
 class _Fingerprint(BaseModel):
