@@ -76,7 +76,7 @@ DEFAULT_RATES = {"adamw": 1e-3, "prodigy": 1.0, "schedule-free": 2.5e-3, "v3.8":
 MERGES = "merge=[{method: greedy-soup, of: rounds, name: soup-of-rounds}, {method: mean}, {method: tall-mask}]"
 APART = {
     "paper": ["runs.procedure=paper", "merge=[{method: tall-mask}]", "controls=[best-single]"],
-    "separate": ["runs.rounds=1", "merge=[{method: mean}]", "controls=[best-single]"],
+    "separate": ["runs.trunk=0", "runs.rounds=1", "merge=[{method: mean}]", "controls=[best-single]"],
 }
 """Unit whose runs meet only in the merge → changes of the recipe. `separate` has all other defaults."""
 
@@ -200,7 +200,8 @@ class Study:
             presets = ("v3.8", "v3.9") if self.task in FIVE else ()
             return single | {f"five-{name}": ([MERGES], lambda name=name: self.five(name)) for name in presets}  # type: ignore[misc]
         if self.plan.table == "methods":
-            procedures = {"rounds": [merges_of("runs", "rounds")], "separate": ["runs.rounds=1", merges_of("runs")]}
+            apart = ["runs.trunk=0", "runs.rounds=1", merges_of("runs")]
+            procedures = {"rounds": [merges_of("runs", "rounds")], "separate": apart}
             return {
                 name: (changes, lambda name=name, changes=changes: self.methods(name, changes))  # type: ignore[misc]
                 for name, changes in procedures.items()
@@ -219,6 +220,8 @@ class Study:
         recipe["base"].pop("model", None)
         of_others = {"probe", "select", *(() if unit in self.setup.controls else ("rival", "controls"))}
         recipe = {name: section for name, section in recipe.items() if name not in of_others}
+        if unit in self.setup.controls or not recipe["runs"]["trunk"]:
+            del recipe["runs"]["trunk"]  # does not matter
         return digest([recipe, unit, FACTORS, DEFAULT_RATES, __version__])[:16]
 
     # The table `defaults`.
@@ -231,7 +234,7 @@ class Study:
         started = time.process_time()
         best = made.best_run(self.seed)
         cost["choice"] = time.process_time() - started
-        passes = passes_of(made, made.specs)
+        passes = passes_of(made, [*made.trunks, *made.specs])
         merges = {spec.label: made.merge_artefact(spec, self.seed) for spec in made.recipe.merge}
 
         def of(artefact: Artefact, part: str) -> dict[str, Any]:
@@ -256,7 +259,7 @@ class Study:
         merge = made.recipe.merge[0]
         cost = {name: complete(made, name) for name in ("runs", f"merge-{merge.label}")}
         best = made.run_artefact(made.best_run(self.seed))
-        passes, merged = passes_of(made, made.specs), made.merge_artefact(merge, self.seed)
+        passes, merged = passes_of(made, [*made.trunks, *made.specs]), made.merge_artefact(merge, self.seed)
         return {
             "rows": {
                 f"{unit}-best-single": self.row(made, best, passes, cost["runs"]),

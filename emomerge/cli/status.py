@@ -25,7 +25,8 @@ def status_of(folder: Path) -> dict[str, Any]:
         raise BadInput("not an output folder of emomerge", where=folder, expected="a folder with recipe.yaml")
     pipeline = Pipeline(load_recipe(folder / "recipe.yaml"), folder)
     runs, ends = [], round_ends(pipeline.recipe.runs)
-    for spec in [*pipeline.specs, *(spec for spec in possible_controls(pipeline) if pipeline.run_dir(spec).state)]:
+    controls = [spec for spec in possible_controls(pipeline) if pipeline.run_dir(spec).state]
+    for spec in [*pipeline.trunks, *pipeline.specs, *controls]:
         run = pipeline.run_dir(spec)
         last = max(run.metrics(), key=lambda row: int(row["step"]), default={})
         state = "done" if pipeline.run_is_done(spec) else run.state.get("state", "waiting")

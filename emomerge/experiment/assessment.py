@@ -220,10 +220,12 @@ def _judge(recipe: Recipe, measurer: Measurer, comparisons: Sequence[Comparison]
         merge=rivals.merge.name,
         best_single=[c.in_loss[SINGLE_RUN].name for c in comparisons],
     )
-    if (rounds := recipe.runs.rounds) == 1:
-        return found
-    caveat = f"{rounds} rounds: a single run holds the means of all and had a share in their steps"
-    return found.model_copy(update={"caveats": (*found.caveats, caveat)})
+    caveats = []
+    if recipe.runs.trunk_steps:
+        caveats.append("a trunk: every single run profits from the steps that were taken for all")
+    if (rounds := recipe.runs.rounds) > 1:
+        caveats.append(f"{rounds} rounds: a single run holds the means of all and had a share in their steps")
+    return found.model_copy(update={"caveats": (*found.caveats, *caveats)})
 
 
 def _missing(claim: str, rivals: Mapping[str, Artefact]) -> list[str]:

@@ -33,6 +33,7 @@ def write_cards(experiment: Experiment, results: Results) -> None:
         optimizer = OPTIMIZERS[spec.optimizer].class_name if spec.rate is None else f"AdamW, peak rate {spec.rate:g}, cosine"
         about = f"Trained from `{experiment.space.base}` for {spec.steps} steps with {optimizer}"
         rounds = experiment.recipe.runs.rounds if spec.role == "run" else 1
+        about += ", after a trunk that all runs share" if spec.role == "run" and experiment.trunks else ""
         about += "." if rounds == 1 else f", in {rounds} rounds that each began at the mean of all runs."
         folders = {spec.name: experiment.run_dir(spec).artefact}
         folders |= {

@@ -113,6 +113,6 @@ def seconds_of_stages(experiment: Experiment) -> dict[str, float]:
     """Return the seconds that base, runs and merges took."""
     return {
         "base": experiment.space.stamp("base").get("seconds", 0.0),
-        "runs": sum(experiment.run_dir(spec).state["seconds"] for spec in experiment.specs),
+        "runs": sum(experiment.run_dir(spec).state["seconds"] for spec in [*experiment.trunks, *experiment.specs]),
         "merge": sum(experiment.space.stamp(f"merge-{name}").get("seconds", 0.0) for name in experiment.merge_stamps()),
     }

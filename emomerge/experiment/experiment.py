@@ -22,7 +22,7 @@ from emomerge.numerics.hashing import digest
 from emomerge.progress import Display
 from emomerge.recipe import Merge, Recipe
 from emomerge.tasks import Task, TaskData, make_task
-from emomerge.training import Context, KeptRounds, RunDir, RunSpec, choose_device, planned_runs, run_inputs
+from emomerge.training import Context, KeptRounds, RunDir, RunSpec, choose_device, planned_runs, planned_trunks, run_inputs
 
 
 class _Record(BaseModel):
@@ -53,6 +53,7 @@ class Experiment:
         self.as_written = recipe.as_written(self.paths)
         self.base_inputs = digest(["base", self.as_written.base, self.as_written.task, self.space.input_hash(recipe)])
         self.specs = planned_runs(recipe)
+        self.trunks = planned_trunks(recipe)
 
     @cached_property
     def device(self) -> torch.device:
@@ -122,23 +123,23 @@ class Experiment:
         return total(costs)
 
     def cost_of_runs(self, seed: int) -> Cost:
-        """Return what it cost to train all runs of a training seed."""
-        return self.cost_of(spec for spec in self.specs if spec.seed == seed)
+        """Return what it cost to train all runs of a training seed, their trunk included."""
+        return self.cost_of(spec for spec in [*self.trunks, *self.specs] if spec.seed == seed)
 
     def run_artefact(self, spec: RunSpec) -> Artefact:
         """Return a trained run as an artefact."""
         run = self.run_dir(spec)
-        state = run.state
+        state, shares_steps = run.state, self.recipe.runs.rounds > 1 or bool(self.trunks)
         return Artefact(
-            spec.name, spec.role, open_run(self.base, run.path),
+            spec.name, "run" if spec.role == "run" else "control", open_run(self.base, run.path),
             digest([self.base_hash, state["sha256"]]), path=run.artefact, optimizer=spec.optimizer, seed=spec.seed,
             control=spec.control,
             seconds=state["seconds"], sha256=state["sha256"],
-            cost=self.cost_of_runs(spec.seed) if spec.role == "run" and self.recipe.runs.rounds > 1 else self.cost_of([spec]),
+            cost=self.cost_of_runs(spec.seed) if spec.role == "run" and shares_steps else self.cost_of([spec]),
         )  # fmt: skip
 
     def snapshot_artefact(self, spec: RunSpec, step: int) -> Artefact:
-        """Return a snapshot of a control as an artefact."""
+        """Return a snapshot of a control or a trunk as an artefact."""
         folder = self.run_dir(spec).snapshot(step)
         weights = {file.name: atomic.sha256(file) for file in sorted(folder.glob("*.safetensors"))}
         return Artefact(
@@ -157,7 +158,7 @@ class Experiment:
         kept = self.kept_rounds(seed)
         return [
             Artefact(
-                f"round-{number}", "control", open_run(self.base, kept.path(number)),
+                f"round-{number}" if number else "trunk", "control", open_run(self.base, kept.path(number)),
                 digest([self.base_hash, kept.sha256(number)]), path=kept.path(number), seed=seed,
             )
             for number in self.recipe.runs.kept_rounds

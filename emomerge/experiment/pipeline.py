@@ -182,10 +182,12 @@ class Pipeline(Experiment):
             missing = set() if specs and specs[0].role == "control" else self.missing_rounds()
             if not missing:
                 return
-            if missing - {self.recipe.runs.kept_rounds[-1]}:  # the last is the mean of the finished runs
+            if missing - {0, self.recipe.runs.kept_rounds[-1]}:  # the trunk's snapshot, and the mean of the finished runs
                 self.display.say("training the runs again: a merge is made of their rounds, which were not kept")
 
         def on_step(spec: RunSpec, row: dict[str, Any]) -> None:
+            if spec.is_trunk and spec.name not in lines:
+                lines[spec.name] = self.display.line(spec.name, spec.steps)
             lines[spec.name].at(row["step"], f"loss {row['loss']:.4f}  emoPulse {row['rate']:.2e}")
 
         loaded = Loaded()
@@ -198,7 +200,15 @@ class Pipeline(Experiment):
                 say = self.display.say if first_round else lambda line: None  # every round would say the same
                 train_locally(self.context, pieces, ranks=self.ranks, on_step=on_step, say=say, loaded=loaded)
 
-        train_runs(self.context, specs, execute)
+        train_runs(self.context, specs, execute, self._branch_point)
+
+    def _branch_point(self, trunk: RunSpec) -> int:
+        """Return the step of a trunk with the lowest validation loss."""
+        snapshots = {step: self.snapshot_artefact(trunk, step) for step in trunk.snapshots}
+        best = self.measurer.best(list(snapshots.values()))
+        step = next(step for step, snapshot in snapshots.items() if snapshot is best)
+        self.display.say(f"{trunk.name}: the runs branch off at step {step} of {trunk.steps}, by validation loss")
+        return step
 
     def runs_are_done(self) -> bool:
         """Return whether all shallow runs are up to date, and the rounds that merges are made of are kept."""

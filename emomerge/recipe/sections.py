@@ -137,6 +137,7 @@ class Prepare(Section):
     layers: int = Field(3, ge=1)
     patch_size: int = Field(2, ge=1)
     steps: int = Field(300, ge=1)
+    """Steps of each run, its share of the trunk's included."""
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     seed: int = 0
@@ -245,7 +246,8 @@ def _rates(value: Any) -> Any:
 PROCEDURES: Mapping[str, Mapping[str, Any]] = {
     "rounds": {},
     "paper": {
-        "data_order": "same", "preset": "v3.8", "max_grad_norm": None, "cooldown": 0.0, "rounds": 1, "outer": None,
+        "data_order": "same", "preset": "v3.8", "max_grad_norm": None, "cooldown": 0.0, "trunk": 0.0, "rounds": 1,
+        "outer": None,
     },
 }  # fmt: skip
 """Procedure → the defaults in which it differs from those of the fields."""
@@ -257,9 +259,9 @@ class Runs(Section):
     """The settings that all runs share."""
 
     procedure: Literal["rounds", "paper"] = "rounds"
-    """`rounds`: the runs see the rows in orders of their own and meet at their mean; the defaults below. `paper`: they see the
-    same batches and meet only in the merge, at the published rate, without clipping or cool-down. Other fields that are given
-    take precedence over the procedure's values."""
+    """`rounds`: the runs branch off from a trunk, see the rows in orders of their own and meet at their mean; the defaults
+    below. `paper`: they start from the base, see the same batches and meet only in the merge, at the published rate, without
+    clipping or cool-down. Other fields that are given take precedence over the procedure's values."""
     optimizers: tuple[OptimizerName, ...] = Field(FAMILY, min_length=1)
     steps: int = Field(300, ge=1)
     batch_size: int = Field(16, ge=1)
@@ -284,9 +286,12 @@ class Runs(Section):
     """A run ends, or waits for the next round, once its optimizer's `should_stop` is true. Controls use all their steps."""
     cooldown: float = Field(0.5, ge=0, le=1)
     """emoPulse falls linearly to 0 over this last share of the steps."""
+    trunk: float = Field(0.5, ge=0, lt=1)
+    """Share of all runs' steps that one run of the first optimizer takes before the others branch off from its weights (the
+    seed phase of Branch-Train-Merge, Li et al. 2022). They branch off where the validation loss was lowest."""
     rounds: int = Field(ROUNDS, ge=1)
-    """Number of rounds that the steps are divided into; each starts all runs from the mean of the previous one. By default 30,
-    fewer if a round would have less than ten steps."""
+    """Number of rounds that the steps after the trunk are divided into; each starts all runs from the mean of the previous one.
+    By default 30, fewer if a round would have less than ten steps."""
     outer: Outer | None = Outer()
     """Momentum between rounds."""
     keep_rounds: int = Field(8, ge=0)
@@ -305,9 +310,9 @@ class Runs(Section):
         if not isinstance(value, Mapping):
             return value
         value = {**PROCEDURES.get(value.get("procedure", "rounds"), {}), **value}
-        steps = value.get("steps", 300)
-        if "rounds" not in value and isinstance(steps, int):
-            value["rounds"] = max(1, min(ROUNDS, steps // STEPS_PER_ROUND))
+        steps, trunk = value.get("steps", 300), value.get("trunk", 0.5)
+        if "rounds" not in value and isinstance(steps, int) and isinstance(trunk, float | int):
+            value["rounds"] = max(1, min(ROUNDS, _after_trunk(steps, trunk) // STEPS_PER_ROUND))
         if value.get("rounds") == 1:
             value.setdefault("outer", None)  # acts between rounds
         return value
@@ -321,8 +326,9 @@ class Runs(Section):
         for field, values in (("optimizers", self.optimizers), ("seeds", self.seeds)):
             if len(set(values)) != len(values):
                 raise ValueError(f"`{field}` has a duplicate")
-        if self.rounds > self.steps:
-            raise ValueError(f"`rounds` is {self.rounds} for {self.steps} steps; a round needs a step")
+        if self.rounds > self.own_steps:
+            steps = f"{self.own_steps} steps" + (" after the trunk" if self.trunk_steps else "")
+            raise ValueError(f"`rounds` is {self.rounds} for {steps}; a round needs a step")
         if self.outer is not None and self.rounds == 1:
             raise ValueError("`outer` acts between rounds; give `rounds`")
         return self
@@ -332,10 +338,26 @@ class Runs(Section):
         return self.lr.get(optimizer, 1.0) if isinstance(self.lr, dict) else self.lr
 
     @property
+    def own_steps(self) -> int:
+        """The steps that each run takes after the trunk."""
+        return _after_trunk(self.steps, self.trunk)
+
+    @property
+    def trunk_steps(self) -> int:
+        """The steps of the trunk, which are taken from all runs alike; 0 if there is none."""
+        return (self.steps - self.own_steps) * len(self.optimizers)
+
+    @property
     def kept_rounds(self) -> tuple[int, ...]:
-        """The numbers of the rounds whose mean is kept, counted from 1; the last round is one of them."""
+        """The numbers of the rounds whose mean is kept, counted from 1, the last round included; 0 is the end of the trunk."""
         count = 0 if self.rounds == 1 else min(self.keep_rounds, self.rounds)
-        return tuple(self.rounds * k // count for k in range(1, count + 1))
+        rounds = tuple(self.rounds * k // count for k in range(1, count + 1))
+        return (0, *rounds) if self.trunk_steps and rounds else rounds
+
+
+def _after_trunk(steps: int, trunk: float) -> int:
+    """Return the steps of a run that are left after a trunk of the given share, at least one."""
+    return max(1, steps - round(trunk * steps))
 
 
 class Merge(BaseModel):

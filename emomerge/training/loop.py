@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,9 +59,14 @@ def train_run(context: Context, spec: RunSpec, on_step: StepHook = ignore_step, 
 
 
 def adapted_model(context: Context, spec: RunSpec) -> nn.Module:
-    """Return the base on the CPU with the parameters to train, as every run of the training seed starts."""
+    """Return the base on the CPU with the parameters to train, as every run of the training seed starts without a trunk."""
+    return adapt_model(context, spec, context.base_folder)
+
+
+def adapt_model(context: Context, spec: RunSpec, folder: Path) -> nn.Module:
+    """Return the model of a folder on the CPU with the parameters to train."""
     recipe, task = context.recipe, context.task
-    model = task.reload_model(context.base_folder, trust_remote_code=recipe.base.trust_remote_code)
+    model = task.reload_model(folder, trust_remote_code=recipe.base.trust_remote_code)
     return adapt(model, recipe.adapter, task_type=task.peft_task_type, head=fresh_head(recipe, model), seed=spec.seed)
 
 
@@ -98,6 +104,8 @@ def batch_order(runs: Runs, spec: RunSpec, rows: int) -> BatchOrder:
 
 def order_key(runs: Runs, spec: RunSpec) -> tuple[object, ...]:
     """Return the key of a run's batch order: runs with equal keys see the same batches."""
+    if spec.is_trunk:
+        return (spec.seed, "trunk")
     key = (spec.seed,) if runs.data_order == "same" else (spec.seed, spec.optimizer)
     return (*key, *([f"member {spec.member}"] if spec.member else []))
 

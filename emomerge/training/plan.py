@@ -9,7 +9,9 @@ from typing import Literal
 from emomerge.numerics.hashing import digest
 from emomerge.recipe import Recipe, Runs
 
-Role = Literal["run", "control"]
+Role = Literal["run", "control", "trunk"]
+SNAPSHOTS = 8
+"""Number of steps at which runs can branch off from a trunk: its last one and halves of it, since small data overfit early."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class RunSpec:
         seed: training seed.
         steps: the whole step budget.
         control: the entry of the recipe's `controls` that this run serves; None for runs that are merged.
+        is_trunk: whether the merged runs of its seed branch off from this one.
         rate: peak learning rate of AdamW; None for optimizers with an emoPulse.
         member: index among runs that differ only in the order of their batches.
         batch_factor: size of a batch, as a multiple of the recipe's.
@@ -35,6 +38,7 @@ class RunSpec:
     seed: int
     steps: int
     control: str | None = None
+    is_trunk: bool = False
     rate: float | None = None
     member: int = 0
     batch_factor: int = 1
@@ -47,8 +51,17 @@ class RunSpec:
 
     @property
     def role(self) -> Role:
-        """`run` if it is merged, else `control`."""
-        return "run" if self.control is None else "control"
+        """`run` if it is merged; `trunk` if such runs branch off from it; else `control`."""
+        return "trunk" if self.is_trunk else "run" if self.control is None else "control"
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether `runs.average` applies to it."""
+        return self.rate is None and not self.is_trunk
+
+    def cooldown(self, runs: Runs) -> float:
+        """Return the share of the steps over which emoPulse falls to 0, given the recipe's `runs`."""
+        return 0.0 if self.is_trunk else runs.cooldown
 
     def micro_batches(self, runs: Runs) -> int:
         """Return the number of micro-batches of a step, given the recipe's `runs`."""
@@ -61,22 +74,33 @@ class RunSpec:
 
 def planned_runs(recipe: Recipe) -> list[RunSpec]:
     """Return the shallow runs of a recipe: for each training seed, one per optimizer."""
-    runs = recipe.runs
-    return [RunSpec(f"{optimizer}-{seed}", optimizer, seed, runs.steps) for seed in runs.seeds for optimizer in runs.optimizers]
+    runs, steps = recipe.runs, recipe.runs.own_steps
+    return [RunSpec(f"{optimizer}-{seed}", optimizer, seed, steps) for seed in runs.seeds for optimizer in runs.optimizers]
+
+
+def planned_trunks(recipe: Recipe) -> list[RunSpec]:
+    """Return the run of each training seed from which its shallow runs branch off; none if they start from the base."""
+    runs, steps = recipe.runs, recipe.runs.trunk_steps
+    snapshots = tuple(sorted({max(1, steps >> halvings) for halvings in range(SNAPSHOTS)}))
+    return [
+        RunSpec(f"trunk-{seed}", runs.optimizers[0], seed, steps, is_trunk=True, snapshots=snapshots)
+        for seed in runs.seeds
+        if steps
+    ]
 
 
 def round_ends(runs: Runs) -> list[int]:
     """Return the step at which each round ends."""
-    return [runs.steps * number // runs.rounds for number in range(1, runs.rounds + 1)]
+    return [runs.own_steps * number // runs.rounds for number in range(1, runs.rounds + 1)]
 
 
-OFF: Mapping[str, object] = {"average": None, "early_stop": False, "cooldown": 0.0, "rounds": 1, "outer": None}
+OFF: Mapping[str, object] = {"average": None, "early_stop": False, "cooldown": 0.0, "trunk": 0.0, "rounds": 1, "outer": None}
 """Options left out of the hash while they are off, so that runs trained before an option existed stay valid."""
 
 
 def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
     """Return the hash of everything that decides a run's result. A finished run with the same hash is not trained again."""
-    runs, control = recipe.runs, spec.role == "control"
+    runs, is_run = recipe.runs, spec.role == "run"
     irrelevant = {
         "procedure",
         "optimizers",
@@ -90,12 +114,15 @@ def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
     }
     shared = runs.model_dump(mode="json", exclude=irrelevant)
     shared |= {"lr": runs.lr_of(spec.optimizer), "max_grad_norm": spec.max_grad_norm(recipe)}
-    unused = {"rounds", "outer", "early_stop"} if control else set()  # controls use their whole budget in one round
-    unused |= {"average", "cooldown"} if spec.rate is not None else set()
+    # Controls and trunks use their whole budget in one round.
+    unused = set() if is_run else {"trunk", "rounds", "outer", "early_stop"}
+    unused |= set() if spec.is_averaged else {"average", "cooldown"}
     for name, off in OFF.items():
         if name in unused or getattr(runs, name) == off:
             del shared[name]
-    others = [runs.optimizers, [runs.lr_of(name) for name in runs.optimizers]] if "rounds" in shared else []
-    of_a_control = [spec.rate, recipe.rival.weight_decay, spec.member, spec.snapshots] if control else []
+    others: list[object] = [runs.optimizers, [runs.lr_of(name) for name in runs.optimizers]] if {"rounds", "trunk"} & shared.keys() else []
+    others += [runs.trunk_steps] if "trunk" in shared else []
+    of_a_control: list[object] = [] if is_run else [spec.rate, recipe.rival.weight_decay, spec.member, spec.snapshots]
     of_a_control += [spec.batch_factor] if spec.batch_factor != 1 else []
+    of_a_control += ["trunk"] if spec.is_trunk else []
     return digest([base_hash, recipe.adapter, shared, spec.optimizer, spec.seed, spec.steps, *others, *of_a_control])

@@ -29,32 +29,47 @@ from emomerge.training.adapt import save_adapted
 from emomerge.training.context import Context
 from emomerge.training.kept import KeptRounds, mean_tensors, write_mean
 from emomerge.training.loop import adapted_model, initial_weights
-from emomerge.training.plan import RunSpec, round_ends
+from emomerge.training.plan import RunSpec, planned_trunks, round_ends
 from emomerge.training.run import copy_into
-from emomerge.training.run_dir import round_start_file
+from emomerge.training.run_dir import load_start, round_start_file
 from emomerge.training.state import load_header, load_state, of_kind, save_state
+from emomerge.training.trunk import Choose, branch_point, last_snapshot, train_trunks
 
 Tensors = dict[str, Tensor]
 
 
-def train_runs(context: Context, specs: Sequence[RunSpec], execute: Callable[[Sequence[RunSpec]], None]) -> None:
-    """Train runs, in rounds if the recipe asks for them. Runs that are done are skipped.
+def train_runs(
+    context: Context,
+    specs: Sequence[RunSpec],
+    execute: Callable[[Sequence[RunSpec]], None],
+    choose: Choose = last_snapshot,
+) -> None:
+    """Train runs, from a trunk and in rounds if the recipe asks for them. Runs that are done are skipped.
 
     Args:
         context: the recipe and its folders.
         specs: all runs of one or more training seeds, or controls, which are trained without rounds.
         execute: trains the given runs from `spec.start` to `spec.end`, unless they have reached it.
+        choose: chooses where the runs branch off from the trunk.
 
     Raises:
         RunFailed: a loss became NaN or infinite; raised after all other runs are trained. The rounds of its seed stop there.
+            The loss of a trunk ends the training at once.
     """
     runs = context.recipe.runs
     ends = round_ends(runs)
-    if len(ends) == 1 or any(spec.role == "control" for spec in specs):
+    if any(spec.role != "run" for spec in specs):
+        execute(specs)
+        return
+    if len(ends) == 1:
+        train_trunks(context, [spec.seed for spec in specs if not context.is_done(spec)], execute, choose)
         execute(specs)
         return
     seeds = dict.fromkeys(spec.seed for spec in specs)
     groups = [_Group(context, [spec for spec in specs if spec.seed == seed]) for seed in seeds]
+    train_trunks(context, [group.seed for group in groups if group.needs_trunk], execute, choose)
+    for group in groups:
+        group.keep_start()
     failures = []
     for start, end in zip((0, *ends), ends, strict=False):
         active = [group for group in groups if group.step == start]
@@ -88,6 +103,29 @@ class _Group:
         if self.step == 0:
             self._kept.discard()  # of other inputs, or of runs that are trained again
 
+    @property
+    def seed(self) -> int:
+        """The training seed."""
+        return self._specs[0].seed
+
+    @property
+    def needs_trunk(self) -> bool:
+        """Whether the weights of the trunk are still needed: to start from, or to be kept."""
+        return self.step == 0 or bool(self._start_to_keep)
+
+    @property
+    def _start_to_keep(self) -> list[int]:
+        return self._kept.missing(number for number in self._context.recipe.runs.kept_rounds if number == 0)
+
+    def keep_start(self) -> None:
+        """Keep the weights at which the runs branched off as round 0, if they are to be kept."""
+        if not self._start_to_keep:
+            return
+        (trunk,) = (trunk for trunk in planned_trunks(self._context.recipe) if trunk.seed == self.seed)
+        step = branch_point(self._context, trunk)
+        assert step is not None  # by train_trunks
+        self._kept.keep(0, partial(write_mean, [self._context.run_dir(trunk).snapshot(step)]))
+
     def round(self, start: int, end: int) -> list[RunSpec]:
         """Return the specifications of one round."""
         return [replace(spec, start=start, end=end) for spec in self._specs]
@@ -117,7 +155,7 @@ class _Group:
         if outer is not None:
             before = load_state(self._file, self._all_inputs)
             if before is None:
-                start = initial_weights(self._context, self._specs[0])
+                start = self._start()
             else:
                 start, momentum = (of_kind(before[1], kind) for kind in ("model", "momentum"))
             for name in [name for name in mean if name not in buffers]:
@@ -125,6 +163,12 @@ class _Group:
         tensors = {f"model.{name}": t for name, t in mean.items()} | {f"momentum.{name}": t for name, t in momentum.items()}
         save_state(self._file, tensors, {"inputs": self._all_inputs, "step": end})
         self.step = end
+
+    def _start(self) -> Tensors:
+        """Return the weights that the first round started from."""
+        if self._context.recipe.runs.trunk_steps:
+            return load_start(self._runs[0], self._specs[0])
+        return initial_weights(self._context, self._specs[0])
 
     def _write(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         """Write weights, named as in the adapted model, as an adapter or a dense checkpoint."""
@@ -155,7 +199,8 @@ class _Group:
         The mean of finished runs can be taken again. If another round is missing and a merge needs it, the runs start again.
         """
         recipe = self._context.recipe
-        missing = self._kept.missing(number for number in recipe.runs.kept_rounds if self._ends[number - 1] <= step)
+        kept = [number for number in recipe.runs.kept_rounds if number]  # the trunk's end can be kept later
+        missing = self._kept.missing(number for number in kept if self._ends[number - 1] <= step)
         if missing == [len(self._ends)]:
             return self._ends[-2]
         if missing and recipe.merges_rounds:

@@ -19,7 +19,7 @@ from emomerge.training.adapt import save_adapted
 from emomerge.training.average import WeightAverage
 from emomerge.training.context import Context
 from emomerge.training.plan import RunSpec
-from emomerge.training.run_dir import RunDir, file_sizes, load_round_start
+from emomerge.training.run_dir import RunDir, file_sizes, load_round_start, load_start
 from emomerge.training.sharded import shard_like, shard_state
 from emomerge.training.state import load_header, load_state, of_kind
 
@@ -124,7 +124,7 @@ class TrainingRun:
 
     def _new_average(self) -> WeightAverage | None:
         spec, how = self.spec, self.recipe.runs.average
-        if how is None or spec.end < spec.steps or spec.rate is not None:
+        if how is None or spec.end < spec.steps or not spec.is_averaged:
             return None
         return WeightAverage(how, self.learnt, spec.start, spec.end)
 
@@ -159,7 +159,7 @@ class TrainingRun:
         if (limit := self.spec.max_grad_norm(self.recipe)) is not None:
             nn.utils.clip_grad_norm_(self._trained, limit)
         if isinstance(self.optimizer, EmoOptimizer):
-            self.optimizer.damping = damping(runs.cooldown, self.step, self.spec.steps)
+            self.optimizer.damping = damping(self.spec.cooldown(runs), self.step, self.spec.steps)
         try:
             self.optimizer.step()
         except NonFiniteLossError as error:
@@ -238,7 +238,7 @@ class TrainingRun:
     def _used(self) -> str:
         """The folder that is merged and measured."""
         how = self.recipe.runs.average
-        return f"{self._artefact}-average" if self.spec.rate is None and how and how.use == "average" else self._artefact
+        return f"{self._artefact}-average" if self.spec.is_averaged and how and how.use == "average" else self._artefact
 
     def _fail(self, error: NonFiniteLossError, rows: Tensor) -> NoReturn:
         shown = ", ".join(map(str, rows.tolist()[:8]))
@@ -274,6 +274,8 @@ class TrainingRun:
             if self.spec.start:
                 where = self.run.checkpoint
                 raise BadInput("the checkpoint of the round before is missing", where=where, fix="run the same command again")
+            if self.spec.role == "run" and self.recipe.runs.trunk_steps:
+                self._load_weights(load_start(self.run, self.spec))
             return
         header, tensors = found
         at_round_start = header["step"] == self.spec.start > 0

@@ -6,8 +6,9 @@ runs/sens-0/
   adapter/ or model/       the result (PEFT adapter or dense weights) once the run is done
   adapter-average/ …       the same for the weights averaged within the run, if the recipe sets `runs.average`
   fisher.safetensors       mean squared gradients of a full fine-tune, read by the merge method `fisher`
-  snapshots/step-00120/    of a control: adapter or dense weights after a step
+  snapshots/step-00120/    of a control or a trunk: adapter or dense weights after a step
   checkpoint.safetensors   where a killed run resumes or the next round starts; removed once the run is done
+runs/start-0.safetensors   the weights of the trunk at which the runs of a training seed branch off: see `training.trunk`
 runs/rounds-0/             the means of all runs of a training seed at the end of some rounds: see `training.kept`
 """
 
@@ -97,7 +98,7 @@ class RunDir:
         return self.path / str(self.state["artefact"])
 
     def snapshot(self, step: int) -> Path:
-        """Return the folder with a control's weights after a step."""
+        """Return the folder with the weights of a control or a trunk after a step."""
         return self.path / "snapshots" / f"step-{step:06d}"
 
     def remove_snapshots(self, steps: Iterable[int]) -> None:
@@ -162,6 +163,20 @@ def sizes_agree(folder: Path, sizes: Mapping[str, int]) -> bool:
 def round_start_file(run: RunDir, spec: RunSpec) -> Path:
     """Return the file with the weights that the runs of a training seed start their next round from."""
     return run.path.parent / f"meeting-{spec.seed}.safetensors"
+
+
+def start_file(run: RunDir, spec: RunSpec) -> Path:
+    """Return the file with the weights of the trunk at which the runs of a training seed branch off."""
+    return run.path.parent / f"start-{spec.seed}.safetensors"
+
+
+def load_start(run: RunDir, spec: RunSpec) -> dict[str, Tensor]:
+    """Return the weights that a run branches off from, by name. Raises BadInput if they are missing."""
+    file = start_file(run, spec)
+    found = load_state(file, kinds=("model",))
+    if found is None:
+        raise BadInput("the weights that the runs branch off from are missing", where=file, fix="run the same command again")
+    return of_kind(found[1], "model")
 
 
 def load_round_start(run: RunDir, spec: RunSpec) -> dict[str, Tensor]:
