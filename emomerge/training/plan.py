@@ -120,7 +120,9 @@ def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
     for name, off in OFF.items():
         if name in unused or getattr(runs, name) == off:
             del shared[name]
-    others: list[object] = [runs.optimizers, [runs.lr_of(name) for name in runs.optimizers]] if {"rounds", "trunk"} & shared.keys() else []
+    others: list[object] = []  # what a run shares with the others of its seed
+    if {"rounds", "trunk"} & shared.keys():
+        others += [runs.optimizers, [runs.lr_of(name) for name in runs.optimizers]]
     others += [runs.trunk_steps] if "trunk" in shared else []
     of_a_control: list[object] = [] if is_run else [spec.rate, recipe.rival.weight_decay, spec.member, spec.snapshots]
     of_a_control += [spec.batch_factor] if spec.batch_factor != 1 else []
