@@ -46,7 +46,9 @@ def train_trunks(context: Context, seeds: Sequence[int], execute: Callable[[Sequ
         return
     execute(todo)
     for trunk in todo:
-        step, run = choose(trunk), context.run_dir(trunk)
+        run = context.run_dir(trunk)
+        left = [step for step in trunk.snapshots if run.snapshot(step).is_dir()]
+        step = left[0] if len(left) == 1 else choose(trunk)  # the others are removed once one is chosen
         weights = {f"model.{name}": t for name, t in weights_of(context, trunk, run.snapshot(step)).items()}
         save_state(start_file(run, trunk), weights, {"inputs": context.run_inputs(trunk), "step": 0, "branch_point": step})
         run.remove_snapshots(other for other in trunk.snapshots if other != step)
