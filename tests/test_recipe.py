@@ -27,7 +27,8 @@ def test_defaults():
     assert recipe.runs == Runs(
         preset="auto",
         data_order="different",
-        rounds=30,
+        trunk=0.5,
+        rounds=15,
         outer={"momentum": 0.5},
         max_grad_norm=1.0,
         cooldown=0.5,
@@ -40,7 +41,7 @@ def test_defaults():
 def test_paper_procedure_takes_one_word():
     recipe = with_(runs={"procedure": "paper"})
     assert recipe.runs == Runs(
-        procedure="paper", preset="v3.8", data_order="same", rounds=1, outer=None, max_grad_norm=None, cooldown=0
+        procedure="paper", preset="v3.8", data_order="same", trunk=0, rounds=1, outer=None, max_grad_norm=None, cooldown=0
     )
     assert [m.label for m in recipe.merge] == ["tall-mask", "mean", "ties", "greedy-soup", "positioning"]
     assert with_(runs={"procedure": "paper", "max_grad_norm": 0.5}).runs.max_grad_norm == 0.5
@@ -48,7 +49,8 @@ def test_paper_procedure_takes_one_word():
 
 @pytest.mark.parametrize(("steps", "rounds"), [(5, 1), (19, 1), (20, 2), (299, 29), (300, 30), (10**6, 30)])
 def test_rounds_have_ten_steps_or_more(steps, rounds):
-    recipe = with_(runs={"steps": steps})
+    assert with_(runs={"steps": 2 * steps}).runs.rounds == rounds, "half of the steps are those of the trunk"
+    recipe = with_(runs={"steps": steps, "trunk": 0})
     assert recipe.runs.rounds == rounds
     assert (recipe.runs.outer is None) == (rounds == 1)
     assert recipe.merge[0].label == ("soup-of-rounds" if rounds > 1 else "tall-mask")
@@ -117,7 +119,8 @@ def test_shipped_recipes_are_valid_and_say_how_to_run_them(file):
         ({"runs": {"average": {"kind": "lawa", "lst": 1}}}, r"`runs\.average\.lst` in recipe; did you mean `last`\?"),
         ({"runs": {"average": "mean"}}, r"`runs\.average\.kind`.*'ema', 'lawa'; found 'mean'"),
         ({"runs": {"cooldown": 1.5}}, r"`runs\.cooldown`.*found 1\.5"),
-        ({"runs": {"rounds": 301}}, "`rounds` is 301 for 300 steps"),
+        ({"runs": {"rounds": 301}}, "`rounds` is 301 for 150 steps after the trunk"),
+        ({"runs": {"rounds": 301, "trunk": 0}}, "`rounds` is 301 for 300 steps; a round needs a step"),
         ({"runs": {"rounds": 1, "outer": {}}}, "`outer` acts between rounds; give `rounds`"),
         ({"name": "../escape"}, "`name` in recipe"),
     ],
