@@ -18,6 +18,8 @@ from emomerge.files import JsonObject, explain, parse_json, read_text
 
 SCHEMA_VERSION = 2
 """Incremented when a field changes its name, type or meaning. Results of other versions are rejected."""
+TRUNK = "trunk"
+"""Name of the trunk among the rounds that a merge is made of."""
 
 Split: TypeAlias = Literal["train", "validation", "test"]
 Role: TypeAlias = Literal["base", "run", "merge", "control"]

@@ -21,6 +21,7 @@ from emomerge.files import JsonObject, read_json
 from emomerge.numerics.hashing import digest
 from emomerge.progress import Display
 from emomerge.recipe import Merge, Recipe
+from emomerge.results import TRUNK
 from emomerge.tasks import Task, TaskData, make_task
 from emomerge.training import Context, KeptRounds, RunDir, RunSpec, choose_device, planned_runs, planned_trunks, run_inputs
 
@@ -158,7 +159,7 @@ class Experiment:
         kept = self.kept_rounds(seed)
         return [
             Artefact(
-                f"round-{number}" if number else "trunk", "control", open_run(self.base, kept.path(number)),
+                f"round-{number}" if number else TRUNK, "control", open_run(self.base, kept.path(number)),
                 digest([self.base_hash, kept.sha256(number)]), path=kept.path(number), seed=seed,
             )
             for number in self.recipe.runs.kept_rounds

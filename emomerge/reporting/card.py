@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from emomerge.errors import shown, shown_lines
 from emomerge.reporting.table import FilledColumn, artefacts, filled_columns
 from emomerge.reporting.text import percent, short
-from emomerge.results import MergeFacts, Results
+from emomerge.results import TRUNK, MergeFacts, Results
 
 Hashes: TypeAlias = str | Mapping[str, str] | None
 """One SHA-256, or file → SHA-256."""
@@ -115,7 +115,10 @@ def _origin(card: Card) -> str:
         return ""
     version = f" {card.version}" if card.version else ""
     count = len(card.runs)
-    models = f"the means of the runs after {count} rounds" if card.of == "rounds" else f"{count} run{'s' if count > 1 else ''}"
+    models = f"{count} run{'s' if count > 1 else ''}"
+    if card.of == "rounds":
+        trunk = sum(run.name == TRUNK for run in card.runs)
+        models = "the trunk and " * trunk + f"the means of the runs after {count - trunk} rounds"
     runs = f" from {models}" if card.runs else ""
     base = f" over {in_code(card.base)}" if card.base else ""
     return f"Merged by emomerge{version} with the method {in_code(card.method)}{runs}{base}.\n"

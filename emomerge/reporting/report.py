@@ -20,7 +20,7 @@ from emomerge.reporting.method import cautions, measures, worst_case_radii
 from emomerge.reporting.palette import DARK, LIGHT, colour_of
 from emomerge.reporting.table import artefacts, filled_columns
 from emomerge.reporting.text import duration, fixed, percent, short, unit
-from emomerge.results import Results
+from emomerge.results import TRUNK, Results
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -138,7 +138,7 @@ def _merges(results: Results) -> list[dict[str, Any]]:
         {
             "label": label,
             "parameters": "; ".join(
-                [f"of {len(facts.runs)} rounds"] * (facts.of == "rounds")
+                [f"of {len(facts.runs) - (TRUNK in facts.runs)} rounds"] * (facts.of == "rounds")
                 + [f"{key} {_value(v)}" for key, v in facts.params.items() if v is not None]
             ),
             "lambda_crit": short(facts.lambda_crit),
