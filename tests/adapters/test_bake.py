@@ -138,6 +138,9 @@ CASES = {
     "lora": (bert, {"target_modules": QUERY_VALUE, "r": 4, "lora_alpha": 10}),
     "all-linear": (bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
     "rslora": (bert, {"target_modules": QUERY_VALUE, "r": 4, "lora_alpha": 10, "use_rslora": True}),
+    "dora": (bert, {"target_modules": QUERY_VALUE, "r": 4, "lora_alpha": 10, "use_dora": True, "use_rslora": True}),
+    "dora-conv1d": (gpt2, {"target_modules": ["c_attn", "c_proj"], "r": 3, "lora_alpha": 5, "use_dora": True}),
+    "dora-conv2d": (ConvNet, {"target_modules": ["stem", "mix", "head"], "r": 2, "lora_alpha": 5, "use_dora": True}),
     "patterns": (
         bert,
         {

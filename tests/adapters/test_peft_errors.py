@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -197,3 +198,18 @@ def test_nothing_warns_without_reason(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bake(BASE, adapter(tmp_path, bias="none", lora_dropout=0.1, peft_version="0.21.2"))
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "config", "message"),
+    [
+        ({}, {"use_dora": True}, "half a DoRA adapter.*use_dora.*no lora_magnitude_vector of net.layer"),
+        ({"net.layer": torch.ones(6)}, {}, "half a DoRA adapter.*lora_magnitude_vector"),
+        ({"net.layer": torch.ones(4)}, {"use_dora": True}, r"another shape.*lora_magnitude_vector.*expected \(4,\).*\(6,\)"),
+        ({"net.layer": torch.ones(6, 4)}, {"use_dora": True}, "another shape.*lora_magnitude_vector"),
+        ({"net.layer": torch.ones(6), "net.other": torch.ones(6)}, {"use_dora": True}, "magnitude without.*net.other"),
+    ],
+)
+def test_a_magnitude_belongs_to_a_pair_of_factors(magnitude, config, message, tmp_path):
+    tensors = {f"base_model.model.{module}.lora_magnitude_vector": value for module, value in magnitude.items()}
+    assert re.search(message, refusal(adapter(tmp_path, factors() | tensors, **config)))

@@ -37,13 +37,22 @@ class Decomposed(Formula):
         require_shape((shape[self.axis],), tuple(self.magnitude.shape), where=f"{where}, magnitude of axis {self.axis}")
 
     def _changed(self, weight: Tensor) -> Tensor:
-        moved = self.direction._changed(weight)
-        others = [axis for axis in range(moved.ndim) if axis != self.axis]
-        norm = torch.linalg.vector_norm(moved, dim=others, keepdim=True)
-        norm.clamp_(min=math.sqrt(torch.finfo(norm.dtype).tiny))  # a row of zeros stays one
-        return moved.mul_(self.magnitude.to(weight).reshape(norm.shape) / norm)
+        return decomposed(self.direction._changed(weight), self.magnitude, self.axis)
 
     def take(self, index: Index) -> Formula | None:
         """Return some output rows; None if the norms run over all of them."""
         direction = self.direction.take(index) if self.axis == 0 else None
         return None if direction is None else Decomposed(direction, self.magnitude[index], 0)
+
+
+def decomposed(moved: Tensor, magnitude: Tensor, axis: int) -> Tensor:
+    """Return m·V/‖V‖, in place of V.
+
+    Args:
+        moved: V.
+        magnitude: m, one number for each index of `axis`, in any shape.
+        axis: the axis that m belongs to; norms run over the others.
+    """
+    norm = torch.linalg.vector_norm(moved, dim=[other for other in range(moved.ndim) if other != axis], keepdim=True)
+    norm.clamp_(min=math.sqrt(torch.finfo(norm.dtype).tiny))  # a row of zeros stays one
+    return moved.mul_(magnitude.to(moved).reshape(norm.shape) / norm)

@@ -1,6 +1,7 @@
 """Read PEFT's LoRA folders: the change of each base tensor.
 
     Δ = s·BA,  s = α/r, or α/√r with rsLoRA        (Hu et al. 2021; Kalajdzievski 2023)
+    W′ = m·(W + Δ)/‖W + Δ‖ by output row, with DoRA  (Liu et al. 2024)
 
 PEFT's own `merge` is the reference; any adapter with an effect other than this formula or a replacement is refused by name.
 """
@@ -23,16 +24,18 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from emomerge.adapters.change import Change
+from emomerge.adapters.formulas.dora import decomposed
 from emomerge.adapters.low_rank import product
 from emomerge.adapters.naming import BaseNames
 from emomerge.adapters.peft.files import CONFIG, PICKLE, PREFIX, WEIGHTS, load_config
 from emomerge.adapters.peft.patterns import matches_end
-from emomerge.checkpoints import Checkpoint, Piece, all_finite, open_checkpoint
+from emomerge.checkpoints import Checkpoint, Piece, all_finite, open_checkpoint, working_dtype
 from emomerge.checkpoints.names import MAYBE_TIED
 from emomerge.errors import BadInput
 from emomerge.files import check_type
 
 _FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.default)?(?:\.(weight|bias))?")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
 _INITS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base unchanged
 # Fields that are read here, or that only matter in training. Any other field that is set changes the formula.
@@ -41,7 +44,7 @@ _UNDERSTOOD = frozenset(
     alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config exclude_modules
     fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha lora_bias lora_dropout
     megatron_core modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision target_modules
-    target_parameters task_type trainable_token_indices use_rslora
+    target_parameters task_type trainable_token_indices use_dora use_rslora
     """.split()  # noqa: SIM905
 )
 
@@ -59,6 +62,7 @@ class _Config(BaseModel):
     rank_pattern: dict[str, _Count] | None = None
     alpha_pattern: dict[str, _Number] | None = None
     use_rslora: bool | None = None
+    use_dora: bool | None = None
     fan_in_fan_out: bool | None = None
     ensure_weight_tying: bool | None = None
     target_parameters: list[str] | None = None
@@ -102,6 +106,7 @@ class _Reader:
         self.names = BaseNames(base)
         self.allow_unmatched = allow_unmatched
         self.unmatched: list[str] = []
+        self.magnitudes: dict[str, str] = {}
         self.tensors = open_weights(folder)
 
     def changes(self) -> dict[str, Change]:
@@ -118,6 +123,8 @@ class _Reader:
             if match := _FACTOR.fullmatch(name):
                 module, factor, leaf = match[1], match[2], match[3] or "weight"
                 factors[module, "embedding" in factor]["bias" if leaf == "bias" else factor[-1]] = key
+            elif match := _MAGNITUDE.fullmatch(name):
+                self.magnitudes[match[1]] = key
             elif match := _TOKENS.fullmatch(name):
                 self._add_token_rows(changes, match[1], key)
             elif ".lora_" in name:
@@ -126,6 +133,8 @@ class _Reader:
                 self._add_replacement(changes, _without_wrappers(name), key)
         for (module, embedding), keys in sorted(factors.items()):
             self._add_low_rank(changes, module, embedding, keys)
+        for module in sorted(self.magnitudes.keys() - {module for module, _ in factors}):
+            raise BadInput("a magnitude without its LoRA factors", where=f"{self.file}, {self.magnitudes[module]}")
         self._report_unmatched(nothing_matched=not changes)
         return {name: changes[name] for name in sorted(changes)}
 
@@ -155,7 +164,9 @@ class _Reader:
         for name, piece in self._targets(pair.tensor, pair.key):
             shape = self._shape(name, pair.tensor, piece)
             scale = self._scale(pair, self._rank(pair, shape, keys))
-            self._add(changes, name, pair.key, Change(delta=self._low_rank(pair, name, shape, piece, keys, scale)))
+            delta = self._low_rank(pair, name, shape, piece, keys, scale)
+            decomposition = self._decomposition(self.magnitudes.get(module), pair, keys, name, piece, delta)
+            self._add(changes, name, pair.key, Change(delta=delta) if decomposition is None else Change(replace=decomposition))
         bias_name = self._find(f"{pair.module}.bias", keys["bias"]) if "bias" in keys else None
         if bias_name is not None:
             bias = self.tensors[keys["bias"]]
@@ -246,6 +257,30 @@ class _Reader:
         if transposed:
             return lambda dtype: product(a, b, scale, dtype).T
         return lambda dtype: product(a, b, scale, dtype)
+
+    def _decomposition(
+        self, key: str | None, pair: _Pair, keys: dict[str, str], name: str, piece: Piece | None,
+        delta: Callable[[torch.dtype], Tensor],
+    ) -> Callable[[Tensor], Tensor] | None:  # fmt: skip
+        """Return a function that computes m·(W + Δ)/‖W + Δ‖ of DoRA, with m at `key`; None for plain LoRA."""
+        if (key is not None) != bool(self.config.get("use_dora")):
+            found = f"no lora_magnitude_vector of {pair.module}" if key is None else key
+            raise BadInput("half a DoRA adapter", where=f"{self.file.with_name(CONFIG)}, use_dora", found=found)
+        if key is None:
+            return None
+        if pair.embedding or pair.parameter or piece is not None:
+            raise BadInput("DoRA of an embedding or of a part of a tensor cannot be baked", where=f"{self.file}, {key}")
+        magnitude, shape = self.tensors[key], self.base.info(name).shape
+        out_in = (self.tensors.info(keys["B"]).shape[0], self.tensors.info(keys["A"]).shape[1])
+        axis = int(len(shape) == 2 and self._is_transposed(pair, shape, out_in))
+        if max(magnitude.shape, default=1) != magnitude.numel() or magnitude.numel() != out_in[0]:
+            self._require_shape(name, key, (out_in[0],), tuple(magnitude.shape))
+
+        def replace(base: Tensor) -> Tensor:
+            dtype = working_dtype(base.dtype)
+            return decomposed(base.to(dtype) + delta(dtype).to(base.device), magnitude, axis)
+
+        return replace
 
     def _expert_delta(
         self, pair: _Pair, name: str, shape: tuple[int, ...], piece: Piece | None, a: Tensor, b: Tensor, scale: float
