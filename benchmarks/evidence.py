@@ -75,7 +75,7 @@ DEFAULT_RATES = {"adamw": 1e-3, "prodigy": 1.0, "schedule-free": 2.5e-3, "v3.8":
 """Optimizer of the table `rates`, or preset of EmoSens → its default rate."""
 MERGES = "merge=[{method: greedy-soup, of: rounds, name: soup-of-rounds}, {method: mean}, {method: tall-mask}]"
 OF_MERGED_RUNS = ("trunk", "rounds", "outer", "keep_rounds")
-"""Settings of `runs` that controls do not have."""
+"""Settings of `runs` that controls and single runs do not have."""
 APART = {
     "paper": ["runs.procedure=paper", "merge=[{method: tall-mask}]", "controls=[best-single]"],
     "separate": ["runs.trunk=0", "runs.rounds=1", "merge=[{method: mean}]", "controls=[best-single]"],
@@ -222,7 +222,8 @@ class Study:
         recipe["base"].pop("model", None)
         of_others = {"probe", "select", *(() if unit in self.setup.controls else ("rival", "controls"))}
         recipe = {name: section for name, section in recipe.items() if name not in of_others}
-        unused = OF_MERGED_RUNS if unit in self.setup.controls else () if recipe["runs"]["trunk"] else ("trunk",)
+        alone = unit in self.setup.controls or unit in DEFAULT_RATES
+        unused = OF_MERGED_RUNS if alone else () if recipe["runs"]["trunk"] else ("trunk",)
         recipe["runs"] = {name: value for name, value in recipe["runs"].items() if name not in unused}
         return digest([recipe, unit, FACTORS, DEFAULT_RATES, __version__])[:16]
 
