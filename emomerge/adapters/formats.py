@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FORMATS = {
     "peft": "emomerge.adapters.peft.format:PEFT",
+    "images": "emomerge.adapters.images.format:IMAGES",
 }
 """Format name → "module:object", imported on first use. The first format that claims a path reads it."""
 

@@ -25,11 +25,6 @@ class Family(NamedTuple):
     fix: str
 
 
-_DIFFUSERS_FIX = (
-    "fuse it in diffusers (pipe.load_lora_weights, pipe.fuse_lora, pipe.save_pretrained) and give the folder that this writes"
-)
-_COMFY_FIX = "merge it in ComfyUI (LoraLoader, then CheckpointSave) and give the checkpoint that this writes"
-_KOHYA_PREFIX = r"(lora|oft)_(unet|te\d?|transformer|prior)_\w.*"
 FAMILIES = (
     Family(
         "PEFT adapter without its configuration",
@@ -40,27 +35,10 @@ FAMILIES = (
         f"give the adapter's folder, with its {CONFIG}",
     ),
     Family(
-        "LyCORIS adapter (LoHa, LoKr, OFT, DoRA, …)",
-        re.compile(
-            r"lycoris_.+|.+\.(hada_[wt][12](_[ab])?|lokr_[wt][12](_[ab])?|dora_scale|oft_(blocks|diag|R)|boft_\w+)(\..+)?"
-        ),
-        _COMFY_FIX,
-    ),
-    Family("kohya-ss LoRA", re.compile(rf"{_KOHYA_PREFIX}|.+\.lora_(up|down|mid)(\.weight)?"), _DIFFUSERS_FIX),
-    Family(
-        "diffusers LoRA",
-        re.compile(
-            r"(unet|prior|transformer\w*|text_encoder\w*|diffusion_model)\..+\.lora_[AB](\.\w+)?\.weight"
-            r"|.+([._]lora|\.lora_linear_layer)\.(up|down)\.weight"
-        ),
-        _DIFFUSERS_FIX,
-    ),
-    Family(
         "LoRA without a configuration",
         re.compile(r".+\.lora_(embedding_)?[AB](\.\w+)?(\.weight)?"),
         f"load it in PEFT with its rank and alpha, save_pretrained, and give that folder (with {CONFIG})",
     ),
-    Family("ComfyUI difference file", re.compile(r".+\.(diff(_[bm])?|set_weight)"), _COMFY_FIX),
 )
 """The first family with a matching tensor names the file."""
 _COMPANION = re.compile(

@@ -142,26 +142,10 @@ def shapes(down: str, up: str, *more: str) -> dict[str, Tensor]:
 
 
 ADAPTERS = [
-    ("kohya-ss LoRA", shapes(
-        "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "lora_te1_text_model_encoder.lora_up.weight",
-        "lora_unet_down_blocks_0_attentions_0_proj_in.alpha",
-    )),
-    ("LyCORIS adapter", shapes(
-        "lora_unet_input_blocks_4_1_proj_in.hada_w1_a", "lora_unet_input_blocks_4_1_proj_in.hada_w2_b",
-        "lora_unet_input_blocks_4_1_proj_in.alpha",
-    )),
-    ("LyCORIS adapter", shapes("lycoris_blocks_0_attn.lokr_w1", "lycoris_blocks_0_attn.lokr_w2_a")),
-    ("LyCORIS adapter", shapes("lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight", "lora_unet_x.dora_scale")),
-    ("diffusers LoRA", shapes("unet.down_blocks.0.attn.to_q.lora_A.weight", "unet.down_blocks.0.attn.to_q.lora_B.weight")),
-    ("diffusers LoRA", shapes(
-        "unet.mid_block.processor.to_q_lora.down.weight", "text_encoder.q_proj.lora_linear_layer.up.weight"
-    )),
-    ("diffusers LoRA", shapes("diffusion_model.blocks.0.q.lora_A.weight", "diffusion_model.blocks.0.q.lora_B.weight")),
     ("PEFT adapter without its configuration", shapes(
         "base_model.model.bert.query.lora_A.weight", "base_model.model.bert.query.lora_B.default.weight"
     ) | {"base_model.model.classifier.weight": torch.randn(40, 8)}),
     ("LoRA without a configuration", shapes("model.layers.0.q_proj.lora_A.weight", "model.layers.0.q_proj.lora_B.weight")),
-    ("ComfyUI difference file", shapes("diffusion_model.blocks.0.norm.diff", "diffusion_model.blocks.0.ffn.0.diff_b")),
 ]  # fmt: skip
 
 
