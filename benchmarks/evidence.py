@@ -29,6 +29,10 @@ the steps, as their authors advise; all three clip gradients at norm 1. The publ
 nor cool-down; `auto` has those of `Runs`. On some tasks the published presets also train the five runs of the default
 procedure. With `auto`, `lr` has no effect: on one task, runs with three values are compared bit by bit, and elsewhere one run
 stands for all.
+
+`methods` merges the runs of two procedures in many ways: the default one, whose runs branch off from a trunk and meet every few
+steps, and the same with runs that start from the base and never meet. Merge methods have the settings of the default recipe,
+or else their own defaults.
 """
 
 from __future__ import annotations
@@ -80,7 +84,7 @@ APART = {
     "paper": ["runs.procedure=paper", "merge=[{method: tall-mask}]", "controls=[best-single]"],
     "separate": ["runs.trunk=0", "runs.rounds=1", "merge=[{method: mean}]", "controls=[best-single]"],
 }
-"""Unit whose runs meet only in the merge → changes of the recipe. `separate` has all other defaults."""
+"""Unit whose runs start from the base and meet only in the merge → changes of the recipe. `separate` has all other defaults."""
 
 
 @dataclass(frozen=True)
