@@ -92,7 +92,7 @@ KINDS = {
     "vit": Kind(vit, "AutoModelForImageClassification", PIXELS, ["q_proj", "v_proj"]),
     "resnet": Kind(resnet, "AutoModelForImageClassification", PIXELS, ["convolution"]),
     "sentence-transformers": Kind(
-        lambda: T.BertModel(T.BertConfig(**TEXT), add_pooling_layer=False), "AutoModel", IDS, ["query", "value"]
+        lambda: T.BertModel(T.BertConfig(**TEXT)), "AutoModel", IDS, ["query", "value"]
     ),
 }  # fmt: skip
 METHODS = {"mean": {}, "ties": {"density": 0.5}, "dare-linear": {"density": 0.5, "seed": 3}, "tall-mask": {}}

@@ -137,14 +137,14 @@ class Pipeline(Experiment):
         Raises:
             BadInput: the data are unusable, or the folder holds a `base` that emomerge did not make or another recipe's models.
         """
+        given = Path(self.recipe.base.model).expanduser() if self.recipe.base.model else None
+        if given is not None and given.exists() and given.resolve().is_relative_to(self.space.out.resolve()):
+            raise BadInput("the base lies inside the output folder", where=given, fix="choose another -o")
         self._refuse_other_recipe()
         if self.space.base.exists() and not self.space.recipe.exists():
             raise BadInput(
                 "this folder has a `base` that emomerge did not make", where=self.space.base, fix="choose another -o"
             )
-        given = Path(self.recipe.base.model).expanduser() if self.recipe.base.model else None
-        if given is not None and given.exists() and given.resolve().is_relative_to(self.space.out.resolve()):
-            raise BadInput("the base lies inside the output folder", where=given, fix="choose another -o")
         check_trackers(self.recipe.runs.log_with)
         _ = self.data
         atomic.write_text(self.space.recipe, as_yaml(self.recipe))

@@ -77,7 +77,7 @@ def test_t10k_beside_train_is_the_test(tmp_path, image_task):
         (lambda i, n: i.write_bytes(b"\x89PNG" + i.read_bytes()), "not an IDX file .*magic 00000803; found 89504e47"),
         (lambda i, n: i.write_bytes(b""), "not an IDX file of this kind"),
         (lambda i, n: n.write_bytes(i.read_bytes()), "not an IDX file .*labels.*expected magic 00000801; found 00000803"),
-        (lambda i, n: n.unlink(), "the IDX file cannot be read: .*labels"),
+        (lambda i, n: n.unlink(), "the file cannot be read: .*labels"),
         (lambda i, n: n.write_bytes(idx(torch.zeros(59, dtype=torch.uint8))), "differ in number: .*60; found 59"),
         (lambda i, n: i.write_bytes(idx(torch.zeros(0, 6, 6, dtype=torch.uint8))), "the IDX file is empty"),
     ],
@@ -304,7 +304,7 @@ def test_what_a_base_does_not_take(tmp_path, image_task):
     with pytest.raises(BadInput, match="preprocessor_config.json does not fit the base: .*; expected 1 means"):
         image_task(images).load_data(base)
     (tmp_path / "grey" / "preprocessor_config.json").write_text("{")
-    with pytest.raises(BadInput, match="the file is not JSON: .*preprocessor_config.json"):
+    with pytest.raises(BadInput, match="not valid JSON: .*preprocessor_config.json"):
         image_task(images).load_data(base)
 
 

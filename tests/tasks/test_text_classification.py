@@ -173,7 +173,7 @@ BY_RATING = {"columns": {"text": 0, "label": 1}, "classes": {"low": "< 1", "high
         ("a.tsv", "text\tlabel\n" + TWO, {"classes": {"a": "> 1,", "b": "< 1"}}, "condition not understood"),
         ("a.csv", b"text,label\n\xff\xfe,pos\n", {}, "the file is not UTF-8"),
         ("a.jsonl", '{"text": "good", "label": "pos"}\n{nope\n', {}, "line is not a JSON object: .*a.jsonl, row 2"),
-        ("a.jsonl", "[1]\n", {}, "line is not a JSON object: .*, row 1; found list"),
+        ("a.jsonl", "[1]\n", {}, "line is not a JSON object: .*, row 1; found Input should be an object"),
         ("a.jsonl", '{"texts": "good", "label": 1}\n', {}, "no column 'text': .*, row 1; .*did you mean 'texts'?"),
         ("a.jsonl", '{"text": 3, "label": 1}\n', {}, "row without text: .*, row 1; found 3"),
         ("a.jsonl", '{"text": "good", "label": null}\n', {}, "row without a label: .*, row 1"),
