@@ -1,4 +1,4 @@
-"""Flux.1, Kontext, Chroma, Flux.2 and HunyuanVideo: double and single blocks."""
+"""Flux.1, Kontext, Chroma and Flux.2: double and single blocks."""
 
 from __future__ import annotations
 
