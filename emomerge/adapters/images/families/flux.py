@@ -48,6 +48,18 @@ def _flux(_: Iterable[str]) -> list[Rule]:
     ]
 
 
+_DISTILLED = {"in_layer": "linear_1", "out_layer": "linear_2"}
+
+
+def _chroma(names: Iterable[str]) -> list[Rule]:
+    guidance = "distilled_guidance_layer"
+    return [
+        *_flux(names),
+        *each(f"{guidance}.layers.{{n}}.{{}}.{{p}}", _DISTILLED, f"{guidance}.layers.{{n}}.{{}}.{{p}}"),
+        Rule(f"{guidance}.norms.{{n}}.scale", f"{guidance}.norms.{{n}}.weight"),
+    ]
+
+
 _DOUBLE_2 = _DOUBLE | {
     "img_mlp.0": "ff.linear_in", "img_mlp.2": "ff.linear_out",
     "txt_mlp.0": "ff_context.linear_in", "txt_mlp.2": "ff_context.linear_out",
@@ -76,6 +88,6 @@ def _flux2(_: Iterable[str]) -> list[Rule]:
 
 FAMILIES = (
     Family("Flux.2", ("double_stream_modulation_img.lin.weight", "double_stream_modulation_img.linear.weight"), _flux2),
-    Family("Chroma", ("distilled_guidance_layer.{*}",), _flux),
+    Family("Chroma", ("distilled_guidance_layer.{*}",), _chroma),
     Family("Flux.1", ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"), _flux),
 )
