@@ -58,3 +58,40 @@ def context(digits, base_folder, tmp_path):
         return changed.using(task or own_task, data)
 
     return context
+
+
+class Kills:
+    """Raises Stop at the `left`-th event from now on.
+
+    Attributes:
+        left: events until the next kill.
+        step: the last step that a run took.
+    """
+
+    class Stop(Exception):
+        """Stands for a kill: nothing of the runs survives it but their files."""
+
+    def __init__(self) -> None:
+        self.left, self.step = 0, 0
+
+    def event(self, spec=None, row=None):
+        """Count an event; also a callback after steps."""
+        self.left, self.step = self.left - 1, row["step"] if row else self.step
+        if self.left == 0:
+            raise self.Stop
+
+    def around(self, function):
+        """Return a function that counts an event before and after each call."""
+
+        def watched(*args, **kwargs):
+            self.event()
+            result = function(*args, **kwargs)
+            self.event()
+            return result
+
+        return watched
+
+
+@pytest.fixture
+def kills():
+    return Kills()

@@ -156,42 +156,26 @@ def test_one_round_is_none(train):
     ],
     ids=["sequential", "stacked", "full-two-seeds"],
 )
-def test_killed_again_and_again_in_every_round_they_end_with_the_same_bits(train, monkeypatch, changes):
+def test_killed_again_and_again_in_every_round_they_end_with_the_same_bits(train, monkeypatch, kills, changes):
     """Killed after steps, before and after files are written, between the runs of a round, before and after a meeting."""
     options = {"rounds": 6, "outer": Outer(), "average": "lawa", "checkpoint_every": 2, "optimizers": ("sens", "cats")}
     options |= changes
     whole = train("whole", **options)
-    left, at, killed = 0, 0, set()
-
-    def event(spec=None, row=None):
-        nonlocal left, at
-        left, at = left - 1, row["step"] if row else at
-        if left == 0:
-            raise Stop
-
-    def with_events(function):
-        def watched(*args, **kwargs):
-            event()
-            result = function(*args, **kwargs)
-            event()
-            return result
-
-        return watched
-
-    watched = with_events(rounds.save_state)
+    killed = set()
+    watched = kills.around(rounds.save_state)
     for module in ("run_dir", "rounds"):
         monkeypatch.setattr(f"emomerge.training.{module}.save_state", watched)
-    monkeypatch.setattr(TrainingRun, "finish", with_events(TrainingRun.finish))
-    monkeypatch.setattr(KeptRounds, "keep", with_events(KeptRounds.keep))
+    monkeypatch.setattr(TrainingRun, "finish", kills.around(TrainingRun.finish))
+    monkeypatch.setattr(KeptRounds, "keep", kills.around(KeptRounds.keep))
     for name in ("save_adapted", "write_mean"):
-        monkeypatch.setattr(rounds, name, with_events(getattr(rounds, name)))
+        monkeypatch.setattr(rounds, name, kills.around(getattr(rounds, name)))
     for attempt in range(100):
-        left = 6 + attempt % 5
+        kills.left = 6 + attempt % 5
         try:
-            runs = train("cut", on_step=event, **options)
+            runs = train("cut", on_step=kills.event, **options)
             break
-        except Stop:
-            killed.add((at - 1) // 2)
+        except kills.Stop:
+            killed.add((kills.step - 1) // 2)
     assert hashes(runs) == hashes(whole)
     for seed in changes.get("seeds", (0,)):
         assert len(kept(whole, seed)) > 3

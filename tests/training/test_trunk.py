@@ -19,10 +19,6 @@ from emomerge.training.state import load_state, of_kind
 FULL, LORA = Full(kind="full"), Lora(kind="lora", rank=2)
 
 
-class Stop(Exception):
-    """Stands for a kill: nothing of the runs survives it but their files."""
-
-
 @pytest.fixture
 def train(digits, context):
     _, task, _ = digits
@@ -113,34 +109,18 @@ def test_runs_start_from_the_chosen_snapshot(train, adapter):
 @pytest.mark.parametrize(
     "options", [{"adapter": FULL}, {"adapter": LORA, "parallel": "stacked", "rounds": 2}], ids=["full", "lora"]
 )
-def test_killed_again_and_again_they_end_with_the_same_bits(train, monkeypatch, options):
+def test_killed_again_and_again_they_end_with_the_same_bits(train, monkeypatch, kills, options):
     options = {**options, "choose": lambda spec: spec.snapshots[1]}
-    whole, left = train("whole", **options), 0
-
-    def event(spec=None, row=None):
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise Stop
-
-    def with_events(function):
-        def watched(*args, **kwargs):
-            event()
-            result = function(*args, **kwargs)
-            event()
-            return result
-
-        return watched
-
-    monkeypatch.setattr(TrainingRun, "finish", with_events(TrainingRun.finish))
+    whole = train("whole", **options)
+    monkeypatch.setattr(TrainingRun, "finish", kills.around(TrainingRun.finish))
     for name in ("save_state", "weights_of"):
-        monkeypatch.setattr(trunk, name, with_events(getattr(trunk, name)))
+        monkeypatch.setattr(trunk, name, kills.around(getattr(trunk, name)))
     for attempt in range(60):
-        left = 4 + attempt % 5
+        kills.left = 4 + attempt % 5
         try:
-            made = train("cut", on_step=event, **options)
+            made = train("cut", on_step=kills.event, **options)
             break
-        except Stop:
+        except kills.Stop:
             continue
     assert attempt > 2
     assert hashes(made) == hashes(whole)
