@@ -29,6 +29,11 @@ def hostile():
 
 
 @pytest.fixture(scope="module")
+def damaging(hostile):
+    return importlib.import_module("hostile_damage")
+
+
+@pytest.fixture(scope="module")
 def readers(hostile):
     torch.set_num_threads(1)
     pytest.importorskip("transformers")
@@ -47,14 +52,14 @@ def test_every_reader_is_among_them(readers):
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"page"}))  # whose figures take seconds
-def test_damaged_inputs_end_in_success_or_one_line(hostile, readers, name, tmp_path):
+def test_damaged_inputs_end_in_success_or_one_line(damaging, readers, name, tmp_path):
     reader = readers[name]
     for file, data in reader.files.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes(data)
     reader.read(tmp_path)  # the sample itself is sound
     trials = TRIALS.get(name, 6 if name.startswith("command") else 40)
-    outcome = hostile.campaign(name, hostile.Reader(reader.files, reader.read, 1.0, reader.folder_kinds), 1, trials)
+    outcome = damaging.campaign(name, damaging.Reader(reader.files, reader.read, 1.0, reader.folder_kinds), 1, trials)
     assert outcome.failures == {}
     assert outcome.trials == outcome.accepted + outcome.refused == trials
 
@@ -74,8 +79,8 @@ def test_every_method_on_odd_tensors(hostile, method):
         (lambda folder: _refuse(folder), "a message with"),
     ],
 )
-def test_the_campaign_notices_failures(hostile, read, kind):
-    outcome = hostile.campaign("x", hostile.Reader({"a.json": b"{}"}, read, folder_kinds=False), 0, 1)
+def test_the_campaign_notices_failures(damaging, read, kind):
+    outcome = damaging.campaign("x", damaging.Reader({"a.json": b"{}"}, read, folder_kinds=False), 0, 1)
     assert [failure[: len(kind)] for failure in outcome.failures] == [kind]
 
 
@@ -85,9 +90,9 @@ def _refuse(folder):
     raise error
 
 
-def test_a_trial_depends_on_its_number_alone(hostile):
+def test_a_trial_depends_on_its_number_alone(damaging):
     def drawn(number):
-        return hostile.damaged_file("a.json", b'{"a": [1, 2, {"b": "c"}]}', random.Random(f"0 x {number}"))
+        return damaging.damaged_file("a.json", b'{"a": [1, 2, {"b": "c"}]}', random.Random(f"0 x {number}"))
 
     assert [drawn(i) for i in range(50)] == [drawn(i) for i in range(50)]
     assert len({drawn(i) for i in range(50)}) > 30
