@@ -130,15 +130,17 @@ def trainer_of(header: Header) -> str | None:
 _SDXL = re.compile(r"input_blocks_[78]_1_|transformer_blocks_[2-9]_attn|down_blocks_2_attentions_\d_transformer_blocks_1_|te2_")
 _FAMILIES = (
     ("Flux.2", re.compile(r"(double|single)_stream_modulation|to_qkv_mlp_proj")),
+    ("HunyuanVideo", re.compile(
+        r"individual_token_refiner|refiner_blocks|(img|txt)_mlp_fc[12]|_mod_linear|modulation_linear|double_blocks_19_")),
     ("Flux.1 or similar", re.compile(r"double_blocks_|single_blocks_|single_transformer_blocks_")),
     ("SD3", re.compile(r"joint_blocks_")),
-    ("Wan", re.compile(r"(?<![a-z]_)blocks_\d+_(self_attn|cross_attn)_[qkvo](_|$)|blocks_\d+_ffn_")),
+    ("Anima", re.compile(r"llm_adapter_|blocks_\d+_(self|cross)_attn_\w+_proj|adaln_modulation|blocks_\d+_norm\d_linear_\d")),
+    ("Wan", re.compile(r"blocks_\d+_(self_attn|cross_attn)_[qkvo](_|$)|blocks_\d+_ffn_")),
     ("Qwen-Image", re.compile(r"transformer_blocks_\d+_(img|txt)_(mlp|mod)")),
-    ("Anima", re.compile(r"llm_adapter_|blocks_\d+_self_attn_q_proj")),
     ("Z-Image or Lumina 2", re.compile(r"(layers|noise_refiner|context_refiner)_\d+_(attention|attn|feed_forward)")),
     ("SD1.5 or SD2", re.compile(r"input_blocks_\d|output_blocks_\d|down_blocks_\d|up_blocks_\d|mid_block")),
     ("SD3 or similar", re.compile(r"transformer_blocks_\d+_")),
-)
+)  # fmt: skip
 
 
 def family_of(names: Iterable[str]) -> str | None:

@@ -153,11 +153,13 @@ class Family(NamedTuple):
         name: for messages.
         marks: names, one of which every member has in the original layout, and in diffusers' layout.
         rules: the table between the layouts, given the names of a base.
+        further: tables of further layouts, each in the place of the original one.
     """
 
     name: str
     marks: tuple[str, ...]
     rules: Callable[[Iterable[str]], list[Rule]]
+    further: tuple[Callable[[Iterable[str]], list[Rule]], ...] = ()
 
     def has(self, names: Iterable[str]) -> bool:
         """Return whether a model belongs to this family."""

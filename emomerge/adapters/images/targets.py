@@ -21,11 +21,14 @@ Parameters = Mapping[str, tuple[Place, ...]]
 """Parameter of a module, such as `weight` → its places in the base."""
 
 _DENOISER, _ENCODERS = ("denoiser",), ("text_encoder", "text_encoder_2", "text_encoder_3")
+_CONDITIONER = ("text_conditioner",)
 _WRAPPER = "base_model.model."
 PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("lora_unet__", _DENOISER), ("lora_unet_", _DENOISER), ("oft_unet_", _DENOISER), ("lora_transformer_", _DENOISER),
     ("lora_prior_unet_", _DENOISER), ("lycoris_", _DENOISER), ("model.diffusion_model.", _DENOISER),
     ("diffusion_model.", _DENOISER), ("unet.", _DENOISER), ("transformer.", _DENOISER), ("denoiser.", _DENOISER),
+    ("net.", _DENOISER), ("lora_unet_llm_adapter_", _CONDITIONER), ("diffusion_model.llm_adapter.", _CONDITIONER),
+    ("llm_adapter.", _CONDITIONER), ("text_conditioner.", _CONDITIONER),
     ("lora_te_", ("text_encoder",)), ("lora_te1_", ("text_encoder",)), ("lora_te2_", ("text_encoder_2", "text_encoder_3")),
     ("lora_te3_", ("text_encoder_3", "text_encoder_2")), ("text_encoder.", ("text_encoder",)),
     ("text_encoder_2.", ("text_encoder_2",)), ("text_encoder_3.", ("text_encoder_3",)),
@@ -109,6 +112,9 @@ def _parts(base: Checkpoint) -> dict[str, Part]:
     for part in _ENCODERS:
         if part in prefixes:
             found[part] = _part(whole, prefixes[part], TEXT_ENCODERS)
+    conditioner = prefixes.get("text_conditioner", f"{denoiser}llm_adapter." if denoiser is not None else None)
+    if conditioner is not None and any(name.startswith(conditioner) for name in whole):
+        found["text_conditioner"] = _part(whole, conditioner, ())
     return found
 
 
@@ -123,7 +129,7 @@ def _part(whole: Shapes, prefix: str, families: tuple[Family, ...]) -> Part:
     family = family_of(shapes, families)
     spellings = [native(shapes)]
     if family is not None:
-        spellings.append(alias(shapes, family.rules(tuple(shapes))))
+        spellings += [alias(shapes, table(tuple(shapes))) for table in (family.rules, *family.further)]
     full = [
         {name: tuple(place._replace(tensor=prefix + place.tensor) for place in places) for name, places in spelling.items()}
         for spelling in spellings

@@ -59,6 +59,13 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "Wan, image to video": (
         "WanTransformer3DModel", {"num_layers": 2, "image_dim": 1280, "added_kv_proj_dim": 5120}, "wan_transformer_to", 87,
     ),
+    "HunyuanVideo": (
+        "HunyuanVideoTransformer3DModel", {"num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 2},
+        "hunyuan_video_transformer_to", 156,
+    ),
+    "Anima": (
+        "CosmosTransformer3DModel", {"num_layers": 2, "extra_pos_embed_type": None}, "cosmos_transformer_checkpoint_to", 47,
+    ),
 }  # fmt: skip
 
 

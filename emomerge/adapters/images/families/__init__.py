@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from emomerge.adapters.images.families import clip, flux, qwen, sd3, unet, wan, zimage
+from emomerge.adapters.images.families import anima, clip, flux, hunyuan, qwen, sd3, unet, wan, zimage
 from emomerge.adapters.images.layouts import Family
 
 DENOISERS: tuple[Family, ...] = (
-    *unet.FAMILIES, *sd3.FAMILIES, *flux.FAMILIES, *zimage.FAMILIES, *wan.FAMILIES, *qwen.FAMILIES,
+    *unet.FAMILIES, *sd3.FAMILIES, *hunyuan.FAMILIES, *flux.FAMILIES, *zimage.FAMILIES, *wan.FAMILIES, *qwen.FAMILIES,
+    *anima.FAMILIES,
 )  # fmt: skip
 """The first family that has the names of a base is taken."""
 TEXT_ENCODERS: tuple[Family, ...] = clip.FAMILIES
