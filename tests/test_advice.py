@@ -160,14 +160,6 @@ def _exchanged(tmp: Path) -> None:
     works("merge", base, lora, "--method", "mean", "-o", tmp / "merged")
 
 
-@follows("name the model first, or give their base with --base")
-def _compared(tmp: Path) -> None:
-    base, lora = model(tmp / "base"), adapter(tmp / "adapter")
-    assert refused("inspect", lora, base).endswith("name the model first, or give their base with --base")
-    works("inspect", base, lora)
-    works("inspect", lora, base, "--base", base)
-
-
 @follows("name two paths")
 def _one_path(tmp: Path) -> None:
     base = model(tmp / "base")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 if TYPE_CHECKING:
     from emomerge.adapters.change import Change
@@ -49,6 +49,14 @@ class AdapterFormat(Protocol):
 
     def facts(self, path: Path) -> dict[str, Any]:
         """Return what `emomerge inspect` shows about the adapter, ready for JSON. Raises BadInput if it is damaged."""
+
+
+@runtime_checkable
+class Fitting(Protocol):
+    """A format that can say how much of an adapter fits a base, without changing anything."""
+
+    def fit(self, path: Path, base: Checkpoint) -> dict[str, Any]:
+        """Return what `emomerge inspect ADAPTER BASE` adds to `facts`, ready for JSON."""
 
 
 def all_formats() -> Iterator[AdapterFormat]:

@@ -16,6 +16,7 @@ from emomerge.errors import BadInput
     """
     emomerge inspect out/digits/base out/digits/runs/sens-0
     emomerge inspect run-a run-b --base base --top 10
+    emomerge inspect lora.safetensors sdxl.safetensors
     """,
 )  # fmt: skip
 @click.argument("path")
@@ -25,13 +26,16 @@ from emomerge.errors import BadInput
 @quiet_option
 @json_option
 def inspect(path: str, other: str | None, base: str | None, top: int, quiet: bool, as_json: bool) -> None:
-    """Describe PATH, a checkpoint or an adapter; with OTHER, list the tensors that differ, largest differences first."""
-    from emomerge.cli.inspection import compare, describe, kernels, show_comparison, show_description
+    """Describe PATH, a checkpoint or an adapter; with OTHER, list the tensors that differ, largest differences first.
 
-    if other is None:
+    If PATH is an adapter and OTHER a model, say how much of the adapter fits the model.
+    """
+    from emomerge.cli.inspection import compare, describe, fits, kernels, show_comparison, show_description
+
+    if other is None or (base is None and fits(path, other)):
         if base is not None:
             raise BadInput("--base belongs to a comparison", found=base, fix="name two paths")
-        described = {**describe(path), "kernels": kernels()}
+        described = {**describe(path, other), "kernels": kernels()}
         print_json(described) if as_json else console().print(show_description(described))
     else:
         compared = compare(path, other, base=base)

@@ -11,19 +11,24 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from emomerge.adapters import artefact_of, format_of, is_adapter, open_dense, open_run
+from emomerge.adapters import artefact_of, bake, format_of, is_adapter, open_dense, open_run
+from emomerge.adapters.formats import Fitting
 from emomerge.adapters.unsupported import family_of, quantization_of
 from emomerge.checkpoints import Checkpoint, open_checkpoint
 from emomerge.checkpoints.atomic import size
 from emomerge.checkpoints.reader import UNQUANTIZED
-from emomerge.errors import BadInput
 
 PIECE = 2**20
 """Number of elements compared at a time."""
 
 
-def describe(path: str) -> dict[str, Any]:
-    """Return kind, size and dtypes of a checkpoint, adapter or run directory, and the base of an adapter."""
+def describe(path: str, base: str | None = None) -> dict[str, Any]:
+    """Return kind, size and dtypes of a checkpoint, adapter or run directory, and the base of an adapter.
+
+    Args:
+        path: what to describe.
+        base: for an adapter, a model: how much of the adapter fits it is described, too.
+    """
     place = artefact_of(path)
     form = format_of(place)
     opened = _open(path)
@@ -37,7 +42,23 @@ def describe(path: str) -> dict[str, Any]:
         "bytes": sum(info.nbytes for info in infos), "dtypes": dict(dtypes),
         **(form.facts(place) if form else {}), **({"to use it": unsupported.fix} if unsupported else {}),
         **({"quantized": quantized, "to use it": UNQUANTIZED} if quantized else {}),
+        **({"base": base, **_fit(path, base)} if base is not None else {}),
     }  # fmt: skip
+
+
+def fits(path: str, other: str) -> bool:
+    """Return whether `path` is an adapter and `other` is not, so that it may be the base."""
+    return is_adapter(artefact_of(path)) and not is_adapter(artefact_of(other))
+
+
+def _fit(path: str, base: str) -> dict[str, Any]:
+    """Return how much of an adapter fits a base."""
+    place, origin = artefact_of(path), open_dense(base)
+    form: object = format_of(place)
+    if isinstance(form, Fitting):
+        return form.fit(place, origin)
+    changed = len(bake(origin, place).touched())
+    return {"tensors changed": f"{changed} of {len(origin)}"}
 
 
 def _open(path: str) -> Checkpoint:
@@ -107,11 +128,8 @@ def _open_pair(path: str, other: str, base: str | None) -> tuple[Checkpoint, Che
     if base is not None:
         origin = open_dense(base)
         return open_run(origin, path), open_run(origin, other), origin
-    adapters = [is_adapter(artefact_of(place)) for place in (path, other)]
-    if adapters == [True, False]:
-        raise BadInput("an adapter against a model", where=path, fix="name the model first, or give their base with --base")
-    here = _open(path)
-    return here, (_open(other) if all(adapters) else open_run(here, other)), None
+    here, adapters = _open(path), all(is_adapter(artefact_of(place)) for place in (path, other))
+    return here, (_open(other) if adapters else open_run(here, other)), None
 
 
 @dataclass

@@ -101,7 +101,9 @@ def test_adapters_by_what_they_do_and_by_their_factors(models):
     assert list(factors) == ["base_model.model.x.lora_B.weight"]
     against_base = rows(compare("dense.safetensors", "p"))
     assert against_base.keys() == {"x.weight"}
-    fails(call("inspect", "p", "dense.safetensors"), "an adapter against a model", "--base")
+    described = json.loads(call("inspect", "p", "dense.safetensors", "--json").output)
+    assert described["kind"] == "adapter"
+    assert (described["base"], described["tensors changed"]) == ("dense.safetensors", "1 of 2")
 
 
 def test_nothing_in_common_and_other_shapes(models):

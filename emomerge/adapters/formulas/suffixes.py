@@ -34,6 +34,8 @@ _KEY = re.compile(
     rf"(.+?)\.({'|'.join(re.escape(spelling) for spelling in sorted(_CANONICAL, key=len, reverse=True))}|oft_blocks\.\d+)"
 )
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_(?:q|k|v|out))_lora\.(up|down)\.weight")
+# XLabs: the processors of Flux's blocks; 1 is the image and 2 the text. In a single block, `qkv` is the first part of linear1.
+_XLABS = re.compile(r"(.*\.)?(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(up|down)\.weight")
 _ADAPTER_NAME = re.compile(r"(\.(?:lora_[AB]|lora_magnitude_vector|oft_R))\.default(?=$|\.weight$|\.bias$)")
 
 
@@ -48,5 +50,10 @@ def split_key(key: str) -> tuple[str, str] | None:
     if match := _PROCESSOR.fullmatch(key):  # diffusers up to 0.21: the attention processor held the factors
         projection = "to_out.0" if match[2] == "to_out" else match[2]
         return f"{match[1]}.{projection}", f"lora_{match[3]}"
+    if (match := _XLABS.fullmatch(key)) and (match[2] == "double") == bool(match[5]):
+        block = f"{match[1] or ''}{match[2]}_blocks.{match[3]}"
+        if match[2] == "single":
+            return f"{block}.{'linear2' if match[4] == 'proj' else 'linear1_qkv'}", f"lora_{match[6]}"
+        return f"{block}.{'img' if match[5] == '1' else 'txt'}_attn.{match[4]}", f"lora_{match[6]}"
     match = _KEY.fullmatch(_ADAPTER_NAME.sub(r"\1", key))
     return (match[1], _CANONICAL.get(match[2], match[2])) if match else None

@@ -38,5 +38,11 @@ class _Images:
 
         return facts_of(path)
 
+    def fit(self, path: Path, base: Checkpoint) -> dict[str, Any]:
+        """Return the family of the base and how many modules it has of those that the adapter changes."""
+        from emomerge.adapters.images.reader import fit_of
+
+        return fit_of(path, base)
+
 
 IMAGES = _Images()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,10 @@ from emomerge.files import JsonObject, parse_json
 
 SUFFIX = ".safetensors"
 _LARGEST_HEADER = 100_000_000
-_EXPLICIT = re.compile(r"(lora|oft)_(unet|te\d?|transformer|prior)_.+|lycoris_.+|bundle_emb\..+")
+_EXPLICIT = re.compile(r"(lora|oft)_(unet|te\d?|transformer|prior)_.+|lycoris_.+|bundle_emb\..+|.+\.processor\.\w+_lora\d?\..+")
 _PARTS = re.compile(
-    r"(base_model\.model\.)?(unet|prior|transformer(?!\.h\.)|text_encoders?(_\d)?|diffusion_model|model\.diffusion_model"
+    r"(base_model\.model\.)?(unet|prior|transformer(?!\.h\.)|text_encoders?(_\d)?|diffusion_model|model\.diffusion_model|net"
+    r"|llm_adapter|text_conditioner|clip_[lg]|t5"
     r"|(single_)?transformer_blocks|double_blocks|single_blocks|joint_blocks|input_blocks|output_blocks|middle_block"
     r"|down_blocks|up_blocks|mid_block|noise_refiner|context_refiner|blocks\.\d+\.(self_attn|cross_attn|attn1|attn2)"
     r"|layers\.\d+\.(attention|attn)\.(qkv|out|to_\w+))\.(?!$).*"
@@ -92,61 +93,3 @@ def _is_explicit(name: str, suffix: str) -> bool:
         return True
     spelled = name.endswith((".lora_up.weight", ".lora_down.weight", ".lora_mid.weight"))
     return spelled or (suffix not in _PEFT and not name.startswith("base_model."))
-
-
-_TRAINERS = (
-    ("ot_", "OneTrainer"), ("ss_", "sd-scripts"), ("software", "ai-toolkit"), ("lora_adapter_metadata", "diffusers"),
-)  # fmt: skip
-
-
-def trainer_of(header: Header) -> str | None:
-    """Return the program that wrote a file, as far as its metadata and names tell."""
-    metadata = header.metadata
-    if any(key.startswith("ot_") for key in metadata):
-        return "OneTrainer"
-    if "ai-toolkit" in metadata.get("software", ""):
-        return "ai-toolkit"
-    module = metadata.get("ss_network_module", "")
-    if "lycoris" in module:
-        return "LyCORIS"
-    if module.startswith("networks.") and re.search(r"networks\.lora_(wan|framepack|qwen|zimage|flux_2|kandinsky|hv)", module):
-        return "musubi-tuner"
-    if module:
-        return "sd-scripts"
-    if "lora_adapter_metadata" in metadata:
-        return "diffusers"
-    names = tuple(header.sizes)
-    if any(name.startswith("lycoris_") for name in names):
-        return "LyCORIS"
-    if any(name.startswith("lora_unet_") for name in names):
-        return "sd-scripts or compatible"
-    if any(name.startswith("diffusion_model.") for name in names):
-        return "ComfyUI or compatible"
-    if any(name.startswith(("unet.", "transformer.", "text_encoder")) for name in names):
-        return "diffusers or compatible"
-    return None
-
-
-_SDXL = re.compile(r"input_blocks_[78]_1_|transformer_blocks_[2-9]_attn|down_blocks_2_attentions_\d_transformer_blocks_1_|te2_")
-_FAMILIES = (
-    ("Flux.2", re.compile(r"(double|single)_stream_modulation|to_qkv_mlp_proj")),
-    ("HunyuanVideo", re.compile(
-        r"individual_token_refiner|refiner_blocks|(img|txt)_mlp_fc[12]|_mod_linear|modulation_linear|double_blocks_19_")),
-    ("Flux.1 or similar", re.compile(r"double_blocks_|single_blocks_|single_transformer_blocks_")),
-    ("SD3", re.compile(r"joint_blocks_")),
-    ("Anima", re.compile(r"llm_adapter_|blocks_\d+_(self|cross)_attn_\w+_proj|adaln_modulation|blocks_\d+_norm\d_linear_\d")),
-    ("Wan", re.compile(r"blocks_\d+_(self_attn|cross_attn)_[qkvo](_|$)|blocks_\d+_ffn_")),
-    ("Qwen-Image", re.compile(r"transformer_blocks_\d+_(img|txt)_(mlp|mod)")),
-    ("Z-Image or Lumina 2", re.compile(r"(layers|noise_refiner|context_refiner)_\d+_(attention|attn|feed_forward)")),
-    ("SD1.5 or SD2", re.compile(r"input_blocks_\d|output_blocks_\d|down_blocks_\d|up_blocks_\d|mid_block")),
-    ("SD3 or similar", re.compile(r"transformer_blocks_\d+_")),
-)  # fmt: skip
-
-
-def family_of(names: Iterable[str]) -> str | None:
-    """Return the family of models that an adapter is for, from the names of its modules; None if they do not tell."""
-    flat = [name.replace(".", "_") for name in names]
-    unet = re.compile(r"(input|output|down|up)_blocks?_\d|middle_block|mid_block")
-    if any(unet.search(name) for name in flat):
-        return "SDXL" if any(_SDXL.search(name) for name in flat) else "SD1.5 or SD2"
-    return next((family for family, pattern in _FAMILIES if any(pattern.search(name) for name in flat)), None)

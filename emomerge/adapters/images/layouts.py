@@ -105,8 +105,8 @@ def _sizes(name: str, parts: int, shapes: Shapes) -> list[int]:
     rows = shapes[name][0]
     weight = re.sub(r"bias$", "weight", name)
     columns = shapes.get(weight, (rows, rows // parts))[1]
-    if parts == 2:
-        return [rows // 2, rows - rows // 2]
+    if parts == 2:  # q, k and v as one, and the MLP
+        return [3 * columns, rows - 3 * columns]
     if parts > 3:
         return [columns, columns, columns, rows - 3 * columns]
     if rows % 3 == 0 and (rows // 3 == columns or (rows - columns) % 2 or rows <= columns):

@@ -19,16 +19,33 @@ from torch import Tensor
 from emomerge.adapters.change import Change
 from emomerge.adapters.formulas import ModuleChange, module_of, split_key
 from emomerge.adapters.images.edits import Edit, change_of, edits_of, shape_of
-from emomerge.adapters.images.grammar import family_of, read_header, trainer_of
+from emomerge.adapters.images.grammar import read_header
 from emomerge.adapters.images.layouts import Place
+from emomerge.adapters.images.recognition import family_of, trainer_of
 from emomerge.adapters.images.targets import Parameters, Targets
 from emomerge.checkpoints import Checkpoint, open_checkpoint
+from emomerge.checkpoints.companions import note
 from emomerge.errors import BadInput
 
 _IGNORED = re.compile(r".*\bposition_ids")
 """Keys without an effect."""
+_SPLIT = re.compile(r'"?split_qkv"?\s*[:=]\s*"?true', re.IGNORECASE)
 _EFFECTS = {"lora_up", "diff", "diff_b", "diff_m", "w_norm", "b_norm"}
 """Suffixes of tensors without which a module has no effect."""
+
+_UNKNOWN = ("keys that are not of an adapter", "remove them if they are not needed")
+_STRANGE = (
+    (
+        re.compile(r"bundle_emb\..+"), "keys that are not of an adapter, but embeddings",
+        "remove them, and load them in your image program",
+    ),
+    (
+        re.compile(r".+\.(query|key)_norm\.scale"),
+        "a control LoRA of Black Forest Labs, which replaces norms and enlarges img_in",
+        "load it in diffusers or ComfyUI instead: a model with it has other inputs than its base",
+    ),
+)  # fmt: skip
+"""Keys that are known, but not read: pattern, what is wrong, what to do."""
 
 
 def read_file(path: Path, base: Checkpoint, *, allow_unmatched: bool) -> dict[str, Change]:
@@ -40,6 +57,8 @@ def read_file(path: Path, base: Checkpoint, *, allow_unmatched: bool) -> dict[st
     unmatched = [name for name, parameters in found.items() if parameters is None and not file.is_zero(name)]
     if unmatched:
         _report_unmatched(file, unmatched, targets, base, allow_unmatched=allow_unmatched)
+    if weak := file.weaker_than_trained:
+        note(f"{path}: {weak}")
     edits: dict[str, list[Edit]] = defaultdict(list)
     for name, module in modules.items():
         parameters = found[name]
@@ -61,12 +80,24 @@ def facts_of(path: Path) -> dict[str, Any]:
     alphas = Counter("none" if module.alpha is None else f"{module.alpha:g}" for module in modules.values())
     found = {
         "family": family_of(modules),
-        "trainer": None if header is None else trainer_of(header),
+        "trainer": None if header is None else trainer_of(header.sizes, header.metadata),
         "modules": len(modules),
         "kinds": [f"{kind} × {count}" for kind, count in Counter(module.kind for module in modules.values()).most_common()],
         "ranks": [f"{rank} × {count}" for rank, count in sorted(ranks.items())],
         "alphas": [f"{alpha} × {count}" for alpha, count in alphas.most_common()],
+        "note": file.weaker_than_trained,
     }
+    return {key: value for key, value in found.items() if value}
+
+
+def fit_of(path: Path, base: Checkpoint) -> dict[str, Any]:
+    """Return what `emomerge inspect` shows about an adapter file and a base."""
+    file, targets = AdapterFile(path), Targets(base)
+    unmatched = [name for name in sorted(file.tensors) if targets.find(name, where=f"{path}, {name}") is None]
+    total = len(file.tensors)
+    found = {"family of the base": targets.family, "modules in the base": f"{total - len(unmatched)} of {total}"}
+    if unmatched:
+        found["not in the base"] = ", ".join(unmatched[:3]) + (" …" if len(unmatched) > 3 else "")
     return {key: value for key, value in found.items() if value}
 
 
@@ -92,12 +123,9 @@ class AdapterFile:
             keys[found] = key
             self.tensors[found[0]][found[1]] = opened[key]
         if unknown:
-            raise BadInput(
-                "keys that are not of an adapter",
-                where=f"{self.path}, {unknown[0]}",
-                found=f"{len(unknown)} of {len(opened)} tensors",
-                fix=_fix_of(unknown[0]),
-            )
+            what, fix = next((found for pattern, *found in _STRANGE if pattern.fullmatch(unknown[0])), _UNKNOWN)
+            found_of = f"{len(unknown)} of {len(opened)} tensors"
+            raise BadInput(what, where=f"{self.path}, {unknown[0]}", found=found_of, fix=fix)
 
     def modules(self) -> dict[str, ModuleChange]:
         """Return what the adapter does to each module, in the order of the names."""
@@ -119,6 +147,21 @@ class AdapterFile:
         """The metadata in the header of the file."""
         header = read_header(self.path)
         return {} if header is None else header.metadata
+
+    @property
+    def weaker_than_trained(self) -> str | None:
+        """What to know about a file of sd-scripts with `split_qkv`: fused modules have several times the rank, but not α."""
+        trained = self.metadata.get("ss_network_dim", "")
+        if not (trained.isdecimal() and _SPLIT.search(self.metadata.get("ss_network_args", ""))):
+            return None
+        ranks = {name: len(tensors["lora_down"]) for name, tensors in self.tensors.items() if "lora_down" in tensors}
+        weak = [name for name, rank in ranks.items() if name.endswith(("_qkv", "_linear1")) and rank in _several(int(trained))]
+        if not weak:
+            return None
+        return (
+            f"sd-scripts saved {len(weak)} fused modules (split_qkv) with 3 or 4 times the rank of training and an unchanged"
+            " alpha, so that they act 3 or 4 times weaker than in training; they are taken as the file says, as elsewhere"
+        )
 
     @cached_property
     def _configuration(self) -> dict[str, Any]:
@@ -148,18 +191,16 @@ class AdapterFile:
         return tensors | {"alpha": torch.tensor(alpha, dtype=torch.float64)}
 
 
+def _several(rank: int) -> tuple[int, int]:
+    return 3 * rank, 4 * rank
+
+
 def _matching(pattern: Any, module: str, default: Any) -> Any:
     """Return the value of the first name of a pattern that is the end of a module's name."""
     for name, value in pattern.items() if isinstance(pattern, dict) else ():
         if f".{module}".endswith(f".{name.removeprefix('^')}"):
             return value
     return default
-
-
-def _fix_of(key: str) -> str:
-    if key.startswith("bundle_emb."):
-        return "embeddings are not weights: remove them, and load them in your image program"
-    return "remove them if they are not needed"
 
 
 def _places(parameters: Parameters, parameter: str, *, where: str) -> tuple[Place, ...]:

@@ -33,7 +33,8 @@ PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("lora_te3_", ("text_encoder_3", "text_encoder_2")), ("text_encoder.", ("text_encoder",)),
     ("text_encoder_2.", ("text_encoder_2",)), ("text_encoder_3.", ("text_encoder_3",)),
     ("text_encoders.clip_l.", ("text_encoder",)), ("text_encoders.clip_g.", ("text_encoder_2",)),
-    ("text_encoders.t5xxl.", ("text_encoder_3", "text_encoder_2")), ("lycoris_te1_", ("text_encoder",)),
+    ("text_encoders.t5xxl.", ("text_encoder_3", "text_encoder_2")), ("clip_l.", ("text_encoder",)),
+    ("clip_g.", ("text_encoder_2",)), ("t5.", ("text_encoder_3", "text_encoder_2")), ("lycoris_te1_", ("text_encoder",)),
     ("lycoris_te2_", ("text_encoder_2",)), ("", _DENOISER), ("", ("whole",)),
 )  # fmt: skip
 """How the key of a module begins, and the parts that it may then be in; the first part that has the module is taken.

@@ -48,6 +48,15 @@ def _flux(_: Iterable[str]) -> list[Rule]:
     ]
 
 
+def _xlabs(_: Iterable[str]) -> list[Rule]:
+    """Return the table of the rows of q, k and v in `linear1`, to which XLabs gives a name of their own."""
+    own = "single_blocks.{n}.linear1_qkv.{p}"
+    return [
+        Rule(own, tuple(f"{_S}.{part}.{{p}}" for part in _QKV)),
+        Rule("single_blocks.{n}.linear1.{p}", (own, "single_blocks.{n}.linear1_mlp.{p}")),
+    ]
+
+
 _DISTILLED = {"in_layer": "linear_1", "out_layer": "linear_2"}
 
 
@@ -89,5 +98,10 @@ def _flux2(_: Iterable[str]) -> list[Rule]:
 FAMILIES = (
     Family("Flux.2", ("double_stream_modulation_img.lin.weight", "double_stream_modulation_img.linear.weight"), _flux2),
     Family("Chroma", ("distilled_guidance_layer.{*}",), _chroma),
-    Family("Flux.1", ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"), _flux),
+    Family(
+        "Flux.1",
+        ("double_blocks.0.img_attn.qkv.weight", "single_transformer_blocks.0.proj_mlp.weight"),
+        _flux,
+        (_xlabs,),
+    ),
 )
