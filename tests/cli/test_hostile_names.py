@@ -118,13 +118,17 @@ def test_elements_in_names_are_text_on_the_page():
 @pytest.mark.parametrize(("stop", "word", "status"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)])
 def test_an_interrupted_command_says_what_is_left(monkeypatch, resumes, left, stop, word, status):
     monkeypatch.setattr(main, "commands", dict(main.commands))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
 
     def work():
         """Wait for a signal."""
         os.kill(os.getpid(), stop)
         time.sleep(5)
 
-    result = CliRunner().invoke(command("wait", "emomerge wait", resumes=resumes)(work), [])
+    try:
+        result = CliRunner().invoke(command("wait", "emomerge wait", resumes=resumes)(work), [])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == status
     assert result.stderr == f"emomerge: {word}; {left}\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
