@@ -137,7 +137,6 @@ class Prepare(Section):
     layers: int = Field(3, ge=1)
     patch_size: int = Field(2, ge=1)
     steps: int = Field(300, ge=1)
-    """Steps of each run, its share of the trunk's included."""
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     seed: int = 0
@@ -264,6 +263,7 @@ class Runs(Section):
     clipping or cool-down. Other fields that are given take precedence over the procedure's values."""
     optimizers: tuple[OptimizerName, ...] = Field(FAMILY, min_length=1)
     steps: int = Field(300, ge=1)
+    """Steps of each run, its share of the trunk's included."""
     batch_size: int = Field(16, ge=1)
     accumulation: int = Field(1, ge=1)
     """Micro-batches per step, each of `batch_size` rows."""
