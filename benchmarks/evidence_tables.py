@@ -38,6 +38,17 @@ TASKS = {
     "minilm-400": "reviews MiniLM, LoRA, 400 rows",
     "minilm-4000": "reviews MiniLM, LoRA, 4,000 rows",
 }
+SHORT = {
+    "mild": "MLP, mild shift",
+    "strong": "MLP, strong shift",
+    "small": "MLP, 500 rows",
+    "cnn": "CNN",
+    "vit": "ViT, LoRA",
+    "llama": "Llama, LoRA",
+    "minilm-400": "MiniLM, LoRA, 400 rows",
+    "minilm-4000": "MiniLM, LoRA, 4,000 rows",
+}
+"""Task → its name in README.md."""
 OURS = "recommended"
 """Whichever run or merge of the default procedure has the lowest validation loss: what `emomerge run` recommends."""
 PROCEDURES = {
@@ -58,6 +69,8 @@ PROCEDURES = {
     "adamw-large-batch": "AdamW, five times the batch",
 }
 """Row of the results → its name in the tables, in their order."""
+IN_README = ("base", OURS, "best-single", "adamw-sweep", "adamw-soup", "adamw-long-run", "paper-tall-mask")
+"""The rows of README.md."""
 OPTIMIZERS = {
     "five": "five runs, `auto` (default)",
     "five-v3.8": "five runs, `v3.8`",
@@ -188,24 +201,35 @@ class Defaults:
         surely, above = (sum(difference.sign == sign for difference in found) for sign in (-1, 1))
         return f"{lower} of {len(found)} ({surely} / {above})"
 
-    def summary(self) -> Cells:
-        """Return the table of README.md: a row for each procedure, a column for each task."""
-        head = ["", *(TASKS[task] for task in self.tasks), "passes, default = 1", "CPU, default = 1", "default lower on"]
+    def summary(self, procedures: Sequence[str] | None = None, *, compact: bool = False) -> Cells:
+        """Return a row for each procedure, a column for each task.
+
+        Args:
+            procedures: the rows; by default all that some task has.
+            compact: the form of README.md: short names, no standard error of what it does not change, no CPU time.
+        """
+        shown = self.procedures if procedures is None else [name for name in procedures if name in self.procedures]
+        names = SHORT if compact else TASKS
+        costs = ["steps, default = 1"] if compact else ["passes, default = 1", "CPU, default = 1"]
+        head = ["", *(names[task] for task in self.tasks), *costs, "default lower on"]
         lowest = {task: min(e.mean for name in self.procedures if (e := self.test(task, name))) for task in self.tasks}
 
         def cell(task: str, name: str) -> str:
             found = self.test(task, name)
-            return "–" if found is None else f"**{found.text()}**" if found.mean == lowest[task] else found.text()
+            if found is None:
+                return "–"
+            text = found.text().replace(" ± ", "±") if compact else found.text()
+            return f"**{text}**" if found.mean == lowest[task] else text
 
         return [head] + [
             [
                 PROCEDURES[name],
                 *(cell(task, name) for task in self.tasks),
                 self.relative_cost(name, "passes"),
-                self.relative_cost(name, "cpu"),
+                *([] if compact else [self.relative_cost(name, "cpu")]),
                 "" if name == OURS else self.wins(name),
             ]
-            for name in self.procedures
+            for name in shown
         ]
 
     def details(self, task: str) -> Cells:
@@ -377,11 +401,10 @@ def readme_block(results: Path) -> str:
     if not defaults.tasks:
         return EMPTY
     return "\n\n".join([
-        markdown(defaults.summary()),
-        f"Test loss, mean ± standard error ({conditions(defaults.lines)}); bold: the lowest. Last column: on how many tasks "
-        "the default is lower, and in brackets on how many the 95 % interval of the paired difference (Student's t over the "
-        "seeds) is below / above 0.",
-        sentences(defaults),
+        markdown(defaults.summary(IN_README, compact=True)),
+        f"Mean ± standard error ({conditions(defaults.lines)}); bold: the lowest of all rows of [the evidence](docs/evidence.md). "
+        "Last column: tasks on which the default is lower; in brackets, those where the 95 % interval of the paired difference "
+        "is wholly below / above 0.",
     ])  # fmt: skip
 
 
@@ -398,6 +421,13 @@ def document(results: Path) -> str:
         if defaults.tasks
         else EMPTY,
     ]
+    if defaults.tasks:
+        parts += [
+            markdown(defaults.summary()),
+            "Bold: the lowest. Last column: on how many tasks the default is lower, and in brackets on how many the 95 % interval "
+            "of the paired difference is below / above 0. Long runs and large batches are the best of three rates.",
+            sentences(defaults),
+        ]
     for task in defaults.tasks:
         parts += [f"### {full_name(task)}", markdown(defaults.details(task))]
     parts.append("## How much the rate matters")

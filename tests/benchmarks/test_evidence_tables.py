@@ -111,6 +111,14 @@ def test_the_model_with_the_lowest_validation_loss_is_recommended(tables: Module
     assert "recommended" not in tables.with_recommended({"adamw-sweep": row(0.5)})
 
 
+def test_the_readme_has_a_row_for_each_claim_and_bold_only_where_nothing_is_lower(tables: ModuleType, tmp_path: Path) -> None:
+    rows = {"ours": row(0.5), "adamw-soup": row(0.6), "long-run": row(0.4)}
+    write(tmp_path, "defaults", [{"task": "mild", "seed": seed, "unit": "u", "rows": rows} for seed in (0, 1)])
+    block = tables.readme_block(tmp_path)
+    assert "| greedy soup of the sweep | 0.600±0.000 | 1 | 1 of 1 (1 / 0) |" in block
+    assert "one long run" not in block and "**0.500" not in block, "the long run's row is in the evidence only, and is lower"
+
+
 def test_conditions_are_named(tables: ModuleType, results: Path) -> None:
     assert "3 training seeds; emomerge 1.0 on torch 2.0; a CPU, 2 cores" in tables.readme_block(results)
 
@@ -118,7 +126,7 @@ def test_conditions_are_named(tables: ModuleType, results: Path) -> None:
 def test_losses_are_named(tables: ModuleType, results: Path, tmp_path: Path) -> None:
     lines = [{"task": "mild", "seed": 0, "unit": "u", "rows": {"ours": row(0.5), "adamw-long-run": row(0.45)}}]
     write(tmp_path, "defaults", lines)
-    assert "lower on 0 of 1 (0 / 0); higher on FashionMNIST MLP, mild (+0.050)" in tables.readme_block(tmp_path)
+    assert "lower on 0 of 1 (0 / 0); higher on FashionMNIST MLP, mild (+0.050)" in tables.document(tmp_path)
 
 
 def test_rates_give_best_and_worst(tables: ModuleType, results: Path) -> None:
