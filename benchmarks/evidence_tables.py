@@ -49,12 +49,10 @@ SHORT = {
     "minilm-4000": "MiniLM, LoRA, 4,000 rows",
 }
 """Task → its name in README.md."""
-OURS = "recommended"
-"""Whichever run or merge of the default procedure has the lowest validation loss: what `emomerge run` recommends."""
+OURS = "ours"
 PROCEDURES = {
     "base": "base",
-    OURS: "**default: what it recommends**",
-    "ours": "default: soup of rounds",
+    OURS: "**default: soup of rounds**",
     "best-single": "default: best of the five runs",
     "mean": "default: plain mean of the runs",
     "tall-mask": "default: tall-mask of the runs",
@@ -96,19 +94,6 @@ def read(file: Path) -> list[Line]:
     """Return the latest line of every unit."""
     lines = map(json.loads, file.read_text(encoding="utf-8").splitlines() if file.exists() else [])
     return list({(line["task"], line["seed"], line["unit"]): line for line in lines}.values())
-
-
-def with_recommended(rows: Mapping[str, Line]) -> dict[str, Line]:
-    """Return the rows of a unit; to those of the default procedure, add the model that it recommends.
-
-    It costs the runs and all their merges. The choice among the runs, a few evaluations, is counted with them.
-    """
-    if "ours" not in rows:
-        return dict(rows)
-    choices = [rows[name] for name in ("ours", "best-single", "mean", "tall-mask") if name in rows]
-    chosen = min(choices, key=lambda row: _finite(row["validation"]))
-    runs = min(row["cpu"] for row in choices)
-    return {**rows, OURS: {**chosen, "cpu": runs + sum(row["cpu"] - runs for row in choices)}}
 
 
 @dataclass(frozen=True)
@@ -156,7 +141,7 @@ class Defaults:
         self.lines = read(results / "defaults.jsonl")
         self._rows: dict[tuple[str, str], dict[int, Line]] = {}
         for line in self.lines:
-            for name, row in with_recommended(line["rows"]).items():
+            for name, row in line["rows"].items():
                 self._rows.setdefault((line["task"], name), {})[line["seed"]] = row
 
     @cached_property
@@ -402,9 +387,9 @@ def readme_block(results: Path) -> str:
         return EMPTY
     return "\n\n".join([
         markdown(defaults.summary(IN_README, compact=True)),
-        f"Mean ± standard error ({conditions(defaults.lines)}); bold: the lowest of all rows of [the evidence](docs/evidence.md). "
-        "Last column: tasks on which the default is lower; in brackets, those where the 95 % interval of the paired difference "
-        "is wholly below / above 0.",
+        f"Mean ± standard error ({conditions(defaults.lines)}); bold: the lowest of all rows of [the evidence]"
+        "(docs/evidence.md). Last column: tasks on which the default is lower; in brackets, those where the 95 % interval of "
+        "the paired difference is wholly below / above 0.",
     ])  # fmt: skip
 
 
@@ -424,8 +409,8 @@ def document(results: Path) -> str:
     if defaults.tasks:
         parts += [
             markdown(defaults.summary()),
-            "Bold: the lowest. Last column: on how many tasks the default is lower, and in brackets on how many the 95 % interval "
-            "of the paired difference is below / above 0. Long runs and large batches are the best of three rates.",
+            "Bold: the lowest. Last column: on how many tasks the default is lower, and in brackets on how many the 95 % "
+            "interval of the paired difference is below / above 0. Long runs and large batches are the best of three rates.",
             sentences(defaults),
         ]
     for task in defaults.tasks:

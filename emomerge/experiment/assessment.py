@@ -89,7 +89,13 @@ def assess(
         update={
             "probe": _probe_facts(recipe, measurer, contestants.base),
             "verdict": _judge(recipe, measurer, comparisons, measured),
-            "selected": recommend(measurer, contestants.base, contestants.runs, _all(contestants.merges), models)
+            "selected": recommend(
+                measurer,
+                contestants.base,
+                contestants.runs,
+                [contestants.merges[merge.label] for merge in recipe.merge],
+                models,
+            )
             if recipe.select == "best"
             else None,
         }

@@ -5,6 +5,7 @@ Models are chosen and compared on the validation rows; a difference counts if it
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,25 +17,31 @@ from emomerge.results import Split as SplitName
 
 
 def recommend(
-    measurer: Measurer, base: Artefact, runs: Sequence[Artefact], merges: Sequence[Artefact], controls: Sequence[Artefact]
+    measurer: Measurer,
+    base: Artefact,
+    runs: Sequence[Artefact],
+    merges: Sequence[Sequence[Artefact]],
+    controls: Sequence[Artefact],
 ) -> Selected:
-    """Return the run or merge with the lowest validation loss if it is better than the base and no control is better than it.
+    """Return the model to use if it is better than the base and no control is better than it.
 
-    Otherwise return the best control that is, or the base, and a sentence that says what to do.
+    It is the recipe's first merge, unless a run or another merge has a validation loss that is lower by more than the interval:
+    some merges fit weights to the validation rows, and the lowest of many losses is low by chance. Otherwise return the best
+    control, or the base, and a sentence that says what to do.
 
     Args:
         measurer: has measured the artefacts.
         base: the base.
-        runs, merges: the models to choose from.
+        runs, merges: the models to choose from; of merges, those of each entry of the recipe, in its order.
         controls: the controls that are models of their own: those in the claim `better`.
     """
-    run, merge = measurer.best(runs), measurer.best(merges)
-    winner = measurer.best([run, merge])
-    other = run if winner is merge else merge
+    first = measurer.best(merges[0])
+    other = measurer.best([*runs, *(merge for entry in merges[1:] for merge in entry)])
+    winner = other if _is_better(measurer, other, first) else first
     learnt = _is_better(measurer, winner, base)
     bar = winner if learnt else base
     better = [control for control in controls if _is_better(measurer, control, bar)]
-    loss = {artefact.name: measurer.loss(artefact, "validation") for artefact in (base, winner, other, *better)}
+    loss = {artefact.name: measurer.loss(artefact, "validation") for artefact in (base, first, other, *better)}
     if better:
         control = measurer.best(better)
         sentence = (
@@ -51,20 +58,24 @@ def recommend(
             f"the base {loss[base.name]:.4f}; {_reason(measurer, winner, base)}."
         )
         return Selected(name=base.name, path=None, validation_loss=loss[base.name], sentence=sentence, kind="nothing")
-    reason = (
-        f"the lowest validation loss, {loss[merge.name]:.4f}, against {loss[run.name]:.4f} of the best single run, {run.name}"
-        if winner is merge
-        else f"no merge has a lower validation loss than this single run's {loss[run.name]:.4f} "
-        f"({merge.name}: {loss[merge.name]:.4f})"
-    )
+    if winner is other:
+        reason = f"below the {loss[first.name]:.4f} of the first merge, {first.name}, by more than the interval"
+    elif loss[other.name] < loss[first.name]:
+        reason = f"the loss of {other.name}, {loss[other.name]:.4f}, is lower by less than the interval"
+    else:
+        reason = f"no run and no other merge has a lower one ({other.name}: {loss[other.name]:.4f})"
     return Selected(
         name=winner.name, path=None if winner.path is None else str(winner.path), validation_loss=loss[winner.name],
-        sentence=f"Use {winner.name}: {reason}.",
+        sentence=f"Use {winner.name}, with a validation loss of {loss[winner.name]:.4f}: {reason}.",
     )  # fmt: skip
 
 
 def _is_better(measurer: Measurer, model: Artefact, other: Artefact, split: SplitName = "validation") -> bool:
-    """Return whether a model's loss is lower than another's by more than the paired interval."""
+    """Return whether a model's loss is lower than another's by more than the paired interval, or the other's is no number."""
+    if model is other or not math.isfinite(measurer.loss(model, split)):
+        return False
+    if not math.isfinite(measurer.loss(other, split)):
+        return True
     ours, theirs = (measurer.scores(artefact, split) for artefact in (model, other))
     difference = verdict.loss_difference(
         [ours["loss"]], [theirs["loss"]], ours["weight"], against=other.name, what=f"{split} loss"

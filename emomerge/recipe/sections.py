@@ -24,7 +24,7 @@ from emomerge.optim.table import OPTIMIZERS
 from emomerge.recipe.validation import by_kind, name_in, one_of, unknown_key, unknown_name, wrong_value
 from emomerge.tasks.table import TASKS, task_class
 
-OptimizerName = Annotated[str, name_in(OPTIMIZERS)]
+OptimizerName = Annotated[str, name_in(OPTIMIZERS), Field(json_schema_extra={"enum": list(OPTIMIZERS)})]
 PresetName = Literal["v3.7", "v3.8", "v3.8-fft", "v3.9", "guarded", "auto"]
 Place = Callable[[str], str]
 """A name that may be a relative path → the path, or the name itself if there is no such file."""
@@ -429,7 +429,8 @@ def _merges(runs: Runs) -> tuple[Merge, ...]:
     return (*first, *map(Merge.model_validate, others))
 
 
-Control = Annotated[str, name_in(("best-single", *CONTROLS))]
+_CONTROLS = ("best-single", *CONTROLS)
+Control = Annotated[str, name_in(_CONTROLS), Field(json_schema_extra={"enum": list(_CONTROLS)})]
 """The best single run, which every merge is compared with, or a control of the table."""
 
 
@@ -477,8 +478,8 @@ class Recipe(Section):
     rival: Rival = Rival()
     probe: Probe = Probe()
     select: Literal["best", "none"] = "best"
-    """`best` recommends the merge or single run with the lowest validation loss, unless it is no better than the base or a
-    control is better than it."""
+    """`best` recommends the first merge, or a run or another merge whose validation loss is lower by more than the interval,
+    unless it is no better than the base or a control is better than it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps …"""
     _written: dict[str, str] = PrivateAttr(default_factory=dict)

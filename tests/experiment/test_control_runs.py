@@ -249,7 +249,7 @@ def test_the_command_for_a_soup_writes_the_soup(finished, tmp_path, monkeypatch)
     soup = control_artefacts(finished)["adamw-soup"][0]
     base = Artefact("base", "base", finished.base, finished.base_hash)
     winner = replace(finished.run_artefact(finished.specs[0]), checkpoint=finished.base, hash=finished.base_hash)
-    found = recommend(finished.measurer, base, [winner], [winner], [soup])
+    found = recommend(finished.measurer, base, [winner], [[winner]], [soup])
     assert (found.kind, found.path) == ("control", None)
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, shlex.split(found.command)[1:])

@@ -37,6 +37,7 @@ def artefact(name, role, **about):
 
 
 BASE, RUN, MERGE = artefact("base", "base"), artefact("sens-0", "run"), artefact("mean", "merge")
+OTHER = artefact("positioning", "merge")
 SWEEP = artefact("adamw-sweep-0.001-0", "control", control="adamw-sweep")
 SOUP = Artefact(
     "adamw-soup-0", "control", None, "soup", control="adamw-soup", method="greedy-soup", sources=(Path("a b"), Path("c"))
@@ -44,17 +45,29 @@ SOUP = Artefact(
 
 
 def found(validation, controls=(SWEEP, SOUP), **noise):
-    return recommend(Losses(validation, **noise), BASE, [RUN], [MERGE], controls)
+    return recommend(Losses({OTHER.name: 9.0, **validation}, **noise), BASE, [RUN], [[MERGE], [OTHER]], controls)
 
 
 def test_the_best_model_is_used_if_it_is_better_than_the_base_and_no_control_is_better():
     chosen = found({"base": 1.0, "sens-0": 0.6, "mean": 0.5, SWEEP.name: 0.55, SOUP.name: 0.5001})
     assert (chosen.name, chosen.kind, chosen.path) == ("mean", "model", "out/mean")
-    assert chosen.sentence.startswith("Use mean: the lowest validation loss, 0.5000, against 0.6000 of the best single run")
+    assert chosen.sentence == (
+        "Use mean, with a validation loss of 0.5000: no run and no other merge has a lower one (sens-0: 0.6000)."
+    )
     single = found({"sens-0": 0.4, "mean": 0.5, SWEEP.name: 0.5, SOUP.name: 0.5})
     assert (single.name, single.sentence) == (
-        "sens-0", "Use sens-0: no merge has a lower validation loss than this single run's 0.4000 (mean: 0.5000).",
-    )  # fmt: skip
+        "sens-0",
+        "Use sens-0, with a validation loss of 0.4000: below the 0.5000 of the first merge, mean, by more than the interval.",
+    )
+
+
+@pytest.mark.parametrize(("loss", "name"), [(0.49, "mean"), (0.2, "positioning")])
+def test_the_first_merge_stays_unless_another_is_better_by_more_than_the_interval(loss, name):
+    """A merge that fits weights to the validation rows has a low validation loss by that alone."""
+    chosen = found({"sens-0": 0.6, "mean": 0.5, "positioning": loss}, own=0.1)
+    assert (chosen.name, chosen.kind) == (name, "model")
+    if name == "mean":
+        assert chosen.sentence.endswith("the loss of positioning, 0.4900, is lower by less than the interval.")
 
 
 @pytest.mark.parametrize(("sweep", "kind"), [(0.4, "control"), (0.4999, "model"), (0.6, "model")])
