@@ -4,6 +4,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
 import yaml
 from hypothesis import settings
 
@@ -31,6 +32,25 @@ def tiny_recipe():
         "rival": {"learning_rates": [0.001], "snapshots": 3},
         "probe": {"preset": "quick", "batches": 1, "batch_size": 32, "directions": 2},
     }
+
+
+GOOD, BAD = ["good", "fine", "lovely", "bright"], ["bad", "dull", "awful", "grey"]
+FILLER = ["the", "film", "a", "story", "is", "and", "very", "quite"]
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """A BERT encoder without a head, and its tokenizer of a few words."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLER]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    transformers.BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=32).save_pretrained(str(folder))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=32, **sizes)
+    transformers.BertModel(config).save_pretrained(str(folder))
+    return folder
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from emomerge.tasks import Task, make_task
 from emomerge.tasks.image_classification import ImageClassification
 from emomerge.tasks.text_classification import TextClassification
 
+# words that `tiny_bert` knows
 GOOD = ["good", "fine", "lovely", "bright"]
 BAD = ["bad", "dull", "awful", "grey"]
 FILLER = ["the", "film", "a", "story", "is", "and", "very", "quite"]
@@ -27,21 +28,6 @@ FILLER = ["the", "film", "a", "story", "is", "and", "very", "quite"]
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory) -> Path:
-    """A BERT encoder without a head, and its tokenizer."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLER]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=32).save_pretrained(str(folder))
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=32, **sizes)).save_pretrained(str(folder))
-    return folder
 
 
 def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
