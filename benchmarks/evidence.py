@@ -77,7 +77,7 @@ FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Multiples of an optimizer's default rate."""
 DEFAULT_RATES = {"adamw": 1e-3, "prodigy": 1.0, "schedule-free": 2.5e-3, "v3.8": 1.0, "v3.9": 1.0, "auto": 1.0}
 """Optimizer of the table `rates`, or preset of EmoSens → its default rate."""
-MERGES = "merge=[{method: greedy-soup, of: rounds, name: soup-of-rounds}, {method: mean}, {method: tall-mask}]"
+MERGES = "merge=[{method: greedy-soup, of: rounds, name: soup-of-rounds, scale: auto}, {method: mean}, {method: tall-mask}]"
 OF_MERGED_RUNS = ("trunk", "rounds", "outer", "keep_rounds")
 """Settings of `runs` that controls and single runs do not have."""
 APART = {
@@ -224,9 +224,10 @@ class Study:
         recipe = load_recipe(RECIPES / f"{self.setup.recipe}.yaml", [*self.overrides, *changes]).model_dump(mode="json")
         recipe["task"].pop("train", None)
         recipe["base"].pop("model", None)
-        of_others = {"probe", "select", *(() if unit in self.setup.controls else ("rival", "controls"))}
-        recipe = {name: section for name, section in recipe.items() if name not in of_others}
         alone = unit in self.setup.controls or unit in DEFAULT_RATES
+        of_others = {"probe", "select", *(("merge",) if alone else ())}
+        of_others |= set() if unit in self.setup.controls else {"rival", "controls"}
+        recipe = {name: section for name, section in recipe.items() if name not in of_others}
         unused = OF_MERGED_RUNS if alone else () if recipe["runs"]["trunk"] else ("trunk",)
         recipe["runs"] = {name: value for name, value in recipe["runs"].items() if name not in unused}
         return digest([recipe, unit, FACTORS, DEFAULT_RATES, __version__])[:16]

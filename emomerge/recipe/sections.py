@@ -422,7 +422,7 @@ class Probe(Section):
 
 def _merges(runs: Runs) -> tuple[Merge, ...]:
     """Return the merges of a recipe that lists none; the first one is what we recommend for the procedure."""
-    soup = Merge.model_validate({"method": "greedy-soup", "of": "rounds", "name": "soup-of-rounds"})
+    soup = Merge.model_validate({"method": "greedy-soup", "of": "rounds", "name": "soup-of-rounds", "scale": "auto"})
     mean, tall_mask = Merge(method="mean"), Merge(method="tall-mask")
     others = [{"method": "ties", "density": 0.2}, {"method": "greedy-soup"}, {"method": "positioning"}]
     first = (soup, mean, tall_mask) if len(runs.kept_rounds) > 1 else (tall_mask, mean)
