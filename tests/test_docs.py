@@ -6,9 +6,11 @@ install packages or need a cluster are not run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,11 +87,21 @@ def is_run_here(line: str) -> bool:
     return not any(part in line for part in ELSEWHERE) and line not in ("pytest", "mkdocs serve", "mkdocs build --strict")
 
 
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """What `emomerge run digits` leaves; several pages begin with this command, which then finds nothing to do."""
+    out = tmp_path_factory.mktemp("digits")
+    with contextlib.chdir(out):
+        run_command("emomerge run digits")
+    return out / "out/digits"
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, digits):
     """A folder with what the pages take for granted: a base, adapters, the recipes, and files of labelled sentences."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    shutil.copytree(digits, tmp_path / "out/digits")
     generator = torch.Generator().manual_seed(0)
     (tmp_path / "base").mkdir()
     save_file({"layer.weight": torch.randn(8, 4, generator=generator)}, tmp_path / "base/model.safetensors")
@@ -108,7 +120,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run_command(line: str, tiny_bert: Path) -> None:
+def run_command(line: str, tiny_bert: Path | None = None) -> None:
     args = shlex.split(line)[1:]
     if args[0] in ("run", "train-all", "probe"):
         recipe = yaml.safe_load(find_recipe(args[1]).read_text(encoding="utf-8"))
