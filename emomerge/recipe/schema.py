@@ -37,7 +37,8 @@ def recipe_schema(methods: Iterable[str] = ()) -> dict[str, Any]:
     average["anyOf"] = [*average["anyOf"], {"enum": ["none", "ema", "lawa"]}]
     if names := sorted(methods):
         definitions["Merge"]["properties"]["method"]["enum"] = names
-    sections = {section.__name__: section for section in (Merge, *_subclasses(Section))}
+    sections: dict[str, type[BaseModel]] = {"Merge": Merge}
+    sections |= {section.__name__: section for section in _subclasses(Section)}
     for name, described in {**definitions, Recipe.__name__: schema}.items():
         for field, text in _docstrings(sections[name]).items():
             if field in described.get("properties", {}):
