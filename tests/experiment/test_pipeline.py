@@ -133,6 +133,8 @@ KILLS = {
     "probe, late": ("emomerge.probing.ledger.Ledger.ask", 1100),
     "report": ("emomerge.experiment.pipeline.write_report", 1),
 }
+OFTEN = ("base", "run 4, between weights and state", "merge, in a file", "probe, early")
+"""The moments that every run of the tests tries; `-m slow` tries the others."""
 
 
 # Forked from a server that only imported things: a fork of this process could inherit locks of threads that it does not have.
@@ -180,7 +182,7 @@ def kill_at_call(target, number):
 
 
 @pytest.mark.skipif(CHILDREN is None, reason="needs fork")
-@pytest.mark.parametrize("point", KILLS)
+@pytest.mark.parametrize("point", [pytest.param(p, marks=() if p in OFTEN else pytest.mark.slow) for p in KILLS])
 def test_killed_anywhere_it_ends_with_the_same_bits(finished, tiny_recipe, tmp_path, point):
     out = tmp_path / "out"
     assert in_child(tiny_recipe, out, KILLS[point]) == -signal.SIGKILL
