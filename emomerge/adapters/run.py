@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from emomerge.adapters.aligned import aligned, distinct
 from emomerge.adapters.baked import BakedCheckpoint
 from emomerge.adapters.formats import all_formats, format_of, is_adapter
-from emomerge.adapters.unsupported import refuse_adapter, refuse_quantized
+from emomerge.adapters.unsupported import dequantized, refuse_adapter
 from emomerge.checkpoints import Checkpoint, open_checkpoint
 from emomerge.checkpoints.reader import inside
 from emomerge.errors import BadInput
@@ -90,8 +90,7 @@ def _open_whole(source: str | Path) -> Checkpoint:
             "this is an adapter, not a whole model", where=source, fix="name its base first: emomerge bake BASE ADAPTER"
         )
     refuse_adapter(checkpoint, where=source)
-    refuse_quantized(checkpoint, where=source)
-    return checkpoint
+    return dequantized(checkpoint, where=source)
 
 
 def input_files(source: str | Path) -> dict[str, Path]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+import torch
+
 from emomerge.adapters.peft.files import CONFIG
 from emomerge.checkpoints import Checkpoint
+from emomerge.checkpoints.fp8 import Dequantized, foreign_format, fp8_kind
 from emomerge.checkpoints.reader import UNQUANTIZED
 from emomerge.errors import BadInput
 
@@ -69,16 +72,19 @@ def family_of(checkpoint: Checkpoint) -> Family | None:
 
 
 _QUANTIZED = {
+    "SVDQuant of nunchaku": re.compile(r".+\.(wscales|wtscale|smooth_factor|smooth)"),
     "GPTQ": re.compile(r".+\.g_idx"),
     "AWQ": re.compile(r".+\.qzeros"),
     "bitsandbytes, 4 bits": re.compile(r".+\.quant_state\.bitsandbytes__\w+"),
     "bitsandbytes, 8 bits": re.compile(r".+\.SCB"),
     "compressed-tensors": re.compile(r".+\.weight_packed"),
-    "FP8 with scales": re.compile(r".+\.weight_scale(_inv)?"),
+    "NVFP4": re.compile(r".+\.weight_scale_2"),
     "MXFP4": re.compile(r".+_blocks"),
     "HQQ": re.compile(r".+\.W_q"),
 }
 """How models are quantized, by tensors that occur in no other model; the first that matches."""
+_SCALE = re.compile(r"(.+)\.(weight_scale(_inv)?|scale_weight)")
+READ_AS_BF16 = "bake and merge read it as bfloat16"
 
 
 def quantization_of(checkpoint: Checkpoint) -> str | None:
@@ -86,14 +92,41 @@ def quantization_of(checkpoint: Checkpoint) -> str | None:
     stored = {info.dtype for info in map(checkpoint.info, checkpoint)}
     if not any(dtype.itemsize == 1 or not dtype.is_floating_point for dtype in stored):
         return None
-    found = (kind for kind, names in _QUANTIZED.items() if any(names.fullmatch(name) for name in checkpoint))
-    return next(found, None)
+    for kind, names in _QUANTIZED.items():
+        if any(names.fullmatch(name) for name in checkpoint):
+            return kind
+    if (foreign := foreign_format(checkpoint)) is not None:
+        return foreign
+    for name in checkpoint:
+        if (match := _SCALE.fullmatch(name)) is not None:
+            return _kind_of(checkpoint, name, f"{match[1]}.weight")
+    return fp8_kind(checkpoint)
 
 
-def refuse_quantized(checkpoint: Checkpoint, *, where: object) -> None:
-    """Raise BadInput, naming the kind, if the weights of a model are quantized: their numbers are codes, not weights."""
-    if (kind := quantization_of(checkpoint)) is not None:
-        raise BadInput(f"the model is quantized ({kind})", where=where, fix=UNQUANTIZED)
+def _kind_of(checkpoint: Checkpoint, scale: str, weight: str) -> str:
+    """Return how a weight is quantized that has a scale."""
+    if "e8m0" in str(checkpoint.info(scale).dtype):
+        return "MXFP8"
+    dtype = checkpoint.info(weight).dtype if weight in checkpoint else torch.float8_e4m3fn
+    return "FP8 with scales" if dtype.is_floating_point else "8-bit integers with scales"
+
+
+def dequantized(checkpoint: Checkpoint, *, where: object) -> Checkpoint:
+    """Return a model with weights as numbers: as it is, or dequantized from FP8.
+
+    Raises:
+        BadInput: the weights are codes of a kind that is not read; the message names it.
+    """
+    if (kind := quantization_of(checkpoint)) is None:
+        return checkpoint
+    if kind == fp8_kind(checkpoint):
+        return Dequantized(checkpoint)
+    raise BadInput(f"the model is quantized ({kind})", where=where, fix=UNQUANTIZED)
+
+
+def how_to_use(checkpoint: Checkpoint, kind: str) -> str:
+    """Return what to do with a model that is quantized in this way."""
+    return READ_AS_BF16 if kind == fp8_kind(checkpoint) else UNQUANTIZED
 
 
 def refuse_adapter(checkpoint: Checkpoint, *, where: object) -> None:

@@ -27,6 +27,12 @@ from emomerge.numerics.rounding import Rounding, round_at_random, round_to
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+FLOATS = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2,
+}  # fmt: skip
+"""The dtypes that an output may have; FP8 only its tensors of two or more dimensions."""
+
 Plan = dict[str, TensorInfo]
 ExtraFiles = Mapping[str, str] | Callable[[], Mapping[str, str]]
 Progress = Callable[[str, int], None]
@@ -77,7 +83,7 @@ def write_checkpoint(
         checkpoint: the weights. If `checkpoint[name]` is wider than `checkpoint.info(name).dtype`, as a baked or merged
             tensor is, it is rounded once. A model of several parts is written as a folder of the same layout.
         out: a name that ends in `.safetensors` for one file; any other for a folder that `from_pretrained` loads.
-        dtype: "float32", "bfloat16" or "float16" for floating tensors; "base" keeps the dtypes of `info()`.
+        dtype: one of `FLOATS` for floating tensors; "base" keeps the dtypes of `info()`.
         rounding: "nearest" (ties to even), or "stochastic": up or down at random, exact in expectation.
         seed: of stochastic rounding; the draws depend on it and on the tensor's name.
         loss: accumulates the error of rounding θ₀ + τ over its base.
@@ -291,10 +297,11 @@ def _stored(info: TensorInfo, dtype: str) -> TensorInfo:
     """Return shape and dtype of a tensor in the file."""
     if dtype == "base":
         return info
-    floats = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in floats:
-        raise BadInput("unknown dtype", where=dtype, expected="base, float32, bfloat16 or float16")
-    return TensorInfo(floats[dtype], info.shape) if info.dtype.is_floating_point else info
+    if dtype not in FLOATS:
+        raise BadInput("unknown dtype", where=dtype, expected=f"base, {', '.join(FLOATS)}")
+    if FLOATS[dtype].itemsize == 1 and len(info.shape) < 2:
+        return info  # biases and norms are few, and sensitive
+    return TensorInfo(FLOATS[dtype], info.shape) if info.dtype.is_floating_point else info
 
 
 def _shards(plan: Plan, limit: int) -> list[Plan]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from emomerge.training.engines import Engine, EngineName
 
 out_path = click.Path(path_type=Path)
-DTYPES = click.Choice(["base", "float32", "bfloat16", "float16"])
+DTYPES = click.Choice(["base", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
 
 
 class Command(click.Command):

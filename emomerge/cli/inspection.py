@@ -13,10 +13,9 @@ from torch import Tensor
 
 from emomerge.adapters import artefact_of, bake, format_of, is_adapter, open_dense, open_run
 from emomerge.adapters.formats import Fitting
-from emomerge.adapters.unsupported import family_of, quantization_of
+from emomerge.adapters.unsupported import family_of, how_to_use, quantization_of
 from emomerge.checkpoints import Checkpoint, open_checkpoint
 from emomerge.checkpoints.atomic import size
-from emomerge.checkpoints.reader import UNQUANTIZED
 
 PIECE = 2**20
 """Number of elements compared at a time."""
@@ -41,7 +40,7 @@ def describe(path: str, base: str | None = None) -> dict[str, Any]:
         "tensors": len(infos), "parameters": sum(info.numel for info in infos),
         "bytes": sum(info.nbytes for info in infos), "dtypes": dict(dtypes),
         **(form.facts(place) if form else {}), **({"to use it": unsupported.fix} if unsupported else {}),
-        **({"quantized": quantized, "to use it": UNQUANTIZED} if quantized else {}),
+        **({"quantized": quantized, "to use it": how_to_use(opened, quantized)} if quantized else {}),
         **({"base": base, **_fit(path, base)} if base is not None else {}),
     }  # fmt: skip
 

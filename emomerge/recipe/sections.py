@@ -370,7 +370,7 @@ class Merge(BaseModel):
 
     method: str
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+    dtype: Literal["base", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"] = "base"
     of: Literal["runs", "rounds"] = "runs"
     """What is merged: the finished runs, or the means at the end of the rounds that `runs.keep_rounds` keeps."""
 
