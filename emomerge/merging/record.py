@@ -35,7 +35,7 @@ class Run(_Part):
 class Output(_Part):
     """The options that the merge was written with."""
 
-    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+    dtype: Literal["base", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"] = "base"
     rounding: Rounding = "nearest"
     seed: int = 0
     """Seed of stochastic rounding."""
