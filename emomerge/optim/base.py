@@ -14,7 +14,7 @@ from emomerge.errors import MissingLossError
 from emomerge.numerics.rounding import stochastic_round
 from emomerge.optim import capture
 from emomerge.optim.batches import Batch, Sorter, State, Tensors, local, to_wide, wide
-from emomerge.optim.checks import check_gradients, check_options, check_rates, check_state
+from emomerge.optim.checks import check_gradients, check_options, check_rates, check_state, explain_failure
 from emomerge.optim.device_pulse import DevicePulse
 from emomerge.optim.intake import LossIntake
 from emomerge.optim.pulse import EmoPulse
@@ -216,6 +216,21 @@ class EmoOptimizer(Rule, Optimizer):
         self, group: Group, pairs: list[tuple[Tensor, Tensor]], sorter: Sorter, pulse: EmoPulse | DevicePulse
     ) -> None:
         states = [self._state_of(p, group) for p, _ in pairs]
+        try:
+            self._update_batches(group, pairs, states, sorter, pulse)
+        except RuntimeError as error:
+            if (reason := explain_failure(self, zip([p for p, _ in pairs], states, strict=True), group)) is not None:
+                raise reason from error
+            raise
+
+    def _update_batches(
+        self,
+        group: Group,
+        pairs: list[tuple[Tensor, Tensor]],
+        states: list[State],
+        sorter: Sorter,
+        pulse: EmoPulse | DevicePulse,
+    ) -> None:
         for batch in sorter.batches([p for p, _ in pairs], [g for _, g in pairs], states):
             rate = pulse.rate_at(self._scope_of(group)) * self.damping
             if isinstance(pulse, DevicePulse):

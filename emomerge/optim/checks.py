@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emomerge.errors import BadInput
 from emomerge.optim.batches import State
+from emomerge.optim.native import REPLACED
 from emomerge.optim.rule import Group, Rule
 
 
@@ -52,6 +53,17 @@ def check_gradients(optimizer: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> N
                 where=f"parameter of shape {tuple(p.shape)}",
                 fix="train with sparse=False" if kind == "sparse" else "use torch.view_as_real",
             )
+
+
+def explain_failure(rule: Rule, pairs: Iterable[tuple[Tensor, State]], group: Group) -> BadInput | None:
+    """Return the error about state that no longer fits its parameter, if that is why an update failed."""
+    for p, state in pairs:
+        wanted = {name: tuple(t.shape) for name, t in rule.init_state(torch.empty_like(p, device="meta"), group).items()}
+        found = {name: tuple(t.shape) for name, t in state.items() if name in wanted}
+        if found != wanted and not hasattr(p, "to_local"):
+            what = "the state of a parameter has another shape than the parameter"
+            return BadInput(what, where=f"parameter of shape {tuple(p.shape)}", expected=wanted, found=found, fix=REPLACED)
+    return None
 
 
 def check_state(rule: Rule, key: object, p: Tensor, saved: State, group: Group) -> None:

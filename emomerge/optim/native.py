@@ -14,6 +14,8 @@ from torch import Tensor
 from emomerge.errors import BadInput
 from emomerge.native import in_parallel, library, longs, pointers, threads
 
+REPLACED = "after replacing `.data` of a parameter, create the optimizer again"
+
 KERNELS = Path(__file__).with_name("kernels.c")
 SHARE = 2**19
 """Number of elements for which another thread pays off."""
@@ -51,7 +53,7 @@ def run(kernel: str, sizes: Sequence[Sequence[int]], tensors: Sequence[Sequence[
     if not all(list(map(Tensor.numel, column)) in wanted for column in tensors[1:]):  # otherwise C would write out of bounds
         raise BadInput(
             f"{kernel}: gradients or state differ in shape from their parameters",
-            fix="after replacing `.data` of a parameter, create the optimizer again",
+            fix=REPLACED,
         )
     function = getattr(compiled, kernel)
     last = [ctypes.c_double(value) for value in scalars]

@@ -158,7 +158,7 @@ def check_classes(train: Tensor, classes: Sequence[str], where: str) -> None:
     counts = torch.bincount(train, minlength=len(classes)).tolist()
     for name, count in zip(classes, counts, strict=True):
         if count == 0:
-            fix = "set task.classes (or a larger task.limit) so that each class has training rows"
+            fix = "raise task.limit, or give the class more rows"
             raise BadInput(f"no training row of class {name!r}", where=where, fix=fix)
 
 

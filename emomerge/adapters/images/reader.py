@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,19 +33,35 @@ _SPLIT = re.compile(r'"?split_qkv"?\s*[:=]\s*"?true', re.IGNORECASE)
 _EFFECTS = {"lora_up", "diff", "diff_b", "diff_m", "w_norm", "b_norm"}
 """Suffixes of tensors without which a module has no effect."""
 
-_UNKNOWN = ("keys that are not of an adapter", "remove them if they are not needed")
+
+class _Strange(NamedTuple):
+    """A kind of keys that are not read.
+
+    Args:
+        what: what is wrong.
+        fix: what to do about it.
+        keys: matches such keys.
+    """
+
+    what: str
+    fix: str
+    keys: re.Pattern[str]
+
+
 _STRANGE = (
-    (
-        re.compile(r"bundle_emb\..+"), "keys that are not of an adapter, but embeddings",
+    _Strange(
+        "keys that are not of an adapter, but embeddings",
         "remove them, and load them in your image program",
+        re.compile(r"bundle_emb\..+"),
     ),
-    (
-        re.compile(r".+\.(query|key)_norm\.scale"),
+    _Strange(
         "a control LoRA of Black Forest Labs, which replaces norms and enlarges img_in",
         "load it in diffusers or ComfyUI instead: a model with it has other inputs than its base",
+        re.compile(r".+\.(query|key)_norm\.scale"),
     ),
-)  # fmt: skip
-"""Keys that are known, but not read: pattern, what is wrong, what to do."""
+    _Strange("keys that are not of an adapter", "remove them if they are not needed", re.compile(r".*", re.DOTALL)),
+)
+"""The first that matches names the key."""
 
 
 def read_file(path: Path, base: Checkpoint, *, allow_unmatched: bool) -> dict[str, Change]:
@@ -123,9 +139,9 @@ class AdapterFile:
             keys[found] = key
             self.tensors[found[0]][found[1]] = opened[key]
         if unknown:
-            what, fix = next((found for pattern, *found in _STRANGE if pattern.fullmatch(unknown[0])), _UNKNOWN)
+            strange = next(kind for kind in _STRANGE if kind.keys.fullmatch(unknown[0]))
             found_of = f"{len(unknown)} of {len(opened)} tensors"
-            raise BadInput(what, where=f"{self.path}, {unknown[0]}", found=found_of, fix=fix)
+            raise BadInput(strange.what, where=f"{self.path}, {unknown[0]}", found=found_of, fix=strange.fix)
 
     def modules(self) -> dict[str, ModuleChange]:
         """Return what the adapter does to each module, in the order of the names."""

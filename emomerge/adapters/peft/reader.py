@@ -365,11 +365,12 @@ class _Reader:
     def _report_unmatched(self, *, nothing_matched: bool) -> None:
         if not self.unmatched:
             return
-        fix = "give the base that the adapter was trained on"
         if not nothing_matched:
-            fix += ", or --allow-unmatched to skip them"
+            fix = "give the base that the adapter was trained on, or --allow-unmatched to skip them"
         elif self.names.needs_transformers:
-            fix = "pip install 'emomerge[train]', so that names can be resolved; or " + fix
+            fix = "pip install 'emomerge[train]', which resolves names, or give the base that the adapter was trained on"
+        else:
+            fix = "give the base that the adapter was trained on"
         error = BadInput(
             "the adapter is of another model" if nothing_matched else "an adapter key matches no base tensor",
             where=f"{self.file}, {self.unmatched[0]}",
