@@ -57,6 +57,7 @@ class Relaid(Checkpoint):
         self._checkpoint, self._reads, self._base, self._kept = checkpoint, reads, base, frozenset(kept)
         self._names = tuple(sorted({*reads, *self._kept}))
         self.source, self.folder, self.paths = checkpoint.source, checkpoint.folder, checkpoint.paths
+        self.file = checkpoint.file
 
     @property
     def tokenizers_from(self) -> tuple[Path, ...]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from emomerge.adapters.aligned import aligned, distinct
-from emomerge.adapters.baked import BakedCheckpoint
+from emomerge.adapters.baked import BakedCheckpoint, ChangedCheckpoint
+from emomerge.adapters.combined import CombinedCheckpoint, Strong
 from emomerge.adapters.formats import all_formats, format_of, is_adapter
 from emomerge.adapters.unsupported import dequantized, refuse_adapter
 from emomerge.checkpoints import Checkpoint, open_checkpoint
@@ -50,6 +52,30 @@ def bake(base: Checkpoint | str | Path, adapter: str | Path, *, allow_unmatched:
         source=str(adapter),
         adapter_folder=path if path.is_dir() else path.parent,
         reopen=partial(bake, base, path.absolute(), allow_unmatched=allow_unmatched),
+    )
+
+
+def bake_several(
+    base: Checkpoint | str | Path, adapters: Sequence[Strong], *, allow_unmatched: bool = False
+) -> ChangedCheckpoint:
+    """Merge adapters into their base, each with a strength, lazily; see `CombinedCheckpoint` for what that means.
+
+    Args:
+        base: the model that they were trained on.
+        adapters: the adapters, in the order of the sum, as for `bake`.
+        allow_unmatched: as in `bake`.
+
+    Raises:
+        BadInput: as `bake`; or there is no adapter.
+    """
+    if not adapters:
+        raise BadInput("no adapters to merge", expected="at least one")
+    first = bake(base, adapters[0].adapter, allow_unmatched=allow_unmatched)
+    if len(adapters) == 1 and adapters[0].strength == 1:
+        return first
+    others = [bake(first.base, each.adapter, allow_unmatched=allow_unmatched) for each in adapters[1:]]
+    return CombinedCheckpoint(
+        first.base, [(baked, each.strength) for baked, each in zip([first, *others], adapters, strict=True)]
     )
 
 

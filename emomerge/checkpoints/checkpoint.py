@@ -35,6 +35,16 @@ class TensorInfo(NamedTuple):
         return self.numel * self.dtype.itemsize
 
 
+class StoredFile(NamedTuple):
+    """A model that is one file of its own, such as a checkpoint of an image model; models derived from it are one, too."""
+
+    path: Path
+    order: tuple[str, ...]
+    """The tensor names in the order of their data."""
+    metadata: Mapping[str, str]
+    """The texts in its header."""
+
+
 class Checkpoint(Mapping[str, Tensor]):
     """A read-only mapping name → tensor whose tensors are loaded on demand.
 
@@ -47,6 +57,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     folder: Path | None = None
     """The folder with the configuration, tokenizer and the like of these weights, if there is one."""
+
+    file: StoredFile | None = None
+    """The one file that holds these weights, or those that they were made from; None for a folder of a library."""
 
     paths: tuple[Path, ...] = ()
     """The files that the tensors are read from, sorted; empty for weights that are computed or in memory."""
@@ -169,6 +182,7 @@ class OnDevice(Checkpoint):
         self.device = device
         self.source = checkpoint.source
         self.folder = checkpoint.folder
+        self.file = checkpoint.file
 
     @property
     def tokenizers_from(self) -> tuple[Path, ...]:

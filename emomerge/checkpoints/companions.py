@@ -37,7 +37,7 @@ _STATE = (
 )
 _REASONS = {reason: re.compile(names, re.IGNORECASE) for reason, names in
             (("state of a training", _STATE), ("code", _CODE), ("weights", _WEIGHTS))}  # fmt: skip
-_UNNAMED = re.compile(r".*\.index\.json|adapter_.*|(run|merge)\.json|README(\.md)?|\..*", re.IGNORECASE)
+_UNNAMED = re.compile(r".*\.index\.json|adapter_.*|(run|merge|bake)\.json|README(\.md)?|\..*", re.IGNORECASE)
 """Files that belong to the old weights or to git, and the README, which a model card replaces."""
 _SETTINGS = r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)"
 _VOCABULARY = r"(vocab|merges|bpe|source|target|spiece|sentencepiece|tokenizer)[\w.-]*\.(json|txt|model|spm|codes|tiktoken)"

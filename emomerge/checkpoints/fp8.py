@@ -49,6 +49,7 @@ class Dequantized(Checkpoint):
         hidden = {*self._scales.values(), *(name for name in stored if _BESIDE.fullmatch(name))}
         self._names = tuple(name for name in stored.names() if name not in hidden)
         self.source, self.folder, self.paths = stored.source, stored.folder, stored.paths
+        self.file = stored.file
 
     @property
     def tokenizers_from(self) -> tuple[Path, ...]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from emomerge import watch
-from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo
+from emomerge.checkpoints.checkpoint import Checkpoint, StoredFile, TensorInfo
 from emomerge.checkpoints.parts import MODEL_INDEX, MODULES, STEMS, PartsCheckpoint, part_folders
 from emomerge.errors import BadInput
 from emomerge.extras import needed_by
@@ -103,6 +103,10 @@ class SafetensorsCheckpoint(Checkpoint):
         self.paths = tuple(sorted(headers))
         self.source = source
         self.folder = folder
+        if len(self.paths) == 1 and self.paths[0].stem not in STEMS and not (self.paths[0].parent / "config.json").is_file():
+            (header,) = headers.values()
+            order = sorted(self._names, key=lambda name: (header.offsets[name], header.tensors[name].nbytes))
+            self.file = StoredFile(self.paths[0], tuple(order), header.metadata)
 
     def names(self) -> tuple[str, ...]:
         """Return all tensor names, sorted."""

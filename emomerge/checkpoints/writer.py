@@ -19,12 +19,15 @@ from torch import Tensor
 from emomerge.checkpoints.atomic import new_path, require_space, translate_os_error
 from emomerge.checkpoints.checkpoint import Checkpoint, RoundingLoss, TensorInfo, all_finite
 from emomerge.checkpoints.companions import check_tokenizer, copy_companions, note, set_dtype
-from emomerge.checkpoints.parts import STEMS, part_folders, weight_stem
+from emomerge.checkpoints.metadata import kept_metadata
+from emomerge.checkpoints.parts import STEMS, part_folders, parts_of, weight_stem
 from emomerge.checkpoints.reader import DTYPES, open_checkpoint
 from emomerge.errors import BadInput, EmomergeError
 from emomerge.numerics.rounding import Rounding, round_at_random, round_to
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLUSHED = 2**27
+"""Bytes after which a file is flushed to the disk while the next tensors are computed."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 FLOATS = {
@@ -54,6 +57,10 @@ class WriteOptions(NamedTuple):
     progress: Progress | None = None
     prefix: str = ""
     """Removed from the tensor names in the file: the part of a model that the file belongs to."""
+    order: tuple[str, ...] = ()
+    """Names in the order in which they are written; without it, wide dtypes come first."""
+    metadata: Mapping[str, str] = MappingProxyType({})
+    """Texts for the header of the file."""
 
 
 ShardWriter = Callable[[Sequence[tuple[Plan, Path]], WriteOptions], list[str]]
@@ -72,6 +79,8 @@ def write_checkpoint(
     files_from: Path | None = None,
     beside: Mapping[str, SideFile] = MappingProxyType({}),
     extra_files: ExtraFiles = MappingProxyType({}),
+    metadata: Mapping[str, str] = MappingProxyType({}),
+    one_file: bool | None = None,
     force: bool = False,
     progress: Progress | None = None,
     shards_by: ShardWriter | None = None,
@@ -81,7 +90,8 @@ def write_checkpoint(
 
     Args:
         checkpoint: the weights. If `checkpoint[name]` is wider than `checkpoint.info(name).dtype`, as a baked or merged
-            tensor is, it is rounded once. A model of several parts is written as a folder of the same layout.
+            tensor is, it is rounded once. A model of several parts is written as a folder of the same layout. A single file
+            (see `StoredFile`) keeps the order of its tensors and its metadata.
         out: a name that ends in `.safetensors` for one file; any other for a folder that `from_pretrained` loads.
         dtype: one of `FLOATS` for floating tensors; "base" keeps the dtypes of `info()`.
         rounding: "nearest" (ties to even), or "stochastic": up or down at random, exact in expectation.
@@ -92,7 +102,10 @@ def write_checkpoint(
             configuration gets the dtype that is written. A tokenizer in the folders of the weights (see
             `Checkpoint.tokenizers_from`) takes precedence if these agree on it.
         beside: file name → more tensors, for a folder.
+        metadata: texts for the header, in addition to those of the single file that the model came in.
         extra_files: file name → text, or a function that returns it and is called after all weights are written.
+        one_file: write a folder with one file that is named like it and has no index, with no companions, as programs for
+            images want it; by default so if the weights came in one file that has a prefix for each part of a model.
         force: replace an existing `out`, once the new one is complete.
         progress: called with each tensor's name and bytes after it is written.
         shards_by: used instead of this process to write the weight files if there are several.
@@ -108,7 +121,10 @@ def write_checkpoint(
     plan = {name: _stored(checkpoint.info(name), dtype) for name in checkpoint.names()}
     needed = sum(info.nbytes for info in plan.values())
     limit = _bytes(max_shard_size)
-    options = WriteOptions(rounding, seed, loss, progress)
+    file = checkpoint.file
+    one_file = (file is not None and bool(parts_of(checkpoint))) if one_file is None else one_file
+    header = {**(kept_metadata(file.metadata) if file else {}), **metadata}
+    options = WriteOptions(rounding, seed, loss, progress, order=file.order if file else (), metadata=header)
     for folder in (checkpoint.folder, files_from):
         if folder is not None and out.resolve() in folder.resolve().parents:
             raise BadInput("refusing to replace a folder that the weights are read from", where=out, found=folder)
@@ -123,18 +139,23 @@ def write_checkpoint(
             _check(temporary, plan, out)
             return {out.name: digest}
         temporary.mkdir()
-        if files_from is not None:
-            copy_companions(files_from, temporary, tokenizers_from=checkpoint.tokenizers_from, say=say)
-        hashes = _write_weights(checkpoint, plan, temporary, limit, options, shards_by, layout)
-        for name, (tensors, metadata) in beside.items():
+        if one_file:
+            name = f"{out.name}.safetensors"
+            hashes = {name: write_file(checkpoint, plan, temporary / name, options)}
+        else:
+            if files_from is not None:
+                copy_companions(files_from, temporary, tokenizers_from=checkpoint.tokenizers_from, say=say)
+            hashes = _write_weights(checkpoint, plan, temporary, limit, options, shards_by, layout)
+        for name, (tensors, texts) in beside.items():
             infos = {tensor: tensors.info(tensor) for tensor in tensors}
             (temporary / name).parent.mkdir(exist_ok=True)
-            hashes[name] = write_file(tensors, infos, temporary / name, WriteOptions(), metadata)
+            hashes[name] = write_file(tensors, infos, temporary / name, WriteOptions(metadata=texts))
         for name, text in (extra_files() if callable(extra_files) else extra_files).items():
             (temporary / name).write_text(text, encoding="utf-8", newline="\n")
         if files_from is not None or not _parts(plan, layout):  # without their index, parts are several checkpoints
             _check(temporary, plan, out)
-        _fit_companions(temporary, plan, layout, say)
+        if not one_file:
+            _fit_companions(temporary, plan, layout, say)
         return hashes
 
 
@@ -206,26 +227,26 @@ def _write_shards(
     return hashes
 
 
-def write_file(
-    checkpoint: Checkpoint, plan: Plan, path: Path, options: WriteOptions, metadata: Mapping[str, str] = MappingProxyType({})
-) -> str:
+def write_file(checkpoint: Checkpoint, plan: Plan, path: Path, options: WriteOptions) -> str:
     """Write one safetensors file and return its SHA-256; each tensor is computed while the previous one is written."""
-    order = sorted(plan, key=lambda name: (-plan[name].dtype.itemsize, name))  # keeps every tensor aligned
+    order = _order(plan, options.order)
     digest = hashlib.sha256()
+    unflushed = 0
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as flusher, ThreadPoolExecutor(1) as writer:
         flushing = flusher.submit(os.fsync, file.fileno())
 
         def put(data: bytes | memoryview, name: str | None = None) -> None:
-            nonlocal flushing
+            nonlocal flushing, unflushed
             write_all(file, data)
-            if flushing.done():  # flush in the background, so that little is left for the end
+            unflushed += len(data)
+            if unflushed > FLUSHED and flushing.done():  # in the background, so that little is left for the end
                 flushing.result()
-                flushing = flusher.submit(os.fsync, file.fileno())
+                flushing, unflushed = flusher.submit(os.fsync, file.fileno()), 0
             digest.update(data)
             if name is not None and options.progress is not None:
                 options.progress(name, plan[name].nbytes)
 
-        writing = writer.submit(put, _header(plan, order, options.prefix, metadata))
+        writing = writer.submit(put, _header(plan, order, options.prefix, options.metadata))
         for name in order:
             data = _raw_bytes(_rounded(checkpoint, name, plan[name], options))
             writing.result()
@@ -234,6 +255,18 @@ def write_file(
         flushing.result()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def _order(plan: Plan, wanted: Sequence[str]) -> list[str]:
+    """Return the names in the given order if every tensor is then aligned, else with wide dtypes first."""
+    places = {name: place for place, name in enumerate(wanted)}
+    order = sorted(plan, key=lambda name: (places.get(name, len(places)), -plan[name].dtype.itemsize, name))
+    begin = 0
+    for name in order:
+        if begin % plan[name].dtype.itemsize:
+            return sorted(order, key=lambda name: -plan[name].dtype.itemsize)
+        begin += plan[name].nbytes
+    return order
 
 
 def write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:

@@ -1,4 +1,4 @@
-"""The commands that derive models from models: bake, merge, reconstruct."""
+"""The commands that merge runs: merge, reconstruct."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from emomerge.cli.command import (
 )
 from emomerge.cli.printing import print_diagnostics, print_json, print_rounding, print_truncation
 from emomerge.cli.templates import open_recipe
-from emomerge.cli.write import Destination, card_only, merge_card, write_adapter, write_model
+from emomerge.cli.write import Destination, card_only, header_of, merge_card, write_adapter, write_model
 from emomerge.errors import BadInput, shown
 from emomerge.watch import watched_inputs
 
@@ -54,46 +54,6 @@ class MergeCommand(Command):
                 what = "a parameter of a merge method is not an option"
                 fail(BadInput(what, found=error.option_name, fix=f"write `--set {name}=VALUE`"))
             raise
-
-
-@command(
-    "bake",
-    """
-    emomerge bake out/digits/base out/digits/runs/sens-0/adapter -o baked.safetensors
-    emomerge bake base run --dtype bfloat16 --rounding stochastic --seed 1 -o baked
-    """,
-)  # fmt: skip
-@click.argument("base")
-@click.argument("adapter")
-@click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
-@click.option("--dtype", type=DTYPES, default="base", show_default=True)
-@rounding_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of stochastic rounding.")
-@click.option("--max-shard-size", default="5GB", show_default=True)
-@click.option(
-    "--allow-unmatched",
-    is_flag=True,
-    help="Warn about adapter tensors that match no tensor of BASE, instead of refusing them.",
-)
-@force_option
-@quiet_option
-@watched_inputs()
-def bake(
-    base: str, adapter: str, out: Path, dtype: str, rounding: str, seed: int, max_shard_size: str, allow_unmatched: bool,
-    force: bool, quiet: bool,
-) -> None:  # fmt: skip
-    """Write BASE with ADAPTER merged into its weights: computed in float32, rounded once."""
-    from emomerge import adapters
-    from emomerge.merging.record import Output
-
-    baked = adapters.bake(base, adapter, allow_unmatched=allow_unmatched)
-    opened = baked.base
-    output = Output(dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size)
-    texts = card_only(title=out.stem, about=f"`{adapter}` merged into the weights of its base.", base=base)
-    lost = write_model(baked, opened, Destination(out, force, quiet), output, title="bake", texts=texts)
-    if not quiet:
-        print_rounding(lost)
-    click.echo(shown(out))
 
 
 @command(
@@ -396,9 +356,11 @@ def write_merge(
             side_files = mask_files(merged) if output.save_masks else {}
             shards_by = ShardWriter(merged, engine) if engine is not None else None
             title = f"merge {record.method}"
+            how = {"merge": record.model_dump(mode="json", include={"method", "params"})}
             write_model(
-                merged, merged.base, destination, output, title=title, texts=texts, side_files=side_files, shards_by=shards_by
-            )
+                merged, merged.base, destination, output, title=title, texts=texts, side_files=side_files, shards_by=shards_by,
+                metadata=header_of(merged.base, destination.out, [{"run": source} for source in sources], how),
+            )  # fmt: skip
         if not found:  # a single file has no text files, but --json prints the facts
             texts({})
     return found

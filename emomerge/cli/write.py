@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -33,8 +33,10 @@ class Destination:
 def write_model(
     checkpoint: Checkpoint, base: Checkpoint, destination: Destination, output: Output, *, title: str, texts: TextFiles,
     side_files: Mapping[str, SideFile] = MappingProxyType({}), shards_by: ShardWriter | None = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:  # fmt: skip
     """Write a model and return the figures of its rounding loss (see `RoundingLoss.figures`)."""
+    from emomerge.adapters.images.targets import is_image_model
     from emomerge.checkpoints import RoundingLoss, write_checkpoint
     from emomerge.progress import Display
 
@@ -43,8 +45,9 @@ def write_model(
         line = display.line(title, len(checkpoint))
         write_checkpoint(
             checkpoint, destination.out, dtype=output.dtype, rounding=output.rounding, seed=output.seed, loss=loss,
-            max_shard_size=output.max_shard_size, files_from=base.folder,
-            beside=side_files, extra_files=lambda: texts({"rounding_loss": loss.figures()}),
+            max_shard_size=output.max_shard_size, files_from=base.folder, metadata=metadata,
+            one_file=base.file is not None and is_image_model(base), beside=side_files,
+            extra_files=lambda: texts({"rounding_loss": loss.figures()}),
             force=destination.force, progress=lambda name, _: line.add(1, name), shards_by=shards_by,
         )  # fmt: skip
     return loss.figures()
@@ -65,6 +68,37 @@ def write_adapter(merged: MergedCheckpoint, destination: Destination, output: Ou
     dtype = "float32" if output.dtype == "base" else output.dtype
     files = texts({"adapter": truncated.figures()})
     truncated.adapter().write(destination.out, dtype=dtype, extra_files=files, force=destination.force, weights=merged)
+
+
+def header_of(base: Checkpoint, out: Path, sources: Sequence[dict[str, Any]], how: dict[str, Any]) -> dict[str, str]:
+    """Return what the header of a single file says about a model made from one; nothing if the base is none.
+
+    Args:
+        base: the base.
+        out: the output of the command.
+        sources: of each adapter or run its path, as the first value, and what else is to be known; what its trainer wrote into
+            its own header (`ss_*`) is added.
+        how: anything else.
+    """
+    if base.file is None:
+        return {}
+    from importlib.metadata import version
+
+    from emomerge.adapters.images.grammar import read_header
+    from emomerge.adapters.images.targets import is_image_model
+    from emomerge.checkpoints import made_of
+
+    described = []
+    for source in sources:
+        header = read_header(Path(next(iter(source.values()))))
+        trained = {key: text for key, text in (header.metadata if header else {}).items() if key.startswith("ss_")}
+        described.append({**source, "metadata": trained} if trained else source)
+    return made_of(
+        base.file.metadata, title=out.name.removesuffix(".safetensors"),
+        sources=[base.file.path, *(next(iter(source.values())) for source in sources)],
+        record={"version": version("emomerge"), "base": base.source, "sources": described, **how},
+        is_image_model=is_image_model(base),
+    )  # fmt: skip
 
 
 def card_only(**context: Any) -> TextFiles:

@@ -35,6 +35,7 @@ class BasePlusDelta(Checkpoint):
         self.scale = scale
         self.source = source
         self.folder = base.folder
+        self.file = base.file
 
     @abstractmethod
     def tau(self, name: str) -> Tensor | None:

@@ -91,6 +91,11 @@ class Targets:
         return distinct[0] if distinct else None
 
 
+def is_image_model(base: Checkpoint) -> bool:
+    """Return whether a base is a model of images as far as its names tell."""
+    return bool(parts_of(base)) or Targets(base).family is not None
+
+
 def _unwrapped(module: str) -> list[str]:
     """Return the name of a module without PEFT's wrapper, before or behind the name of the part; without wrapper, as it is."""
     return [module.replace(_WRAPPER, "")]

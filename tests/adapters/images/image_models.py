@@ -8,6 +8,7 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 UNET, TE1, TE2 = "model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1."
 CONTEXT, TIME, ADDED = 7, 11, 13
+VOCABULARY, POSITIONS = 9, 6
 
 
 def linear(name: str, out: int, into: int, *kernel: int, bias: bool = True) -> Tensors:
@@ -44,7 +45,7 @@ def _attention(name: str, width: int, depth: int, *, conv: bool = False) -> Tens
 
 def unet(widths: tuple[int, ...], depths: tuple[int, ...], middle: int, *, xl: bool) -> Tensors:
     """The UNet of an LDM checkpoint, without prefix: two residual blocks on each level, with attention where depth is not 0."""
-    found = linear("time_embed.0", TIME, 5) | linear("time_embed.2", TIME, TIME)
+    found = linear("time_embed.0", TIME, widths[0]) | linear("time_embed.2", TIME, TIME)
     found |= linear("label_emb.0.0", TIME, ADDED) | linear("label_emb.0.2", TIME, TIME) if xl else {}
     found |= linear("input_blocks.0.0", widths[0], 4, 3, 3)
     skips, current, number = [widths[0]], widths[0], 1
@@ -75,8 +76,8 @@ def unet(widths: tuple[int, ...], depths: tuple[int, ...], middle: int, *, xl: b
 def clip(prefix: str, width: int, layers: int) -> Tensors:
     """A CLIP text encoder as transformers stores it."""
     found = {
-        f"{prefix}embeddings.token_embedding.weight": torch.randn(9, width),
-        f"{prefix}embeddings.position_embedding.weight": torch.randn(6, width),
+        f"{prefix}embeddings.token_embedding.weight": torch.randn(VOCABULARY, width),
+        f"{prefix}embeddings.position_embedding.weight": torch.randn(POSITIONS, width),
     } | norm(f"{prefix}final_layer_norm", width)
     for number in range(layers):
         layer = f"{prefix}encoder.layers.{number}"
@@ -90,8 +91,8 @@ def clip(prefix: str, width: int, layers: int) -> Tensors:
 def open_clip(width: int, layers: int) -> Tensors:
     """A CLIP text encoder as OpenCLIP stores it."""
     found = {
-        "logit_scale": torch.tensor(4.6), "positional_embedding": torch.randn(6, width),
-        "text_projection": torch.randn(width, width + 2), "token_embedding.weight": torch.randn(9, width),
+        "logit_scale": torch.tensor(4.6), "positional_embedding": torch.randn(POSITIONS, width),
+        "text_projection": torch.randn(width, width + 2), "token_embedding.weight": torch.randn(VOCABULARY, width),
     } | norm("ln_final", width)  # fmt: skip
     for number in range(layers):
         block = f"transformer.resblocks.{number}"
@@ -102,13 +103,51 @@ def open_clip(width: int, layers: int) -> Tensors:
     return found
 
 
-def sdxl() -> Tensors:
-    """A whole SDXL checkpoint with all names of its UNet and text encoders, and a stand-in for the autoencoder."""
-    found = {UNET + name: tensor for name, tensor in unet((3, 4, 6), (0, 2, 10), 10, xl=True).items()}
-    found |= clip(f"{TE1}transformer.text_model.", 2, 12) | {f"{TE2}model.{name}": t for name, t in open_clip(5, 32).items()}
-    found[f"{TE1}transformer.text_model.embeddings.position_ids"] = torch.arange(6).unsqueeze(0)
-    found |= linear("first_stage_model.decoder.conv_in", 3, 4, 3, 3) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+def _vae_resnet(name: str, into: int, out: int) -> Tensors:
+    found = norm(f"{name}.norm1", into) | linear(f"{name}.conv1", out, into, 3, 3)
+    found |= norm(f"{name}.norm2", out) | linear(f"{name}.conv2", out, out, 3, 3)
+    return found | (linear(f"{name}.nin_shortcut", out, into, 1, 1) if into != out else {})
+
+
+def _vae_middle(name: str, width: int) -> Tensors:
+    found = _vae_resnet(f"{name}.block_1", width, width) | _vae_resnet(f"{name}.block_2", width, width)
+    found |= norm(f"{name}.attn_1.norm", width)
+    for projection in ("q", "k", "v", "proj_out"):
+        found |= linear(f"{name}.attn_1.{projection}", width, width, 1, 1)
     return found
+
+
+def autoencoder(widths: tuple[int, ...], layers: int) -> Tensors:
+    """The autoencoder of an LDM checkpoint, without prefix."""
+    found = linear("quant_conv", 8, 8, 1, 1) | linear("post_quant_conv", 4, 4, 1, 1)
+    found |= linear("encoder.conv_in", widths[0], 3, 3, 3) | linear("decoder.conv_in", widths[-1], 4, 3, 3)
+    current = widths[0]
+    for level, width in enumerate(widths):
+        for layer in range(layers):
+            found |= _vae_resnet(f"encoder.down.{level}.block.{layer}", current, width)
+            current = width
+        found |= linear(f"encoder.down.{level}.downsample.conv", width, width, 3, 3) if level < len(widths) - 1 else {}
+    found |= _vae_middle("encoder.mid", current) | _vae_middle("decoder.mid", current)
+    found |= norm("encoder.norm_out", current) | linear("encoder.conv_out", 8, current, 3, 3)
+    for level, width in reversed([*enumerate(widths)]):
+        for layer in range(layers + 1):
+            found |= _vae_resnet(f"decoder.up.{level}.block.{layer}", current, width)
+            current = width
+        found |= linear(f"decoder.up.{level}.upsample.conv", width, width, 3, 3) if level else {}
+    return found | norm("decoder.norm_out", current) | linear("decoder.conv_out", 3, current, 3, 3)
+
+
+def sdxl(
+    widths: tuple[int, int, int] = (3, 4, 6), encoders: tuple[int, int] = (2, 5), vae: tuple[int, ...] = (3, 5),
+    vae_layers: int = 1,
+) -> Tensors:  # fmt: skip
+    """A whole SDXL checkpoint with all names of its UNet and text encoders; the autoencoder has fewer levels and layers."""
+    found = {UNET + name: tensor for name, tensor in unet(widths, (0, 2, 10), 10, xl=True).items()}
+    found |= clip(f"{TE1}transformer.text_model.", encoders[0], 12)
+    found |= {f"{TE2}model.{name}": t for name, t in open_clip(encoders[1], 32).items()}
+    found[f"{TE1}transformer.text_model.embeddings.position_ids"] = torch.arange(POSITIONS).unsqueeze(0)
+    found |= {f"first_stage_model.{name}": tensor for name, tensor in autoencoder(vae, vae_layers).items()}
+    return found | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
 
 
 def sd15() -> Tensors:
