@@ -264,14 +264,14 @@ def _rs_lora(tmp: Path) -> None:
     torch.testing.assert_close(bake(base, scaled)["x.a.weight"], W + scale * (product + W @ product))
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS.each())
-def test_following_the_advice_succeeds(scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    scenario(tmp_path)
-
-
 @follows("write it as ADAPTER=0.8")
 def _strength(tmp: Path) -> None:
     base, lora = model(tmp / "base"), adapter(tmp / "adapter")
     assert refused("bake", base, f"{lora}=strong", "-o", tmp / "out").endswith("write it as ADAPTER=0.8")
     works("bake", base, f"{lora}=0.8", "-o", tmp / "out")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.each())
+def test_following_the_advice_succeeds(scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scenario(tmp_path)
