@@ -32,8 +32,9 @@ FAMILIES = (
     Family(
         "PEFT adapter without its configuration",
         re.compile(
-            r"base_model\.model\..+\.(lora_(embedding_)?[AB]|lora_magnitude_vector|ia3_l|vera_lambda_[bd]|hra_u|oft_R"
-            r"|hada_\w+|lokr_\w+|boft_\w+|trainable_tokens_delta)(\..+)?|prompt_embeddings"
+            r"base_model\.model\..+\.(lora_(embedding_)?[ABE]|lora_magnitude_vector|ia3_l|vera_\w+|randlora_\w+|hra_u"
+            r"|oft_(embedding_)?R|hada_\w+|lokr_\w+|boft_\w+|fourierft_spectrum|(miss|bone)_block|trainable_tokens_delta"
+            r"|ln_tuning_layers)(\..+)?|base_model\.(vera|randlora)_[AB]|prompt_embeddings"
         ),
         f"give the adapter's folder, with its {CONFIG}",
     ),

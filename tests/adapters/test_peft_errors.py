@@ -60,7 +60,7 @@ def test_the_plain_adapter_of_these_tests_bakes(tmp_path):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("peft_type", "LOHA"),
+        ("peft_type", "TOMORROW"),
         ("use_dora", True),
         ("init_lora_weights", "pissa_niter_4"),
         ("init_lora_weights", "olora"),

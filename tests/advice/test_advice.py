@@ -5,7 +5,10 @@ from pathlib import Path
 
 import advising
 
-ELSEWHERE = {"load it in diffusers or ComfyUI instead: a model with it has other inputs than its base"}
+ELSEWHERE = {
+    "load it in diffusers or ComfyUI instead: a model with it has other inputs than its base",
+    "use it through PEFT",
+}
 """What is not to be done with this package."""
 
 

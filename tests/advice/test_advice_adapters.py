@@ -161,24 +161,73 @@ def _two_values(tmp: Path) -> None:
         torch.testing.assert_close(merged[name], tensor)
 
 
-@follows("save it with PEFT's path_initial_model_for_weight_conversion, which converts it into plain LoRA")
-def _converted(tmp: Path) -> None:
+@follows(
+    "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…); or give the base as it was saved "
+    "after the initialization, and set init_lora_weights to true"
+)
+def _changed_base(tmp: Path) -> None:
     peft = pytest.importorskip("peft")
     base = llama()
     base.save_pretrained(tmp / "base")
-    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], init_lora_weights="pissa")
+    )
     adapted.peft_config["default"].init_lora_weights = True  # PEFT's documentation
     adapted.save_pretrained(tmp / "initial")
     adapted.peft_config["default"].init_lora_weights = "pissa"
+    residual = {name.replace(".base_layer", ""): tensor for name, tensor in base.state_dict().items() if "lora_" not in name}
+    save_file({name: tensor.clone() for name, tensor in residual.items()}, tmp / "residual.safetensors")
     with torch.no_grad():
         adapted.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.add_(0.1)
     adapted.save_pretrained(tmp / "changed")
     assert "path_initial_model_for_weight_conversion" in refused("bake", tmp / "base", tmp / "changed", "-o", tmp / "out")
     wanted = adapted(torch.arange(5)[None]).logits
     adapted.save_pretrained(tmp / "plain", path_initial_model_for_weight_conversion=str(tmp / "initial"))
-    works("bake", tmp / "base", tmp / "plain", "-o", tmp / "out")
-    baked = type(base).from_pretrained(tmp / "out")
+    works("bake", tmp / "base", tmp / "plain", "-o", tmp / "one")
+    config = tmp / "changed/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": True}))
+    works("bake", tmp / "residual.safetensors", tmp / "changed", "-o", tmp / "other/model.safetensors")
+    (tmp / "other/config.json").write_text((tmp / "base/config.json").read_text())
+    for out in ("one", "other"):
+        baked = type(llama()).from_pretrained(tmp / out)
+        torch.testing.assert_close(baked(torch.arange(5)[None]).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+@follows("copy the repeated layers into a base with that many layers, and remove layer_replication")
+def _repeated_layers(tmp: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    llama().save_pretrained(tmp / "base")
+    adapted = peft_of(llama(), tmp / "adapter", target_modules=["q_proj"], layer_replication=[[0, 1], [0, 1]])
+    wanted = adapted(torch.arange(5)[None]).logits
+    assert "remove layer_replication" in refused("bake", tmp / "base", tmp / "adapter", "-o", tmp / "out")
+    longer = type(llama())(transformers.LlamaConfig(**(llama().config.to_dict() | {"num_hidden_layers": 2})))
+    longer.load_state_dict(peft.PeftModel.from_pretrained(llama(), tmp / "adapter").unload().state_dict())
+    longer.save_pretrained(tmp / "repeated")
+    config = tmp / "adapter/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"layer_replication": None}))
+    works("bake", tmp / "repeated", tmp / "adapter", "-o", tmp / "out")
+    baked = type(llama()).from_pretrained(tmp / "out")
     torch.testing.assert_close(baked(torch.arange(5)[None]).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+@follows("train it again without this layer in target_modules, or with BOFT")
+def _rotated_kernel(tmp: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def net() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, bias=False), torch.nn.Conv2d(6, 4, 1, bias=False))
+
+    base = model(tmp / "base", **{str(n): layer.weight.detach() for n, layer in enumerate(net().children())})
+    for name, config in {
+        "adapter": peft.OFTConfig(target_modules=["0", "1"], r=0, oft_block_size=2),
+        "without": peft.OFTConfig(target_modules=["1"], r=0, oft_block_size=2),
+        "boft": peft.BOFTConfig(target_modules=["0", "1"], boft_block_size=2),
+    }.items():
+        peft.get_peft_model(net(), config).save_pretrained(tmp / name)
+    assert refused("bake", base, tmp / "adapter", "-o", tmp / "out").endswith("or with BOFT")
+    works("bake", base, tmp / "without", "-o", tmp / "one")
+    works("bake", base, tmp / "boft", "-o", tmp / "other")
 
 
 @follows("if you trust it, load it in PEFT and save_pretrained")

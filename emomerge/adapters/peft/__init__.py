@@ -1,1 +1,1 @@
-"""PEFT's LoRA folders: `adapter_config.json` and `adapter_model.safetensors`, read and written."""
+"""PEFT's adapter folders: `adapter_config.json` and `adapter_model.safetensors`, read and written."""

@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emomerge.adapters.peft.files import CONFIG, WEIGHTS, load_config
+from emomerge.adapters.peft.types import REFUSED
 
 if TYPE_CHECKING:
     from emomerge.adapters.change import Change
     from emomerge.checkpoints import Checkpoint
 
-_FACTS = ("peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save", "base_model_name_or_path")
+_FACTS = """
+    peft_type r init_r lora_alpha alpha randlora_alpha use_rslora use_dora oft_block_size boft_block_size boft_block_num
+    n_frequency token_indices trainable_token_indices target_modules target_parameters modules_to_save base_model_name_or_path
+""".split()  # noqa: SIM905
 
 
 class _Peft:
-    """The `AdapterFormat` of PEFT's LoRA folders."""
+    """The `AdapterFormat` of PEFT's folders."""
 
     layout = f"a folder with {CONFIG} and {WEIGHTS}"
 
@@ -28,15 +32,17 @@ class _Peft:
         return [_folder(path) / CONFIG, _folder(path) / WEIGHTS]
 
     def read(self, path: Path, base: Checkpoint, *, allow_unmatched: bool) -> dict[str, Change]:
-        """Read LoRA factors and replaced tensors; see `reader`."""
+        """Read the tensors of any type that `types` lists, and replaced tensors; see `reader`."""
         from emomerge.adapters.peft.reader import read_peft
 
         return read_peft(_folder(path), base, allow_unmatched=allow_unmatched)
 
     def facts(self, path: Path) -> dict[str, Any]:
-        """Return the fields of the configuration that say what the adapter is."""
+        """Return the fields of the configuration that say what the adapter is, and why it cannot be baked if it cannot."""
         config = load_config(_folder(path))
-        return {key: config[key] for key in _FACTS if config.get(key)}
+        found = {key: config[key] for key in _FACTS if config.get(key)}
+        refused = REFUSED.get(str(config.get("peft_type")))
+        return found if refused is None else found | {"cannot be baked": refused.reason}
 
 
 PEFT = _Peft()

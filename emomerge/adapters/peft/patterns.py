@@ -109,17 +109,23 @@ def matches_end(pattern: str, name: str, *, where: object) -> bool:
     """
     if _NAME.fullmatch(pattern):
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
-    automaton, start, end = _compiled(pattern, where)
+    automaton, start, end = _compiled(rf"(?:.*\.)?(?:{pattern})", pattern, where)
+    return automaton.accepts(name, start, end)
+
+
+def matches_all(pattern: str, name: str, *, where: object) -> bool:
+    """Return whether a pattern matches a whole name, as `re.fullmatch` does. Raises BadInput as `matches_end` does."""
+    automaton, start, end = _compiled(f"(?:{pattern})", pattern, where)
     return automaton.accepts(name, start, end)
 
 
 @cache
-def _compiled(pattern: str, where: object) -> tuple[_Automaton, int, int]:
+def _compiled(whole: str, pattern: str, where: object) -> tuple[_Automaton, int, int]:
     automaton = _Automaton()
     try:
         with warnings.catch_warnings(action="ignore"):
             _PARSER.parse(pattern)  # by itself: its parentheses must not close those around it
-            parsed = _PARSER.parse(rf"(?:.*\.)?(?:{pattern})")
+            parsed = _PARSER.parse(whole)
         if parsed.state.flags & ~re.UNICODE:
             raise ValueError("flags in it")
         start = automaton.state()
