@@ -22,6 +22,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "report": {"altair": "altair", "vl_convert": "vl-convert-python", "jinja2": "jinja2"},
     "demo": {"sklearn": "scikit-learn"},
     "images": {"PIL": "pillow"},
+    "gguf": {"gguf": "gguf"},
     "ray": {"ray": "ray"},
     "slurm": {"submitit": "submitit"},
 }

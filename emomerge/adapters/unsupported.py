@@ -10,7 +10,7 @@ import torch
 from emomerge.adapters.peft.files import CONFIG
 from emomerge.checkpoints import Checkpoint
 from emomerge.checkpoints.fp8 import Dequantized, foreign_format, fp8_kind
-from emomerge.checkpoints.reader import UNQUANTIZED
+from emomerge.checkpoints.gguf import UNQUANTIZED, GgufCheckpoint
 from emomerge.errors import BadInput
 
 
@@ -90,6 +90,8 @@ READ_AS_BF16 = "bake and merge read it as bfloat16"
 
 def quantization_of(checkpoint: Checkpoint) -> str | None:
     """Return how the weights of a model are quantized, None if they are not."""
+    if isinstance(checkpoint, GgufCheckpoint):
+        return checkpoint.kind
     stored = {info.dtype for info in map(checkpoint.info, checkpoint)}
     if not any(dtype.itemsize == 1 or not dtype.is_floating_point for dtype in stored):
         return None
@@ -118,7 +120,7 @@ def dequantized(checkpoint: Checkpoint, *, where: object) -> Checkpoint:
     Raises:
         BadInput: the weights are codes of a kind that is not read; the message names it.
     """
-    if (kind := quantization_of(checkpoint)) is None:
+    if (kind := quantization_of(checkpoint)) is None or isinstance(checkpoint, GgufCheckpoint):
         return checkpoint
     if kind == fp8_kind(checkpoint):
         return Dequantized(checkpoint)
@@ -127,7 +129,7 @@ def dequantized(checkpoint: Checkpoint, *, where: object) -> Checkpoint:
 
 def how_to_use(checkpoint: Checkpoint, kind: str) -> str:
     """Return what to do with a model that is quantized in this way."""
-    return READ_AS_BF16 if kind == fp8_kind(checkpoint) else UNQUANTIZED
+    return READ_AS_BF16 if isinstance(checkpoint, GgufCheckpoint) or kind == fp8_kind(checkpoint) else UNQUANTIZED
 
 
 def refuse_adapter(checkpoint: Checkpoint, *, where: object) -> None:

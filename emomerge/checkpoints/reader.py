@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from emomerge import watch
+from emomerge.checkpoints import gguf
 from emomerge.checkpoints.checkpoint import Checkpoint, StoredFile, TensorInfo
 from emomerge.checkpoints.parts import MODEL_INDEX, MODULES, STEMS, PartsCheckpoint, part_folders
 from emomerge.errors import BadInput
@@ -54,7 +55,7 @@ _TO_CONVERT = (
     "convert it where you trust it: safetensors.torch.save_file({name: tensor.contiguous().clone() for name, tensor in "
     "torch.load(file, weights_only=True).items()}, 'model.safetensors', {'format': 'pt'})"
 )
-_GGUF, UNQUANTIZED = "a GGUF file of llama.cpp", "give the model in safetensors that it was quantized from"
+_GGUF = "a GGUF file"
 _INDEX = ".safetensors.index.json"
 _NOT_SAFETENSORS = "not a safetensors file"
 _LARGEST_HEADER = 100_000_000  # the format's own limit
@@ -146,8 +147,8 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     """Open weights without reading their data.
 
     Args:
-        source: a `.safetensors` file or a `.safetensors.index.json`; a folder with one; a folder of several parts (see
-            `checkpoints.parts`); or a Hub id.
+        source: a `.safetensors` file, a `.safetensors.index.json` or a GGUF file of an image model; a folder with one of the
+            first two; a folder of several parts (see `checkpoints.parts`); or a Hub id.
         revision: the branch, tag or commit of a Hub id.
 
     Raises:
@@ -160,8 +161,16 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     if path.is_file() and path.name.endswith(_INDEX):
         return _open_index(path, source=str(source))
     if path.is_file():
+        if _begins(path) == gguf.MAGIC:
+            return gguf.open_gguf(path, source=str(source))
         return _open_files([path], source=str(source), folder=path.parent)
     return _open_folder(_from_hub(str(source), revision), source=str(source))
+
+
+def _begins(path: Path) -> bytes:
+    """Return the first four bytes of a file."""
+    with path.open("rb") as file:
+        return file.read(4)
 
 
 def lasting_name(source: str | Path) -> str:
@@ -185,8 +194,8 @@ def read_header(path: Path) -> Header:
         watch.note(path, identity)
         total = identity[2]
         start = file.read(8)
-        if start.startswith(b"GGUF"):
-            raise BadInput(_GGUF, where=path, fix=UNQUANTIZED)
+        if start.startswith(gguf.MAGIC):
+            raise BadInput(_GGUF, where=path, expected="safetensors")
         _refuse_pickle(path, start)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > _LARGEST_HEADER:
@@ -283,8 +292,8 @@ def _open_weights(folder: Path, *, source: str) -> Checkpoint:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
         raise BadInput("the weights are a pickle, which is never loaded", where=folder / pickles[0], fix=_TO_CONVERT)
-    if gguf := sorted(folder.glob("*.gguf")):
-        raise BadInput(_GGUF, where=gguf[0], fix=UNQUANTIZED)
+    if quantized := sorted(folder.glob("*.gguf")):
+        raise BadInput(_GGUF, where=quantized[0], fix="name the file itself: GGUF files of image models are read")
     raise BadInput("no weights in this folder", where=folder, expected="model.safetensors or model.safetensors.index.json")
 
 
