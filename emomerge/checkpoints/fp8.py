@@ -21,6 +21,8 @@ from emomerge.files import JsonObject, parse_json, read_json_or
 
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 """The formats of ComfyUI's `comfy_quant` that are dequantized here."""
+DESCRIPTION = "_quantization_metadata"
+"""The key of a header under which ComfyUI describes all layers."""
 _SCALE = re.compile(r"(.+)\.(scale_weight|weight_scale)")
 _BESIDE = re.compile(r"(.+[./])?(scaled_fp8|scale_input|input_scale|comfy_quant)")
 _QUANT = ".comfy_quant"
@@ -49,7 +51,9 @@ class Dequantized(Checkpoint):
         hidden = {*self._scales.values(), *(name for name in stored if _BESIDE.fullmatch(name))}
         self._names = tuple(name for name in stored.names() if name not in hidden)
         self.source, self.folder, self.paths = stored.source, stored.folder, stored.paths
-        self.file = stored.file
+        if (file := stored.file) is not None:
+            kept = {key: text for key, text in file.metadata.items() if key != DESCRIPTION}
+            self.file = file._replace(order=tuple(name for name in file.order if name not in hidden), metadata=kept)
 
     @property
     def tokenizers_from(self) -> tuple[Path, ...]:

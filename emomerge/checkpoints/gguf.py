@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from emomerge import watch
-from emomerge.checkpoints.checkpoint import Checkpoint, TensorInfo
+from emomerge.checkpoints.checkpoint import Checkpoint, StoredFile, TensorInfo
 from emomerge.errors import BadInput
 from emomerge.extras import needed_by
 
@@ -61,6 +61,7 @@ class GgufCheckpoint(Checkpoint):
         self._tensors = {name: tensors[name] for name in sorted(tensors)}
         self._identity = identity
         self.source, self.folder, self.paths = source, path.parent, (path,)
+        self.file = StoredFile(path, tuple(tensors), {})
 
     def names(self) -> tuple[str, ...]:
         """Return all tensor names, sorted."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -73,11 +74,14 @@ def run(*arguments: object, code: int = 0) -> str:
 def test_a_lora_is_baked_into_what_the_codes_mean(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     others, scale = SCALES[kind]()
     stored = model(codes(dtype), **others)
-    save_file(stored, tmp_path / "base.safetensors", {"_quantization_metadata": "{}"})
+    save_file(stored, tmp_path / "base.safetensors", {"_quantization_metadata": "{}", "modelspec.author": "somebody"})
     delta = lora(tmp_path / "a.safetensors")
     run("bake", tmp_path / "base.safetensors", tmp_path / "a.safetensors", "--quiet", "-o", tmp_path / "out.safetensors")
     found = load_file(tmp_path / "out.safetensors")
     assert sorted(found) == sorted(model(stored[f"{NAME}.weight"])), "no scale is left"
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.author"] == "somebody" and "_quantization_metadata" not in metadata
     weight = stored[f"{NAME}.weight"].float() * scale
     expected = (weight.double() + delta).float()
     assert found[f"{NAME}.weight"].dtype == torch.bfloat16
