@@ -60,12 +60,13 @@ def chart_config(colours: Mapping[str, str]) -> dict[str, Any]:
     return {
         "background": None,
         "aria": False,  # the page describes each figure as a whole
+        "mark": {"aria": False}, "rule": {"aria": False},
         "font": FONT,
         "view": {"stroke": None},
         "range": {"category": list(colours.values())},
         "axis": {
             **{f"{part}Font": FONT for part in ("label", "title")},
-            "labelColor": colours["muted"], "labelFontSize": 11, "labelFlush": False,
+            "labelColor": colours["muted"], "labelFontSize": 12, "labelFlush": False,
             "titleColor": colours["ink"], "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 8,
             "gridColor": colours["grid"], "domainColor": colours["muted"], "tickColor": colours["muted"],
         },
@@ -75,5 +76,5 @@ def chart_config(colours: Mapping[str, str]) -> dict[str, Any]:
             "symbolStrokeColor": colours["ink"], "symbolFillColor": colours["paper"],
         },
         "title": {"font": FONT, "color": colours["ink"], "fontSize": 14, "anchor": "start", "offset": 12},
-        "text": {"fontSize": 11, "font": FONT},
+        "text": {"fontSize": 12, "font": FONT},
     }  # fmt: skip

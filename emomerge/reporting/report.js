@@ -1,3 +1,7 @@
+for (const field of document.querySelectorAll(".tools input[type=search]")) field.addEventListener("input", () => {
+  const wanted = field.value.trim().toLowerCase();
+  for (const row of field.closest(".figures").querySelectorAll("tbody tr")) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+});
 for (const button of document.querySelectorAll("thead button")) button.addEventListener("click", () => {
   const heading = button.closest("th"), body = heading.closest("table").tBodies[0], column = heading.cellIndex;
   const sign = heading.getAttribute("aria-sort") === "ascending" ? -1 : 1;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from emomerge.extras import needed_by
+from emomerge.reporting.advice import next_steps
 from emomerge.reporting.figure import Figure
 from emomerge.reporting.figures import draw_figures, sections
 from emomerge.reporting.figures.forest import evidence
 from emomerge.reporting.kinds import explained_controls
 from emomerge.reporting.method import cautions, measures, worst_case_radii
 from emomerge.reporting.palette import DARK, LIGHT, colour_of
-from emomerge.reporting.table import artefacts, filled_columns
+from emomerge.reporting.table import artefacts, as_csv, filled_columns
 from emomerge.reporting.text import duration, fixed, percent, short, unit
 from emomerge.results import TRUNK, Results
 
@@ -39,7 +41,12 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"short": short, "percent": percent, "duration": duration}
+    made.filters |= {
+        "anchor": lambda title: title.lower().replace(" ", "-"),
+        "short": short,
+        "percent": percent,
+        "duration": duration,
+    }
     return made
 
 
@@ -91,11 +98,31 @@ def _page(results: Results, drawn: Mapping[str, Figure]) -> str:
             measures=measures(results),
             merges=_merges(results),
             limits=limits(results),
+            steps=next_steps(results),
+            contents=contents(results, drawn),
+            downloads={
+                "csv": _link("text/csv", as_csv(results)),
+                "json": _link("application/json", results.model_dump_json()),
+            },
             unit=unit(results),
             light=LIGHT,
             dark=DARK,
         )
     )
+
+
+def contents(results: Results, drawn: Mapping[str, Figure]) -> list[str]:
+    """Return the titles of the sections that the page has, in its order."""
+    figures = [(section.before_table, section.title) for section in sections(drawn.keys()) if section.title]
+    parts = {
+        "All figures": bool(results.artefacts),
+        "Samples": results.samples is not None,
+        **{title: True for before, title in figures if not before},
+        "The merges": bool(results.merges),
+        "How it was measured": True,
+        "Limitations": True,
+    }
+    return [title for before, title in figures if before] + [title for title, there in parts.items() if there]
 
 
 def limits(results: Results) -> list[str]:
@@ -180,6 +207,11 @@ def _specs(figure: Figure) -> Mapping[str, Any]:
     for spec in layouts.values():
         datasets |= spec.pop("datasets", {})
     return {**layouts, "datasets": datasets}
+
+
+def _link(kind: str, text: str) -> str:
+    """Return an address that holds a file itself."""
+    return f"data:{kind};base64,{base64.b64encode(text.encode()).decode()}"
 
 
 def _script_safe(text: str) -> Markup:

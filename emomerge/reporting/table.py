@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from emomerge.reporting.text import decimals, fixed, percent
 from emomerge.results import ArtefactRow, Column, Estimate, Results, View, sort_rows
@@ -22,6 +24,8 @@ class FilledColumn:
     cells: tuple[str, ...]
     best: frozenset[int] = frozenset()
     """Rows with the best value among runs and merges, compared by the printed digits."""
+    main: bool = True
+    """Whether the page shows it before all columns are asked for: what the terminal shows, of several radii the middle one."""
 
 
 def artefacts(results: Results) -> list[ArtefactRow]:
@@ -51,7 +55,34 @@ def filled_columns(results: Results, view: View) -> list[FilledColumn]:
     if view == "details":
         chosen.sort(key=lambda column: column.radius is None)
     rows = artefacts(results)
-    return [fill(column, rows) for column in chosen]
+    return [replace(fill(column, rows), main=_is_main(column, results)) for column in chosen]
+
+
+def _is_main(column: Column, results: Results) -> bool:
+    every = radii(results, column.family) if column.radius is not None else []
+    return "terminal" in column.views and (not every or column.radius == every[len(every) // 2])
+
+
+def as_csv(results: Results) -> str:
+    """Return every figure of every artefact as CSV: its mean, and its standard error in a column of its own where one is known.
+
+    Numbers have all their digits, so that what is read back equals results.json.
+    """
+    rows, columns = artefacts(results), measured(results)
+    with_error = {c.key for c in columns if any(e and e.stderr is not None for row in rows if (e := row.estimates.get(c.key)))}
+    head = [name for c in columns for name in (c.key, f"{c.key}_stderr") if name == c.key or c.key in with_error]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["artefact", "role", "control", "seed", *head])
+    for row in rows:
+        cells: list[object] = [row.name, row.role, row.control or "", "" if row.seed is None else row.seed]
+        for column in columns:
+            entry = row.estimates.get(column.key)
+            cells.append("" if entry is None or entry.mean is None else repr(entry.mean))
+            if column.key in with_error:
+                cells.append("" if entry is None or entry.stderr is None else repr(entry.stderr))
+        table.writerow(cells)
+    return text.getvalue()
 
 
 def fill(column: Column, rows: Sequence[ArtefactRow]) -> FilledColumn:

@@ -56,7 +56,9 @@ def render(results, tmp_path):
 def test_the_page_is_whole_and_needs_no_network(full, tmp_path):
     page = render(full, tmp_path)
     text, links = parse(page)
-    assert not links
+    assert all(link.startswith(("#", "data:")) for link in links)
+    anchors = {link[1:] for link in links if link.startswith("#")}
+    assert anchors and anchors <= set(re.findall(r'<section id="([^"]+)"', page))
     markup = re.sub(r"<script>.*?</script>", "", page, flags=re.S)  # Vega's own code names addresses it does not load
     assert not re.search(r"@import|url\(", markup)
     assert set(re.findall(r"https?://[^\"' <)]+", markup)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}

@@ -104,8 +104,8 @@ def _draw(names: Sequence[str], cells: list[Row], titles: Mapping[str, str], *, 
     edge = alt.Stroke(**painted().to_dict())
     layers = [chart.mark_rect().encode(x=x, y=y, fill=filled("fill"), fillOpacity=strength, stroke=edge, tooltip=tooltip)]
     if len(names) <= READABLE:
-        cosine = chart.mark_text(fontSize=13 if roomy else 10, dy=-6 if roomy and two else 0)
+        cosine = chart.mark_text(fontSize=13 if roomy else 12, dy=-6 if roomy and two else 0)
         layers.append(cosine.encode(x=x, y=y, text="printed:N", color=painted("text")))
     if roomy and two:
-        layers.append(chart.mark_text(fontSize=10, dy=9).encode(x=x, y=y, text="signs:N", color=painted("text")))
+        layers.append(chart.mark_text(fontSize=12, dy=9).encode(x=x, y=y, text="signs:N", color=painted("text")))
     return alt.layer(*layers).properties(width=HALF, height=alt.Step(46 if roomy else 26))
