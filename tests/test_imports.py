@@ -13,12 +13,13 @@ import emomerge.integrations
 import emomerge.optim
 
 PACKAGE = Path(emomerge.__file__).parent
-FLOOR = {"controls", "errors", "extras", "files", "native", "numerics", "progress", "results", "watch"}
+FLOOR = {"controls", "errors", "extras", "files", "guard", "native", "numerics", "progress", "results", "watch"}
 ALLOWED = {
     "controls": {"errors"},
     "errors": set(),
     "extras": {"errors"},
     "files": {"errors"},
+    "guard": {"errors", "native", "watch"},
     "native": {"errors"},
     "numerics": {"errors"},
     "progress": {"errors"},

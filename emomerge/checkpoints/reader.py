@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import mmap
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from emomerge import watch
+from emomerge import guard, watch
 from emomerge.checkpoints import gguf
 from emomerge.checkpoints.checkpoint import Checkpoint, StoredFile, TensorInfo
 from emomerge.checkpoints.parts import MODEL_INDEX, MODULES, STEMS, PartsCheckpoint, part_folders
@@ -84,13 +86,16 @@ class Header(NamedTuple):
     offsets: dict[str, int]
     """Position in the file of the first byte of each tensor."""
     identity: watch.Identity
+    mapped: bool = True
+    """Whether the file may be mapped; otherwise tensors are read."""
 
 
 class SafetensorsCheckpoint(Checkpoint):
     """Tensors of one or several safetensors files, read on demand.
 
     Each tensor is a memory map of its own, released together with it: its pages belong to the system's cache and
-    do not stay in the process while other tensors of the file are in use.
+    do not stay in the process while other tensors of the file are in use. Where a command could not survive that a mapped
+    file is truncated (see `guard`), tensors are read instead.
 
     Args:
         files: the file that holds each tensor.
@@ -122,7 +127,7 @@ class SafetensorsCheckpoint(Checkpoint):
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         offset = self._headers[path].offsets[name]
-        data = _mapped(path, self._headers[path], offset, info.nbytes)
+        data = (_mapped if self._headers[path].mapped else _read)(path, self._headers[path], offset, info.nbytes)
         if offset % info.dtype.itemsize:  # the format does not guarantee alignment
             data = data.copy()
         return torch.from_numpy(data).view(info.dtype).view(info.shape)
@@ -131,16 +136,33 @@ class SafetensorsCheckpoint(Checkpoint):
 def _mapped(path: Path, header: Header, start: int, size: int) -> NDArray[np.uint8]:
     """Return bytes of a file, in private pages: changes to them never reach the file."""
     before = start % mmap.ALLOCATIONGRANULARITY
+    with _opened(path, header) as file:
+        pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
+    if hasattr(mmap, "MADV_WILLNEED"):
+        pages.madvise(mmap.MADV_WILLNEED)  # read all of it ahead
+    return np.frombuffer(pages, np.uint8, size, before)
+
+
+def _read(path: Path, header: Header, start: int, size: int) -> NDArray[np.uint8]:
+    """Read bytes of a file."""
+    data = np.empty(size, np.uint8)
+    with _opened(path, header) as file:
+        file.seek(start)
+        if file.readinto(data.data) != size:
+            raise watch.changed(path)
+    return data
+
+
+@contextlib.contextmanager
+def _opened(path: Path, header: Header) -> Iterator[BufferedReader]:
+    """Open a file, if it is still the one with this header."""
     try:
         file = path.open("rb")
     except OSError as error:
         raise watch.changed(path, error.strerror) from None
     with file:
         watch.require_same(path, header.identity, os.fstat(file.fileno()))
-        pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=start - before)
-    if hasattr(mmap, "MADV_WILLNEED"):
-        pages.madvise(mmap.MADV_WILLNEED)  # read all of it ahead
-    return np.frombuffer(pages, np.uint8, size, before)
+        yield file
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -211,7 +233,7 @@ def read_header(path: Path) -> Header:
     if 8 + length + extent != total:
         raise _truncated(path, 8 + length + extent, total)
     offsets = {name: 8 + length + entry.data_offsets[0] for name, entry in entries.items()}
-    return Header(tensors, metadata, offsets, identity)
+    return Header(tensors, metadata, offsets, identity, guard.is_safe_to_map())
 
 
 def inside(folder: Path, name: str, *, named_by: Path) -> Path:

@@ -9,6 +9,7 @@ import click
 from emomerge.cli.command import command, json_option, out_path, quiet_option
 from emomerge.cli.printing import console, print_json
 from emomerge.errors import BadInput
+from emomerge.watch import watched_inputs
 
 
 @command(
@@ -35,10 +36,12 @@ def inspect(path: str, other: str | None, base: str | None, top: int, quiet: boo
     if other is None or (base is None and fits(path, other)):
         if base is not None:
             raise BadInput("--base belongs to a comparison", found=base, fix="name two paths")
-        described = {**describe(path, other), "kernels": kernels()}
+        with watched_inputs():
+            described = {**describe(path, other), "kernels": kernels()}
         print_json(described) if as_json else console().print(show_description(described))
     else:
-        compared = compare(path, other, base=base)
+        with watched_inputs():
+            compared = compare(path, other, base=base)
         print_json(compared) if as_json else console().print(show_comparison(compared, top=top))
 
 

@@ -73,6 +73,13 @@ def _no_recipe(tmp: Path) -> None:
     assert emomerge.recipe.load_recipe(tmp / "recipe.yaml").name == "digits"
 
 
+@follows("set base.model in the recipe that init writes")
+def _init_with_base(tmp: Path) -> None:
+    assert refused("init", "digits", "--base", "out/base").endswith("set base.model in the recipe that init writes")
+    works("init", "digits", "-o", tmp / "recipe.yaml")
+    assert load_recipe(tmp / "recipe.yaml", ["base={model: out/base}"]).base.model == "out/base"
+
+
 @follows("known keys: {}")
 def _unknown_key(tmp: Path) -> None:
     file = tmp / "recipe.yaml"
