@@ -85,7 +85,7 @@ class _Parts:
             if suffix in self.tensors and not (suffix == "scalar" and _is_one(self.tensors[suffix])):
                 raise BadInput(reason, where=f"{self.where}, {suffix}")
         self.left = {suffix for suffix in self.tensors if suffix not in _REFUSED}
-        for suffix in self.left - {"alpha", "on_input"}:
+        for suffix in sorted(self.left - {"alpha", "on_input"}):
             tensor = self.tensors[suffix]
             if not tensor.is_floating_point():
                 raise BadInput("an adapter tensor of a dtype that cannot be added", where=self.at(suffix), found=tensor.dtype)

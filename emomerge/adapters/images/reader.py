@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -262,4 +261,4 @@ def _report_unmatched(
     )
     if nothing or not allow_unmatched:
         raise error
-    warnings.warn(str(error), stacklevel=3)
+    note(str(error))
