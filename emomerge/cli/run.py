@@ -26,7 +26,7 @@ from emomerge.cli.command import (
     stacking_option,
 )  # fmt: skip
 from emomerge.cli.inspect import print_status
-from emomerge.cli.printing import print_results
+from emomerge.cli.printing import console, print_json, print_results
 from emomerge.errors import BadInput
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Options:
     """
     emomerge run digits
     emomerge run recipes/movie-reviews.yaml -o out/reviews --set runs.steps=200
+    emomerge run digits --dry-run
     emomerge run recipes/movie-reviews.yaml --executor slurm --executor-set slurm_partition=gpu
     """,
     extras=("train", "report"),
@@ -68,6 +69,7 @@ class Options:
 @click.option("-o", "--out", type=out_path, help="Output folder (default: out/<name of the recipe>).")
 @set_option
 @click.option("--restart", "again", is_flag=True, help="Delete the output of an earlier run and start from scratch.")
+@click.option("--dry-run", "dry", is_flag=True, help="Show the stages, their steps, and what of them is done; do nothing.")
 @executor_option(help="Where runs are trained and models are measured.")
 @parallel_option
 @stacking_option
@@ -75,12 +77,15 @@ class Options:
 @log_option
 @quiet_option
 @json_option
-def run(recipe: str, out: Path | None, again: bool, as_json: bool, **options: Any) -> None:
+def run(recipe: str, out: Path | None, again: bool, dry: bool, as_json: bool, **options: Any) -> None:
     """Run all stages of RECIPE: base, train-all, merge, probe, report. Resumes an interrupted run.
 
     RECIPE is a YAML file or the name of a recipe that ships with emomerge (see `emomerge init`).
     """
-    pipeline = open_pipeline(recipe, out, Options(**options), restart=again)
+    pipeline = open_pipeline(recipe, out, Options(**options), restart=again and not dry)
+    if dry:
+        _print_outline(pipeline, as_json)
+        return
     todo = on_all_ranks(pipeline, pipeline.run)
     results = pipeline.results()
     if as_json:
@@ -128,6 +133,27 @@ def train_all(recipe: str, out: Path | None, only: str, as_json: bool, **options
     if not on_all_ranks(pipeline, lambda: pipeline.train_all(chosen)):
         click.echo("Nothing to do: every run is up to date.", err=as_json)
     print_status(pipeline.space.out, as_json)
+
+
+def _print_outline(pipeline: Pipeline, as_json: bool) -> None:
+    from rich.table import Table
+
+    from emomerge.experiment.outline import outline
+
+    found = outline(pipeline)
+    if as_json:
+        print_json(found)
+        return
+    table = Table(title=f"{found['recipe']} → {found['out']}", title_justify="left")
+    for heading in ("", "stage", "work"):
+        table.add_column(heading, overflow="fold")
+    table.add_column(f"passes of {found['batch_size']}", justify="right")
+    for row in found["stages"]:
+        table.add_row("✓" if row["done"] else "", row["stage"], row["work"], f"{row['passes']:,}" if row["passes"] else "")
+    left = sum(row["passes"] for row in found["stages"] if not row["done"])
+    table.add_section()
+    table.add_row("", "to do", "", f"{left:,}")
+    console().print(table)
 
 
 def open_pipeline(recipe: str, out: Path | None, options: Options, *, restart: bool = False) -> Pipeline:

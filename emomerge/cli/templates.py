@@ -40,5 +40,5 @@ def open_recipe(recipe: str, overrides: Sequence[str]) -> Recipe:
     from emomerge.recipe import load_recipe  # not for `--help`: building the schema takes a quarter of a second
 
     known = templates()
-    path = known[recipe] if recipe in known and not Path(recipe).exists() else Path(recipe)
+    path = known[recipe] if recipe in known and not Path(recipe).is_file() else Path(recipe)
     return load_recipe(path, overrides)

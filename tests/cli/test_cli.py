@@ -44,6 +44,25 @@ def finished(tiny_recipe, tmp_path_factory):
     return folder
 
 
+def test_a_dry_run_shows_the_work_and_does_nothing(finished, tmp_path):
+    def stages(*more):
+        result = call("run", finished / "tiny.yaml", "--dry-run", "--json", *more)
+        assert result.exit_code == 0, result.output
+        return {row["stage"]: row for row in json.loads(result.stdout)["stages"]}
+
+    new = stages("-o", tmp_path / "new", "--set", "controls=[adamw-sweep, long-run]")
+    assert list(new) == ["base", "runs", "control adamw-sweep", "control long-run", "merge mean", "probe", "report"]
+    assert not any(row["done"] for row in new.values())
+    assert (new["runs"]["passes"], new["control adamw-sweep"]["passes"], new["control long-run"]["passes"]) == (30, 30, 30)
+    assert not (tmp_path / "new").exists()
+    before = {file: file.stat().st_mtime_ns for file in (finished / "out").rglob("*")}
+    assert all(row["done"] for row in stages("-o", finished / "out").values())
+    half = stages("-o", finished / "out", "--set", "merge=[{method: mean}, {method: ties, density: 0.5}]")
+    assert [name for name, row in half.items() if not row["done"]] == ["merge ties", "probe", "report"]
+    assert before == {file: file.stat().st_mtime_ns for file in (finished / "out").rglob("*")}
+    assert "passes of 8" in call("run", finished / "tiny.yaml", "--dry-run", "-o", tmp_path / "new").stdout
+
+
 @pytest.fixture
 def models(tmp_path):
     """A base and two runs as single files."""
