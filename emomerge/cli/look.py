@@ -107,6 +107,9 @@ def recipe_text(look: Look, data: Path, out: Path, base: str | None) -> str:
         f"  steps: {steps}          # of each of five runs: in all, {epochs:.0f} passes over {train_rows:,.0f} training rows",
         f"  batch_size: {batch}",
         "",
+        "# what the result is compared with; adamw-long-run, three tuned long runs, is the strongest and the dearest",
+        "controls: [best-single, adamw-sweep, adamw-soup, distance-matched, long-run]",
+        "",
         "probe: {preset: quick, batches: 2, batch_size: 32, directions: 8}",
     ]
     return "\n".join(lines) + "\n"
