@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from hostile_adapters import adapter_readers
 from hostile_damage import Files, Read, Reader
 from safetensors.torch import save
 
@@ -102,7 +103,8 @@ def check_output(out: Path) -> None:
                 raise AssertionError(f"NaN in the output: {name}")
 
 
-def _bake(folder: Path) -> None:
+def bake_folder(folder: Path) -> None:
+    """Bake the folder `adapter` into the folder `base`, and describe it."""
     from emomerge import adapters
     from emomerge.cli.inspection import describe
     from emomerge.files import to_json
@@ -338,9 +340,9 @@ def readers() -> dict[str, Reader]:
         "sharded folder": Reader({**shards, "base/model.safetensors.index.json": _plain(index)}, _read_folder),
         "folder of parts": Reader(parts, _read_folder),
         "configuration and tokenizer": Reader({**model, **tokenizer, "base/1_P/config.json": b"{}"}, _read_folder),
-        "adapter": Reader({**model, **adapter}, _bake),
+        "adapter": Reader({**model, **adapter}, bake_folder),
         "adapter configuration": Reader({"adapter/adapter_config.json": adapter["adapter/adapter_config.json"]}, _with(
-            {"base/model.safetensors": BASE, "adapter/adapter_model.safetensors": LORA}, _bake)),
+            {"base/model.safetensors": BASE, "adapter/adapter_model.safetensors": LORA}, bake_folder)),
         "model of a configuration": Reader({"base/config.json": _plain(MODEL_CONFIG)}, _with(
             {"base/model.safetensors": BASE}, _build_model), 0.5),
         "recipe": Reader({"recipe.yaml": yaml.safe_dump(RECIPE, sort_keys=False).encode()}, _load_recipe),
@@ -357,6 +359,7 @@ def readers() -> dict[str, Reader]:
         "data tables": Reader(table, _tables),
         "image data": Reader(idx, _images),
         **lines,
+        **adapter_readers(),
     }  # fmt: skip
 
 

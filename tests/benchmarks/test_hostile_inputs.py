@@ -36,7 +36,8 @@ def damaging(hostile):
 @pytest.fixture(scope="module")
 def readers(hostile):
     torch.set_num_threads(1)
-    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    pytest.importorskip("gguf")
     return hostile.readers()
 
 
@@ -44,6 +45,14 @@ NAMES = [
     "one file", "sharded folder", "folder of parts", "configuration and tokenizer", "adapter", "adapter configuration",
     "model of a configuration", "recipe", "settings of a recipe", "mergekit configuration", "record of a merge", "masks",
     "output folder", "results", "page", "data tables", "image data", *(f"command line {i}" for i in range(1, 7)),
+    *(f"image adapter, {kind}" for kind in (
+        "LoRA, fused", "LoRA, split", "LoRA of a convolution", "DoRA", "LoHa", "LoKr", "GLoRA", "IA3", "OFT", "BOFT",
+        "differences", "XLabs",
+    )),
+    *(f"PEFT, {kind}" for kind in (
+        "AdaLoRA", "BOFT", "DoRA", "FourierFT", "HRA", "IA3", "LoHa", "LoKr", "MiSS", "OFT", "RandLoRA", "VeRA",
+    )),
+    "FP8 base", "GGUF base",
 ]  # fmt: skip
 
 
@@ -58,7 +67,7 @@ def test_damaged_inputs_end_in_success_or_one_line(damaging, readers, name, tmp_
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes(data)
     reader.read(tmp_path)  # the sample itself is sound
-    trials = TRIALS.get(name, 6 if name.startswith("command") else 40)
+    trials = TRIALS.get(name, 6 if name.startswith("command") else 10 if ", " in name else 40)
     outcome = damaging.campaign(name, damaging.Reader(reader.files, reader.read, 1.0, reader.folder_kinds), 1, trials)
     assert outcome.failures == {}
     assert outcome.trials == outcome.accepted + outcome.refused == trials
