@@ -250,8 +250,29 @@ CASES: dict[str, Case] = {
         {"target_modules": ["embed_tokens", "q_proj"], "r": 3, "lora_alpha": 5, "use_dora": True, "init_lora_weights": False},
     ),
 }  # fmt: skip
-
-
+LIVE: dict[str, Case] = {
+    "C³A": ("C3AConfig", llama, {"target_modules": ["q_proj", "down_proj"], "block_size": 6, "init_weights": "gaussian"}),
+    "DEFT": ("DeftConfig", llama, {"target_modules": LLAMA, "r": 3, **BOTH}),
+    "DeLoRA": (
+        "DeloraConfig", llama, {"target_modules": LLAMA, "r": 3, "delora_lambda": 5, "rank_pattern": {"k_proj": 2}, **BOTH},
+    ),
+    "GLoRA": ("GloraConfig", llama, {"target_modules": LLAMA, "r": 3}),
+    "GraLoRA": ("GraloraConfig", llama, {"target_modules": LLAMA, "r": 4, "alpha": 6, "gralora_k": 2, **BOTH}),
+    "HiRA": ("HiraConfig", llama, {"target_modules": LLAMA, "r": 3, **BOTH}),
+    "HiRA of GPT-2": ("HiraConfig", gpt2, {"target_modules": ["c_attn", "c_proj"], "r": 3, **BOTH}),
+    "HiRA of convolutions": ("HiraConfig", ConvNet, {"target_modules": CONVOLUTIONS, "r": 3, **BOTH}),
+    "RoAd": ("RoadConfig", llama, {"target_modules": LLAMA, "group_size": 2, **BOTH}),
+    "SHiRA": ("ShiraConfig", llama, {"target_modules": LLAMA, "r": 3, **BOTH}),
+    "VB-LoRA": ("VBLoRAConfig", llama, {"target_modules": LLAMA, "r": 3, "num_vectors": 12, "vector_length": 6, "topk": 2}),
+    "VB-LoRA with its largest weights only": (
+        "VBLoRAConfig", llama,
+        {"target_modules": LLAMA, "r": 3, "num_vectors": 12, "vector_length": 6, "topk": 2, "save_only_topk_weights": True},
+    ),
+    "WaveFT": ("WaveFTConfig", llama, {"target_modules": LLAMA, "n_frequency": 40, **BOTH}),
+    "WaveFT of GPT-2": ("WaveFTConfig", gpt2, {"target_modules": ["c_attn", "c_proj"], "n_frequency": 40, **BOTH}),
+}  # fmt: skip
+"""Types that PEFT's own layer merges here, too: what is shown is that a module alone is merged as in its model."""
+CASES |= LIVE
 NOISE = {
     **dict.fromkeys(("AdaLoRA", "AdaLoRA of GPT-2", "AdaLoRA of convolutions"), 0.4),
     **dict.fromkeys(("LoHa of a line with a core", "LoKr of whole convolutions", "LoKr of a whole line"), 0.4),

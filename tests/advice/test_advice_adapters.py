@@ -224,6 +224,19 @@ def _repeated_layers(tmp: Path) -> None:
     torch.testing.assert_close(baked(torch.arange(5)[None]).logits, wanted, atol=1e-5, rtol=1e-5)
 
 
+@follows("merge it in PEFT with merge_and_unload, and give the model that this makes")
+def _other_type(tmp: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = llama()
+    base.save_pretrained(tmp / "base")
+    adapted = peft.get_peft_model(base, peft.PsoftConfig(r=2, psoft_alpha=2, target_modules=["q_proj"], init_weights=False))
+    adapted.save_pretrained(tmp / "adapter")
+    merge = ("merge", tmp / "base", "--method", "mean", "-o", tmp / "out")
+    assert "merge it in PEFT" in refused(*merge, tmp / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp / "merged")
+    works(*merge, tmp / "merged")
+
+
 @follows("train it again without this layer in target_modules, or with BOFT")
 def _rotated_kernel(tmp: Path) -> None:
     peft = pytest.importorskip("peft")

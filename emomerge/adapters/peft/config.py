@@ -9,7 +9,7 @@ from typing import Any
 from emomerge.adapters.peft.files import CONFIG, load_config
 from emomerge.adapters.peft.kind import TRAINING_ONLY, Settings
 from emomerge.adapters.peft.lora import LoraSettings
-from emomerge.adapters.peft.types import FORMULAS, REFUSED, kind_of
+from emomerge.adapters.peft.types import FORMULAS, LIVE, REFUSED, kind_of
 from emomerge.errors import BadInput
 from emomerge.files import check_type
 
@@ -61,9 +61,14 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     if kind == "LORA":
         _check_lora(config, path)
         return config
+    if isinstance(kind, str) and kind in LIVE:
+        return config  # which PEFT checks
     if not isinstance(kind, str) or kind not in FORMULAS:
-        known = ", ".join(sorted({"LORA", *FORMULAS}))
-        raise BadInput("this kind of adapter is not supported", where=f"{path}, peft_type", expected=known, found=kind)
+        known = ", ".join(sorted({"LORA", *FORMULAS, *LIVE}))
+        raise BadInput(
+            "this kind of adapter is not supported", where=f"{path}, peft_type", expected=known, found=kind,
+            fix="merge it in PEFT with merge_and_unload, and give the model that this makes",
+        )  # fmt: skip
     known_kind = kind_of(kind)
     _check(config, known_kind.settings, known_kind.fields, path, known_kind.name)
     return config

@@ -68,7 +68,7 @@ class FormulaReader(PeftReader):
         if not targets:
             return None
         shape = self.shape(targets[0][0], tensor, targets[0][1])
-        known = self.is_conv1d(name) if len(shape) == 2 else False
+        known = self.is_conv1d(name) if len(shape) == 2 and self.kind.conv1d else False
         if known is None and shape[0] == shape[1]:
             known = bool(self.config.get("fan_in_fan_out"))
         flag = bool(self.config.get("fan_in_fan_out"))

@@ -137,6 +137,7 @@ class Kind:
         training: further fields that only matter in training.
         shared: names of tensors that all modules share.
         embedding: names of those tensors that belong to an embedding.
+        conv1d: whether the layer may be a Conv1D, which stores the transpose of its weight, as in GPT-2.
     """
 
     name: str
@@ -146,6 +147,7 @@ class Kind:
     training: frozenset[str] = frozenset()
     shared: tuple[str, ...] = ()
     embedding: tuple[str, ...] = ()
+    conv1d: bool = False
 
     @property
     def fields(self) -> frozenset[str]:

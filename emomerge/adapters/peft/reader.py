@@ -12,7 +12,7 @@ from emomerge.adapters.change import Change
 from emomerge.adapters.peft.config import read_config
 from emomerge.adapters.peft.formulas import FormulaReader
 from emomerge.adapters.peft.lora import LoraReader
-from emomerge.adapters.peft.types import kind_of
+from emomerge.adapters.peft.types import LIVE, kind_of
 from emomerge.checkpoints import Checkpoint
 
 
@@ -31,4 +31,8 @@ def read_peft(folder: Path, base: Checkpoint, *, allow_unmatched: bool = False) 
     config = read_config(folder)
     if config["peft_type"] == "LORA":
         return LoraReader(folder, config, base, allow_unmatched).changes()
+    if config["peft_type"] in LIVE:
+        from emomerge.adapters.peft.live import LiveReader
+
+        return LiveReader(folder, config, base, allow_unmatched).changes()
     return FormulaReader(folder, config, base, allow_unmatched, kind_of(config["peft_type"])).changes()

@@ -34,6 +34,35 @@ FORMULAS: Mapping[str, str] = MappingProxyType(
 )
 """`peft_type` → "module:Kind" of a type with an explicit formula. LORA has a reader of its own."""
 
+
+class Live(NamedTuple):
+    """A type that PEFT's own layer merges.
+
+    Args:
+        name: as its users call it.
+        prefix: of the names of its tensors.
+    """
+
+    name: str
+    prefix: str
+
+
+LIVE: Mapping[str, Live] = MappingProxyType(
+    {
+        "C3A": Live("C³A", "c3a_"),
+        "DEFT": Live("DEFT", "deft_"),
+        "DELORA": Live("DeLoRA", "delora_"),
+        "GLORA": Live("GLoRA", "glora_"),
+        "GRALORA": Live("GraLoRA", "gralora_"),
+        "HIRA": Live("HiRA", "hira_"),
+        "ROAD": Live("RoAd", "road_"),
+        "SHIRA": Live("SHiRA", "shira_"),
+        "VBLORA": Live("VB-LoRA", "vblora_"),
+        "WAVEFT": Live("WaveFT", "waveft_"),
+    }
+)
+"""`peft_type` → a type that needs PEFT installed."""
+
 _PROMPT = "it is a prompt: it adds to the input of the model or of its layers, and changes no weight"
 _SERVE = "use it through PEFT"
 _OWN = "the model with it is not of the base's architecture: no weights of the base have its effect"

@@ -41,4 +41,4 @@ def _adalora(module: Module) -> Mapping[str, Formula]:
     return {"weight": LowRankProduct(b, a.double() * values.double(), (alpha or float(len(a))) / (rank + _EPSILON))}
 
 
-ADALORA = Kind("AdaLoRA", ("lora_A", "lora_B", "lora_E", "ranknum"), _adalora, AdaLoraSettings, _TRAINING)
+ADALORA = Kind("AdaLoRA", ("lora_A", "lora_B", "lora_E", "ranknum"), _adalora, AdaLoraSettings, _TRAINING, conv1d=True)

@@ -67,4 +67,4 @@ def _fourier(module: Module) -> Mapping[str, Formula]:
     return {"weight": Spectrum(values, shape, seed, float(module.setting("scaling")))}
 
 
-FOURIERFT = Kind("FourierFT", ("fourierft_spectrum",), _fourier, FourierSettings, frozenset({"init_weights"}))
+FOURIERFT = Kind("FourierFT", ("fourierft_spectrum",), _fourier, FourierSettings, frozenset({"init_weights"}), conv1d=True)

@@ -80,4 +80,4 @@ def _is_feedforward(module: Module) -> bool:
     return any(module.name.endswith(name) for name in named)
 
 
-IA3 = Kind("IA³", ("ia3_l",), _ia3, IA3Settings, frozenset({"init_ia3_weights"}))
+IA3 = Kind("IA³", ("ia3_l",), _ia3, IA3Settings, frozenset({"init_ia3_weights"}), conv1d=True)

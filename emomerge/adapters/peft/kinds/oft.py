@@ -184,7 +184,7 @@ def _boft(module: Module) -> Mapping[str, Formula]:
     blocks = module.take("boft_R", None, None, None, None)
     levels, number, size, _ = blocks.shape
     module.take("boft_R", levels, number, size, size)
-    if levels > 1 and (size % 2 or number % 2 ** (levels - 1)):
+    if not levels or (levels > 1 and (size % 2 or number % 2 ** (levels - 1))):
         raise BadInput("an adapter tensor has the wrong shape", where=f"{module.where}, boft_R", found=tuple(blocks.shape))
     scale = module.take("boft_s", module.out, 1) if len(module.shape) == 2 else module.take("boft_s", None, None)
     if scale.numel() != module.out:

@@ -61,7 +61,7 @@ def _vera(module: Module) -> Mapping[str, Formula]:
 
 VERA = Kind(
     "VeRA", ("vera_lambda_b", "vera_lambda_d"), _vera, VeraSettings,
-    frozenset({"vera_dropout", "d_initial", "init_weights"}), shared=("vera_A", "vera_B"),
+    frozenset({"vera_dropout", "d_initial", "init_weights"}), shared=("vera_A", "vera_B"), conv1d=True,
 )  # fmt: skip
 
 
@@ -122,5 +122,5 @@ def _randlora(module: Module) -> Mapping[str, Formula]:
 
 RANDLORA = Kind(
     "RandLoRA", ("randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B"), _randlora, RandLoraSettings,
-    frozenset({"randlora_dropout", "init_weights"}), shared=("randlora_A", "randlora_B"),
+    frozenset({"randlora_dropout", "init_weights"}), shared=("randlora_A", "randlora_B"), conv1d=True,
 )  # fmt: skip
