@@ -175,7 +175,7 @@ def aligned(base: Checkpoint, run: Checkpoint) -> Checkpoint:
     buffers = [name for name in missing + extra if _RECOMPUTED.fullmatch(name) and (layout is None or not _place(layout, name))]
     missing, extra = ([name for name in some if name not in buffers] for some in (missing, extra))
     if (missing or extra) and _has_other_head(names, run, reads):
-        heads = [name for name in missing if _is_head(name, reads) and "embed" not in name]
+        heads = [name for name in missing if _is_head(name, reads) and not _is_input(name, reads)]
         others = [name for name in extra if _is_head(name, used)]
         if heads:
             note(f"{run.source} lacks {_several(heads)}: those of the base are kept")
@@ -275,11 +275,20 @@ def _has_other_head(names: BaseNames, run: Checkpoint, reads: Mapping[str, Read]
 def _is_head(name: str, trunk: Iterable[str]) -> bool:
     """Return whether a tensor is in a module beside those of the trunk, at the top or one level below."""
 
-    def start(of: str) -> tuple[str, ...]:
-        return tuple(part for part in of.split(".")[:2] if not part.isdigit())
+    starts = {_start(each) for each in trunk}
+    return _start(name)[:1] not in {each[:1] for each in starts} or _start(name) not in starts
 
-    starts = {start(each) for each in trunk}
-    return start(name)[:1] not in {each[:1] for each in starts} or start(name) not in starts
+
+def _is_input(name: str, trunk: Iterable[str]) -> bool:
+    """Return whether a module beside those of the trunk is its embedding; the tower of another modality has one within."""
+    start = _start(name)
+    apart = start[:1] not in {_start(each)[:1] for each in trunk}
+    return "embed" in (start[0] if apart else start[-1])
+
+
+def _start(name: str) -> tuple[str, ...]:
+    """Return the module at the top that a tensor is in, and the one below it."""
+    return tuple(part for part in name.split(".")[:2] if not part.isdigit()) or ("",)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

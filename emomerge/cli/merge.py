@@ -340,7 +340,7 @@ def write_merge(
     merged = merging.merge(base, sources, method=record.method, held_out_loss=loss, device=device, **record.params)
     if measurer is not None and output.reestimate:
         merged.set_statistics(measurer.batch_norm_statistics(merged))
-    record = record.named(merged.runs)
+    record = record.named(merged.runs).written_to(destination.out)
     found: dict[str, Any] = {}
     with ThreadPoolExecutor(1) as background:
         hashed = background.submit(record.with_hashes, read, digest)

@@ -49,7 +49,7 @@ def write_merge(experiment: Experiment, spec: Merge, seed: int) -> None:
 
     def extra_files() -> dict[str, str]:
         decided_by = local_files([str(experiment.space.recipe), *experiment.recipe.external_sources()])
-        asked = _merge_record(experiment, spec, artefacts).with_hashes(decided_by)
+        asked = _merge_record(experiment, spec, artefacts).with_hashes(decided_by).written_to(experiment.space.merges / name)
         record = as_json(asked, rounding_loss=loss.figures(), diagnostics=merged.diagnostics())
         record |= {"name": name, "of": spec.of, "dtype": spec.dtype, "inputs": inputs, "emomerge": version("emomerge")}
         return {"merge.json": to_json(record) + "\n", "README.md": merge_card(experiment, name, record)}

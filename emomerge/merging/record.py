@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +52,7 @@ class Output(_Part):
 
 
 class MergeRecord(_Part):
-    """Everything that determines the bytes of a merge; sources are recorded as given by the user."""
+    """Everything that determines the bytes of a merge. Sources are recorded as given, with the directory they start from."""
 
     method: str
     params: dict[str, Any]
@@ -65,6 +66,39 @@ class MergeRecord(_Part):
     further_sha256: Hashes = {}
     """Hashes of the other files that were read, by path: the recipe, its data, files that parameters name."""
     output: Output = Output()
+    directory: str | None = None
+    """The directory that relative sources start from, as seen from the record's own folder; None if that is unknown."""
+
+    def written_to(self, folder: Path) -> MergeRecord:
+        """Return the record for a folder, from where its sources are found in any working directory."""
+        here, folder = Path.cwd(), folder.absolute()
+        apart = here.anchor != folder.anchor  # two drives
+        return self.model_copy(update={"directory": str(here) if apart else Path(os.path.relpath(here, folder)).as_posix()})
+
+    def located(self, folder: Path) -> MergeRecord:
+        """Return the record in `folder` with sources that the current working directory finds."""
+        if self.directory is None:
+            return self
+        start = folder.absolute() / self.directory
+
+        def place(source: str) -> str:
+            there = start / source
+            if Path(source).is_absolute() or not there.exists():
+                return source
+            same = Path(source).exists() and Path(source).samefile(there)
+            return source if same else str(there.resolve())
+
+        files = {key: [place(file) for file in self.params[key]] for key in find_method(self.method).run_files
+                 if self.params.get(key)}  # fmt: skip
+        return self.model_copy(
+            update={
+                "base": place(self.base),
+                "runs": tuple(run.model_copy(update={"source": place(run.source)}) for run in self.runs),
+                "recipe": None if self.recipe is None else place(self.recipe),
+                "further_sha256": {place(file): digest for file, digest in self.further_sha256.items()},
+                "params": self.params | files,
+            }
+        )
 
     def with_hashes(self, further: Sequence[Path] = (), digest: Callable[[Path], str] = sha256) -> MergeRecord:
         """Return the record with the hashes of all inputs; reads the files that have none yet.
@@ -133,7 +167,7 @@ def read_record(path: str | Path) -> MergeRecord:
     """Read the record of a written merge.
 
     Args:
-        path: merge.json or its folder.
+        path: merge.json or its folder. Relative sources are found in the directory where they were merged.
 
     Raises:
         BadInput: there is no record, or it lacks the hashes of its inputs.
@@ -145,7 +179,7 @@ def read_record(path: str | Path) -> MergeRecord:
     check_params(record.method, record.params)
     if not record.base_sha256 or not all(run.sha256 for run in record.runs):
         raise BadInput("the record lacks the hashes of its inputs", where=file, fix="merge from scratch")
-    return record
+    return record.located(file.parent)
 
 
 def hashes_of(source: str, digest: Callable[[Path], str] = sha256) -> Hashes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from pathlib import Path
 
@@ -226,6 +227,41 @@ def test_models_with_and_without_head_share_their_trunk(kind, swapped, configure
         torch.testing.assert_close(state[name], tuned[shared[name]] if name in shared else origin[name])
     heads = set(origin) ^ set(shared) or set(tuned) - set(shared.values())
     assert not heads or any(issubclass(warning.category, Note) for warning in told)
+
+
+@pytest.mark.parametrize("configured", [True, False])
+@pytest.mark.parametrize("names", ["of this version", "of an earlier version"])
+def test_a_text_model_is_merged_into_a_model_of_text_and_images(names, configured, tmp_path):
+    """Its vision tower and its projector are kept, their embeddings included."""
+    torch.manual_seed(0)
+    base = save(llava(), tmp_path / "base")
+    if names == "of an earlier version":
+        rewrite(base, lambda name: re.sub(r"^model\.(vision_tower|multi_modal_projector)", r"\1", name).replace(
+            "model.language_model.", "language_model.model."))  # fmt: skip
+    text = llava().model.language_model
+    run = save(text_model(text), tmp_path / "run")
+    if not configured:
+        (base / "config.json").unlink()
+    origin, tuned = open_checkpoint(base), open_checkpoint(run)
+    with pytest.warns(Note, match="those of the base are kept"):
+        merged = merge(base, [run], method="mean")
+        state = {name: merged[name] for name in merged}
+    assert set(state) == set(origin)
+    moved = {name: next((own for own in tuned if name.endswith(f".{own.removeprefix('model.')}")), None) for name in origin}
+    language = [name for name in origin if "language_model" in name and "lm_head" not in name]
+    assert len(language) > 15 and all(moved[name] for name in language)
+    for name in origin:
+        own = moved[name] if "language_model" in name else None
+        torch.testing.assert_close(state[name], tuned[own] if own else origin[name])
+
+
+def text_model(text):
+    """A model of its own with the sizes of another's text model."""
+    from transformers import Qwen2ForCausalLM
+
+    torch.manual_seed(1)
+    text.config.tie_word_embeddings = True
+    return Qwen2ForCausalLM(text.config)
 
 
 @pytest.mark.parametrize("damage", ["lacks a layer", "has a further layer", "lacks the embedding"])

@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import Tensor
 
 from emomerge.checkpoints import write_checkpoint
+from emomerge.cli import main
 from emomerge.merging import merge
 
 SHAPES = {
@@ -105,3 +107,37 @@ sys.exit(main())
     write_checkpoint(merge(tmp_path / "base", runs, method="ties"), tmp_path / "out")
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "run-0", "run-1", "run-2", "whole"]
+
+
+def test_a_merge_is_repeated_from_any_directory_and_after_a_move(tmp_path, monkeypatch):
+    """By `--again`, `--extend` and `reconstruct`; another model of the same name in the way changes nothing."""
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    torch.manual_seed(0)
+    for name in ("base", "one", "two", "three"):
+        (work / name).mkdir(parents=True)
+        save_file({"a.weight": torch.randn(3, 5)}, work / name / "model.safetensors")
+    for name in ("one", "two"):
+        save_file({"a.weight": torch.rand(3, 5)}, work / f"fisher-{name}.safetensors")
+    (elsewhere / "base").mkdir()
+    save_file({"a.weight": torch.zeros(3, 5)}, elsewhere / "base/model.safetensors")
+
+    def call(*arguments):
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+
+    monkeypatch.chdir(work)
+    call("merge", "base", "one", "two", "--method", "tall-mask", "--save-masks", "-o", "out/masked")
+    files = "information=[fisher-one.safetensors, fisher-two.safetensors]"
+    call("merge", "base", "one", "two", "--method", "fisher", "--set", files, "-o", "out/fisher")
+    call("merge", "base", "one", "--method", "mean", "-o", "out/mean")
+    wanted = {name: (work / "out" / name / "model.safetensors").read_bytes() for name in ("masked", "fisher")}
+    assert str(tmp_path) not in (work / "out/masked/merge.json").read_text()
+    work.rename(tmp_path / "moved")
+    monkeypatch.chdir(elsewhere)
+    for name, data in wanted.items():
+        call("merge", "--again", tmp_path / "moved/out" / name, "-o", name)
+        assert (elsewhere / name / "model.safetensors").read_bytes() == data
+        call("merge", "--again", name, "-o", f"{name}-again")
+    call("reconstruct", "../moved/out/masked", "one", "-o", "one-again")
+    call("merge", "--extend", "../moved/out/mean", "../moved/three", "-o", "two-runs")
