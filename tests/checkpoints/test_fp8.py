@@ -167,3 +167,55 @@ def test_scales_that_do_not_fit_are_refused(others: dict[str, Tensor], message: 
 def test_a_scale_that_is_not_finite_is_refused_when_it_is_used() -> None:
     with pytest.raises(BadInput, match="NaN or infinite"):
         Dequantized(MemoryCheckpoint(model(codes(), _in_weight_scale=torch.tensor(torch.nan))))[f"{NAME}.weight"]
+
+
+def test_merge_takes_the_same_weights(tmp_path: Path) -> None:
+    """Two adapters and a whole model in FP8 over a base in FP8, in one file and in a folder of diffusers."""
+    stored = model(codes(), _in_weight_scale=(scale := torch.rand(OUT, 1) * 1e-2))
+    base = stored[f"{NAME}.weight"].float() * scale
+    other = model(codes(), _in_weight_scale=scale)
+    other[f"{NAME}.bias"], other["transformer_blocks.0.img_mod.1.weight"] = (
+        stored[name] for name in (f"{NAME}.bias", "transformer_blocks.0.img_mod.1.weight")
+    )
+    save_file(stored, tmp_path / "base.safetensors")
+    save_file(other, tmp_path / "whole.safetensors")
+    part = tmp_path / "folder" / "transformer"
+    part.mkdir(parents=True)
+    (part / "config.json").write_text("{}")
+    (tmp_path / "folder" / "model_index.json").write_text('{"_class_name": "QwenImagePipeline", "transformer": ["d", "T"]}')
+    save_file(stored, part / "diffusion_pytorch_model.safetensors")
+    deltas = [lora(tmp_path / "a.safetensors"), lora(tmp_path / "b.safetensors")]
+    runs = [tmp_path / f"{name}.safetensors" for name in ("a", "b")]
+    run(
+        "merge",
+        tmp_path / "base.safetensors",
+        *runs,
+        "--method",
+        "mean",
+        "--quiet",
+        "--dtype",
+        "float32",
+        "-o",
+        tmp_path / "o.safetensors",
+    )
+    found = load_file(tmp_path / "o.safetensors")[f"{NAME}.weight"]
+    torch.testing.assert_close(found.double(), base.double() + sum(deltas) / 2, rtol=1e-6, atol=1e-5)
+    run("merge", tmp_path / "folder", *runs, "--method", "mean", "--quiet", "--dtype", "float32", "-o", tmp_path / "out")
+    written = load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
+    assert torch.equal(written[f"{NAME}.weight"], found) and sorted(written) == sorted(model(codes()))
+    whole = [tmp_path / "whole.safetensors", runs[0]]
+    run(
+        "merge",
+        tmp_path / "base.safetensors",
+        *whole,
+        "--method",
+        "mean",
+        "--quiet",
+        "--dtype",
+        "float32",
+        "-o",
+        tmp_path / "w.safetensors",
+    )
+    theirs = other[f"{NAME}.weight"].float() * scale
+    expected = (theirs.double() + base.double() + deltas[0]) / 2
+    torch.testing.assert_close(load_file(tmp_path / "w.safetensors")[f"{NAME}.weight"].double(), expected, rtol=1e-6, atol=1e-5)

@@ -84,6 +84,20 @@ def test_a_lora_is_baked_and_written_as_safetensors(kind: str, tmp_path: Path) -
     found = load_file(out)
     assert found[f"{NAME}.weight"].dtype == (torch.float16 if kind == "F16" else torch.bfloat16)
     assert torch.equal(found[f"{NAME}.weight"], baked.to(found[f"{NAME}.weight"].dtype))
+    merged = [
+        "merge",
+        str(path),
+        *[str(tmp_path / "a.safetensors")] * 2,
+        "--method",
+        "mean",
+        "--quiet",
+        "-o",
+        str(tmp_path / "m"),
+    ]
+    result = CliRunner().invoke(main, merged)
+    assert result.exit_code == 0, result.output
+    (file,) = (tmp_path / "m").glob("*.safetensors")
+    torch.testing.assert_close(load_file(file)[f"{NAME}.weight"], found[f"{NAME}.weight"], rtol=1e-2, atol=1e-5)
     described = CliRunner().invoke(main, ["inspect", str(path), "--json"])
     assert json.loads(described.stdout)["quantized"].startswith("GGUF, 1 × ")
 

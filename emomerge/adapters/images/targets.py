@@ -22,6 +22,8 @@ Parameters = Mapping[str, tuple[Place, ...]]
 
 _DENOISER, _ENCODERS = ("denoiser",), ("text_encoder", "text_encoder_2", "text_encoder_3")
 _CONDITIONER = ("text_conditioner",)
+_FIRST = ("text_encoder", "text_encoder_3")
+"""The first text encoder. In models with T5 alone, such as Chroma, ComfyUI calls it `t5xxl` and diffusers `text_encoder`."""
 _WRAPPER = "base_model.model."
 PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("lora_unet__", _DENOISER), ("lora_unet_", _DENOISER), ("oft_unet_", _DENOISER), ("lora_transformer_", _DENOISER),
@@ -29,11 +31,11 @@ PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("diffusion_model.", _DENOISER), ("unet.", _DENOISER), ("transformer.", _DENOISER), ("denoiser.", _DENOISER),
     ("net.", _DENOISER), ("lora_unet_llm_adapter_", _CONDITIONER), ("diffusion_model.llm_adapter.", _CONDITIONER),
     ("llm_adapter.", _CONDITIONER), ("text_conditioner.", _CONDITIONER),
-    ("lora_te_", ("text_encoder",)), ("lora_te1_", ("text_encoder",)), ("lora_te2_", ("text_encoder_2", "text_encoder_3")),
-    ("lora_te3_", ("text_encoder_3", "text_encoder_2")), ("text_encoder.", ("text_encoder",)),
+    ("lora_te_", _FIRST), ("lora_te1_", _FIRST), ("lora_te2_", ("text_encoder_2", "text_encoder_3")),
+    ("lora_te3_", ("text_encoder_3", "text_encoder_2")), ("text_encoder.", _FIRST),
     ("text_encoder_2.", ("text_encoder_2",)), ("text_encoder_3.", ("text_encoder_3",)),
     ("text_encoders.clip_l.", ("text_encoder",)), ("text_encoders.clip_g.", ("text_encoder_2",)),
-    ("text_encoders.t5xxl.", ("text_encoder_3", "text_encoder_2")), ("clip_l.", ("text_encoder",)),
+    ("text_encoders.t5xxl.", ("text_encoder_3", "text_encoder_2", "text_encoder")), ("clip_l.", ("text_encoder",)),
     ("clip_g.", ("text_encoder_2",)), ("t5.", ("text_encoder_3", "text_encoder_2")), ("lycoris_te1_", ("text_encoder",)),
     ("lycoris_te2_", ("text_encoder_2",)), ("", _DENOISER), ("", ("whole",)),
 )  # fmt: skip

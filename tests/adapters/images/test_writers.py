@@ -30,6 +30,8 @@ from torch import Tensor
 
 from emomerge.adapters import bake
 from emomerge.adapters.images.format import IMAGES
+from emomerge.adapters.images.layouts import Place
+from emomerge.adapters.images.targets import Targets
 from emomerge.checkpoints import MemoryCheckpoint
 from emomerge.cli import main
 from emomerge.errors import BadInput
@@ -389,6 +391,46 @@ def test_every_layout_of_the_base_gets_the_same_change(tmp_path: Path) -> None:
     name = "final_layer.adaLN_modulation.1.weight"
     expected = torch.cat((whole[name] + written.deltas[name]).chunk(2)[::-1])
     torch.testing.assert_close(baked["norm_out.linear.weight"].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_hunyuan_of_comfyui_takes_the_names_of_all_three_layouts() -> None:
+    base = {
+        "double_blocks.0.img_attn.qkv.weight": torch.randn(3 * H, H), "double_blocks.0.txt_mlp.0.weight": torch.randn(MLP, H),
+        "txt_in.individual_token_refiner.blocks.0.norm1.weight": torch.randn(H),
+        "txt_in.individual_token_refiner.blocks.0.self_attn.qkv.weight": torch.randn(3 * H, H),
+        "single_blocks.0.modulation.lin.weight": torch.randn(3 * H, H), "vector_in.in_layer.weight": torch.randn(H, 4),
+        "time_in.out_layer.weight": torch.randn(H, H), "txt_in.c_embedder.in_layer.weight": torch.randn(H, TEXT),
+    }  # fmt: skip
+    targets = Targets(MemoryCheckpoint(base))
+    assert targets.family == "HunyuanVideo"
+    q, k = (0, H), (H, 2 * H)
+    refined = "txt_in.individual_token_refiner.blocks.0.self_attn.qkv.weight"
+    for name, (tensor, rows) in {
+        "lora_unet_double_blocks_0_img_attn_qkv": ("double_blocks.0.img_attn.qkv.weight", None),
+        "transformer.transformer_blocks.0.attn.to_k": ("double_blocks.0.img_attn.qkv.weight", k),
+        "lora_unet_double_blocks_0_txt_mlp_fc1": ("double_blocks.0.txt_mlp.0.weight", None),
+        "diffusion_model.double_blocks.0.txt_mlp.0": ("double_blocks.0.txt_mlp.0.weight", None),
+        "transformer.transformer_blocks.0.ff_context.net.0.proj": ("double_blocks.0.txt_mlp.0.weight", None),
+        "transformer.context_embedder.token_refiner.refiner_blocks.0.attn.to_q": (refined, q),
+        "lora_unet_txt_in_individual_token_refiner_blocks_0_self_attn_qkv": (refined, None),
+        "lora_unet_single_blocks_0_modulation_linear": ("single_blocks.0.modulation.lin.weight", None),
+        "lora_unet_time_in_mlp_2": ("time_in.out_layer.weight", None),
+        "transformer.time_text_embed.timestep_embedder.linear_2": ("time_in.out_layer.weight", None),
+        "lora_unet_txt_in_c_embedder_linear_1": ("txt_in.c_embedder.in_layer.weight", None),
+        "transformer.time_text_embed.text_embedder.linear_1": ("vector_in.in_layer.weight", None),
+    }.items():
+        found = targets.find(name, where=name)
+        assert found is not None and found["weight"] == (Place(tensor, rows),), name
+
+
+def test_the_only_text_encoder_may_be_t5(tmp_path: Path) -> None:
+    """As in Chroma: ComfyUI calls it t5xxl, diffusers text_encoder."""
+    base = t5("text_encoders.t5xxl.transformer.") | flux(DIFFUSION)
+    name = f"{T5}.0.SelfAttention.q.weight"
+    for module in ("lora_te1_encoder_block_0_layer_0_SelfAttention_q", "text_encoder.encoder.block.0.layer.0.SelfAttention.q"):
+        written = pairs(base, {module: name})
+        save_file(written.tensors, tmp_path / "a.safetensors")
+        assert bake(MemoryCheckpoint(base), tmp_path / "a.safetensors").touched() == (name,)
 
 
 def test_a_file_of_split_qkv_is_baked_as_it_says_with_a_note(tmp_path: Path) -> None:
