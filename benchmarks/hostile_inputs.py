@@ -132,9 +132,11 @@ def killed_trials(seed: int, trials: int) -> Outcome:
         recipe, whole, outcome = Path(scratch) / "tiny.yaml", Path(scratch) / "whole", Outcome()
         recipe.write_text(yaml.safe_dump(TINY))
         train = ("train-all", recipe, "--quiet", "-o")
-        began = time.perf_counter()
         command(*train, whole)
-        duration, wanted = time.perf_counter() - began, _trained(whole)
+        wanted = _trained(whole)
+        began = time.perf_counter()
+        os.waitpid(in_child(lambda: command(*train, Path(scratch) / "again")), 0)
+        duration = time.perf_counter() - began
         for number in range(trials):
             rng, out = random.Random(f"{seed} killed {number}"), Path(scratch) / str(number)
             shutil.copytree(whole, out, ignore=shutil.ignore_patterns("runs", "runs.json"))
@@ -160,22 +162,24 @@ def _trained(out: Path) -> dict[str, str]:
     }
 
 
-def competing_trials(trials: int) -> Outcome:
-    """Start two `train-all` on one folder at once: each succeeds or says in one line that the other is working there."""
+def competing_trials(name: str, trials: int) -> Outcome:
+    """Give a command twice on one folder at once: each succeeds or says in one line that the other is working there."""
     outcome = Outcome()
     with tempfile.TemporaryDirectory(prefix="hostile-") as scratch:
         recipe = Path(scratch) / "tiny.yaml"
-        recipe.write_text(yaml.safe_dump(TINY))
-        command("train-all", recipe, "--quiet", "-o", Path(scratch) / "whole")
+        recipe.write_text(yaml.safe_dump({**TINY, "merge": [{"method": "mean"}], "controls": []}))
+        command(name, recipe, "--quiet", "-o", Path(scratch) / "whole")
         wanted = _trained(Path(scratch) / "whole")
         for number in range(trials):
             out = Path(scratch) / str(number)
 
             def both(_: Path, out: Path = out) -> None:
-                children = [in_child(lambda: command("train-all", recipe, "--quiet", "-o", out)) for _ in range(2)]
+                children = [in_child(lambda: command(name, recipe, "--quiet", "-o", out)) for _ in range(2)]
                 ends = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
-                if ends not in ([0, 0], [0, 2]) or _trained(out) != wanted:
+                if ends not in ([0, 0], [0, 2]) or _trained(out) != wanted or command(name, recipe, "--quiet", "-o", out):
                     raise AssertionError(f"exit statuses {ends}")
+                if name == "run" and not (out / "report.html").is_file():
+                    raise AssertionError("no report")
 
             attempt(both, out, outcome, number)
     return outcome
@@ -241,7 +245,8 @@ def main() -> None:
     }
     parts["merge methods"] = lambda: method_trials(methods=METHODS)
     parts["train-all killed"] = lambda: killed_trials(options.seed, 30)
-    parts["two train-all in one folder"] = lambda: competing_trials(5)
+    parts["two train-all in one folder"] = lambda: competing_trials("train-all", 10)
+    parts["two run in one folder"] = lambda: competing_trials("run", 10)
     parts["hash seeds and threads"] = surroundings_trials
     for name, run in parts.items():
         if name not in table and (not options.only or name in options.only):

@@ -72,18 +72,25 @@ def copy_companions(source: Path, target: Path, *, tokenizers_from: Sequence[Pat
         say(line)
 
 
-def set_dtype(folder: Path, infos: Iterable[TensorInfo]) -> None:
+def set_dtype(folder: Path, infos: Iterable[TensorInfo], say: Callable[[str], None]) -> None:
     """Make the configuration of a folder name the dtype of its weights, in which `from_pretrained` loads them.
 
-    Weights of several dtypes are left as the configuration says, if that is one of them.
+    Weights of several dtypes are left as the configuration says, if that is one of them. A description of quantized weights is
+    removed if they are not quantized, and `say` called.
     """
-    sizes: dict[str, int] = defaultdict(int)
+    infos, sizes = list(infos), defaultdict[str, int](int)
     for info in infos:
         if info.dtype.is_floating_point:
             sizes[str(info.dtype).removeprefix("torch.")] += info.nbytes
     path = folder / CONFIG
     config = _json(path)
-    if sizes and config is not None and _with_dtype(config, sizes):
+    if not sizes or config is None:
+        return
+    plain = all(info.dtype.is_floating_point and info.dtype.itemsize > 1 for info in infos if len(info.shape) > 1)
+    dropped = plain and _without_quantization(config)
+    if dropped:
+        say("the configuration described quantized weights, which these are not: its quantization_config is left out")
+    if _with_dtype(config, sizes) or dropped:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
@@ -265,6 +272,12 @@ def _with_dtype(config: dict[str, Any], sizes: Mapping[str, int]) -> bool:
         elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
             changed |= _with_dtype(value, sizes)
     return changed
+
+
+def _without_quantization(config: dict[str, Any]) -> bool:
+    """Remove a description of quantized weights from a configuration and from those in it; return whether there was one."""
+    nested = [_without_quantization(value) for value in config.values() if isinstance(value, dict)]
+    return config.pop("quantization_config", None) is not None or any(nested)
 
 
 def _is_float(name: str) -> bool:

@@ -172,9 +172,9 @@ def _fit_companions(folder: Path, plan: Plan, layout: Path | None, say: Callable
     """Bring the files beside the weights, part by part, in agreement with the weights."""
     parts = _parts(plan, layout)
     for part, infos in parts.items():
-        set_dtype(folder / part, infos.values())
+        set_dtype(folder / part, infos.values(), say)
     root = {name: info for name, info in plan.items() if not any(name in infos for infos in parts.values())}
-    set_dtype(folder, root.values())
+    set_dtype(folder, root.values(), say)
     check_tokenizer(folder, root, say)
 
 

@@ -70,12 +70,30 @@ def test_the_configuration_names_the_dtype_that_is_written(base: Path, tmp_path:
 def test_the_older_key_of_the_dtype_follows_too_and_other_settings_do_not(base: Path, tmp_path: Path) -> None:
     config = {
         "torch_dtype": "float16", "vision_config": {"torch_dtype": "bfloat16"}, "text_config": {"hidden_act": "gelu"},
-        "quantization_config": {"dtype": "float16"}, "rope_dtype": "float16",
+        "attention_config": {"kind": "own"}, "rope_dtype": "float16",
     }  # fmt: skip
     save_json(base / "config.json", config)
     written(base, tmp_path / "out", dtype="float32")
     expected = {**config, "torch_dtype": "float32", "vision_config": {"torch_dtype": "float32"}}
     assert json.loads((tmp_path / "out/config.json").read_text()) == expected
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_plain_weights_are_not_described_as_quantized(base: Path, tmp_path: Path, nested: bool) -> None:
+    quantized = {"quantization_config": {"quant_method": "gptq", "dtype": "float16", "bits": 4}}
+    plain = {"model_type": "own", "dtype": "float32"}
+    save_json(base / "config.json", {"text_config": {**plain, **quantized}} if nested else {**plain, **quantized})
+    (line,) = written(base, tmp_path / "out", dtype="float32")
+    assert "its quantization_config is left out" in line
+    assert json.loads((tmp_path / "out/config.json").read_text()) == ({"text_config": plain} if nested else plain)
+
+
+def test_quantized_weights_keep_their_description(base: Path, tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(2, 3, dtype=torch.int8), "norm.weight": torch.ones(2)}, base / "model.safetensors")
+    config = {"model_type": "own", "quantization_config": {"quant_method": "own"}}
+    save_json(base / "config.json", config)
+    assert written(base, tmp_path / "out") == []
+    assert json.loads((tmp_path / "out/config.json").read_text()) == config
 
 
 def test_weights_of_two_dtypes_keep_the_configuration_that_names_one_of_them(base: Path, tmp_path: Path) -> None:
