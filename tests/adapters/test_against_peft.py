@@ -14,6 +14,7 @@ from torch import nn
 
 from emomerge.adapters import bake
 from emomerge.checkpoints import load_into, model_checkpoint, open_checkpoint, write_checkpoint
+from emomerge.errors import BadInput
 
 pytestmark = pytest.mark.peers
 TOLERANCE = 1e-5
@@ -22,11 +23,11 @@ TOKENS = [*range(2, 49, 3)]
 CONVOLUTIONS = ["stem", "point", "head"]
 
 
-def llama() -> nn.Module:
+def llama(**more: Any) -> nn.Module:
     """A model with fewer keys than queries; every projection has another shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "head_dim": 6}
+    sizes = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "head_dim": 6, **more}
     return LlamaForCausalLM(
         LlamaConfig(vocab_size=50, num_attention_heads=4, num_key_value_heads=2, attention_bias=True, **sizes)
     )
@@ -309,7 +310,91 @@ def test_the_baked_model_computes_what_the_live_adapter_does(
     expected, before = output(live), output(model)
     write_checkpoint(bake(tmp_path / "base", tmp_path / "adapter"), tmp_path / "out", files_from=tmp_path / "base")
     load_into(model, open_checkpoint(tmp_path / "out"))
-    difference = (output(model) - expected).abs().max().item()
+    found = output(model)
+    difference = (found - expected).abs().max().item()
     record_property("difference", difference)
     assert difference <= TOLERANCE
     assert (before - expected).abs().max() > 0.02  # or the test would show nothing
+    torch.testing.assert_close(output(live.merge_and_unload()), found, rtol=0, atol=TOLERANCE)
+
+
+def test_oft_of_a_kernel_is_refused_since_the_live_layer_is_no_convolution(tmp_path: Path) -> None:
+    """Its patches overlap and are added up: rotations by nothing change the output, and PEFT's own merge gives another."""
+    from peft import OFTConfig
+
+    model = loud(ConvNet())
+    save_base(model, tmp_path / "base")
+    live = trained(model, OFTConfig(target_modules=["stem"], r=0, oft_block_size=4), 0)
+    live.save_pretrained(tmp_path / "adapter")
+    assert (output(live) - output(model)).abs().max() > 0.1
+    with pytest.raises(BadInput, match="OFT of a convolution with a kernel"):
+        bake(tmp_path / "base", tmp_path / "adapter")
+    torch.testing.assert_close(output(live.merge_and_unload()), output(model), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("make", "targets", "size"), [(llama, ["q_proj", "k_proj"], 6), (ConvNet, ["stem", "point"], 2)])
+def test_several_factors_of_a_butterfly(
+    make: Make, targets: list[str], size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT has them on a GPU only, with a kernel that makes a matrix of diagonal blocks: here torch does that."""
+    from peft import BOFTConfig
+    from peft.tuners.boft import layer
+
+    class Blocks:
+        @staticmethod
+        def apply(blocks: torch.Tensor) -> torch.Tensor:
+            return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(layer, "FastBlockDiag", Blocks)
+    model = loud(make())
+    save_base(model, tmp_path / "base")
+    config = BOFTConfig(target_modules=targets, boft_block_size=size, boft_n_butterfly_factor=2, init_weights=False)
+    live = trained(model, config, 0.3)
+    live.save_pretrained(tmp_path / "adapter")
+    expected, before = output(live), output(model)
+    baked = bake(tmp_path / "base", tmp_path / "adapter")
+    load_into(model, baked)
+    torch.testing.assert_close(output(model), expected, rtol=0, atol=TOLERANCE)
+    assert (before - expected).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("kind", ["TrainableTokensConfig", "LoraConfig"])
+def test_trained_tokens_of_a_tied_embedding_change_the_head_as_well(kind: str, tmp_path: Path) -> None:
+    import peft
+
+    model = loud(llama(tie_word_embeddings=True))
+    save_base(model, tmp_path / "base")
+    options = {"token_indices": TOKENS} if kind == "TrainableTokensConfig" else {"trainable_token_indices": TOKENS}
+    targets = ["embed_tokens"] if kind == "TrainableTokensConfig" else LLAMA
+    live = trained(model, getattr(peft, kind)(target_modules=targets, **options), 0.3)
+    live.save_pretrained(tmp_path / "adapter")
+    expected, before = output(live), output(model)
+    write_checkpoint(bake(tmp_path / "base", tmp_path / "adapter"), tmp_path / "out", files_from=tmp_path / "base")
+    found = type(model).from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(output(found), expected, rtol=0, atol=TOLERANCE)
+    assert (before - expected).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"])
+def test_initializations_are_baked_if_they_leave_the_base_or_were_converted(init: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = loud(llama())
+    save_base(model, tmp_path / "base")
+    options = {"target_modules": LLAMA, "r": 4, "lora_alpha": 6, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"k_proj": 5}}
+    live = get_peft_model(copy.deepcopy(model), LoraConfig(init_lora_weights=init, **options))
+    config = live.peft_config["default"]
+    config.init_lora_weights = True
+    live.save_pretrained(tmp_path / "initial")
+    config.init_lora_weights = init
+    with torch.no_grad():
+        for parameter in live.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    expected, before = output(live), output(model)
+    initial = None if init in ("gaussian", "orthogonal") else str(tmp_path / "initial")
+    live.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=initial)
+    load_into(model, bake(tmp_path / "base", tmp_path / "adapter"))
+    torch.testing.assert_close(output(model), expected, rtol=0, atol=TOLERANCE)
+    assert (before - expected).abs().max() > 0.02

@@ -99,6 +99,8 @@ class PeftReader:
 
     def add_token_rows(self, module: str, key: str) -> None:
         """Add the rows of an embedding, given by `trainable_token_indices`, that replace those of the base."""
+        if self._repeats_tied_rows(module, key):
+            return
         name = self.find(f"{module}.weight", key)
         if name is None:
             return
@@ -122,6 +124,14 @@ class PeftReader:
             return base.to(dtype).index_copy(0, where, rows.to(base.device, dtype))
 
         self.add(name, key, Change(replace=replace), formula=False)
+
+    def _repeats_tied_rows(self, module: str, key: str) -> bool:
+        """Return whether rows are those of the tensor that the base ties to this one, which PEFT saves under both names."""
+        tensor = f"{module}.weight"
+        if self.names.find(tensor) is not None or self.names.tied_partner(tensor) is None:
+            return False
+        others = [other for other in self.tensors if other != key and _TOKENS.fullmatch(other.removeprefix(PREFIX))]
+        return any(torch.equal(self.tensors[other], self.tensors[key]) for other in others)
 
     def find(self, tensor: str, key: str) -> str | None:
         """Return the base's name of a module tensor; None, after noting the key as unmatched, if there is none."""
