@@ -37,4 +37,4 @@ class LowRank(NamedTuple):
 
 def product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Return s·BA in `dtype`.  A (r, in), B (out, r) → (out, in)."""
-    return (b.to(dtype) @ a.to(dtype)).mul_(scale)
+    return torch.addmm(b.new_zeros((), dtype=dtype), b.to(dtype), a.to(dtype), beta=0, alpha=scale)

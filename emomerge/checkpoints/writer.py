@@ -23,11 +23,14 @@ from emomerge.checkpoints.metadata import kept_metadata
 from emomerge.checkpoints.parts import STEMS, part_folders, parts_of, weight_stem
 from emomerge.checkpoints.reader import DTYPES, open_checkpoint
 from emomerge.errors import BadInput, EmomergeError
+from emomerge.numerics.memory import release_free_memory
 from emomerge.numerics.rounding import Rounding, round_at_random, round_to
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLUSHED = 2**27
 """Bytes after which a file is flushed to the disk while the next tensors are computed."""
+RELEASED = 2**25
+"""Bytes of output after which free memory is returned to the system."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 FLOATS = {
@@ -247,10 +250,15 @@ def write_file(checkpoint: Checkpoint, plan: Plan, path: Path, options: WriteOpt
                 options.progress(name, plan[name].nbytes)
 
         writing = writer.submit(put, _header(plan, order, options.prefix, options.metadata))
+        computed = 0
         for name in order:
             data = _raw_bytes(_rounded(checkpoint, name, plan[name], options))
             writing.result()
             writing = writer.submit(put, data, name)
+            computed += len(data)
+            if computed > RELEASED:
+                release_free_memory()
+                computed = 0
         writing.result()
         flushing.result()
         os.fsync(file.fileno())

@@ -65,6 +65,7 @@ class MergeCommand(Command):
     emomerge merge base run-a run-b --method slerp --set 't=[0.2, 0.8]' -o merged
     emomerge merge base run-a run-b --dtype bfloat16 --rounding stochastic --seed 1 -o merged
     emomerge merge base run-a run-b --method mean --as-lora auto --energy 0.99 -o adapter
+    emomerge merge sd_xl.safetensors fine-tuned.safetensors --method mean --as-lora 32 --format kohya -o lora.safetensors
     emomerge merge base run-a run-b --save-masks -o merged
     emomerge merge --config mergekit.yaml -o merged
     emomerge merge --again merged/merge.json -o same
@@ -94,7 +95,12 @@ class MergeCommand(Command):
 @click.option(
     "--as-lora",
     metavar="RANK|auto",
-    help="Write a PEFT adapter of this rank instead of a model; auto: for each layer the smallest rank that captures --energy.",
+    help="Write an adapter of this rank instead of a model; auto: for each layer the smallest rank that captures --energy.",
+)
+@click.option(
+    "--format",
+    type=click.Choice(["kohya", "diffusers", "peft"]),
+    help="--as-lora: a file of sd-scripts or diffusers, for image models (their default: kohya), or a PEFT folder.",
 )
 @click.option("--energy", type=float, help="--as-lora auto: share of each layer's squared length to capture (default: 0.99).")
 @click.option("--max-rank", type=int, help="--as-lora auto: the largest rank (default: 256).")
@@ -204,6 +210,7 @@ class MergeOptions:
     max_shard_size: str
     save_masks: bool
     as_lora: str | None
+    format: str | None
     energy: float | None
     max_rank: int | None
     allow_partial: bool
@@ -253,13 +260,15 @@ class MergeOptions:
         for option, value in (("--energy", self.energy), ("--max-rank", self.max_rank)):
             if value is not None and self.as_lora != "auto":
                 raise BadInput(f"{option} belongs to --as-lora auto", found=value)
+        if self.format is not None and self.as_lora is None:
+            raise BadInput("--format belongs to --as-lora", found=self.format)
         if self.allow_partial and self.as_lora is None:
             raise BadInput("--allow-partial belongs to --as-lora")
         if self.reestimate and self.recipe_path is None:
             raise BadInput("--reestimate needs training data", fix="give a recipe with --recipe")
         written = {
             "dtype": dtype, "rounding": self.rounding, "seed": self.seed, "max_shard_size": self.max_shard_size,
-            "save_masks": self.save_masks, "as_lora": _rank(self.as_lora), "energy": self.energy,
+            "save_masks": self.save_masks, "as_lora": _rank(self.as_lora), "format": self.format, "energy": self.energy,
             "max_rank": self.max_rank, "allow_partial": self.allow_partial, "reestimate": self.reestimate,
         }  # fmt: skip
         return Output.model_validate({key: value for key, value in written.items() if value is not None})
@@ -373,7 +382,8 @@ def _check_output(record: MergeRecord, destination: Destination) -> None:
     from emomerge.merging.masks import require_masks
 
     output, out = record.output, destination.out
-    for option, wanted in (("--save-masks", output.save_masks), ("--as-lora", output.as_lora is not None)):
+    folders = {"--save-masks": output.save_masks, "--as-lora --format peft": output.format == "peft"}
+    for option, wanted in folders.items():
         if wanted and out.suffix == ".safetensors":
             raise BadInput(f"{option} writes a folder", found=f"-o {out}")
     if output.save_masks:

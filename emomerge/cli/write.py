@@ -10,9 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from emomerge.errors import BadInput
+
 if TYPE_CHECKING:
     from emomerge.checkpoints import Checkpoint, SideFile
     from emomerge.merging import MergedCheckpoint
+    from emomerge.merging.image_lora import ImageTruncation
     from emomerge.merging.record import Output
     from emomerge.merging.shards import ShardWriter
 
@@ -54,20 +57,57 @@ def write_model(
 
 
 def write_adapter(merged: MergedCheckpoint, destination: Destination, output: Output, *, texts: TextFiles) -> None:
-    """Write a merge as an adapter of rank `output.as_lora`."""
-    from emomerge.merging.lora import truncate
+    """Write a merge as an adapter of rank `output.as_lora`, in the format asked for, else in the usual one of its base."""
+    from emomerge.adapters.images.targets import is_image_model
+    from emomerge.merging.image_lora import ImageTruncation, truncate_images
+    from emomerge.merging.lora import Truncation, truncate
     from emomerge.progress import Display
 
+    images = is_image_model(merged.base)
+    style = output.format or ("kohya" if images else "peft")
+    if (style == "peft") == images:
+        what = "an image model has no PEFT folder" if images else "only an image model has such an adapter file"
+        raise BadInput(what, found=f"--format {style}", fix=f"give --format {'diffusers' if images else 'peft'}")
+    if style == "peft" and destination.out.suffix == ".safetensors":
+        raise BadInput("--as-lora writes a folder", found=f"-o {destination.out}")
     display = Display(quiet=destination.quiet)
+    options: dict[str, Any] = {
+        "rank": output.as_lora or "auto", "energy": output.energy, "max_rank": output.max_rank,
+        "allow_partial": output.allow_partial,
+    }  # fmt: skip
+    truncated: Truncation | ImageTruncation
     with display.live():
         line = display.line("adapter", len(merged))
-        truncated = truncate(
-            merged, merged.base, rank=output.as_lora or "auto", energy=output.energy, max_rank=output.max_rank,
-            allow_partial=output.allow_partial, progress=lambda name, _: line.add(1, name),
-        )  # fmt: skip
+        options["progress"] = lambda name, _: line.add(1, name)
+        if style == "peft":
+            truncated = truncate(merged, merged.base, **options)
+        else:
+            truncated = truncate_images(merged, merged.base, style=style, **options)
     dtype = "float32" if output.dtype == "base" else output.dtype
     files = texts({"adapter": truncated.figures()})
+    if isinstance(truncated, ImageTruncation):
+        _write_image_adapter(truncated, destination, dtype, files)
+        return
     truncated.adapter().write(destination.out, dtype=dtype, extra_files=files, force=destination.force, weights=merged)
+
+
+def _write_image_adapter(found: ImageTruncation, destination: Destination, dtype: str, files: Mapping[str, str]) -> None:
+    """Write an adapter of an image model as one file, or as a folder with that file and the record of the merge."""
+    import torch
+
+    from emomerge.checkpoints.atomic import new_path, translate_os_error
+
+    out = destination.out
+    title = out.name.removesuffix(".safetensors")
+    content = found.adapter.content(getattr(torch, dtype), title=title)
+    with translate_os_error(out, needed=len(content)), new_path(out, force=destination.force) as temporary:
+        if out.suffix == ".safetensors":
+            temporary.write_bytes(content)
+            return
+        temporary.mkdir()
+        (temporary / f"{out.name}.safetensors").write_bytes(content)
+        for name, text in files.items():
+            (temporary / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def header_of(base: Checkpoint, out: Path, sources: Sequence[dict[str, Any]], how: dict[str, Any]) -> dict[str, str]:

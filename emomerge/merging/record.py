@@ -46,6 +46,8 @@ class Output(_Part):
     """Whether batch norm statistics were estimated for the merged weights, on the recipe's training data."""
     as_lora: int | Literal["auto"] | None = None
     """Rank of the adapter; None for a model."""
+    format: Literal["kohya", "diffusers", "peft"] | None = None
+    """Of the adapter; None for the usual one of the base."""
     energy: float = 0.99
     max_rank: int = 256
     allow_partial: bool = False

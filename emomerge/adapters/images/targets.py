@@ -8,7 +8,7 @@ the base itself are flattened in each layout and looked up.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from emomerge.adapters.images.families import DENOISERS, TEXT_ENCODERS, family_of
@@ -112,9 +112,7 @@ def _parts(base: Checkpoint) -> dict[str, Part]:
     whole = {name: base.info(name).shape for name in base}
     found = {"whole": Part(None, _modules(native(whole)))}
     prefixes = parts_of(base)
-    denoiser = next((prefixes[part] for part in ("unet", "transformer", "prior") if part in prefixes), None)
-    if denoiser is None and not prefixes:
-        denoiser = _common_prefix(whole)
+    denoiser = denoiser_prefix(base)
     if denoiser is not None:
         found["denoiser"] = _part(whole, denoiser, DENOISERS)
     for part in _ENCODERS:
@@ -126,10 +124,17 @@ def _parts(base: Checkpoint) -> dict[str, Part]:
     return found
 
 
-def _common_prefix(shapes: Shapes) -> str:
+def denoiser_prefix(base: Checkpoint) -> str | None:
+    """Return what comes before the names of the UNet or transformer of a base; None if it has none."""
+    prefixes = parts_of(base)
+    found = next((prefixes[part] for part in ("unet", "transformer", "prior") if part in prefixes), None)
+    return _common_prefix(base) if found is None and not prefixes else found
+
+
+def _common_prefix(names: Collection[str]) -> str:
     """Return what comes before every name of a model of one part, as some tools write it."""
     usual = ("model.diffusion_model.", "diffusion_model.", "net.", "model.")
-    return next((prefix for prefix in usual if shapes and all(name.startswith(prefix) for name in shapes)), "")
+    return next((prefix for prefix in usual if names and all(name.startswith(prefix) for name in names)), "")
 
 
 def _part(whole: Shapes, prefix: str, families: tuple[Family, ...]) -> Part:

@@ -1,4 +1,4 @@
-"""Five adapters merged onto a whole SDXL model by one command; diffusers loads the result and computes with the right weights."""
+"""Whole SDXL models in diffusers: five adapters merged onto one by one command, and adapters extracted from a fine-tune."""
 
 from __future__ import annotations
 
@@ -175,3 +175,40 @@ def test_from_ai_toolkit_files_over_both_layouts(place: Path, tmp_path: Path) ->
 def unet_weights(xl: Tensors) -> list[str]:
     names = (name.removeprefix(UNET) for name in xl if name.startswith(UNET) and name.endswith(".weight"))
     return [name for name in names if xl[UNET + name].ndim > 1]
+
+
+@pytest.mark.parametrize("style", ["kohya", "diffusers"])
+def test_an_adapter_extracted_from_a_fine_tune_loads_in_diffusers(xl: Tensors, place: Path, tmp_path: Path, style: str) -> None:
+    """Every layer of the UNet and some of the encoders have a change of rank 2, which an adapter of rank 2 holds exactly."""
+    torch.manual_seed(3)
+    tuned = dict(xl)
+    others = [
+        f"{TE1}transformer.text_model.encoder.layers.3.mlp.fc1.weight",
+        f"{TE2}model.transformer.resblocks.30.mlp.c_proj.weight",
+    ]
+    for name in (*(UNET + name for name in unet_weights(xl)), *others):
+        rows, columns = len(xl[name]), xl[name][0].numel()
+        tuned[name] = xl[name] + (0.2 * torch.randn(rows, 2) @ torch.randn(2, columns)).reshape(xl[name].shape)
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    out = tmp_path / "extracted.safetensors"
+    arguments = [str(place / "xl.safetensors"), str(tmp_path / "tuned.safetensors"), "--method", "mean", "--as-lora", "2"]
+    result = CliRunner().invoke(main, ["merge", *arguments, "--format", style, "-o", str(out)])
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(
+        main, ["bake", str(place / "xl.safetensors"), str(out), "-o", str(tmp_path / "baked.safetensors")]
+    )
+    assert result.exit_code == 0, result.output
+    baked = load_file(tmp_path / "baked.safetensors")
+    for name, tensor in tuned.items():
+        torch.testing.assert_close(baked[name], tensor, rtol=1e-4, atol=1e-4)
+    pipeline, expected = loaded(place / "xl.safetensors", place), loaded(tmp_path / "tuned.safetensors", place)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="extracted.safetensors")
+    pipeline.fuse_lora(components=["unet", "text_encoder", "text_encoder_2"])
+    pipeline.unload_lora_weights()
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        states = [getattr(each, part).state_dict() for each in (pipeline, expected)]
+        assert states[0].keys() == states[1].keys()
+        for name, tensor in states[0].items():
+            torch.testing.assert_close(
+                tensor, states[1][name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def base(tmp_path: Path) -> tuple[Path, Tensors]:
         f"{UNET}time_embed.0.weight": torch.randn(6, 3),
         "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(6).unsqueeze(0),
         "first_stage_model.decoder.conv_in.weight": torch.randn(3, 4, 3, 3).half(),
+        f"{UNET}label_emb.0.0.weight": torch.randn(6, 13).half(),
         "v_pred": torch.zeros(0), "edm_mean": torch.tensor([1.5]),
     }  # fmt: skip
     dtypes = {torch.half: "F16", torch.float: "F32", torch.int64: "I64"}
@@ -156,3 +158,40 @@ def test_metadata_can_be_read_by_safetensors(
     run("bake", base[0], adapters[0][0], "-o", tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt" and set(file.keys()) == set(base[1])
+
+
+@pytest.mark.parametrize("style", ["kohya", "diffusers"])
+def test_an_adapter_of_a_merge_bakes_to_the_merge(
+    base: tuple[Path, Tensors], adapters: list[tuple[Path, Tensors]], tmp_path: Path, style: str
+) -> None:
+    runs = [path for path, _ in adapters]
+    whole = ("merge", base[0], *runs, "--method", "mean", "--dtype", "float32", "-o")
+    run(*whole, tmp_path / "merged.safetensors")
+    out = tmp_path / "adapter" if style == "kohya" else tmp_path / "adapter.safetensors"
+    run("merge", base[0], *runs, "--method", "mean", "--as-lora", "4", "--format", style, "-o", out)
+    file = out / "adapter.safetensors" if style == "kohya" else out
+    metadata = header(file)["__metadata__"]
+    assert isinstance(metadata, dict) and metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    names = set(load_file(file))
+    if style == "kohya":
+        assert names >= {"lora_unet_out_2.lora_down.weight", "lora_unet_time_embed_0.alpha"}
+        assert metadata["ss_network_dim"] == "4" and metadata["ss_network_alpha"] == "4.0"
+        data = file.read_bytes()
+        body = data[8 + int.from_bytes(data[:8], "little") :]
+        assert metadata["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
+        assert sorted(path.name for path in out.iterdir()) == ["README.md", "adapter.safetensors", "merge.json"]
+    run("bake", base[0], file, "--dtype", "float32", "-o", tmp_path / "baked.safetensors")
+    first, second = load_file(tmp_path / "merged.safetensors"), load_file(tmp_path / "baked.safetensors")
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=1e-5, atol=1e-5)
+
+
+def test_what_an_adapter_file_cannot_hold(base: tuple[Path, Tensors], tmp_path: Path) -> None:
+    tuned = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in base[1].items()}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    options = ["merge", str(base[0]), str(tmp_path / "tuned.safetensors"), "--method", "mean", "--as-lora", "4", "-o"]
+    result = CliRunner().invoke(main, [*options, str(tmp_path / "a.safetensors")])
+    assert result.exit_code == 2 and "edm_mean" in result.output and "--allow-partial" in result.output
+    run(*options, tmp_path / "a.safetensors", "--allow-partial")
+    result = CliRunner().invoke(main, [*options, str(tmp_path / "b"), "--format", "peft"])
+    assert result.exit_code == 2 and "give --format diffusers" in result.output
