@@ -200,6 +200,14 @@ def _changed_input(tmp: Path) -> None:
     works("merge", base, *runs, "--method", "mean", "-o", tmp / "third")
 
 
+@follows("give --format {}")
+def _format(tmp: Path) -> None:
+    base, run = model(tmp / "base"), model(tmp / "run", a=W + torch.ones(2, 2))
+    lora = ("merge", base, run, "--method", "mean", "--as-lora", 1, "-o", tmp / "out", "--format")
+    assert refused(*lora, "kohya").endswith("give --format peft")
+    works(*lora, "peft")
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS.each())
 def test_following_the_advice_succeeds(scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
