@@ -328,6 +328,20 @@ def test_a_merge_of_other_types_becomes_a_lora_where_it_has_the_rank(tmp_path: P
     assert result.exit_code == 2 and "fits into no adapter" in result.stderr and not (tmp_path / "none").exists()
 
 
+def test_strengths_scale_what_an_adapter_changes(tmp_path: Path) -> None:
+    """Also of a type whose change depends on the base: W + Σ s(W′ − W)."""
+    save_file(dict(base()), tmp_path / "base.safetensors")
+    runs = {kind: example(tmp_path / kind, kind) for kind in ("OFT", "LOHA")}
+    given = [f"{folder}={strength}" for folder, strength in zip(runs.values(), (0.7, -0.4), strict=True)]
+    command = ["bake", str(tmp_path / "base.safetensors"), *given, "-o", str(tmp_path / "out.safetensors")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    name = f"{MODULE}.weight"
+    weight = base()[name].double()
+    expected = weight + 0.7 * (EXAMPLES["OFT"][2](weight) - weight) - 0.4 * (EXAMPLES["LOHA"][2](weight) - weight)
+    torch.testing.assert_close(open_checkpoint(tmp_path / "out.safetensors")[name].double(), expected, rtol=0, atol=1e-6)
+
+
 def test_inspect_shows_the_type_and_its_settings(tmp_path: Path) -> None:
     told = json.loads(CliRunner().invoke(main, ["inspect", str(example(tmp_path / "a", "LOHA")), "--json"]).output)
     assert (told["kind"], told["peft_type"], told["r"], told["alpha"]) == ("adapter", "LOHA", 3, 5.0)

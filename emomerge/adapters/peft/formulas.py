@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +60,10 @@ class FormulaReader(PeftReader):
         for name, place in found.items():
             self._add_module(name, place, largest)
 
+    @cached_property
+    def _shared_tensors(self) -> dict[str, Tensor]:
+        return {part: self.tensors[key] for part, key in self.shared.items()}
+
     def _place(self, name: str) -> _Place | None:
         key = next(iter(self.modules[name].values()))
         tensor = f"{name}.weight"
@@ -100,10 +104,9 @@ class FormulaReader(PeftReader):
         for transposed in place.orientations:
             shape = self._oriented(name, place.shape, transposed=transposed)
             where = f"{self.file}, {name}"
-            tensors = {part: self.tensors[key] for part, key in self.modules[name].items()}
-            shared = {part: self.tensors[key] for part, key in self.shared.items()}
+            tensors = {part: self.tensors[key] for part, key in self.modules[name].items() if part not in self.shared}
             try:
-                formulas = self.kind.read(Module(name, tensors, self.config, shape, where, shared, largest))
+                formulas = self.kind.read(Module(name, tensors, self.config, shape, where, self._shared_tensors, largest))
                 if "weight" in formulas:
                     formulas["weight"].check(shape, where=where)
             except BadInput as error:

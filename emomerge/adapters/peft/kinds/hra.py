@@ -44,7 +44,7 @@ class Reflections(Formula):
         require_shape((math.prod(shape[1:]),), (len(self.directions),), where=f"{where}, columns")
 
     def _changed(self, weight: Tensor) -> Tensor:
-        changed = weight.flatten(1)
+        changed = weight.flatten(1).clone()
         earlier: list[Tensor] = []
         for column in self.directions.to(weight).T:
             direction = column
@@ -53,7 +53,7 @@ class Reflections(Formula):
                     direction = direction - (other @ direction) * other
             direction = direction / torch.linalg.vector_norm(direction)
             earlier.append(direction)
-            changed = changed - 2 * torch.outer(changed @ direction, direction)
+            changed.addr_(changed @ direction, direction, alpha=-2)
         return changed.reshape(weight.shape)
 
 
