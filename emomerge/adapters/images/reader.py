@@ -21,6 +21,7 @@ from emomerge.adapters.images.edits import Edit, change_of, edits_of, shape_of
 from emomerge.adapters.images.grammar import read_header
 from emomerge.adapters.images.layouts import Place
 from emomerge.adapters.images.recognition import family_of, trainer_of
+from emomerge.adapters.images.remarks import remarks
 from emomerge.adapters.images.targets import Parameters, Targets
 from emomerge.checkpoints import Checkpoint, open_checkpoint
 from emomerge.checkpoints.companions import note
@@ -28,7 +29,6 @@ from emomerge.errors import BadInput
 
 _IGNORED = re.compile(r".*\bposition_ids")
 """Keys without an effect."""
-_SPLIT = re.compile(r'"?split_qkv"?\s*[:=]\s*"?true', re.IGNORECASE)
 _EFFECTS = {"lora_up", "diff", "diff_b", "diff_m", "w_norm", "b_norm"}
 """Suffixes of tensors without which a module has no effect."""
 
@@ -72,8 +72,8 @@ def read_file(path: Path, base: Checkpoint, *, allow_unmatched: bool) -> dict[st
     unmatched = [name for name, parameters in found.items() if parameters is None and not file.is_zero(name)]
     if unmatched:
         _report_unmatched(file, unmatched, targets, base, allow_unmatched=allow_unmatched)
-    if weak := file.weaker_than_trained:
-        note(f"{path}: {weak}")
+    for remark in remarks(file.tensors, file.metadata):
+        note(f"{path}: {remark}")
     edits: dict[str, list[Edit]] = defaultdict(list)
     for name, module in modules.items():
         parameters = found[name]
@@ -100,7 +100,7 @@ def facts_of(path: Path) -> dict[str, Any]:
         "kinds": [f"{kind} × {count}" for kind, count in Counter(module.kind for module in modules.values()).most_common()],
         "ranks": [f"{rank} × {count}" for rank, count in sorted(ranks.items())],
         "alphas": [f"{alpha} × {count}" for alpha, count in alphas.most_common()],
-        "note": file.weaker_than_trained,
+        "notes": remarks(file.tensors, file.metadata),
     }
     return {key: value for key, value in found.items() if value}
 
@@ -163,21 +163,6 @@ class AdapterFile:
         header = read_header(self.path)
         return {} if header is None else header.metadata
 
-    @property
-    def weaker_than_trained(self) -> str | None:
-        """What to know about a file of sd-scripts with `split_qkv`: fused modules have several times the rank, but not α."""
-        trained = self.metadata.get("ss_network_dim", "")
-        if not (trained.isdecimal() and _SPLIT.search(self.metadata.get("ss_network_args", ""))):
-            return None
-        ranks = {name: len(tensors["lora_down"]) for name, tensors in self.tensors.items() if "lora_down" in tensors}
-        weak = [name for name, rank in ranks.items() if name.endswith(("_qkv", "_linear1")) and rank in _several(int(trained))]
-        if not weak:
-            return None
-        return (
-            f"sd-scripts saved {len(weak)} fused modules (split_qkv) with 3 or 4 times the rank of training and an unchanged"
-            " alpha, so that they act 3 or 4 times weaker than in training; they are taken as the file says, as elsewhere"
-        )
-
     @cached_property
     def _configuration(self) -> dict[str, Any]:
         """The configuration that diffusers writes into the header; empty if there is none."""
@@ -204,10 +189,6 @@ class AdapterFile:
         if settings.get("use_rslora"):
             alpha *= math.sqrt(len(tensors["lora_down"]))
         return tensors | {"alpha": torch.tensor(alpha, dtype=torch.float64)}
-
-
-def _several(rank: int) -> tuple[int, int]:
-    return 3 * rank, 4 * rank
 
 
 def _matching(pattern: Any, module: str, default: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -447,7 +448,23 @@ def test_a_file_of_split_qkv_is_baked_as_it_says_with_a_note(tmp_path: Path) -> 
         baked = bake(MemoryCheckpoint(base), tmp_path / "a.safetensors")
     delta = ALPHA / (3 * RANK) * up.double() @ down.double()
     torch.testing.assert_close(baked[name].double(), base[name] + delta, rtol=0, atol=1e-6)
-    assert "split_qkv" in IMAGES.facts(tmp_path / "a.safetensors")["note"]
+    assert "split_qkv" in IMAGES.facts(tmp_path / "a.safetensors")["notes"][0]
+
+
+@pytest.mark.parametrize(("alpha", "noted"), [(1.0, True), (32.0, False), (9999999999.0, False)])
+def test_alpha_of_whole_matrices_is_noted_if_it_looks_meant(alpha: float, noted: bool, tmp_path: Path) -> None:
+    stem, name = "lora_unet_layers_0_feed_forward_w1", "layers.0.feed_forward.w1.weight"
+    base, one, two = zimage(), torch.randn(1, 3), torch.randn(MLP, 2)
+    save_file(
+        {f"{stem}.lokr_w1": one, f"{stem}.lokr_w2": two, f"{stem}.alpha": torch.tensor(alpha)},
+        tmp_path / "a.safetensors",
+        {"ss_network_module": "lycoris.kohya", "ss_network_dim": "32"},
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        baked = bake(MemoryCheckpoint(base), tmp_path / "a.safetensors")
+    torch.testing.assert_close(baked[name].double(), base[name] + torch.kron(one.double(), two.double()), rtol=0, atol=1e-6)
+    assert ["taken as 1" in str(each.message) for each in caught] == [True] * noted
 
 
 def test_inspect_shows_how_much_of_an_adapter_a_base_has(tmp_path: Path) -> None:
