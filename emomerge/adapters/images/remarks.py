@@ -49,6 +49,6 @@ def _alphas_without_rank(tensors: Mapping[str, Mapping[str, Tensor]], rank: int)
     if not odd:
         return []
     return [
-        f"LoKr modules of whole matrices with alpha {odd[0]:g} in a file of dimension {rank}: alpha means nothing there, and the"
+        f"LoKr modules of whole matrices with alpha {odd[0]:g} in a file of dimension {rank}: alpha has no meaning, and the"
         f" scale is taken as 1, as in LyCORIS; a program that divides alpha by {rank} scales them by {odd[0] / rank:g}"
     ]
