@@ -142,13 +142,15 @@ def merge(
     from emomerge.numerics.hashing import Digests
 
     given = [*([base] if base else []), *runs]
-    digest = Digests(file for source in given for file in weight_files(source))  # concurrently with the import of torch
+    recorded = as_json or out.suffix != ".safetensors"  # a single file has no record that would hold the hashes
+    files = [file for source in given for file in weight_files(source)] if recorded else []
+    digest = Digests(files)  # concurrently with the import of torch
     if again is not None or extend is not None:
         record = recorded_merge(again, extend, given, weights)
     else:
         record = MergeOptions(base, runs, weights, **options).record()
     engine = engine_of(out.parent, executor, None, settings) if settings or executor != "local" else None
-    found = write_merge(record, Destination(out, force, quiet), digest, device, engine)
+    found = write_merge(record, Destination(out, force, quiet), digest if recorded else None, device, engine)
     if as_json:
         print_json({**found, "out": str(out)})
         return
@@ -327,9 +329,9 @@ def recorded_merge(again: Path | None, extend: Path | None, runs: Sequence[str],
 
 
 def write_merge(
-    record: MergeRecord, destination: Destination, digest: Callable[[Path], str], device: str, engine: Engine | None
+    record: MergeRecord, destination: Destination, digest: Callable[[Path], str] | None, device: str, engine: Engine | None
 ) -> dict[str, Any]:
-    """Merge as described by a record, write the result and return the content of merge.json."""
+    """Merge as described by a record, write the result and return the content of merge.json; no hashes without `digest`."""
     from emomerge import merging
     from emomerge.adapters import open_dense
     from emomerge.files import to_json
@@ -352,11 +354,11 @@ def write_merge(
     record = record.named(merged.runs).written_to(destination.out)
     found: dict[str, Any] = {}
     with ThreadPoolExecutor(1) as background:
-        hashed = background.submit(record.with_hashes, read, digest)
+        hashed = background.submit(record.with_hashes, read, digest) if digest is not None else None
         background.submit(import_module, "emomerge.reporting")  # for the model card, concurrently with the merge
 
         def texts(facts: dict[str, Any]) -> dict[str, str]:
-            found.update(as_json(hashed.result(), **facts, diagnostics=merged.diagnostics()))
+            found.update(as_json(record if hashed is None else hashed.result(), **facts, diagnostics=merged.diagnostics()))
             return {"merge.json": to_json(found) + "\n", "README.md": merge_card(found, destination.out)}
 
         if output.as_lora is not None:
