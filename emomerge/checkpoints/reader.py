@@ -178,7 +178,11 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         MissingExtra: `source` is a Hub id and huggingface_hub is not installed.
     """
     path = Path(source)
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise BadInput("no such checkpoint", where=source, found=error.strerror, fix="check the path") from None
+    if is_folder:
         return _open_folder(path, source=str(source))
     if path.is_file() and path.name.endswith(_INDEX):
         return _open_index(path, source=str(source))

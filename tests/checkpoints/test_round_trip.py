@@ -248,3 +248,8 @@ def test_side_files_are_written_beside_the_weights(tmp_path):
         broken = SideFile(MemoryCheckpoint({"m": torch.tensor(float("nan"))}), {})
         write_checkpoint(weights, tmp_path / "other", beside={"side.safetensors": broken})
     assert not (tmp_path / "other").exists()
+
+
+def test_a_name_that_is_too_long_is_no_checkpoint():
+    with pytest.raises(BadInput, match="no such checkpoint"):
+        open_checkpoint("x" * 5000)
