@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emomerge.adapters import bake
+from emomerge.adapters.naming import BaseNames
 from emomerge.adapters.peft.types import FORMULAS, LIVE, REFUSED, kind_of
-from emomerge.checkpoints import MemoryCheckpoint, open_checkpoint
+from emomerge.checkpoints import MemoryCheckpoint, Piece, open_checkpoint
 from emomerge.cli import main
 from emomerge.errors import BadInput, MissingExtra
 
@@ -171,6 +172,21 @@ def test_a_layer_that_stores_its_transpose(kind: str, tmp_path: Path) -> None:
         baked = bake(turned, example(tmp_path / "adapter", kind, fan_in_fan_out=flag))
         if flag or kind != "FOURIERFT":  # the only one whose tensors do not tell
             torch.testing.assert_close(baked[name].T, plain, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EXAMPLES if kind not in ("TRAINABLE_TOKENS", "LN_TUNING")])
+def test_a_layer_that_the_base_stores_in_pieces(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows 0 to 4 and 5 to 11 of a layer are two tensors on disk; a formula that needs all of W reads both."""
+    live, whole = f"{MODULE}.weight", base()
+    plain = bake(whole, example(tmp_path / "adapter", kind))[live]
+    split = {"upper.weight": (0, 5), "lower.weight": (5, OUT)}
+    pieces = [(name, Piece(live, first * IN, (last - first, IN), (IN, 1))) for name, (first, last) in split.items()]
+    parts = {name: whole[live][first:last].contiguous() for name, (first, last) in split.items()}
+    monkeypatch.setattr(BaseNames, "find", lambda self, name: name if name in self._base else None)
+    monkeypatch.setattr(BaseNames, "parts", lambda self, name: pieces if name == live else [])
+    monkeypatch.setattr(BaseNames, "shape", lambda self, name: (OUT, IN))
+    baked = bake(MemoryCheckpoint(parts, source="the base"), example(tmp_path / "adapter", kind))
+    torch.testing.assert_close(torch.cat([baked[name] for name in split]), plain, rtol=0, atol=1e-6)
 
 
 def test_ia3_scales_the_bias_of_an_output_only(tmp_path: Path) -> None:
