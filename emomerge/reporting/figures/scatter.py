@@ -198,13 +198,17 @@ def _layout(rows: Sequence[Row], x: Axis, y: Axis, width: int, height: int) -> t
 
 
 def _label(row: Row, x: Axis, y: Axis, *, brief: bool) -> str:
-    """Return the name of a point; if it is outside the frame, with its direction and figures."""
+    """Return the name of a point; if it is outside the frame, with its direction and figures.
+
+    A rescaled run is named by the run alone, to which a dotted line leads.
+    """
     away = x.outside(row["sharpness"]), y.outside(row["loss"])
+    name = f"{row['of']} rescaled" if row["kind"] == "distance-matched" and row["of"] else str(row["name"])
     if not any(away):
-        return str(row["name"])
+        return name
     figures = (
         f"{short(row['sharpness'])}; {short(row['loss'])}"
         if brief
         else f"sharpness {short(row['sharpness'])}, loss {short(row['loss'])}"
     )
-    return f"{row['name']} {ARROWS[away]} {figures}"
+    return f"{name} {ARROWS[away]} {figures}"
