@@ -110,7 +110,7 @@ def recipe_text(look: Look, data: Path, out: Path, base: str | None) -> str:
         "# what the result is compared with; adamw-long-run, three tuned long runs, is the strongest and the dearest",
         "controls: [best-single, adamw-sweep, adamw-soup, distance-matched, long-run]",
         "",
-        "probe: {preset: quick, batches: 1, batch_size: 32, directions: 6}   # a first impression of flatness; standard is thorough",
+        "probe: {preset: quick, batches: 1, batch_size: 32, directions: 6}   # a first impression; standard is thorough",
     ]
     return "\n".join(lines) + "\n"
 
