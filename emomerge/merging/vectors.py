@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from emomerge.checkpoints import Checkpoint, TensorInfo, working_dtype
+from emomerge.checkpoints.names import MAYBE_TIED
 from emomerge.errors import BadInput
 from emomerge.merging.buffers import is_counter, is_statistic, largest, mean_statistic
 from emomerge.merging.native import StoredTensor, open_stored
@@ -297,7 +298,11 @@ def _check_headers(base: Checkpoint, run: Checkpoint, label: str) -> None:
             raise BadInput("run lacks a tensor", where=where, expected=_describe(base, name))
         if not merges(run.info(name)) or run.info(name).shape != base.info(name).shape:
             expected, found = _describe(base, name), _describe(run, name)
-            raise BadInput("run does not fit the base", where=where, expected=expected, found=found)
+            what, shapes = "run does not fit the base", (base.info(name).shape, run.info(name).shape)
+            if not MAYBE_TIED.search(name) or shapes[0][1:] != shapes[1][1:] or not all(map(len, shapes)):
+                raise BadInput(what, where=where, expected=expected, found=found)
+            fix = f"give both the same tokens first: model.resize_token_embeddings({max(shapes)[0]}) in transformers"
+            raise BadInput(what, where=where, expected=expected, found=found, fix=fix)
     for name in theirs:
         if name not in ours:
             where, found = f"{name} of run {label}", _describe(run, name)

@@ -81,6 +81,20 @@ def _one_threshold(tmp: Path) -> None:
     works(*arguments, "density=0.5", *trim, "-o", tmp / "global")
 
 
+@follows("give both the same tokens first: model.resize_token_embeddings({}) in transformers")
+def _more_tokens(tmp: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base, run_a = (transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=rows)) for rows in (16, 19))
+    base.save_pretrained(tmp / "base")
+    run_a.save_pretrained(tmp / "run")
+    arguments = ("merge", tmp / "base", tmp / "run", "--method", "mean", "-o", tmp / "out")
+    assert refused(*arguments).endswith("model.resize_token_embeddings(19) in transformers")
+    base.resize_token_embeddings(19)
+    base.save_pretrained(tmp / "base")
+    works(*arguments)
+
+
 @follows("leave this run out")
 def _broken_run(tmp: Path) -> None:
     base, run_a, _ = three(tmp)
