@@ -268,6 +268,7 @@ def test_unknown_tensors_and_settings_are_refused(kind: str, tmp_path: Path) -> 
         ("LOHA", {"alpha": 0}, "alpha"),
         ("LOKR", {"r": 2}, "another rank"),
         ("HRA", {"r": 4}, "another rank"),
+        ("BOFT", {"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor"),
         ("VERA", {"r": 4}, "wrong shape.*vera_A"),
         ("ADALORA", {"rank_pattern": {f"{MODULE}.lora_E": [True, True]}}, "another rank.*expected 2; found 3"),
         ("FOURIERFT", {"n_frequency": 6}, "wrong shape"),
@@ -285,6 +286,12 @@ def test_settings_that_do_not_fit_are_named(kind: str, changes: dict[str, Any], 
         assert re.search(message, refusal(folder))
     else:  # a pattern that no convolution asks for
         bake(base(), folder)
+
+
+def test_a_reflection_needs_a_direction(tmp_path: Path) -> None:
+    directions = EXAMPLES["HRA"][1]["hra_u"].clone()
+    directions[:, 1] = 0
+    assert "without a direction" in refusal(adapter(tmp_path / "adapter", {"peft_type": "HRA", "r": 3}, {"hra_u": directions}))
 
 
 def test_old_files_of_oft_are_refused_with_the_setting_that_they_lack(tmp_path: Path) -> None:
@@ -377,6 +384,7 @@ def test_a_type_that_needs_peft_says_so(tmp_path: Path, monkeypatch: pytest.Monk
         ({"c3a_kernel": torch.ones(3, 2, 4), "c3a_more": torch.ones(1)}, {"block_size": 4}, "c3a_more.*no such tensor"),
         ({"c3a_kernel": torch.ones(3, 2, 4)}, {"block_size": 5}, "PEFT refuses this adapter"),
         ({"c3a_kernel": torch.ones(3, 2, 4)}, {"block_size": 4, "something_of_tomorrow": 1}, "something_of_tomorrow"),
+        ({"c3a_kernel": torch.ones(3, 2, 4)}, {"block_size": 10**9}, "larger than every tensor.*block_size"),
         ({"c3a_kernel": torch.full((3, 2, 4), torch.inf)}, {"block_size": 4}, "NaN or infinity"),
     ],
 )

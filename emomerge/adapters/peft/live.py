@@ -32,6 +32,9 @@ _ELSEWHERE: Mapping[str, Any] = {
 """Fields that choose modules or name the base, with their values for a model of one module."""
 
 
+_LARGE = 10_000
+
+
 class Layer(NamedTuple):
     """A layer of the base, without its numbers."""
 
@@ -71,8 +74,19 @@ class LiveReader(PeftReader):
             return False
         return True
 
+    def _refuse_large_settings(self) -> None:
+        """Raise BadInput for a rank or size beyond all tensors of the adapter, for which PEFT would fill the memory."""
+        largest = max(self.tensors.info(key).numel for key in self.tensors)
+        for field, value in self.config.items():
+            if type(value) is int and "seed" not in field and value > max(_LARGE, largest):
+                raise BadInput(
+                    "a setting is larger than every tensor of the adapter", where=f"{self.config_file}, {field}",
+                    expected=f"at most {max(_LARGE, largest)}", found=value,
+                )  # fmt: skip
+
     def add_modules(self) -> None:
         """Add the changes of the weight and the bias of every module, after a check that PEFT can load its tensors."""
+        self._refuse_large_settings()
         for name in sorted(self.modules):
             key = next(iter(self.modules[name].values()))
             self.refuse_tied(f"{name}.weight", key)
