@@ -89,13 +89,13 @@ def _drawn(rank: int, out: int, features: int, seed: int) -> tuple[Tensor, Tenso
 def _vera(module: Module) -> Mapping[str, Formula]:
     module.require_dimensions(2)
     rank: int = module.setting("r")
+    out, features = module.out, module.columns
+    inner, outer = module.take("vera_lambda_d", rank), module.take("vera_lambda_b", out)
     if module.shared:
         a, b = module.take_shared("vera_A", rank, None), module.take_shared("vera_B", None, rank)
     else:
         a, b = _drawn(rank, *module.largest, module.setting("projection_prng_key"))
-    out, features = module.out, module.columns
     _require_size(module, a, b, ((rank, features), (out, rank)))
-    inner, outer = module.take("vera_lambda_d", rank), module.take("vera_lambda_b", out)
 
     def make(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return inner.to(dtype)[:, None] * a[:, :features].to(dtype), outer.to(dtype)[:, None] * b[:out].to(dtype)
@@ -163,9 +163,9 @@ def _randlora(module: Module) -> Mapping[str, Formula]:
     rank: int = module.setting("r")
     small, large = min(module.out, module.columns), max(module.out, module.columns)
     bases = -(-small // rank)
+    scales, columns = module.take("randlora_lambda", rank, bases), module.take("randlora_gamma", bases, small)
     a, b = _bases(module, rank)
     _require_size(module, a, b, ((rank, 1, small), (large, bases, rank)))
-    scales, columns = module.take("randlora_lambda", rank, bases), module.take("randlora_gamma", bases, small)
     wide_output = small == module.columns
 
     def make(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
