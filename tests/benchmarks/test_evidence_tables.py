@@ -65,6 +65,21 @@ def test_files_show_the_stored_results(tables: ModuleType) -> None:
         assert file.read_text(encoding="utf-8") == text, f"run `python benchmarks/evidence_tables.py`: {file.name} is stale"
 
 
+def test_what_the_documentation_says_of_the_claims_is_what_was_measured(tables: ModuleType) -> None:
+    """docs/explanation/paper.md and README.md state these in words."""
+    found = tables.Defaults(tables.RESULTS)
+
+    def loss(task: str, name: str) -> float:
+        return float(found.test(task, name).mean)
+
+    learnt = [task for task in found.tasks if loss(task, "paper-best-single") < 0.99 * loss(task, "base")]
+    assert set(found.tasks) - set(learnt) == {"minilm-400"}
+    assert all(loss(task, "paper-tall-mask") > loss(task, "paper-best-single") for task in learnt)
+    assert all(loss(task, "ours") < min(loss(task, "adamw-sweep"), loss(task, "adamw-soup")) for task in found.tasks)
+    long_is_better = [task for task in found.tasks if loss(task, "adamw-long-run") < loss(task, "ours")]
+    assert len(long_is_better) > len(found.tasks) / 2 and "small" not in long_is_better
+
+
 def test_writing_twice_changes_nothing(tables: ModuleType, results: Path) -> None:
     once = tables.rewritten(f"before\n{tables.START}\nstale text\n{tables.END}\nafter\n", results)
     assert once.startswith("before\n") and once.endswith("\nafter\n") and "stale text" not in once
