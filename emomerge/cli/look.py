@@ -83,7 +83,7 @@ def recipe_text(look: Look, data: Path, out: Path, base: str | None) -> str:
         base: the model to fine-tune, a Hub id or folder; by default a small one of the Hub.
     """
     batch = BATCH[look.kind]
-    held_out = 0.3 if look.rows < 3_000 else max(0.02, min(0.3, round(1_800 / look.rows, 3)))
+    held_out = 0.5 if look.rows < 1_000 else 0.3 if look.rows < 3_000 else max(0.02, min(0.3, round(1_800 / look.rows, 3)))
     train_rows = look.rows * (1 - held_out)
     steps = int(min(500, max(40, math.ceil(3 * train_rows / batch / 5))))
     epochs = 5 * steps * batch / train_rows

@@ -41,7 +41,7 @@ def test_a_table_of_texts_and_labels(tmp_path, ending, header, columns):
     data.write_text("\n".join([*([header] if header else []), *lines]) + "\n")
     recipe, printed = written(data)
     assert recipe["task"] == {
-        "kind": "text-classification", "train": data.name, "columns": columns, "max_length": 16, "eval_fraction": 0.3
+        "kind": "text-classification", "train": data.name, "columns": columns, "max_length": 16, "eval_fraction": 0.5
     }  # fmt: skip
     assert "90 rows, taken for text-classification" in printed
     assert "good 60, bad 30" in printed
