@@ -37,6 +37,7 @@ def train_commands(
     Run them in the folder of sd-scripts, in an environment that has emomerge too. The adapters are of all linear layers and
     convolutions of the UNet.
     """
+    from emomerge.merging.registry import DEFAULT_METHOD
     from emomerge.optim import OPTIMIZERS
 
     names = [name for name, entry in OPTIMIZERS.items() if entry.default]
@@ -44,7 +45,9 @@ def train_commands(
     for name in names:
         click.echo(shlex.join(_training(kind, name, base, data, out, rank, alpha, steps, seed, preset)))
     runs = [str(out / f"{name}.safetensors") for name in names]
-    click.echo(shlex.join(["emomerge", "merge", base, *runs, "--method", "tall-mask", "-o", str(out / "merged.safetensors")]))
+    click.echo(
+        shlex.join(["emomerge", "merge", base, *runs, "--method", DEFAULT_METHOD, "-o", str(out / "merged.safetensors")])
+    )
 
 
 def _training(

@@ -17,7 +17,7 @@ from emomerge.adapters.naming import BaseNames
 from emomerge.adapters.peft.files import CONFIG, PICKLE, PREFIX, WEIGHTS
 from emomerge.checkpoints import Checkpoint, Piece, all_finite, open_checkpoint
 from emomerge.checkpoints.names import MAYBE_TIED
-from emomerge.errors import BadInput
+from emomerge.errors import BadInput, Note
 
 _TOKENS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?")
 _WRAPPERS = ("base_layer", "modules_to_save", "original_module", "ln_tuning_layers")
@@ -222,7 +222,7 @@ class PeftReader:
         )
         if nothing_matched or not self.allow_unmatched:
             raise error
-        warnings.warn(str(error), stacklevel=2)
+        warnings.warn(Note(error), stacklevel=2)
 
     @property
     def config_file(self) -> Path:
