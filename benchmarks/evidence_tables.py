@@ -191,7 +191,7 @@ class Defaults:
 
         Args:
             procedures: the rows; by default all that some task has.
-            compact: the form of README.md: short names, no standard error of what it does not change, no CPU time.
+            compact: the form of README.md: short names, no spaces around ±, no CPU time.
         """
         shown = self.procedures if procedures is None else [name for name in procedures if name in self.procedures]
         names = SHORT if compact else TASKS

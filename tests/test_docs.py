@@ -1,7 +1,8 @@
-"""README and documentation: links lead somewhere, and every block of commands, Python and YAML works as printed.
+"""README and documentation: links lead somewhere, and blocks of commands, Python and YAML work as printed.
 
-Blocks of a page run in their order, in one folder and one Python namespace. Trainings are cut short by `--set`; commands that
-install packages or need a cluster are not run.
+Blocks of a page run in their order, in one folder and one Python namespace. Trainings are cut short by `--set`. Not run are
+commands that install packages or need a cluster (`ELSEWHERE`); Python that needs a model of the Hub is compiled only
+(`PYTHON_ELSEWHERE`).
 """
 
 from __future__ import annotations
