@@ -68,6 +68,24 @@ def adamw_members(recipe: Recipe, seed: int, rate: float) -> list[RunSpec]:
     ]
 
 
+def control_plans(recipe: Recipe, best_run: Callable[[int], RunSpec]) -> dict[str, Callable[[int], list[RunSpec]]]:
+    """Return the trained controls of a recipe: kind → what returns its runs for a training seed.
+
+    `adamw-average` is not among them: the rate of its runs is chosen when others are trained.
+
+    Args:
+        recipe: the recipe.
+        best_run: returns the best single run of a training seed, of whose optimizer the long run is.
+    """
+    plans: dict[str, Callable[[int], list[RunSpec]]] = {
+        "adamw-sweep": lambda seed: sweep_runs(recipe, seed),
+        "adamw-large-batch": lambda seed: large_batch_runs(recipe, seed),
+        "long-run": lambda seed: [long_run(recipe, best_run(seed))],
+        "adamw-long-run": lambda seed: long_adamw_runs(recipe, seed),
+    }
+    return {kind: plan for kind, plan in plans.items() if kind in recipe.controls}
+
+
 def total_steps(recipe: Recipe) -> int:
     """Return the total number of steps of all runs of one training seed."""
     return recipe.runs.steps * len(recipe.runs.optimizers)
@@ -94,13 +112,8 @@ def train_controls(experiment: Experiment, train: Train) -> dict[str, Any]:
     """
     recipe, seeds = experiment.recipe, experiment.recipe.runs.seeds
     trainer = _Trainer(experiment, train)
-    of_seed: dict[str, Callable[[int], list[RunSpec]]] = {
-        "adamw-sweep": lambda seed: sweep_runs(recipe, seed),
-        "adamw-large-batch": lambda seed: large_batch_runs(recipe, seed),
-        "long-run": lambda seed: [long_run(recipe, experiment.best_run(seed))],
-        "adamw-long-run": lambda seed: long_adamw_runs(recipe, seed),
-    }
-    trainer.train([spec for kind, plan in of_seed.items() if kind in recipe.controls for seed in seeds for spec in plan(seed)])
+    plans = control_plans(recipe, experiment.best_run)
+    trainer.train([spec for plan in plans.values() for seed in seeds for spec in plan(seed)])
     if "adamw-average" in recipe.controls:
         rates = {seed: _adamw_rate(experiment, seed, trainer.trained) for seed in seeds}
         trainer.train([spec for seed in seeds for spec in adamw_members(recipe, seed, rates[seed])])

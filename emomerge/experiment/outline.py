@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from emomerge.controls import CONTROLS
-from emomerge.experiment.control_runs import adamw_members, large_batch_runs, long_adamw_runs, long_run, sweep_runs
+from emomerge.experiment.control_runs import adamw_members, control_plans
 from emomerge.experiment.pipeline import Pipeline
 from emomerge.probing.registry import recipe_metrics
 from emomerge.recipe import Recipe
@@ -27,7 +26,7 @@ def outline(pipeline: Pipeline) -> dict[str, Any]:
     for kind, specs in _controls(recipe, pipeline.specs).items():
         rows.append(_row(f"control {kind}", _described(specs), _passes(specs, recipe), done.get("controls")))
     for merge in recipe.merge:
-        stages = [f"merge-{merge.label}" + (f"-seed{seed}" if len(runs.seeds) > 1 else "") for seed in runs.seeds]
+        stages = [f"merge-{pipeline.merge_name(merge, seed)}" for seed in runs.seeds]
         work = f"{merge.method} of {merge.of}" + (f", for {len(stages)} training seeds" if len(stages) > 1 else "")
         rows.append(_row(f"merge {merge.label}", work, 0, all(done.get(stage, False) for stage in stages)))
     of_all, of_close = recipe_metrics(recipe.probe)
@@ -58,16 +57,11 @@ def _runs(recipe: Recipe) -> str:
 
 def _controls(recipe: Recipe, specs: Sequence[RunSpec]) -> dict[str, list[RunSpec]]:
     """Return the runs that each trained control of the recipe needs."""
-    first = {spec.seed: spec for spec in reversed(specs)}
-    plans = {
-        "adamw-sweep": lambda seed: sweep_runs(recipe, seed),
-        "adamw-large-batch": lambda seed: large_batch_runs(recipe, seed),
-        "adamw-average": lambda seed: adamw_members(recipe, seed, recipe.rival.learning_rates[0]),
-        "long-run": lambda seed: [long_run(recipe, first[seed])],
-        "adamw-long-run": lambda seed: long_adamw_runs(recipe, seed),
-    }
-    wanted = [kind for kind in CONTROLS if kind in recipe.controls and kind in plans]
-    return {kind: [spec for seed in recipe.runs.seeds for spec in plans[kind](seed)] for kind in wanted}
+    first = {spec.seed: spec for spec in reversed(specs)}  # which run is the best is not known yet
+    plans = control_plans(recipe, first.__getitem__)
+    if "adamw-average" in recipe.controls:
+        plans["adamw-average"] = lambda seed: adamw_members(recipe, seed, recipe.rival.learning_rates[0])
+    return {kind: [spec for seed in recipe.runs.seeds for spec in plan(seed)] for kind, plan in plans.items()}
 
 
 def _described(specs: Sequence[RunSpec]) -> str:
