@@ -395,11 +395,17 @@ def readme_block(results: Path) -> str:
 
 def document(results: Path) -> str:
     """Return docs/evidence.md."""
+    from claims import verdicts  # which imports this module
+
     defaults, rates = Defaults(results), Rates(results)
     parts = [
         "# Evidence",
         f"{START}\n\nAll of this file is written by `benchmarks/evidence_tables.py` from `benchmarks/results/`; how it was "
-        "measured is described in `benchmarks/evidence.py`.",
+        "measured is described in `benchmarks/evidence.py` and `benchmarks/claims.py`.",
+        "## The paper's claims",
+        "A verdict for each claim of the paper and its README, with the command that measures it; its control, table and "
+        "figure are [on a page of their own](claims.md).",
+        verdicts(results / "claims"),
         "## The defaults and their rivals",
         f"Test loss, mean ± standard error ({conditions(defaults.lines)}). Differences are paired by seed; intervals are those "
         "of Student's t. CPU seconds include choosing by validation loss."
