@@ -54,7 +54,7 @@ def test_a_finished_unit_is_not_measured_again_and_one_that_fails_stops_nothing(
         todo = [(arm, seed) for arm, seed in claim.planned(effort) if claim.key(arm, seed) not in known]
         errors = [claims.measure("made-up", arm, seed, effort, file) for arm, seed in todo]
         assert len(calls) == expected
-        assert [error for error in errors if error][0].endswith("too bad\n")
+        assert next(error for error in errors if error).endswith("too bad\n")
     assert core.Store(file).missing(claim) == 1
 
 
