@@ -33,6 +33,11 @@ class EmomergeError(Exception):
 
     exit_status = 1
 
+    @property
+    def parts(self) -> dict[str, str | None]:
+        """The parts of the message: `what`, `where`, `expected`, `found` and `fix`; None where it has none."""
+        return {"what": shown(self), "where": None, "expected": None, "found": None, "fix": None}
+
 
 class BadInput(EmomergeError, ValueError):
     """Something the user gave cannot be used; the command line ends with exit status 2 and nothing half-written.
@@ -56,6 +61,8 @@ class BadInput(EmomergeError, ValueError):
         found: object = None,
         fix: str | None = None,
     ) -> None:
+        known = {"where": where, "expected": expected, "found": found, "fix": fix}
+        self._parts = {"what": shown(what), **{key: None if part is None else _quoted(part) for key, part in known.items()}}
         parts = [what if where is None else f"{what}: {_quoted(where)}"]
         if expected is not None:
             parts.append(f"expected {_quoted(expected)}")
@@ -64,6 +71,11 @@ class BadInput(EmomergeError, ValueError):
         if fix is not None:
             parts.append(fix)
         super().__init__(" ".join("; ".join(parts).split()))
+
+    @property
+    def parts(self) -> dict[str, str | None]:
+        """The parts of the message."""
+        return self._parts
 
 
 class Note(UserWarning):
@@ -83,7 +95,13 @@ class MissingExtra(EmomergeError, ImportError):
 
     def __init__(self, feature: str, packages: Sequence[str], extras: Sequence[str]) -> None:
         self.feature, self.packages, self.extras = feature, tuple(packages), tuple(extras)
-        super().__init__(f"{feature} needs {', '.join(packages)}; pip install 'emomerge[{','.join(extras)}]'")
+        self.fix = f"pip install 'emomerge[{','.join(extras)}]'"
+        super().__init__(f"{feature} needs {', '.join(packages)}; {self.fix}")
+
+    @property
+    def parts(self) -> dict[str, str | None]:
+        """The parts of the message; `fix` is the command that installs the packages."""
+        return {**super().parts, "what": f"{self.feature} needs {', '.join(self.packages)}", "fix": self.fix}
 
 
 class MissingLossError(EmomergeError, RuntimeError):

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from emomerge.cli.command import DTYPES, command, force_option, out_path, quiet_option, rounding_option
-from emomerge.cli.printing import print_rounding
+from emomerge.cli.command import DTYPES, command, force_option, json_option, out_path, quiet_option, rounding_option
+from emomerge.cli.printing import print_json, print_rounding
 from emomerge.cli.write import Destination, card_only, header_of, write_model
 from emomerge.errors import shown
 from emomerge.watch import watched_inputs
@@ -20,7 +20,7 @@ from emomerge.watch import watched_inputs
     """
     emomerge bake out/digits/base out/digits/runs/sens-0/adapter -o baked.safetensors
     emomerge bake sd_xl_base_1.0.safetensors style.safetensors=0.8 pose.safetensors=0.5 -o baked.safetensors
-    emomerge bake base run --dtype bfloat16 --rounding stochastic --seed 1 -o baked
+    emomerge bake base run-a --dtype bfloat16 --rounding stochastic --seed 1 -o baked
     """,
 )  # fmt: skip
 @click.argument("base")
@@ -37,10 +37,11 @@ from emomerge.watch import watched_inputs
 )
 @force_option
 @quiet_option
+@json_option
 @watched_inputs()
 def bake(
     base: str, adapters: Sequence[str], out: Path, dtype: str, rounding: str, seed: int, max_shard_size: str,
-    allow_unmatched: bool, force: bool, quiet: bool,
+    allow_unmatched: bool, force: bool, quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write BASE with each ADAPTER merged into its weights: computed in float32, rounded once.
 
@@ -63,6 +64,9 @@ def bake(
         texts=lambda facts: {"bake.json": to_json({"base": base, "adapters": record}) + "\n", **card(facts)},
         metadata=header_of(opened, out, record, {}),
     )  # fmt: skip
+    if as_json:
+        print_json({"out": str(out), "base": base, "adapters": record, "rounding_loss": lost})
+        return
     if not quiet:
         print_rounding(lost)
     click.echo(shown(out))

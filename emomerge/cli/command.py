@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import sys
@@ -44,9 +45,36 @@ class Command(click.Command):
                     formatter.write_text(line.strip())
 
 
-def fail(error: EmomergeError) -> NoReturn:
-    """Print an error in one line and exit with its status."""
-    click.echo(f"emomerge: {shown(error)}", err=True)
+class Main(click.Group):
+    """The group of all commands. With --json, wrong options are reported as JSON, too."""
+
+    def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True, **options: Any) -> Any:  # type: ignore[override]
+        """Run a command; see `click.Command.main`."""
+        words = list(sys.argv[1:] if args is None else args)
+        if not standalone_mode or "--json" not in words:
+            return super().main(words, standalone_mode=standalone_mode, **options)
+        try:
+            status = super().main(words, standalone_mode=False, **options)
+        except click.ClickException as error:
+            fail(BadInput(error.format_message().rstrip(".")), as_json=True)
+        except click.Abort:
+            fail(Interrupted("aborted", 1), as_json=True)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+class Interrupted(EmomergeError):
+    """The user or the system ended the command."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+def fail(error: EmomergeError, *, as_json: bool = False) -> NoReturn:
+    """Print an error in one line, on request as JSON, and exit with its status."""
+    about = {**error.parts, "exit_status": error.exit_status}
+    text = json.dumps({"error": about}) if as_json else f"emomerge: {shown(error)}"
+    click.echo(text, err=True)
     sys.exit(error.exit_status)
 
 
@@ -106,23 +134,24 @@ def _guard(function: Callable[..., None], name: str, extras: Sequence[str], resu
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
+        as_json = bool(kwargs.get("as_json"))
         try:
             require(name, *extras)
             with _termination(), _shown_notes(), needed_by(name), _explained(kwargs.get("out") or Path.cwd()):
                 function(*args, **kwargs)
         except EmomergeError as error:
-            fail(error)
+            fail(error, as_json=as_json)
         except KeyboardInterrupt as stop:
             terminated = isinstance(stop, _Terminated)
             left = "the same command resumes" if resumes else "nothing was written"
-            click.echo(f"emomerge: {'terminated' if terminated else 'interrupted'}; {left}", err=True)
-            sys.exit(143 if terminated else 130)
+            text = f"{'terminated' if terminated else 'interrupted'}; {left}"
+            fail(Interrupted(text, 143 if terminated else 130), as_json=as_json)
 
     return guarded
 
 
 quiet_option = click.option("--quiet", is_flag=True, help="Show only errors and results.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print figures as JSON on standard output.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (see `emomerge schema`).")
 set_option = click.option("--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override a field of the recipe.")
 stacking_option = click.option(
     "--parallel",
@@ -159,7 +188,7 @@ log_option = click.option(
 force_option = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="emomerge")
 def main() -> None:
     """Train five short runs with loss-driven learning rates, merge them into one model, and measure the result.

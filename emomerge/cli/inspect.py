@@ -17,7 +17,7 @@ from emomerge.watch import watched_inputs
     """
     emomerge inspect out/digits/base out/digits/runs/sens-0
     emomerge inspect run-a run-b --base base --top 10
-    emomerge inspect lora.safetensors sdxl.safetensors
+    emomerge inspect style.safetensors sd_xl_base_1.0.safetensors
     """,
 )  # fmt: skip
 @click.argument("path")

@@ -52,7 +52,8 @@ class MergeCommand(Command):
             name = error.option_name.lstrip("-").replace("-", "_")
             if any(parameter.name == name for method in METHODS.values() for parameter in method.parameters):
                 what = "a parameter of a merge method is not an option"
-                fail(BadInput(what, found=error.option_name, fix=f"write `--set {name}=VALUE`"))
+                found = BadInput(what, found=error.option_name, fix=f"write `--set {name}=VALUE`")
+                fail(found, as_json="--json" in ctx.args or "--json" in args)
             raise
 
 
@@ -65,11 +66,11 @@ class MergeCommand(Command):
     emomerge merge base run-a run-b --method slerp --set 't=[0.2, 0.8]' -o merged
     emomerge merge base run-a run-b --dtype bfloat16 --rounding stochastic --seed 1 -o merged
     emomerge merge base run-a run-b --method mean --as-lora auto --energy 0.99 -o adapter
-    emomerge merge sd_xl.safetensors fine-tuned.safetensors --method mean --as-lora 32 --format kohya -o lora.safetensors
+    emomerge merge sd_xl_base_1.0.safetensors tuned.safetensors --method mean --as-lora 32 --format kohya -o lora.safetensors
     emomerge merge base run-a run-b --save-masks -o merged
-    emomerge merge --config mergekit.yaml -o merged
     emomerge merge --again merged/merge.json -o same
     emomerge merge --extend merged run-c -o of-three
+    emomerge merge --config mergekit.yaml -o merged
     """,
     cls=MergeCommand,
 )  # fmt: skip
@@ -176,10 +177,12 @@ def merge(
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @force_option
 @quiet_option
+@json_option
 @watched_inputs()
 def reconstruct(
-    folder: Path, run: str, out: Path, dtype: str, rounding: str, seed: int, max_shard_size: str, force: bool, quiet: bool
-) -> None:
+    folder: Path, run: str, out: Path, dtype: str, rounding: str, seed: int, max_shard_size: str, force: bool, quiet: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Restore a single RUN from the masks that `merge --save-masks` wrote to FOLDER: base + mask ⊙ reference."""
     from emomerge.adapters import open_dense
     from emomerge.merging import masks
@@ -191,8 +194,11 @@ def reconstruct(
     rebuilt = masks.reconstruct(folder, run, base)
     output = Output(dtype=dtype, rounding=rounding, seed=seed, max_shard_size=max_shard_size)
     texts = card_only(title=out.stem, about=f"{run}, reconstructed from the masks in {folder}.", base=record.base)
-    write_model(rebuilt, base, Destination(out, force, quiet), output, title=f"reconstruct {run}", texts=texts)
-    click.echo(shown(out))
+    lost = write_model(rebuilt, base, Destination(out, force, quiet), output, title=f"reconstruct {run}", texts=texts)
+    if as_json:
+        print_json({"out": str(out), "run": run, "rounding_loss": lost})
+    else:
+        click.echo(shown(out))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from emomerge.cli.command import command, json_option
+from emomerge.cli.command import command, json_option, quiet_option
 from emomerge.cli.printing import console, print_json
 
 if TYPE_CHECKING:
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     """,
 )  # fmt: skip
 @click.argument("name", required=False)
+@quiet_option
 @json_option
-def methods(name: str | None, as_json: bool) -> None:
+def methods(name: str | None, quiet: bool, as_json: bool) -> None:
     """List the merge methods; with NAME, describe one and its parameters."""
     from emomerge.merging import METHODS, find_method
 

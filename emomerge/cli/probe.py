@@ -21,7 +21,7 @@ from emomerge.cli.command import (
     set_option,
     setting_option,
 )  # fmt: skip
-from emomerge.cli.printing import console
+from emomerge.cli.printing import console, print_json
 from emomerge.errors import shown
 
 if TYPE_CHECKING:
@@ -83,15 +83,20 @@ def probe(
 @click.option("-o", "--out", type=out_path, help="Output file (default: FOLDER/report.html).")
 @force_option
 @quiet_option
-def report(folder: Path, out: Path | None, force: bool, quiet: bool) -> None:
+@json_option
+def report(folder: Path, out: Path | None, force: bool, quiet: bool, as_json: bool) -> None:
     """Write the report of the results that `emomerge run` wrote to FOLDER."""
     from emomerge.checkpoints import atomic
-    from emomerge.reporting import write_report
+    from emomerge.reporting import next_steps, write_report
     from emomerge.results import load_results
 
     results = load_results(folder)
     if out is not None:
         atomic.refuse_existing(out, force=force)
     page = write_report(results, out or folder / "report.html")
-    if not quiet:
+    if as_json:
+        verdict, selected = results.verdict, results.selected
+        said = {"verdict": verdict and verdict.sentence, "selected": selected and selected.sentence}
+        print_json({"out": str(page), "name": results.name, **said, "advice": next_steps(results)})
+    elif not quiet:
         click.echo(shown(page))

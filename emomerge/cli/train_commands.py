@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from emomerge.cli.command import command, out_path
+from emomerge.cli.command import command, json_option, out_path, quiet_option
+from emomerge.cli.printing import print_json
 
 SCRIPTS = {"sdxl": "sdxl_train_network.py"}
 """Kind of model → the script of kohya's sd-scripts that trains an adapter of it."""
@@ -29,9 +30,12 @@ SCRIPTS = {"sdxl": "sdxl_train_network.py"}
 @click.option("--steps", type=click.IntRange(min=1), default=2000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="The same for all runs, so that they see the same data.")
 @click.option("--preset", default="auto", show_default=True, help="Preset of emoPulse.")
+@quiet_option
+@json_option
 def train_commands(
-    kind: str, base: str, data: Path, out: Path, rank: int, alpha: float | None, steps: int, seed: int, preset: str
-) -> None:
+    kind: str, base: str, data: Path, out: Path, rank: int, alpha: float | None, steps: int, seed: int, preset: str,
+    quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Print the command lines of sd-scripts for five runs that differ in the optimizer only, and that of their merge.
 
     Run them in the folder of sd-scripts, in an environment that has emomerge too. The adapters are of all linear layers and
@@ -42,12 +46,14 @@ def train_commands(
 
     names = [name for name, entry in OPTIMIZERS.items() if entry.default]
     alpha = rank / 2 if alpha is None else alpha
-    for name in names:
-        click.echo(shlex.join(_training(kind, name, base, data, out, rank, alpha, steps, seed, preset)))
     runs = [str(out / f"{name}.safetensors") for name in names]
-    click.echo(
-        shlex.join(["emomerge", "merge", base, *runs, "--method", DEFAULT_METHOD, "-o", str(out / "merged.safetensors")])
-    )
+    training = [_training(kind, name, base, data, out, rank, alpha, steps, seed, preset) for name in names]
+    merging = ["emomerge", "merge", base, *runs, "--method", DEFAULT_METHOD, "-o", str(out / "merged.safetensors")]
+    if as_json:
+        print_json({"train": training, "merge": merging})
+        return
+    for words in [*training, merging]:
+        click.echo(shlex.join(words))
 
 
 def _training(
