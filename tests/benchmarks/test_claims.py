@@ -93,3 +93,12 @@ def test_every_claim_states_what_it_needs(claims: ModuleType) -> None:
 def test_the_page_shows_the_stored_results(claims: ModuleType) -> None:
     page = importlib.import_module("claims_page")
     assert page.page(claims.RESULTS) == page.PAGE.read_text(encoding="utf-8")
+
+
+def test_the_short_form_measures_in_a_worker_and_decides_nothing(claims: ModuleType, tmp_path: Path) -> None:
+    effort = claims.Effort(quick=True, cache=tmp_path)
+    assert claims.run(["pulse-tables", "regret"], effort, tmp_path, jobs=1) == []
+    core = importlib.import_module("claims_core")
+    (line,) = core.Store(tmp_path / "pulse-tables.jsonl").lines.values()
+    assert [cell["printed"] == cell["computed"] for cell in line["figures"]["cells"]] == [True] * 9
+    assert all(line["figures"]["average"] > 0 for line in core.Store(tmp_path / "regret.jsonl").lines.values())
