@@ -175,7 +175,7 @@ def open_pipeline(recipe: str, out: Path | None, options: Options, *, restart: b
         parsed = ranks.recipe(parsed)
     follows = ranks is not None and not ranks.leads
     display = Display(quiet=options.quiet or follows)
-    pipeline = Pipeline(parsed, folder, display=display, command=line, engine=engine, ranks=ranks)
+    pipeline = Pipeline(parsed, folder, display=display, command=line, engine=engine, ranks=ranks, workers=options.max_parallel)
     if restart and folder.exists() and not follows:
         pipeline.restart()
     return pipeline

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -120,6 +120,33 @@ def train_controls(experiment: Experiment, train: Train) -> dict[str, Any]:
     return {"trained": [asdict(spec) for spec in trainer.trained], "diverged": trainer.diverged}
 
 
+def grouped(recipe: Recipe, specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
+    """Return runs in the groups that are trained together: those of equal length and batch size share a pass where they can."""
+    groups: dict[tuple[Any, ...], list[RunSpec]] = {}
+    for spec in specs:
+        groups.setdefault((spec.steps, spec.batch_factor, spec.name if _is_alone(recipe, spec) else ""), []).append(spec)
+    return list(groups.values())
+
+
+def _is_alone(recipe: Recipe, spec: RunSpec) -> bool:
+    # Snapshots of whole models are large: each such run is reduced to its best point before the next one starts.
+    return recipe.adapter.kind == "full" and bool(spec.snapshots)
+
+
+def groups_ahead(experiment: Experiment, *, runs_are_done: bool) -> list[list[RunSpec]]:
+    """Return the groups of controls that can be trained before their stage: those that wait for no choice."""
+    recipe, first = experiment.recipe, {spec.seed: spec for spec in reversed(experiment.specs)}
+    plans = control_plans(recipe, experiment.best_run if runs_are_done else first.__getitem__)
+    groups = grouped(recipe, [spec for plan in plans.values() for seed in recipe.runs.seeds for spec in plan(seed)])
+    return [
+        group
+        for group in groups
+        if (runs_are_done or all(spec.control != "long-run" for spec in group))
+        and not any(_is_alone(recipe, spec) for spec in group)
+        and not all(map(experiment.run_is_done, group))
+    ]
+
+
 class _Trainer:
     """Trains controls and collects the finished ones, and the errors of the others."""
 
@@ -130,12 +157,7 @@ class _Trainer:
 
     def train(self, specs: Sequence[RunSpec]) -> None:
         """Train runs. Those of equal length and batch size share a pass where they can."""
-        groups: dict[tuple[Any, ...], list[RunSpec]] = {}
-        for spec in specs:
-            # Snapshots of whole models are large: each such run is reduced to its best point before the next one starts.
-            alone = spec.name if self._experiment.recipe.adapter.kind == "full" and spec.snapshots else ""
-            groups.setdefault((spec.steps, spec.batch_factor, alone), []).append(spec)
-        for group in groups.values():
+        for group in grouped(self._experiment.recipe, specs):
             try:
                 self._train(group)
             except RunFailed as error:

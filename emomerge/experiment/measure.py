@@ -149,6 +149,11 @@ class Measurer:
         self._loaded: str | None = None
         self._probes: dict[int | None, Perturbable] = {}
 
+    def write_to(self, ledger: Ledger) -> None:
+        """Continue with another ledger."""
+        self.ledger = ledger
+        self._probes.clear()
+
     # Data.
 
     @cached_property

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import asdict
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from emomerge.checkpoints import atomic
 from emomerge.errors import BadInput
-from emomerge.experiment.base import make_base
+from emomerge.experiment.base import NewBase, make_base, new_base, work_of
 from emomerge.experiment.cards import write_cards
 from emomerge.experiment.collect import collect_results, seconds_of_stages
-from emomerge.experiment.control_runs import controls_inputs, train_controls
+from emomerge.experiment.control_runs import control_plans, controls_inputs, train_controls
+from emomerge.experiment.crew import Crew
 from emomerge.experiment.experiment import Experiment, as_yaml
 from emomerge.experiment.merges import check_merge, merge_note, write_merge
 from emomerge.experiment.stage import Facts, Stage
 from emomerge.experiment.workspace import files_below, stopwatch
 from emomerge.numerics.hashing import digest
+from emomerge.numerics.threads import one_thread
 from emomerge.probing.registry import recipe_metrics
 from emomerge.progress import Display
 from emomerge.recipe import Merge, Recipe, load_recipe
@@ -35,6 +39,7 @@ from emomerge.training import (
     train_locally,
     train_runs,
 )
+from emomerge.training.work import Work
 
 
 class Pipeline(Experiment):
@@ -47,6 +52,7 @@ class Pipeline(Experiment):
         command: the command line, for the report.
         engine: starts workers for runs and measurements; None does everything in this process.
         ranks: the processes started by torchrun; all but the first only `follow`.
+        workers: without an engine, the number of processes that share the work; None lets the work decide.
 
     Raises:
         BadInput: a merge of the recipe has a parameter that its method does not have, or does not fit what it merges.
@@ -61,28 +67,25 @@ class Pipeline(Experiment):
         command: str = "",
         engine: Engine | None = None,
         ranks: Ranks | None = None,
+        workers: int | None = 1,
     ) -> None:
         for spec in recipe.merge:
             check_merge(recipe, spec)
         recipe_metrics(recipe.probe)  # refuses unknown metrics and options
         super().__init__(recipe, out, display=display, command=command)
         self.engine, self.ranks = engine, ranks
+        self.crew = Crew(self, lambda: self.work, self.seconds_left, workers)
 
     @property
     def stages(self) -> list[Stage]:
         """All stages, in order."""
         space = self.space
         return [
-            Stage("base", lambda: self.base_inputs, lambda: files_below(space.base), lambda: make_base(self)),
+            Stage("base", lambda: self.base_inputs, lambda: files_below(space.base), self.make_base),
             Stage("runs", None, list, self.train, self.runs_are_done, self.train),
-            Stage(
-                "controls",
-                lambda: controls_inputs(self),
-                list,
-                lambda: train_controls(self, self.train),
-                self.controls_are_done,
-            ),
+            # Merges first: controls are meanwhile trained by workers, if there are any.
             *(self._merge_stage(spec, seed) for spec in self.recipe.merge for seed in self.recipe.runs.seeds),
+            Stage("controls", lambda: controls_inputs(self), list, self.train_controls, self.controls_are_done),
             Stage("probe", lambda: self.probe_inputs, lambda: [space.results], self.probe, self.results_are_readable),
             Stage("report", lambda: self.report_inputs, lambda: [space.report, *files_below(space.figures)], self.report),
         ]
@@ -111,9 +114,11 @@ class Pipeline(Experiment):
         with self.space.locked():
             todo = not all(stage.is_done(self.space) for stage in stages)
             if todo:
-                self.begin()
-                with self.display.live():
+                with one_thread():
+                    self.begin()
+                with self._hands(stages), self.display.live():
                     for stage in stages:
+                        self.crew.look_ahead(stage.name)
                         stage.complete(self.space)
         return todo
 
@@ -168,6 +173,39 @@ class Pipeline(Experiment):
                 what = f"the folder holds the models of a recipe with another {part}"
                 raise BadInput(what, where=self.space.out, expected=wanted, found=found, fix=fix)
 
+    def _hands(self, stages: Sequence[Stage]) -> contextlib.AbstractContextManager[None]:
+        """Return the block in which threads and workers are chosen by the work, unless ranks or another engine have it."""
+        if self.ranks is not None or self.engine is not None:
+            return contextlib.nullcontext()
+        return self.crew.at_work([stage.name for stage in stages])
+
+    def seconds_left(self) -> float:
+        """Return a rough estimate of the seconds that one worker needs for the training that is not done."""
+        runs, first = self.recipe.runs, {spec.seed: spec for spec in reversed(self.specs)}
+        plans = control_plans(self.recipe, first.__getitem__)
+        specs = [*self.trunks, *self.specs, *(spec for plan in plans.values() for seed in runs.seeds for spec in plan(seed))]
+        todo = [spec for spec in specs if not self.run_is_done(spec)]
+        return self.work.seconds * sum(spec.steps * spec.micro_batches(runs) for spec in todo)
+
+    @cached_property
+    def new_base(self) -> NewBase:
+        """The base before it is trained."""
+        return new_base(self)
+
+    def make_base(self) -> Facts:
+        """Train the base if the recipe says so, and write it."""
+        facts = make_base(self, self.new_base)
+        del self.new_base  # frees its memory
+        return {**facts, "work": asdict(self.work)}
+
+    @cached_property
+    def work(self) -> Work:
+        """What a pass of the runs costs; measured when the base is made, and kept in its stamp."""
+        known = self.space.stamp("base").get("work")
+        if known is not None and self.space.is_done("base", self.base_inputs):
+            return Work(**known)
+        return work_of(self, self.new_base)
+
     def train(self, specs: Sequence[RunSpec] | None = None) -> None:
         """Train runs, by default the shallow runs of the recipe, and show their progress."""
         specs = self.specs if specs is None else specs
@@ -221,7 +259,7 @@ class Pipeline(Experiment):
 
     def train_controls(self) -> Facts:
         """Train the controls of the recipe."""
-        return train_controls(self, self.train)
+        return train_controls(self, lambda group: None if self.crew.finish(group) else self.train(group))
 
     def controls_are_done(self) -> bool:
         """Return whether all trained controls are up to date."""
@@ -264,7 +302,7 @@ class Pipeline(Experiment):
                 "results.json was written by another version or is damaged: measuring again, with remembered evaluations"
             )
         with stopwatch() as clock:
-            results = collect_results(self, self.engine)
+            results = collect_results(self, self.engine or self.crew.engine)
         results = results.model_copy(update={"seconds": seconds_of_stages(self) | {"probe": clock["seconds"]}})
         atomic.write_text(self.space.results, results.to_json())
 

@@ -13,10 +13,12 @@ from typing import Any
 
 from emomerge.errors import EmomergeError
 from emomerge.experiment.measure import Artefact, Measurer
+from emomerge.numerics.hashing import digest
 from emomerge.probing.ledger import Ledger
 from emomerge.probing.registry import METRICS, Metric, direction_indices
 from emomerge.progress import Display
 from emomerge.training import Context, Engine, catch_errors, run_in_workers
+from emomerge.training.warm import warmed
 
 DIRECTIONS = 4
 """Number of directions in a job."""
@@ -110,7 +112,22 @@ def evaluate(job: ProbeJob) -> EmomergeError | None:
     return catch_errors(f"{job.metric} of {job.artefact.name}", job.context.working_directory, lambda: _evaluate(job))
 
 
+_MEASURERS: dict[str, Measurer] = {}
+"""The measurer of this worker's last job, by what it measures with: its model and its data are loaded."""
+
+
+def _measurer(job: ProbeJob) -> Measurer:
+    """Return a measurer that writes to the job's ledger and knows that of the main process."""
+    key = digest([job.context.recipe, str(job.context.base_folder), job.context.base_hash, str(job.context.working_directory)])
+    if key not in _MEASURERS:
+        _MEASURERS.clear()
+        _MEASURERS[key] = Measurer(warmed(job.context), None)
+    measurer = _MEASURERS[key]
+    measurer.write_to(Ledger(job.ledger, job.known))
+    return measurer
+
+
 def _evaluate(job: ProbeJob) -> None:
-    measurer = Measurer(job.context, job.ledger, known=job.known)
+    measurer = _measurer(job)
     measurer.measure(METRICS[job.metric], job.artefact, directions=job.directions or None)
     measurer.ledger.ask(dict, **job.mark(measurer))

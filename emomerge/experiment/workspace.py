@@ -21,6 +21,7 @@ from emomerge.numerics.hashing import digest
 from emomerge.recipe import Recipe
 from emomerge.training.plan import RunSpec
 from emomerge.training.run_dir import sizes_agree
+from emomerge.training.work import Work
 
 
 class _Stamp(BaseModel):
@@ -34,6 +35,8 @@ class _Stamp(BaseModel):
     cpu_seconds: float = 0.0
     trained: list[RunSpec] = []
     """Of the stage `controls`."""
+    work: Work | None = None
+    """Of the stage `base`."""
 
 
 class _Fingerprint(BaseModel):
@@ -65,6 +68,7 @@ class Workspace:
         self._paths = self._stamps / "paths.json"
         self._fingerprints = self._stamps / "fingerprints.json"
         self._memory: dict[str, dict[str, Any]] = {}
+        self._lock: TextIO | None = None
 
     def stamp(self, stage: str) -> dict[str, Any]:
         """Return the stamp of a completed stage; empty if there is none."""
@@ -103,13 +107,18 @@ class Workspace:
         atomic.refuse_no_disk(self.out)
         with atomic.translate_os_error(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-            lock = (self.out / ".lock").open("w")
+            self._lock = lock = (self.out / ".lock").open("w")
         with lock, self._held(lock):
             try:
                 yield
             finally:  # while holding the lock: another process may be about to write to the folder
                 if [place.name for place in self.out.iterdir()] == [".lock"]:
                     shutil.rmtree(self.out)
+
+    def let_go(self) -> None:
+        """Close the lock in a copy of the process that holds it, which would otherwise hold it beyond that one's end."""
+        if self._lock is not None:
+            self._lock.close()
 
     def is_busy(self) -> bool:
         """Return whether a process is working in the folder."""

@@ -1,4 +1,4 @@
-"""Single-threaded sections, for results that would depend on the number of threads."""
+"""Sections on a number of threads, for results that would depend on it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ import torch
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run the block on one thread: matrix products and decompositions round differently with other numbers of threads."""
+    with threads(1):
+        yield
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run the block on some threads, or on as many as torch has if these are fewer."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(min(count, before))
     try:
         yield
     finally:

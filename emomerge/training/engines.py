@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -71,53 +72,108 @@ def open_engine(name: EngineName, *, max_parallel: int | None, settings: Mapping
 
 
 class Local:
-    """Processes on this machine, which share its cores.
+    """Processes on this machine, which share its cores. Each stays for further calls, with what it has loaded.
 
     Args:
         max_parallel: processes at a time.
+        threads: threads of each; by default an equal share of this process's.
     """
 
-    def __init__(self, max_parallel: int) -> None:
+    def __init__(self, max_parallel: int, threads: int | None = None) -> None:
         self.max_parallel: int | None = max_parallel
-        self._threads = max(1, torch.get_num_threads() // max_parallel)
+        self._threads = threads or max(1, torch.get_num_threads() // max_parallel)
         # Forked from a server that has done the imports, so that workers start quickly.
         linux = sys.platform == "linux"
         self._context = multiprocessing.get_context("forkserver") if linux else multiprocessing.get_context("spawn")
         self._context.set_forkserver_preload(["emomerge.training", "transformers", "peft"])
+        self._workers: list[_Worker] = []
+        self._lock = threading.Lock()
+
+    def begin(self, closing: Callable[[], None] = lambda: None) -> None:
+        """Start all processes at once, as copies of this one, with its imports and data.
+
+        Does nothing where copies are not safe: beside other threads of this process, of an accelerator's driver in particular.
+        Processes are then started when they are needed.
+
+        Args:
+            closing: called in each copy, to close what only this process should hold.
+        """
+        alone = threading.active_count() == 1 and not torch.accelerator.is_available()
+        if sys.platform == "linux" and alone:
+            fork = multiprocessing.get_context("fork")
+            self._workers += [
+                _Worker(fork, self._threads, closing) for _ in range((self.max_parallel or 1) - len(self._workers))
+            ]
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Submitted:
-        """Start a process."""
-        receiver, sender = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_in_process, args=(sender, self._threads, function, args), daemon=True)
-        process.start()
-        sender.close()
-        return _Process(process, receiver)
+        """Call the function in an idle process, or in a new one."""
+        with self._lock:
+            self._workers = [worker for worker in self._workers if worker.is_alive()]
+            worker = next((worker for worker in self._workers if not worker.busy), None)
+            if worker is None:
+                worker = _Worker(self._context, self._threads)
+                self._workers.append(worker)
+            worker.call(function, args)
+        return worker
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in self._workers:
+            worker.cancel()
+        self._workers.clear()
 
 
-class _Process:
-    def __init__(self, process: BaseProcess, receiver: Connection) -> None:
-        self._process, self._receiver = process, receiver
+class _Worker:
+    """A process that makes one call at a time, and the call that it makes."""
+
+    def __init__(self, context: Any, threads: int, closing: Callable[[], None] | None = None) -> None:
+        self._connection, theirs = context.Pipe()
+        self._process: BaseProcess = context.Process(target=_serve, args=(theirs, threads, closing), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.busy = False
+
+    def is_alive(self) -> bool:
+        """Return whether the process has not ended."""
+        return self._process.is_alive()
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Begin a call."""
+        self.busy = True
+        with contextlib.suppress(OSError):  # the process has just died, which `result` tells
+            self._connection.send((function, args))
 
     def done(self) -> bool:
-        return not self._process.is_alive()
+        return self._connection.poll() or not self._process.is_alive()
 
     def result(self) -> Any:
-        self._process.join()
         try:
-            return self._receiver.recv()
-        except EOFError:
+            found = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
             raise RuntimeError(f"exit status {self._process.exitcode}") from None
+        self.busy = False
+        return found
 
     def cancel(self) -> None:
         self._process.terminate()
         self._process.join()
 
 
-def _in_process(sender: Connection, threads: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _serve(connection: Connection, threads: int, closing: Callable[[], None] | None) -> None:
+    """Make the calls that arrive, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted as well and stops this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a copy of the parent has its handler
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    sender.send(function(*args))
+    if closing is not None:
+        closing()
+    while True:
+        try:
+            function, args = connection.recv()
+        except (EOFError, OSError):
+            return
+        connection.send(function(*args))
 
 
 def _end_with_parent() -> None:

@@ -22,6 +22,7 @@ from emomerge.training.ranks import Ranks, take_steps
 from emomerge.training.run import StepHook, ignore_step
 from emomerge.training.stacked import StackedPasses, Unstackable, prepare_stack, train_stacked
 from emomerge.training.tracking import tracked
+from emomerge.training.warm import warmed
 from emomerge.training.workers import catch_errors, raise_together, run_in_workers
 
 Say = Callable[[str], None]
@@ -174,4 +175,4 @@ def train_in_workers(engine: Engine, context: Context, specs: Sequence[RunSpec],
 def train_job(job: Job) -> EmomergeError | None:
     """Train one run in a worker. Returns the error if it could not be trained."""
     where = job.context.working_directory
-    return catch_errors(f"run {job.spec.name}", where, lambda: train_locally(job.context, [job.spec]))
+    return catch_errors(f"run {job.spec.name}", where, lambda: train_locally(warmed(job.context), [job.spec]))

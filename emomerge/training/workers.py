@@ -6,17 +6,23 @@ import contextlib
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from emomerge.errors import BadInput, EmomergeError, RunFailed
-from emomerge.training.engines import Engine, Submitted
+from emomerge.training.engines import Engine, Local, Submitted
 
 ATTEMPTS = 3
 """How often a job is started whose worker is lost."""
 POLL = 0.2
 """Seconds between two polls of the workers."""
+PAUSE = 0.02
+"""Seconds in which a local worker waits for its next job at most."""
+
+
+class Stopped(Exception):
+    """The jobs are no longer wanted."""
 
 
 def catch_errors(title: str, working_directory: Path, do: Callable[[], None]) -> EmomergeError | None:
@@ -41,6 +47,7 @@ def run_in_workers(
     jobs: Mapping[str, Any],
     on_poll: Callable[[str], None] = lambda name: None,
     on_end: Callable[[str], None] = lambda name: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run each job in a worker, at most `engine.max_parallel` at a time. A job whose worker is lost is started again.
 
@@ -50,8 +57,10 @@ def run_in_workers(
         jobs: the jobs, by the name used in error messages.
         on_poll: called at every poll with the name of each active job.
         on_end: called with the name of each job that has ended, successfully or not.
+        stop: returns whether to end all workers.
 
     Raises:
+        Stopped: `stop` says so.
         EmomergeError: a job failed; raised after all others have ended.
     """
     waiting = deque(jobs)
@@ -63,7 +72,9 @@ def run_in_workers(
                 name = waiting.popleft()
                 started[name] += 1
                 active[name] = engine.submit(function, jobs[name])
-            time.sleep(POLL)
+            _wait(active.values(), finely=isinstance(engine, Local))
+            if stop():
+                raise Stopped
             for name, submitted in list(active.items()):
                 done = submitted.done()
                 on_poll(name)
@@ -84,6 +95,15 @@ def run_in_workers(
         for submitted in active.values():
             submitted.cancel()
     raise_together(failures)
+
+
+def _wait(active: Iterable[Submitted], *, finely: bool) -> None:
+    """Wait until the next poll, or until a local worker is done."""
+    until = time.monotonic() + POLL
+    while (left := until - time.monotonic()) > 0:
+        if finely and any(submitted.done() for submitted in active):
+            return
+        time.sleep(min(left, PAUSE) if finely else left)
 
 
 def raise_together(failures: Sequence[EmomergeError]) -> None:

@@ -1,0 +1,92 @@
+"""The threads and workers of `emomerge run`, and what workers do ahead of their stage."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from emomerge.experiment.control_runs import groups_ahead
+from emomerge.experiment.experiment import Experiment
+from emomerge.numerics.threads import threads
+from emomerge.progress import Line
+from emomerge.training import Context, RunSpec, warm
+from emomerge.training.ahead import Ahead
+from emomerge.training.engines import Local
+from emomerge.training.work import Hands, Work, choose_hands, usable_cores
+
+
+class Crew:
+    """Threads and workers for one experiment.
+
+    Args:
+        experiment: the experiment.
+        work: returns what its passes cost.
+        seconds: returns an estimate of how long it takes one worker.
+        workers: number of workers, this process included; None leaves it to the work.
+    """
+
+    def __init__(
+        self, experiment: Experiment, work: Callable[[], Work], seconds: Callable[[], float], workers: int | None
+    ) -> None:
+        self._experiment, self._work, self._seconds, self._workers = experiment, work, seconds, workers
+        self._ahead: Ahead | None = None
+        self._lines: dict[str, Line] = {}
+        self.engine: Local | None = None
+        """Starts workers; None if this process does everything."""
+
+    @contextlib.contextmanager
+    def at_work(self, stages: Sequence[str]) -> Iterator[None]:
+        """Set the number of threads for the block, and start workers for some stages if there are to be any."""
+        hands = self._hands()
+        with contextlib.ExitStack() as held:
+            if hands is not None:
+                held.enter_context(threads(hands.threads))
+            if hands is not None and hands.workers > 1 and "probe" in stages:
+                held.callback(self._close)
+                self._begin(hands)
+            yield
+
+    def look_ahead(self, stage: str) -> None:
+        """Let workers begin controls whose turn comes later, when a stage is about to begin."""
+        if self._ahead is not None and stage not in ("base", "controls", "probe", "report"):
+            self._ahead.add(groups_ahead(self._experiment, runs_are_done=stage != "runs"))
+
+    def finish(self, group: Sequence[RunSpec]) -> bool:
+        """Wait for a group of runs. Return False if no worker has begun it.
+
+        Raises:
+            EmomergeError: a run of the group could not be trained.
+        """
+        return self._ahead is not None and self._ahead.finish(group)
+
+    def _hands(self) -> Hands | None:
+        """Return how many workers and threads there are; None if something else decides."""
+        if self._experiment.device.type != "cpu":
+            return None
+        hands = choose_hands(self._work(), usable_cores(), self._seconds())
+        if self._workers is not None:
+            hands = Hands(self._workers, hands.threads)
+        self._experiment.display.say(f"{hands}, by the size of the model's products")
+        return hands
+
+    def _begin(self, hands: Hands) -> None:
+        experiment = self._experiment
+        before = Context(experiment.recipe, experiment.space.base, "")  # the base is not needed
+        warm.keep(before.using(experiment.task, experiment.data))
+        self.engine = Local(hands.workers, hands.threads)
+        self.engine.begin(closing=experiment.space.let_go)
+        self._ahead = Ahead(self.engine, lambda: experiment.context, hands.workers - 1, self._show)
+
+    def _show(self, spec: RunSpec, row: dict[str, Any]) -> None:
+        if spec.name not in self._lines:
+            self._lines[spec.name] = self._experiment.display.line(spec.name, spec.steps)
+        self._lines[spec.name].at(row["step"], f"loss {row['loss']:.4f}  emoPulse {row['rate']:.2e}")
+
+    def _close(self) -> None:
+        warm.forget()
+        if self._ahead is not None:
+            self._ahead.close()
+        if self.engine is not None:
+            self.engine.close()
+        self._ahead = self.engine = None

@@ -1,0 +1,153 @@
+"""How much work a recipe's model is: measured on one batch, and the threads and workers that suit it.
+
+Matrix products of small models gain nothing from a second thread and burn it, and their sums differ with the number of threads.
+They therefore get one thread, and other cores do other things beside them. The choice depends on sizes, not on times, so that
+every machine makes the same one and finds the same bits; how many workers there are has no effect on results.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from emomerge.numerics.memory import free_memory
+from emomerge.tasks import Batch, Task
+
+FLOP_PER_THREAD = 2e9
+"""Floating-point operations of a matrix product for which one more thread pays: some 40 ms of a core."""
+SMALLEST_WORK = 15.0
+"""Seconds of work below which starting workers costs more than they save."""
+MOST_WORKERS = 8
+PROCESS = 700 * 2**20
+"""Bytes of a worker besides its model: torch, transformers, peft."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What passes of one batch of the runs cost on a model.
+
+    Attributes:
+        product: floating-point operations of a matrix product, averaged over those of a forward pass by their operations.
+        flop: floating-point operations of a forward pass.
+        weights: bytes of the model.
+        kept: bytes that a forward pass keeps for the backward pass.
+        seconds: duration of a forward and a backward pass, as measured on this machine.
+        forward: duration of a forward pass.
+    """
+
+    product: float
+    flop: float
+    weights: int
+    kept: int
+    seconds: float
+    forward: float
+
+
+@dataclass(frozen=True)
+class Hands:
+    """Workers and the threads of each."""
+
+    workers: int
+    threads: int
+
+    def __str__(self) -> str:
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.workers} workers of {threads}" if self.workers > 1 else f"one process, {threads}"
+
+
+def choose_hands(work: Work, cores: int, seconds: float, memory: int | None = None) -> Hands:
+    """Return how many workers suit a work and how many threads each of them.
+
+    Args:
+        work: the work.
+        cores: the cores that may be used.
+        seconds: an estimate of all that is to be done.
+        memory: free bytes; by default as found.
+    """
+    threads = max(1, min(cores, round(work.product / FLOP_PER_THREAD)))
+    each = PROCESS + 3 * work.weights + 6 * work.kept  # a stack of five runs keeps the activations of five
+    free = free_memory() if memory is None else memory
+    fitting = max(1, int(0.7 * free / each))
+    workers = min(cores // threads, fitting, MOST_WORKERS) if seconds >= SMALLEST_WORK else 1
+    return Hands(max(1, workers), threads)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use: those it may run on, and no more than torch has threads.
+
+    torch takes the number from OMP_NUM_THREADS or `torch.set_num_threads`, if given.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, torch.get_num_threads()))
+
+
+def measure_work(task: Task, model: nn.Module, batch: Batch) -> Work:
+    """Measure one forward and one backward pass of a batch on a model, whose state is not changed."""
+    was_training, parameters = model.training, [p for p in model.parameters() if p.requires_grad]
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.eval()  # no statistics are updated and nothing is drawn
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    try:
+        with torch.random.fork_rng(), _Products() as products, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            task.loss(model, batch)
+        seconds = []
+        with torch.random.fork_rng():
+            for _ in range(2):  # the first one allocates
+                started = time.perf_counter()
+                loss = task.loss(model, batch)
+                forward = time.perf_counter() - started
+                if parameters:
+                    torch.autograd.grad(loss, parameters, allow_unused=True)
+                seconds.append(time.perf_counter() - started)
+    finally:
+        model.train(was_training)
+    activations = sum(size for place, size in kept.items() if place not in weights)
+    return Work(products.mean, products.total, sum(weights.values()), activations, min(seconds), forward)
+
+
+class _Products(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products and convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: list[float] = []
+
+    @property
+    def total(self) -> float:
+        return math.fsum(self.counts)
+
+    @property
+    def mean(self) -> float:
+        """The mean over all operations of the size of the product that they belong to."""
+        return math.fsum(count * count for count in self.counts) / self.total if self.total else 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        count = _COUNTS.get(func._schema.name.removeprefix("aten::"))
+        if count is not None:
+            self.counts.append(2.0 * count(args, found))
+        return found
+
+
+_COUNTS: Mapping[str, Any] = {
+    "mm": lambda args, found: found.numel() * args[0].shape[-1],
+    "addmm": lambda args, found: found.numel() * args[1].shape[-1],
+    "bmm": lambda args, found: found[0].numel() * args[0].shape[-1],  # one product of the batch
+    "convolution": lambda args, found: found.numel() * args[1][0].numel(),
+}
+"""Operation → multiplications and additions of two, given its arguments and its result."""
