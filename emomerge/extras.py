@@ -19,6 +19,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
         "huggingface_hub": "huggingface_hub",
         "filelock": "filelock",
     },
+    "hub": {"huggingface_hub": "huggingface_hub"},
     "report": {"altair": "altair", "vl_convert": "vl-convert-python", "jinja2": "jinja2"},
     "demo": {"sklearn": "scikit-learn"},
     "images": {"PIL": "pillow"},

@@ -344,6 +344,24 @@ class Data(Part):
     """Unit of losses."""
 
 
+class HeldOut(Part):
+    """The loss of every model on the test rows, batch by batch, for paired comparisons with the models of other experiments."""
+
+    rows: Shown
+    """SHA-256 of the test rows as the models read them."""
+    labels: Shown | None
+    """SHA-256 of the rows' labels alone; None if the task has none."""
+    weights: tuple[float, ...]
+    """Of the batches: rows, or what losses are means over."""
+    losses: dict[Shown, tuple[Number, ...]]
+    """Artefact → mean loss of every batch."""
+
+    @model_validator(mode="after")
+    def _as_many(self) -> Self:
+        _require_shape(list(self.losses.values()), len(self.losses), len(self.weights))
+        return self
+
+
 class ProbeFacts(Part):
     """How flatness was measured: the recipe's `probe` section and related facts."""
 
@@ -394,6 +412,7 @@ class Results(Part):
     traces: dict[Shown, Trace] = {}
     cosines: Cosines | None = None
     merges: dict[Shown, MergeFacts] = {}
+    held_out: HeldOut | None = None
     seconds: dict[Shown, float] = {}
     """Stage → wall time in seconds."""
 

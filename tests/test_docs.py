@@ -103,6 +103,7 @@ def folder(tmp_path, monkeypatch, digits):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     shutil.copytree(digits, tmp_path / "out/digits")
+    shutil.copytree(digits, tmp_path / "out/other-seed")
     generator = torch.Generator().manual_seed(0)
     (tmp_path / "base").mkdir()
     save_file({"layer.weight": torch.randn(8, 4, generator=generator)}, tmp_path / "base/model.safetensors")

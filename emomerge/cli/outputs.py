@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from emomerge.merging.record import MergeRecord
+from emomerge.reporting.comparison.compared import Comparison
 from emomerge.results import MergeFacts, Number, Results
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -294,6 +295,29 @@ class Commands(Output):
     merge: list[str]
 
 
+class File(Output):
+    """A file of a repository."""
+
+    name: str
+    bytes: int
+
+
+class Pushed(Output):
+    """Output of `emomerge push`."""
+
+    repo: str
+    revision: str | None
+    private: bool
+    """Whether --private was given."""
+    dry_run: bool
+    url: str | None
+    """The repository; null if nothing was uploaded."""
+    commit: str | None
+    files: list[File]
+    card: str
+    """The model card."""
+
+
 class Schema(BaseModel):
     """Output of `emomerge schema NAME`: a JSON schema, draft 2020-12."""
 
@@ -318,8 +342,9 @@ OUTPUTS: Mapping[str, Any] = MappingProxyType(
         "merge": Merged,
         "methods": Method | list[Method],
         "probe": Results,
+        "push": Pushed,
         "reconstruct": Reconstructed,
-        "report": Reported,
+        "report": Reported | Comparison,
         "run": Results | Outline,
         "schema": Schema | SchemaFile,
         "status": Status,

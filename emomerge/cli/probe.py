@@ -22,7 +22,7 @@ from emomerge.cli.command import (
     setting_option,
 )  # fmt: skip
 from emomerge.cli.printing import console, print_json
-from emomerge.errors import shown
+from emomerge.errors import BadInput, shown
 
 if TYPE_CHECKING:
     from emomerge.training.engines import EngineName
@@ -78,18 +78,32 @@ def probe(
         screen.print(figures_table(results, screen.width))
 
 
-@command("report", "emomerge report out/digits -o digits.html", extras=("report",))
-@click.argument("folder", type=out_path)
-@click.option("-o", "--out", type=out_path, help="Output file (default: FOLDER/report.html).")
+@command(
+    "report",
+    """
+    emomerge report out/digits -o digits.html
+    emomerge report out/digits out/other-seed -o comparison.html
+    """,
+    extras=("report",),
+)  # fmt: skip
+@click.argument("folders", nargs=-1, required=True, type=out_path, metavar="FOLDER...")
+@click.option("-o", "--out", type=out_path, help="Output file (default: FOLDER/report.html; of several: comparison.html).")
 @force_option
 @quiet_option
 @json_option
-def report(folder: Path, out: Path | None, force: bool, quiet: bool, as_json: bool) -> None:
-    """Write the report of the results that `emomerge run` wrote to FOLDER."""
+def report(folders: Sequence[Path], out: Path | None, force: bool, quiet: bool, as_json: bool) -> None:
+    """Write the report of the results that `emomerge run` wrote to FOLDER; of several FOLDERs, compare them.
+
+    Experiments that were measured on the same test rows are ranked, with intervals; others are shown apart, with the reason.
+    """
     from emomerge.checkpoints import atomic
     from emomerge.reporting import next_steps, write_report
     from emomerge.results import load_results
 
+    if len(folders) > 1:
+        _compare(folders, out or Path("comparison.html"), force=force, quiet=quiet, as_json=as_json)
+        return
+    folder = folders[0]
     results = load_results(folder)
     if out is not None:
         atomic.refuse_existing(out, force=force)
@@ -100,3 +114,26 @@ def report(folder: Path, out: Path | None, force: bool, quiet: bool, as_json: bo
         print_json({"out": str(page), "name": results.name, **said, "advice": next_steps(results)})
     elif not quiet:
         click.echo(shown(page))
+
+
+def _compare(folders: Sequence[Path], out: Path, *, force: bool, quiet: bool, as_json: bool) -> None:
+    """Write the page that compares the experiments in folders, and print the table."""
+    from emomerge.checkpoints import atomic
+    from emomerge.reporting.comparison import compare, comparison_table, write_comparison
+    from emomerge.results import load_results
+
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise BadInput("a folder is named twice", found=", ".join(map(str, folders)))
+    atomic.refuse_existing(out, force=force)
+    found = compare({str(folder): load_results(folder) for folder in folders})
+    write_comparison(found, out)
+    if as_json:
+        print_json({**found.model_dump(mode="json"), "out": str(out)})
+        return
+    screen = console()
+    for group in found.groups:
+        screen.print(comparison_table(group))
+    for line in [*found.advice, *found.notes]:
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not quiet:
+        click.echo(shown(out))

@@ -88,6 +88,7 @@ def assess(
     return results.model_copy(
         update={
             "probe": _probe_facts(recipe, measurer, contestants.base),
+            "held_out": measurer.held_out(everything),
             "verdict": _judge(recipe, measurer, comparisons, measured),
             "selected": recommend(
                 measurer,
@@ -144,7 +145,9 @@ def probe_models(
         measured = {artefact.name: measurer.probe(artefact, line, chosen) for artefact in artefacts}
         if len(artefacts) > 2:
             measurer.probe_together(measured, artefacts[1], artefacts[2], artefacts[2:], line, chosen)
-    results = _results(recipe, measured).model_copy(update={"probe": ProbeFacts.model_validate(recipe.probe.model_dump())})
+    results = _results(recipe, measured).model_copy(
+        update={"probe": ProbeFacts.model_validate(recipe.probe.model_dump()), "held_out": measurer.held_out(artefacts)}
+    )
     atomic.write_text(out / "results.json", results.to_json())
     return results
 

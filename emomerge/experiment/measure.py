@@ -40,7 +40,7 @@ from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Perturbable, rms
 from emomerge.probing.registry import Array, Measurement, Metric
 from emomerge.progress import Line
-from emomerge.results import ArtefactRow, Column, Role
+from emomerge.results import ArtefactRow, Column, HeldOut, Role
 from emomerge.results import Split as SplitName
 from emomerge.tasks import Batch, Split
 from emomerge.training import Context
@@ -232,6 +232,16 @@ class Measurer:
             )
             for index in range(batches)
         )
+
+    def held_out(self, artefacts: Sequence[Artefact]) -> HeldOut:
+        """Return the losses of artefacts on every batch of the test rows, and what identifies these rows."""
+        rows = self.split("test")
+        scores = {artefact.name: self.scores(artefact, "test") for artefact in artefacts}
+        return HeldOut(
+            rows=rows.digest, labels=rows.digest_of("labels"),
+            weights=tuple(next(iter(scores.values()))["weight"].tolist()),
+            losses={name: tuple(found["loss"].tolist()) for name, found in scores.items()},
+        )  # fmt: skip
 
     def loss(self, artefact: Artefact, split: SplitName) -> float:
         """Return the mean loss over a split."""

@@ -87,11 +87,8 @@ def _page(results: Results, drawn: Mapping[str, Figure]) -> str:
             tone=_tone(verdict.status) if verdict else "",
             claims={name: (claim, _tone(claim.status)) for name, claim in claims.items()},
             evidence={"better": evidence(results, "better"), "flatter": evidence(results, "flatter")},
-            figures=drawn,
             sections=sections(drawn.keys()),
-            stills={name: _still(figure) for name, figure in drawn.items()},
-            specs={name: _specs(figure) for name, figure in drawn.items()},
-            vega=_script_safe(_vega()) if drawn else "",
+            **drawn_parts(drawn),
             rows=[(row, colour_of(row)) for row in artefacts(results)],
             tables={"columns": filled_columns(results, "table"), "details": filled_columns(results, "details")},
             controls=explained_controls(results),
@@ -101,14 +98,24 @@ def _page(results: Results, drawn: Mapping[str, Figure]) -> str:
             steps=next_steps(results),
             contents=contents(results, drawn),
             downloads={
-                "csv": _link("text/csv", as_csv(results)),
-                "json": _link("application/json", results.model_dump_json()),
+                "csv": as_link("text/csv", as_csv(results)),
+                "json": as_link("application/json", results.model_dump_json()),
             },
             unit=unit(results),
             light=LIGHT,
             dark=DARK,
         )
     )
+
+
+def drawn_parts(drawn: Mapping[str, Figure]) -> dict[str, Any]:
+    """Return what a template needs to show figures: `figures`, `stills`, `specs` and the library that draws them, `vega`."""
+    return {
+        "figures": drawn,
+        "stills": {name: _still(figure) for name, figure in drawn.items()},
+        "specs": {name: _specs(figure) for name, figure in drawn.items()},
+        "vega": _script_safe(_vega()) if drawn else "",
+    }
 
 
 def contents(results: Results, drawn: Mapping[str, Figure]) -> list[str]:
@@ -209,7 +216,7 @@ def _specs(figure: Figure) -> Mapping[str, Any]:
     return {**layouts, "datasets": datasets}
 
 
-def _link(kind: str, text: str) -> str:
+def as_link(kind: str, text: str) -> str:
     """Return an address that holds a file itself."""
     return f"data:{kind};base64,{base64.b64encode(text.encode()).decode()}"
 

@@ -44,6 +44,10 @@ class Split:
         """Return a split of these rows only."""
         return type(self)(self.batch(indices))
 
+    def digest_of(self, name: str) -> str | None:
+        """Return the SHA-256 of one field of all examples in order; None if they lack it."""
+        return Split({name: self._fields[name]}).digest if name in self._fields else None
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all examples in order: names, dtypes, shapes and bytes of their tensors."""

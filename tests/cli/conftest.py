@@ -52,6 +52,7 @@ def _world(tmp_path_factory, tiny_bert):
     with contextlib.chdir(folder):
         result = invoke("emomerge run digits --quiet", tiny_bert)
         assert result.exit_code == 0, result.output
+    shutil.copytree(folder / "out/digits", folder / "out/other-seed")
     return folder
 
 

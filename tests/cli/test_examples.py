@@ -15,6 +15,7 @@ from emomerge.cli.outputs import OUTPUTS
 from emomerge.cli.schema import schema_of
 
 ELSEWHERE = {
+    "emomerge push out/digits me/digits-merged --private": "the Hub; test_push.py uploads to a server of its own",
     "emomerge run recipes/movie-reviews.yaml --executor slurm --executor-set slurm_partition=gpu": "a cluster",
     "emomerge train-all recipes/movie-reviews.yaml --executor ray --executor-set num_gpus=1": "Ray, and a GPU",
     "emomerge probe recipes/digits.yaml out/digits/merges/tall-mask -o probed --preset full --executor ray": "Ray",

@@ -14,8 +14,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from losses import with_losses
 
 from emomerge.reporting import write_report
+from emomerge.reporting.comparison import compare, write_comparison
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
@@ -72,9 +74,16 @@ def look(page: Path, width: int, folder: Path, *flags: str) -> dict:
     return json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', shown, re.DOTALL)[1]))
 
 
-@pytest.fixture(scope="module")
-def page(full, tmp_path_factory):
-    return write_report(full, tmp_path_factory.mktemp("page") / "report.html")
+@pytest.fixture(scope="module", params=["report", "comparison"])
+def page(request, full, tmp_path_factory):
+    """The page of one experiment, and one that compares three, one of them on other rows."""
+    out = tmp_path_factory.mktemp("page") / f"{request.param}.html"
+    if request.param == "report":
+        return write_report(full, out)
+    shifts = {"out/first": (0.0, "r"), "out/second": (0.2, "r"), "out/third": (0.001, "r"), "out/elsewhere": (0.0, "s")}
+    return write_comparison(
+        compare({name: with_losses(full, shift, rows=r, labels=r) for name, (shift, r) in shifts.items()}), out
+    )
 
 
 @needs_chromium
@@ -90,7 +99,8 @@ def test_the_page_in_a_browser(page, tmp_path, width, flags):
         assert found["table"] <= 1280, "the main table fits before all columns are asked for"
 
 
-def test_downloads_equal_the_results(page, full):
+def test_downloads_equal_the_results(full, tmp_path):
+    page = write_report(full, tmp_path / "report.html")
     links = dict(
         re.findall(r'download="[^"]*\.(csv|json)" href="data:[a-z/]+;base64,([^"]+)"', page.read_text(encoding="utf-8"))
     )
