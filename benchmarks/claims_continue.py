@@ -97,7 +97,7 @@ def judge_resuming(units: Units) -> Verdict:
     "fresh state at each continuation while its schedule goes on, and Prodigy. An interruption is free if it costs at most 2 % "
     "of the test loss. “Holds” needs that with one and with nine interruptions for all five, and that most cost less than "
     "AdamW's (interval below 0): otherwise it says nothing about the optimizers, and the verdict is “holds in part”.",
-    taught="TODO.",
+    taught="Nothing before it is measured.",
     arms=tuple(of(arm, stops) for arm in (*emo_arms("v3.8"), *AUTO, *RIVALS) for stops in STOPS),
     quick_arms=(of({"rule": "sens/v3.8"}, 0), of({"rule": "sens/v3.8"}, 1)),
     judge=judge_resuming,
@@ -178,7 +178,7 @@ def figure(units: Units) -> Any:
     "the same, at the rate that forgets least there by validation. “Holds” needs that all five learn the second task while the "
     "loss of the first rises by at most 5 %, and that most forget less than AdamW at equal loss of the second (interval below "
     "0); any part alone would be “holds in part”.",
-    taught="TODO.",
+    taught="Nothing before it is measured.",
     arms=(*emo_arms("v3.8"), *AUTO, *ADAMW, *rival_arms("prodigy")),
     quick_arms=({"rule": "sens/v3.8"}, {"rule": "adamw", "rate": 1e-3}),
     judge=judge_layering,

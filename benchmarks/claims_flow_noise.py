@@ -113,7 +113,7 @@ def figure(units: Units) -> Any:
     "noise would have it, and tuned at each level. Lion takes signs like most of the five but has no emoPulse. “Holds” needs "
     "that most of 5 × 2 pairs lose less to the noise than AdamW tuned on clean data, end below AdamW tuned with the noise, and "
     "end below Lion tuned with it (intervals below 0); any of these alone would be “holds in part”.",
-    taught="TODO.",
+    taught="Nothing before it is measured.",
     arms=tuple({**arm, "level": level} for level in LEVELS for arm in RULES),
     quick_arms=({"rule": "sens/v3.8", "level": "gradients 1 : 8"}, {"rule": "adamw", "rate": 1e-3, "level": "gradients 1 : 8"}),
     judge=judge,

@@ -207,7 +207,7 @@ def figure(units: Units) -> Any:
     "best there by validation. A rule is consistent if it learns the new images while the frozen classifier's error and the "
     "error of generation rise by at most 5 points. “Holds” needs that of all five, and that most of 5 × 3 figures are better "
     "than AdamW's at equal reconstruction (interval below 0); any part alone would be “holds in part”.",
-    taught="TODO.",
+    taught="Nothing before it is measured.",
     arms=(*emo_arms("v3.8"), *AUTO, *ADAMW, *rival_arms("prodigy")),
     quick_arms=({"rule": "sens/v3.8"}, {"rule": "adamw", "rate": 1e-3}),
     judge=judge_vae,
