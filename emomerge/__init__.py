@@ -7,7 +7,8 @@
     emomerge.write_checkpoint(merged, "out", dtype="bfloat16")
 
 Weights: `open_checkpoint`, `write_checkpoint`, `Checkpoint`. Adapters: `bake`. Merging: `merge`, `merge_method` (registers a
-method of your own), `METHODS`. Measuring: `probe`. Optimizers are in `emomerge.optim`, trainers in `emomerge.integrations`.
+method of your own), `METHODS`. Measuring: `probe`; `load_results` returns the `Results` that `emomerge run` measured.
+Optimizers are in `emomerge.optim`, trainers in `emomerge.integrations`.
 Errors: all are `EmomergeError`; `BadInput`, `MissingExtra`, `MissingLossError`, `NonFiniteLossError`, `RunFailed`.
 
 Names are imported when they are first used, so that `import emomerge` costs nothing.
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from emomerge.merging import merge as merge
     from emomerge.merging import merge_method as merge_method
     from emomerge.probing import probe as probe
+    from emomerge.results import Results as Results
+    from emomerge.results import load_results as load_results
 
     __version__: str
 
@@ -44,8 +47,10 @@ _HOMES = {
     "MissingExtra": "errors",
     "MissingLossError": "errors",
     "NonFiniteLossError": "errors",
+    "Results": "results",
     "RunFailed": "errors",
     "bake": "adapters",
+    "load_results": "results",
     "merge": "merging",
     "merge_method": "merging",
     "open_checkpoint": "checkpoints",
@@ -53,8 +58,8 @@ _HOMES = {
     "write_checkpoint": "checkpoints",
 }
 __all__ = [
-    "METHODS", "BadInput", "Checkpoint", "EmomergeError", "MissingExtra", "MissingLossError", "NonFiniteLossError", "RunFailed",
-    "__version__", "bake", "merge", "merge_method", "open_checkpoint", "probe", "write_checkpoint",
+    "METHODS", "BadInput", "Checkpoint", "EmomergeError", "MissingExtra", "MissingLossError", "NonFiniteLossError", "Results",
+    "RunFailed", "__version__", "bake", "load_results", "merge", "merge_method", "open_checkpoint", "probe", "write_checkpoint",
 ]  # fmt: skip
 
 

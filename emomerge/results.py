@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
@@ -416,6 +417,12 @@ class Results(Part):
     seconds: dict[Shown, float] = {}
     """Stage → wall time in seconds."""
 
+    def _repr_html_(self) -> str:
+        """Show the advice and the main figures in a notebook."""
+        # By name, because the report is made from results and this module therefore knows nothing of it.
+        html: str = import_module("emomerge.reporting.notebook").results_html(self)
+        return html
+
     def to_json(self) -> str:
         """Return the content of results.json, without absent parts."""
         plain = {"schema_version": self.schema_version, **self.model_dump(mode="json", exclude_defaults=True)}
@@ -446,13 +453,13 @@ class Results(Part):
             raise explain(error, what=what, where=where, fix=again) from None
 
 
-def load_results(folder: Path) -> Results:
+def load_results(folder: str | Path) -> Results:
     """Return the results in an output folder.
 
     Raises:
         BadInput: there are no results, or they are damaged or of another schema version.
     """
-    file = folder / "results.json"
+    file = Path(folder) / "results.json"
     if not file.is_file():
         raise BadInput("no results here", where=file, fix="run the recipe to its end first")
     return Results.from_json(read_text(file), file)

@@ -13,7 +13,7 @@ import emomerge.integrations
 import emomerge.optim
 
 PACKAGE = Path(emomerge.__file__).parent
-FLOOR = {"controls", "errors", "extras", "files", "guard", "native", "numerics", "progress", "results", "watch"}
+FLOOR = {"controls", "errors", "extras", "files", "guard", "native", "notebook", "numerics", "progress", "results", "watch"}
 ALLOWED = {
     "controls": {"errors"},
     "errors": set(),
@@ -21,6 +21,7 @@ ALLOWED = {
     "files": {"errors"},
     "guard": {"errors", "native", "watch"},
     "native": {"errors"},
+    "notebook": {"errors"},
     "numerics": {"errors"},
     "progress": {"errors"},
     "results": {"errors", "files"},

@@ -39,6 +39,11 @@ class ChangedCheckpoint(Checkpoint):
     def touched(self) -> tuple[str, ...]:
         """Return the names of the tensors that are changed, sorted."""
 
+    def facts(self) -> dict[str, str]:
+        """Return what these weights are, with the base and the adapters."""
+        changed = f"{len(self.touched())} of {len(self)} tensors"
+        return {**super().facts(), "base": self.base.source, "adapters": self.source, "changed": changed}
+
     @abstractmethod
     def additive(self, name: str) -> bool:
         """Return whether the change of a tensor does not depend on the base."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emomerge.notebook import facts_table, paragraph
 from emomerge.numerics.rounding import round_to
 from emomerge.numerics.sums import PIECE, exact_sum, squared_row_lengths
 
@@ -93,6 +95,30 @@ class Checkpoint(Mapping[str, Tensor]):
         except KeyError:
             return False
         return True
+
+    def facts(self) -> dict[str, str]:
+        """Return what these weights are, for display: source, layout, tensors, parameters, size, dtypes. Reads no data."""
+        infos = [self.info(name) for name in self]
+        dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
+        return {
+            "source": self.source,
+            "layout": self._layout(),
+            "tensors": f"{len(infos):,}",
+            "parameters": f"{sum(info.numel for info in infos):,}",
+            "size": f"{sum(info.nbytes for info in infos) / 1e6:,.1f} MB",
+            "dtype": ", ".join(f"{count} × {dtype}" if len(dtypes) > 1 else dtype for dtype, count in dtypes.items()),
+        }
+
+    def _layout(self) -> str:
+        if not self.paths:
+            return "computed on demand"
+        kinds = ", ".join(sorted({path.suffix.lstrip(".") for path in self.paths}))
+        return f"one {kinds} file" if len(self.paths) == 1 else f"{len(self.paths)} {kinds} files"
+
+    def _repr_html_(self) -> str:
+        """Show what these weights are in a notebook."""
+        name = type(self).__name__
+        return paragraph(name, strong=True) + facts_table(self.facts())
 
     def delta(self, name: str, base: Checkpoint) -> Tensor | None:
         """Return τ = θ − θ₀ of one tensor in fp32 (float64 if either is); None if it is known to be zero.
