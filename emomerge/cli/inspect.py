@@ -8,7 +8,7 @@ import click
 
 from emomerge.cli.command import command, json_option, out_path, quiet_option
 from emomerge.cli.printing import console, print_json
-from emomerge.errors import BadInput
+from emomerge.errors import BadInput, shown
 from emomerge.watch import watched_inputs
 
 
@@ -45,13 +45,26 @@ def inspect(path: str, other: str | None, base: str | None, top: int, quiet: boo
         print_json(compared) if as_json else console().print(show_comparison(compared, top=top))
 
 
-@command("status", "emomerge status out/digits --watch")
-@click.argument("folder", type=out_path)
+@command("status", "emomerge status\nemomerge status out/digits --watch")
+@click.argument("folder", required=False, type=out_path)
 @click.option("--watch", is_flag=True, help="Keep updating the table while a process works in FOLDER.")
 @quiet_option
 @json_option
-def status(folder: Path, watch: bool, quiet: bool, as_json: bool) -> None:
-    """Show the runs and stages in FOLDER: their progress, and the machine and process that trains each run."""
+def status(folder: Path | None, watch: bool, quiet: bool, as_json: bool) -> None:
+    """Show the runs and stages in FOLDER: their progress, and the machine and process that trains each run.
+
+    Without FOLDER: the output folder that changed last, of those around or below the current folder, or else of those that were
+    used last.
+    """
+    if folder is None:
+        from emomerge.cli.recent import find_outputs
+
+        found = find_outputs(Path())
+        if not found:
+            raise BadInput("no output folder here, and none that was used before", where=Path.cwd(), fix="name one")
+        folder = found[0]
+        if found[1:] and not quiet:
+            click.echo(f"Others: {', '.join(shown(other) for other in found[1:])}", err=True)
     if watch and not as_json:
         from emomerge.cli.status import watch_status
 

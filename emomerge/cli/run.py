@@ -27,6 +27,7 @@ from emomerge.cli.command import (
 )  # fmt: skip
 from emomerge.cli.inspect import print_status
 from emomerge.cli.printing import console, print_json, print_results
+from emomerge.cli.recent import remember
 from emomerge.errors import BadInput
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ def open_pipeline(recipe: str, out: Path | None, options: Options, *, restart: b
             raise BadInput("torchrun and --executor both distribute the work", fix="use one of them")
         parsed = ranks.recipe(parsed)
     follows = ranks is not None and not ranks.leads
+    remember(folder)
     display = Display(quiet=options.quiet or follows)
     pipeline = Pipeline(parsed, folder, display=display, command=line, engine=engine, ranks=ranks, workers=options.max_parallel)
     if restart and folder.exists() and not follows:
