@@ -83,8 +83,8 @@ def judge_resuming(units: Units) -> Verdict:
         f"{gains.count(-1)} of {len(gains)} interruptions cost less and {gains.count(1)} more."
     )
     notes = (
-        "Test loss of the uninterrupted run; changes relative to it, with 95 % intervals. Every continuation has a fresh "
-        "optimizer."
+        "An MLP with 64 hidden units, 1,000 steps. Test loss of the uninterrupted run; changes relative to it, with 95 % "
+        "intervals. Every continuation has a fresh optimizer."
     )
     return Verdict(worded([*free, gains.count(-1) > len(gains) / 2]), text, rows, notes)
 
@@ -163,7 +163,12 @@ def judge_layering(units: Units) -> Verdict:
         f"{end(best, 'old').mean:.2f}. At equal loss of the second task, {signs.count(-1)} of {len(signs)} forget less than "
         f"AdamW and {signs.count(1)} more."
     )
-    return Verdict(worded([*safe, signs.count(-1) > len(signs) / 2]), text, table, "Test losses.")
+    return Verdict(
+        worded([*safe, signs.count(-1) > len(signs) / 2]),
+        text,
+        table,
+        "Test losses of an MLP with 128 hidden units. The second task, 600 steps, is the first one turned by a quarter.",
+    )
 
 
 def figure(units: Units) -> Any:

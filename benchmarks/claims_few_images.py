@@ -38,6 +38,7 @@ AS_PUBLISHED: list[Arm] = [{**arm, "rate": 1.0} for arm in emo_arms("v3.8")]
 GENTLE: list[Arm] = [{**arm, "rate": 0.1} for arm in emo_arms("v3.8")]
 """A tenth of the published rate: does what is seen depend on it?"""
 AUTO = emo_arms("auto")
+LOSSES = {"test": "the loss of other bags", "others": "the loss of other classes"}
 ARMS = (*AS_PUBLISHED, *AUTO, *GENTLE, *ADAMW, *rival_arms("prodigy"))
 QUICK = ({"rule": "sens/v3.8", "rate": 1.0}, {"rule": "adamw", "rate": 1e-3})
 
@@ -123,22 +124,22 @@ def judge(units: Units) -> Verdict:
     equal = [at_equal(units, arm, ADAMW, "train", "test", "validation") for arm in published]
     better = [each is not None and each.difference.sign < 0 for each in equal]
     worse = [each is not None and each.difference.sign > 0 for each in equal]
-    tested = [change(units, arm, "test", relative=True).mean for arm in published]
+    moved = {name: [100 * change(units, arm, name, relative=True).mean for arm in (*published, adamw)] for name in LOSSES}
+    spans = [f"{what} by {min(moved[name][:-1]):+.0f} to {max(moved[name][:-1]):+.0f} %" for name, what in LOSSES.items()]
     text = (
-        f"With `v3.8`, {counted(safe)} learn without any harm; the loss of other bags moves by "
-        f"{100 * min(tested):+.0f} to {100 * max(tested):+.0f} %. AdamW at its best rate moves it by "
-        f"{100 * change(units, adamw, 'test', relative=True).mean:+.0f} % and "
-        f"{'does no harm either' if harmless(units, adamw) else 'does harm'}. Stopped where it reaches the same training loss, "
-        f"AdamW is worse on other bags than {counted(better)} and better than {counted(worse)}. With `auto`, "
+        f"With `v3.8`, {counted(safe)} learn without any harm. Training changes {' and '.join(spans)}; with AdamW, at its best "
+        f"rate by validation, {moved['test'][-1]:+.0f} and {moved['others'][-1]:+.0f} %. Stopped where it reaches the same "
+        f"training loss, AdamW is worse on other bags than {counted(better)} and better than {counted(worse)}. With `auto`, "
         f"{counted([harmless(units, arm) for arm in ours])} learn without harm."
     )
     gentle = [harmless(units, arm) for arm in GENTLE if units.of(**arm)]
     if gentle:
         text += f" With `v3.8` at a tenth of its rate, {counted(gentle)} do."
     notes = (
-        "First three columns: change of the loss by training, relative to the base. Copies: samples nearer to a training image "
-        f"than to any of 1,000 others; the base has {100 * base:.0f} %. Diversity: mean distance of two samples; 1 is that of "
-        "real images. AdamW's rate is chosen by the validation loss of other bags."
+        "The base is a flow of 0.3 million weights for images of 14 × 14 pixels, trained on the other nine classes; the LoRA "
+        "has rank 8 in every linear layer. First three columns: change of the loss by training, relative to the base. "
+        f"Copies: samples nearer to a training image than to any of 1,000 others; the base has {100 * base:.0f} %. Diversity: "
+        "mean distance of two samples; 1 is that of real images. AdamW's rate is chosen by the validation loss of other bags."
     )
     return Verdict(worded([*safe, sum(better) > len(better) / 2]), text, table, notes)
 
@@ -191,11 +192,13 @@ def one_image(arm: Arm, seed: int, effort: Effort) -> Figures:
     says="300 epochs with about ten images give a LoRA without overfitting.",
     source="paper, “The True Nature of Loss-Saturated Learning Progress”",
     control=CONTROL,
-    taught="Nothing before it is measured.",
+    taught="No default changes. What is kept of other classes depends on how far training goes; a run that ends where the "
+    "held-out loss is lowest, as in emomerge's procedure, stops long before: with every rule the loss of other bags first "
+    "falls and then rises.",
     arms=tuple(arm for arm in ARMS if arm not in GENTLE),
     quick_arms=QUICK,
     judge=judge,
-    figure=partial(figure, title="TODO"),
+    figure=partial(figure, title="Ten images: at equal training loss none of the five overfits less than AdamW"),
 )
 def ten_images(arm: Arm, seed: int, effort: Effort) -> Figures:
     """750 steps of four images."""

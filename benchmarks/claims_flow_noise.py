@@ -77,7 +77,10 @@ def judge(units: Units) -> Verdict:
     )
     most = [sum(flags) > len(flags) / 2 for flags in (tougher["adamw"], lower["adamw"], lower["lion"])]
     return Verdict(
-        worded(most), text, table, "Test loss on clean images and targets. Rise: the loss minus that of clean training."
+        worded(most),
+        text,
+        table,
+        "Clean test loss of a flow of 0.3 million weights after 400 steps. Rise: it minus that of clean training.",
     )
 
 

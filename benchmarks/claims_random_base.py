@@ -68,8 +68,9 @@ def judge(units: Units) -> Verdict:
         f"the trained base itself reaches {100 * change_of(units, ON_TRAINED[1], 'applied').mean:+.0f} %."
     )
     notes = (
-        "Changes of the test loss on all ten classes in per cent, with 95 % intervals. The trained base has seen nine of them. "
-        "A random LoRA has, in each matrix, the singular values of the trained one and random singular vectors; mean of three."
+        "Flows of 0.3 million weights; rank 8 in every linear layer. Changes of the test loss on all ten classes in per "
+        "cent, with 95 % intervals. The trained base has seen nine of them. A random LoRA has, in each matrix, the singular "
+        "values of the trained one and random singular vectors; mean of three."
     )
     return Verdict(worded([all(stable), all(whole), sum(improved) > len(improved) / 2]), text, table, notes)
 

@@ -187,7 +187,8 @@ def judge_vae(units: Units) -> Verdict:
         f"{counted([consistent(arm) for arm in ADAMW])}."
     )
     notes = (
-        "Classifier's error: of latents of old images by the retrained encoder. Decoding old latents: squared error. "
+        "The VAE has 0.1 million weights and 16 latents, and was trained on clothes; it is retrained on shoes and bags for 600 "
+        "steps. Classifier's error: of latents of old images by the retrained encoder. Decoding old latents: squared error. "
         "Generation's error: images from the frozen flow's latents, decoded by the retrained decoder, that a classifier of "
         f"images does not see as their class. AdamW fits the new images best at rate {best['rate']:g}."
     )
