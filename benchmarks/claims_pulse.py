@@ -32,6 +32,9 @@ STATES = (
 """Status, scalar, trust, noise_base, dNR² and effect on dNR_hist as printed; d_base is 0.5."""
 
 
+WORDS = {"1.5x": "rises", "maintain": "stays", "0.8x": "falls"}
+
+
 def judge_tables(units: Units) -> Verdict:
     (found,) = [unit.figures for unit in units.all]
     cells, states = found["cells"], found["states"]
@@ -45,7 +48,7 @@ def judge_tables(units: Units) -> Verdict:
     table = [["status", "scalar", "trust", "dNR², printed", "dNR², computed", "effect, printed", "dNR_hist from 1 to"]]
     table += [
         [s["status"], f"{s['scalar']:.2f}", f"{s['trust']:.2f}", f"{s['dnr printed']:.2f}", f"{s['dnr']:.2f}", s["printed"],
-         f"{s['after']:.3g} ({s['computed']})"]
+         f"{s['after']:.3g} ({WORDS[s['computed']]})"]
         for s in states
     ]  # fmt: skip
     text = (
