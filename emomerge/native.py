@@ -99,8 +99,8 @@ def build(source: Path, *defines: str) -> Build:
 def _load_or_compile(command: list[str], source: Path) -> ctypes.CDLL:
     key = "\n".join([*command, *FLAGS, _processor(), source.read_text()])
     file = f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    folder = _cache_folder()
-    if folder and _is_private(folder / file):
+    folder = cache_folder()
+    if folder and is_private(folder / file):
         with contextlib.suppress(OSError):  # damaged, or from another system that shares the disk: compile again
             return ctypes.CDLL(str(folder / file))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # a new folder of this user alone
@@ -118,17 +118,20 @@ def _compile(command: list[str], source: Path, built: Path) -> None:
         subprocess.run([*command, *PLAIN_FLAGS, *last], check=True, capture_output=True, timeout=60)
 
 
-def _cache_folder() -> Path | None:
-    """Return the folder for compiled code; None for a user without a home directory, on a read-only disk, or if others may
-    write in it: they could put code of their own there."""
+def cache_folder() -> Path | None:
+    """Return the folder for compiled code and other things made once.
+
+    None for a user without a home directory, on a read-only disk, or if others may write in it: they could put code of their
+    own there.
+    """
     with contextlib.suppress(OSError, RuntimeError):
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emomerge"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return folder if os.access(folder, os.W_OK) and _is_private(folder) else None
+        return folder if os.access(folder, os.W_OK) and is_private(folder) else None
     return None
 
 
-def _is_private(path: Path) -> bool:
+def is_private(path: Path) -> bool:
     """Return whether `path` exists, is no link, belongs to this user and can be written by nobody else."""
     try:
         status = path.lstat()

@@ -1,25 +1,28 @@
-"""Progress display: one line per stage or run."""
+"""Progress display: one line per stage or run.
+
+On a terminal lines are bars; elsewhere, as in a log, each is told once a minute and when it is finished.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID
+from rich.progress_bar import ProgressBar
+from rich.table import Column
 from rich.text import Text
 
 from emomerge.errors import shown, shown_lines
+
+LONGEST_TITLE = 28
+EVERY = 60.0
+"""Seconds between two lines about the same work in a log."""
 
 
 class PlainConsole(Console):
@@ -35,22 +38,88 @@ def plain_console(*, stderr: bool = False, quiet: bool = False) -> PlainConsole:
     return PlainConsole(stderr=stderr, quiet=quiet, markup=False, emoji=False)
 
 
-class Line:
-    """One line of the progress display."""
+def clock(seconds: float) -> str:
+    """Return a duration as minutes and seconds, with hours if there are any."""
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{whole:02}" if hours else f"{minutes}:{whole:02}"
 
-    def __init__(self, progress: Progress | None, task: TaskID | None) -> None:
-        self._progress, self._task = progress, task
+
+def times(elapsed: float | None, remaining: float | None, *, finished: bool) -> str:
+    """Return the time that has passed and that is left, as far as they are known."""
+    if elapsed is None:
+        return ""
+    return clock(elapsed) if finished or remaining is None else f"{clock(elapsed)}, {clock(remaining)} left"
+
+
+def counts(done: float, total: float | None) -> str:
+    """Return how much is done of how much."""
+    return f"{done:,.0f}/{'?' if total is None else f'{total:,.0f}'}"
+
+
+class Line:
+    """One line of the progress display; this one is not shown."""
 
     def at(self, done: float, note: str = "") -> None:
         """Set the completed amount and a note."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, note=shown(note))
 
     def add(self, amount: float = 1, note: str | None = None) -> None:
         """Advance by an amount."""
-        if self._progress is not None and self._task is not None:
-            extra: dict[str, Any] = {} if note is None else {"note": shown(note)}
-            self._progress.update(self._task, advance=amount, **extra)
+
+
+class _BarLine(Line):
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def at(self, done: float, note: str = "") -> None:
+        self._begin()
+        self._progress.update(self._task, completed=done, note=shown(note))
+
+    def add(self, amount: float = 1, note: str | None = None) -> None:
+        self._begin()
+        extra: dict[str, Any] = {} if note is None else {"note": shown(note)}
+        self._progress.update(self._task, advance=amount, **extra)
+
+    def _begin(self) -> None:
+        task = self._progress.tasks[self._task]
+        if not task.started:
+            self._progress.start_task(self._task)
+
+
+class _LogLine(Line):
+    """A line of a log. Its first amount may come from an earlier process, and does not count for the speed."""
+
+    def __init__(self, console: Console, title: str, total: float | None) -> None:
+        self._console, self._title, self._total = console, title, total
+        self._done, self._note, self._told, self._lock = 0.0, "", False, Lock()
+        self._started = self._last = time.monotonic()
+        self._first: float | None = None
+
+    def at(self, done: float, note: str = "") -> None:
+        with self._lock:
+            self._set(done, note)
+
+    def add(self, amount: float = 1, note: str | None = None) -> None:
+        with self._lock:
+            self._set(self._done + amount, self._note if note is None else note)
+
+    def _set(self, done: float, note: str) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._started, self._last = done, now if done else self._started, now
+        self._done, self._note = done, note
+        finished = self._total is not None and done >= self._total
+        if (finished and not self._told) or (not finished and now - self._last >= EVERY):
+            self._told, self._last = finished, now
+            self._print(now - self._started, finished=finished)
+
+    def _print(self, elapsed: float, *, finished: bool) -> None:
+        left = None
+        if self._total and self._done > (self._first or 0.0):
+            left = elapsed * (self._total - self._done) / (self._done - (self._first or 0.0))
+        share = "" if finished or not self._total else f" ({self._done / self._total:.0%})"
+        parts = [f"{counts(self._done, self._total)}{share}", times(elapsed, left, finished=finished), self._note]
+        self._console.print(shown_lines(f"{self._title}: {', '.join(part for part in parts if part)}"), highlight=False)
 
 
 class _Mark(SpinnerColumn):
@@ -63,6 +132,38 @@ class _Mark(SpinnerColumn):
         return Text("✗") if self.failed and not task.finished else super().render(task)
 
 
+class _Bar(BarColumn):
+    """A bar that does not move before its work begins."""
+
+    def render(self, task: Task) -> ProgressBar:
+        """Return the bar of a line."""
+        return ProgressBar(total=task.total, completed=task.completed, width=self.bar_width)
+
+
+@dataclass
+class _Words(ProgressColumn):
+    """A column of text: `title`, `counts`, `times` or `note`. All but the note have their full width."""
+
+    what: str
+
+    def __post_init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=self.what != "note", overflow="ellipsis"))
+
+    def render(self, task: Task) -> Text:
+        """Return the text of a line."""
+        if self.what == "title":
+            title = task.description
+            text = title if len(title) <= LONGEST_TITLE else f"{title[:14]}…{title[14 + 1 - LONGEST_TITLE :]}"
+        elif self.what == "counts":
+            text = counts(task.completed, task.total)
+        elif self.what == "times":
+            elapsed = task.finished_time if task.finished else task.elapsed
+            text = times(elapsed, task.time_remaining, finished=task.finished)
+        else:
+            text = task.fields["note"]
+        return Text(text, no_wrap=True, overflow="ellipsis")
+
+
 class Display:
     """A progress display on standard error.
 
@@ -73,20 +174,24 @@ class Display:
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = plain_console(stderr=True, quiet=quiet)
         self._progress: Progress | None = None
-        self._quiet = quiet
+        self._quiet, self._in_log = quiet, False
 
     @contextmanager
     def live(self) -> Iterator[None]:
         """Show lines live within the block."""
-        columns = (
-            (mark := _Mark(finished_text="✓")),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=8),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}", markup=False),
-        )
-        with Progress(*columns, console=self.console, disable=self._quiet) as progress:
+        if self._quiet:
+            yield
+            return
+        if not self.console.is_terminal:
+            self._in_log = True
+            try:
+                yield
+            finally:
+                self._in_log = False
+            return
+        mark = _Mark(finished_text="✓")
+        columns = (mark, _Words("title"), _Bar(bar_width=8), _Words("counts"), _Words("times"), _Words("note"))
+        with Progress(*columns, console=self.console) as progress:
             self._progress = progress
             try:
                 yield
@@ -100,10 +205,12 @@ class Display:
                 self._progress = None
 
     def line(self, title: str, total: float | None, note: str = "") -> Line:
-        """Add a line for `total` units of work."""
+        """Add a line for `total` units of work, whose time begins with the first progress."""
+        if self._in_log:
+            return _LogLine(self.console, title, total)
         if self._progress is None:
-            return Line(None, None)
-        return Line(self._progress, self._progress.add_task(shown(title), total=total, note=shown(note)))
+            return Line()
+        return _BarLine(self._progress, self._progress.add_task(shown(title), total=total, note=shown(note), start=False))
 
     def say(self, text: str) -> None:
         """Print one line of text."""

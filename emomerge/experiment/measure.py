@@ -323,6 +323,10 @@ class Measurer:
         probe = self.recipe.probe
         return metric.passes(metric.options_of(probe), probe.batches)
 
+    def measure_basics(self, artefact: Artefact) -> None:
+        """Evaluate the scores and the gradient norm of an artefact, so that the ledger has them."""
+        self._basic_figures(artefact)
+
     def _basic_figures(self, artefact: Artefact) -> tuple[list[Figure], list[Figure]]:
         """Return the figures common to all artefacts, in the order of the tables: before and after those of metrics."""
         gradient_norm = basics.gradient_norm(self._perturbable(artefact))

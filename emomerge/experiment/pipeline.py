@@ -39,6 +39,7 @@ from emomerge.training import (
     train_locally,
     train_runs,
 )
+from emomerge.training.trunk import branch_point
 from emomerge.training.work import Work
 
 
@@ -209,9 +210,11 @@ class Pipeline(Experiment):
     def train(self, specs: Sequence[RunSpec] | None = None) -> None:
         """Train runs, by default the shallow runs of the recipe, and show their progress."""
         specs = self.specs if specs is None else specs
+        seeds = {spec.seed for spec in specs if spec.role == "run" and not self.run_is_done(spec)}
+        trunks = [trunk for trunk in self.trunks if trunk.seed in seeds and branch_point(self.context, trunk) is None]
         lines = {
             spec.name: self.display.line(spec.name, spec.steps, "done" if self.run_is_done(spec) else "waiting")
-            for spec in specs
+            for spec in [*trunks, *specs]
         }
         for spec in specs:
             if self.run_is_done(spec):
@@ -224,7 +227,7 @@ class Pipeline(Experiment):
                 self.display.say("training the runs again: a merge is made of their rounds, which were not kept")
 
         def on_step(spec: RunSpec, row: dict[str, Any]) -> None:
-            if spec.is_trunk and spec.name not in lines:
+            if spec.name not in lines:  # the trunk, of which a round is missing
                 lines[spec.name] = self.display.line(spec.name, spec.steps)
             lines[spec.name].at(row["step"], f"loss {row['loss']:.4f}  emoPulse {row['rate']:.2e}")
 

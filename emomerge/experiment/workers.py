@@ -6,7 +6,7 @@ The main process then finds all evaluations in its ledger, so that results do no
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from emomerge.training.warm import warmed
 
 DIRECTIONS = 4
 """Number of directions in a job."""
+BASICS = "basics"
+"""The job that evaluates the figures of every artefact besides metrics: scores and gradient norm."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class ProbeJob:
     Attributes:
         context: recipe, data and base.
         artefact: the artefact to measure.
-        metric: the metric's name.
+        metric: the metric's name, or `BASICS`.
         directions: indices of its directions; empty if the metric is not split.
         known: ledger of earlier evaluations; read-only.
         ledger: the job's own ledger.
@@ -71,14 +73,15 @@ def measure_in_workers(
         return
     folder = known.with_name(f"{known.stem}-of-workers")
     planned = [job for artefact, metrics in wanted for job in jobs_of(measurer, artefact, metrics, known, folder)]
-    cost = {name: measurer.passes(metric) for name, metric in METRICS.items() if metric.split is not None}
-    planned.sort(key=lambda job: -cost[job.metric])  # longest first, so that workers finish at about the same time
+    planned.sort(key=lambda job: -passes_of(measurer, job))  # longest first, so that workers finish at about the same time
     # Artefacts with equal weights share one ledger and one job.
     jobs = {job.ledger: job for job in planned if measurer.ledger.get(**job.mark(measurer)) is None}.values()
-    line = display.line("probe in workers", len(jobs))
     named = {f"{job.metric} of {job.artefact.name}, {job.ledger.stem}": job for job in jobs}
+    if not named:
+        return
+    progress = _Progress(measurer, named, display)
     try:
-        run_in_workers(engine, evaluate, named, on_end=lambda name: line.add(1, name.partition(",")[0]))
+        run_in_workers(engine, evaluate, named, progress.poll, progress.end)
     finally:
         for file in sorted(folder.glob("*.jsonl")):
             measurer.ledger.take_over(Ledger(file))
@@ -87,16 +90,66 @@ def measure_in_workers(
             folder.rmdir()
 
 
+class _Progress:
+    """Shows the progress of jobs in passes; of a job at work, by the rows of its ledger."""
+
+    def __init__(self, measurer: Measurer, jobs: Mapping[str, ProbeJob], display: Display) -> None:
+        self._jobs = jobs
+        self._passes = {name: passes_of(measurer, job) for name, job in jobs.items()}
+        self._per_row: dict[str, float] = {}
+        """Metric → passes of a row, as found in finished jobs."""
+        self._ended, self._at_work = 0.0, dict[str, float]()
+        self._line = display.line("probe in workers", round(sum(self._passes.values())))
+
+    def poll(self, name: str) -> None:
+        """Show what a job has evaluated."""
+        per_row = self._per_row.get(self._jobs[name].metric, 1.0)
+        self._at_work[name] = min(0.95 * self._passes[name], per_row * _rows(self._jobs[name].ledger))
+        self._show(name)
+
+    def end(self, name: str) -> None:
+        """Show that a job has ended."""
+        job = self._jobs[name]
+        self._per_row[job.metric] = self._passes[name] / max(1, _rows(job.ledger))
+        self._at_work.pop(name, None)
+        self._ended += self._passes[name]
+        self._show(name)
+
+    def _show(self, name: str) -> None:
+        done = self._ended + sum(self._at_work.values())
+        self._line.at(round(done), f"passes; {name.partition(',')[0]}")
+
+
+def _rows(ledger: Path) -> int:
+    try:
+        with ledger.open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(2**16), b""))
+    except OSError:
+        return 0
+
+
+def passes_of(measurer: Measurer, job: ProbeJob) -> float:
+    """Return the cost of a job in forward passes of the recipe's batches."""
+    if job.metric == BASICS:
+        return 3.0 * measurer.recipe.probe.batches + sum(len(measurer.batches(split)) for split in ("validation", "test"))
+    metric = METRICS[job.metric]
+    share = len(job.directions) / metric.options_of(measurer.recipe.probe)["directions"] if job.directions else 1.0
+    return share * measurer.passes(metric)
+
+
 def jobs_of(measurer: Measurer, artefact: Artefact, metrics: Sequence[Metric], known: Path, folder: Path) -> list[ProbeJob]:
     """Return the jobs that measure one artefact; cheap metrics are left to the main process."""
-    return [
-        ProbeJob(
-            measurer.context, artefact, metric.name, directions, known,
-            folder / f"{artefact.hash[:16]}-{metric.name}-{number}.jsonl",
-        )
+    parts = [
+        (metric.name, number, directions)
         for metric in metrics
         if metric.split is not None and metric.looks_at(artefact.role)
         for number, directions in enumerate(_parts(measurer, metric))
+    ]
+    return [
+        ProbeJob(
+            measurer.context, artefact, name, directions, known, folder / f"{artefact.hash[:16]}-{name}-{number}.jsonl"
+        )
+        for name, number, directions in [*parts, (BASICS, 0, ())]
     ]  # fmt: skip
 
 
@@ -129,5 +182,8 @@ def _measurer(job: ProbeJob) -> Measurer:
 
 def _evaluate(job: ProbeJob) -> None:
     measurer = _measurer(job)
-    measurer.measure(METRICS[job.metric], job.artefact, directions=job.directions or None)
+    if job.metric == BASICS:
+        measurer.measure_basics(job.artefact)
+    else:
+        measurer.measure(METRICS[job.metric], job.artefact, directions=job.directions or None)
     measurer.ledger.ask(dict, **job.mark(measurer))

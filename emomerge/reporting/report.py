@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import hashlib
 import math
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,8 +234,26 @@ def _script_safe(text: str) -> Markup:
 
 @cache
 def _vega() -> str:
-    """Return vega, vega-lite and vega-embed as one script that sets `window.vegaEmbed`."""
+    """Return vega, vega-lite and vega-embed as one script that sets `window.vegaEmbed`.
+
+    Bundling them takes more than a second, so the script is kept on disk, after its SHA-256.
+    """
     import vl_convert
 
-    script: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
-    return script
+    from emomerge.native import cache_folder, is_private  # imported here because it imports torch
+
+    folder = cache_folder()
+    kept = folder / f"vega-{version('vl-convert-python')}.js" if folder else None
+    if kept is not None and is_private(kept):
+        known, _, script = kept.read_text(encoding="utf-8", errors="replace").partition("\n")
+        if hashlib.sha256(script.encode()).hexdigest() == known:
+            return script
+    made: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
+    if kept is not None:
+        text = f"{hashlib.sha256(made.encode()).hexdigest()}\n{made}"
+        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+            new = Path(scratch) / kept.name
+            new.write_text(text, encoding="utf-8")
+            new.chmod(0o600)
+            new.replace(kept)
+    return made
