@@ -119,7 +119,9 @@ class _LogLine(Line):
             left = elapsed * (self._total - self._done) / (self._done - (self._first or 0.0))
         share = "" if finished or not self._total else f" ({self._done / self._total:.0%})"
         parts = [f"{counts(self._done, self._total)}{share}", times(elapsed, left, finished=finished), self._note]
-        self._console.print(shown_lines(f"{self._title}: {', '.join(part for part in parts if part)}"), highlight=False)
+        self._console.print(
+            shown_lines(f"{self._title}: {', '.join(part for part in parts if part)}"), highlight=False, soft_wrap=True
+        )
 
 
 class _Mark(SpinnerColumn):
