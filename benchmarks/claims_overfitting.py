@@ -1,0 +1,269 @@
+"""Claims about overfitting: on few rows the loss goes on falling without it, and dNR³ announces it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from claims_charts import curves, estimate_row, lines, points
+from claims_core import Arm, Effort, Figures, Unit, Units, Verdict, claim, counted, interval_text, worded
+from claims_small import PIXELS, few, named, pooled
+from claims_training import FIVE, OURS, PUBLISHED, Diverged, Trainer, emo_arms, loss_of, mlp, rule_title, train_classifier
+from evidence_tables import Estimate
+
+from emomerge.optim import OPTIMIZERS
+
+# The loss goes on falling -------------------------------------------------------------------------------------------------
+
+ROWS, STEPS, EVERY = 200, 1500, 25
+ADAMW: tuple[Arm, ...] = tuple({"rule": "adamw", "rate": rate} for rate in (3e-4, 1e-3, 3e-3))
+Curve = Sequence[Sequence[float]]
+"""[step, loss on the training rows, validation loss, test loss], in the order of steps."""
+
+
+def at_train_loss(curve: Curve, train: float) -> float:
+    """Return the test loss where the training loss first fell to a value, between two points by its logarithm."""
+    before = curve[0]
+    for point in curve[1:]:
+        if point[1] <= train:
+            span = math.log(before[1] / point[1])
+            share = min(1.0, max(0.0, math.log(before[1] / train) / span)) if span > 0 else 1.0
+            return before[3] + share * (point[3] - before[3])
+        before = point
+    return curve[-1][3]
+
+
+def half(unit: Unit) -> Sequence[float] | None:
+    """Return the first point whose training loss is at most half of the first."""
+    curve: Curve = unit.figures["curve"]
+    return next((point for point in curve if point[1] <= curve[0][1] / 2), None)
+
+
+def by_seed(units: Units, arm: Arm, value: Any) -> Estimate:
+    """Return a value of each unit of an arm, in the order of seeds."""
+    return Estimate(tuple(value(unit) for unit in sorted(units.of(**arm), key=lambda unit: unit.seed)))
+
+
+def judge_half(units: Units) -> Verdict:
+    adamw = units.best("best validation", ADAMW)
+    stopped = {unit.seed: unit.figures["curve"] for unit in units.of(**adamw)}
+    rows = [["optimizer", "loss, end ÷ start", "half after", "test loss, there", "lowest", "at the end", "end − there",
+             "end − AdamW's at equal training loss"]]  # fmt: skip
+    good, lower, higher = {}, {}, {}
+    for arm in [*emo_arms(PUBLISHED, OURS), adamw]:
+        found = units.of(**arm)
+        halves = [half(unit) for unit in found]
+        all_half = all(halves)
+        end = by_seed(units, arm, lambda unit: unit.figures["curve"][-1][3])
+        rise = by_seed(units, arm, lambda u: u.figures["curve"][-1][3] - (half(u) or u.figures["curve"][-1])[3])
+        against = by_seed(
+            units, arm, lambda u: u.figures["curve"][-1][3] - at_train_loss(stopped[u.seed], u.figures["curve"][-1][1])
+        )
+        ratio = by_seed(units, arm, lambda u: u.figures["curve"][-1][1] / u.figures["curve"][0][1])
+        rule = arm["rule"]
+        good[rule], lower[rule], higher[rule] = all_half and rise.sign <= 0, against.sign < 0, against.sign > 0
+        rows.append([
+            named(arm), f"{ratio.mean:.3g}", f"{statistics.fmean(h[0] for h in halves if h):,.0f}" if any(halves) else "–",
+            f"{statistics.fmean(h[3] for h in halves if h):.3f}" if any(halves) else "–",
+            f"{by_seed(units, arm, lambda u: min(p[3] for p in u.figures['curve'])).mean:.3f}", end.text(),
+            interval_text(rise), "–" if rule == "adamw" else interval_text(against),
+        ])  # fmt: skip
+    flags = {preset: [good[f"{name}/{preset}"] for name in FIVE] for preset in (PUBLISHED, OURS)}
+    less = {preset: [lower[f"{name}/{preset}"] for name in FIVE] for preset in (PUBLISHED, OURS)}
+    more = {preset: [higher[f"{name}/{preset}"] for name in FIVE] for preset in (PUBLISHED, OURS)}
+    text = (
+        f"The loss falls to half and the test loss has not risen again by the end with {counted(flags[PUBLISHED])} as "
+        f"published and {counted(flags[OURS])} with `{OURS}`; AdamW's {'has not either' if good['adamw'] else 'has'}. At equal "
+        f"training loss the test loss is lower than AdamW's beyond the interval in {counted(less[PUBLISHED])} and "
+        f"{counted(less[OURS])} cases, higher in {counted(more[PUBLISHED])} and {counted(more[OURS])}."
+    )
+    return Verdict(
+        worded(flags[PUBLISHED]), text, rows,
+        f"{ROWS} rows of FashionMNIST at 14 × 14 pixels, MLP 196-64-10, {STEPS:,} steps of 20 rows, test loss on 4,000 images. "
+        "“There” is where the training loss is first at most half of that before training. “At equal training loss”: where "
+        "AdamW's training loss first falls to that of the optimizer at its end (or AdamW's end). AdamW's rate is the best of "
+        "three by the lowest validation loss along the run.",
+    )  # fmt: skip
+
+
+def draw_half(units: Units) -> Any:
+    adamw, rows = units.best("best validation", ADAMW), []
+    for panel, preset in (("v3.8, as published", PUBLISHED), ("auto", OURS)):
+        arms = [({"rule": f"{name}/{preset}"}, OPTIMIZERS[name].class_name) for name in FIVE]
+        for arm, series in [*arms, (adamw, "AdamW")]:
+            for what, column in (("test", 3), ("training", 1)):
+                chosen = Units(
+                    Unit(u.arm, u.seed, {"curve": [[p[0], p[column]] for p in u.figures["curve"]]}) for u in units.of(**arm)
+                )
+                rows += curves(chosen, "curve", series=series, panel=panel, what=what)
+    return lines(
+        rows, f"{ROWS} rows: training loss (dashed) and test loss", "step", "loss", facet="panel", columns=2, dash="what",
+        order=["v3.8, as published", "auto"], width=340, height=260, limits=(0.0, 2.6),
+    )  # fmt: skip
+
+
+@claim(
+    name="half-loss",
+    says="The loss goes on falling to about half of its first value, without stagnation, and there is no overfitting.",
+    source="paper, “The True Nature of Loss-Saturated Learning Progress”",
+    control="AdamW on the same few rows, stopped at the same training loss: if the five avoided overfitting, their test loss "
+    "would be lower there. The claim holds for an optimizer whose training loss falls to half with every seed and whose test "
+    "loss at the end is not higher than at that point by more than its interval.",
+    taught="How much is overfitted depends on how far the training loss has fallen, not on who lowers it. Recipes hold out "
+    "rows of small files and choose by them.",
+    arms=(*emo_arms(PUBLISHED, OURS), *ADAMW),
+    quick_arms=({"rule": "sens/v3.8"}, {"rule": "void/auto"}, ADAMW[1]),
+    judge=judge_half,
+    figure=draw_half,
+)
+def half_loss(arm: Arm, seed: int, effort: Effort) -> Figures:
+    """Training, validation and test loss along a run on few rows."""
+    train, validation, test = pooled(effort)
+    train = few(train, ROWS, seed)
+    torch.manual_seed(seed)
+    model = mlp(PIXELS, 64)
+    trainer = Trainer(arm["rule"], model.parameters(), effort.steps(STEPS), rate=arm.get("rate"))
+    curve: list[list[float]] = []
+
+    def look(step: int, loss: float) -> None:
+        if step % EVERY == EVERY - 1:
+            look_at(step + 1)
+
+    def look_at(step: int) -> None:
+        values = [loss_of(model, rows) for rows in (train, validation, test)]
+        curve.append([step, *(float("1e9") if value is None else round(value, 6) for value in values)])
+
+    look_at(0)
+    train_classifier(model, trainer, train, size=20, seed=seed, on_step=look)
+    return {"best validation": min(point[2] for point in curve), "curve": curve}
+
+
+# dNR³ as a sign of it -----------------------------------------------------------------------------------------------------
+
+SIZES, AHEAD, LOOK, LENGTH = (100, 300, 1000), 50, 10, 500
+SIGNS = {
+    "purity": "dNR³ low", "smooth purity": "dNR³ low, mean of 20 steps", "sigma": "σ low, mean of 20 steps",
+    "loss": "training loss low, mean of 20 steps", "step": "step number high", "gap": "validation − training loss high",
+}  # fmt: skip
+"""Sign → what it is, oriented so that it is high where overfitting is to be expected."""
+PLAIN = ("sigma", "loss", "step")
+
+
+def auc(scores: Sequence[float], labels: Sequence[bool]) -> float | None:
+    """Return the area under the ROC curve: the chance that a true case has the higher score, ties counting half."""
+    order = sorted(range(len(scores)), key=lambda i: scores[i])
+    ranks, i = [0.0] * len(scores), 0
+    while i < len(order):
+        j = i
+        while j < len(order) and scores[order[j]] == scores[order[i]]:
+            j += 1
+        for k in range(i, j):
+            ranks[order[k]] = (i + j + 1) / 2
+        i = j
+    true = sum(labels)
+    if true in (0, len(labels)):
+        return None
+    total = sum(rank for rank, label in zip(ranks, labels, strict=True) if label)
+    return (total - true * (true + 1) / 2) / (true * (len(labels) - true))
+
+
+def judge_signal(units: Units) -> Verdict:
+    rows = [["optimizer", "rising", *SIGNS.values(), "dNR³ − best plain rival"]]
+    words, above, beats = [], [], []
+    for arm in units.arms():
+        found = {sign: units.estimate(sign, **arm) for sign in SIGNS}
+        rival = max(PLAIN, key=lambda sign: found[sign].mean)
+        best = max(("purity", "smooth purity"), key=lambda sign: found[sign].mean)
+        gap = Estimate(tuple(u.figures[best] - u.figures[rival] for u in units.of(**arm)))
+        informs = (found[best].interval or (0.0, 0.0))[0] > 0.5
+        if arm["rule"].endswith(PUBLISHED):
+            above.append(informs)
+            beats.append(gap.sign > 0)
+            words.append(informs and gap.sign > 0)
+        share = units.estimate("rising", **arm).mean
+        rows.append([
+            rule_title(arm["rule"]), f"{share:.0%}", *(estimate.text(".2f") for estimate in found.values()),
+            interval_text(gap, "+.2f"),
+        ])  # fmt: skip
+    means = {sign: statistics.fmean(u.figures[sign] for u in units.all if u.arm["rule"].endswith(PUBLISHED)) for sign in SIGNS}
+    text = (
+        f"With the published preset the area under the ROC curve is {means['purity']:.2f} for dNR³ and "
+        f"{means['smooth purity']:.2f} for its mean over 20 steps (chance: 0.50); {means['step']:.2f} for the step number, "
+        f"{means['loss']:.2f} for the training loss, {means['sigma']:.2f} for σ, and {means['gap']:.2f} for the gap that needs "
+        f"held-out rows. dNR³ is above chance with {counted(above)} and above the best plain rival with {counted(beats)}."
+    )
+    return Verdict(
+        "holds" if all(words) else "holds in part" if any(above) else "fails", text, rows,
+        f"Area under the ROC curve for “the validation loss is higher {AHEAD} steps later”, every {LOOK} steps of three runs "
+        f"pooled, with {', '.join(map(str, SIZES))} rows (a fifth of the classes wrong), so that overfitting begins at "
+        f"different steps; MLP 196-64-10, {LENGTH} steps of 32 rows, 2,000 validation rows. “Rising”: the share of true cases.",
+    )  # fmt: skip
+
+
+def draw_signal(units: Units) -> Any:
+    rows = [
+        estimate_row(arm["rule"], units.estimate(sign, **arm), panel=title)
+        for arm in units.arms() for sign, title in SIGNS.items()
+    ]  # fmt: skip
+    return points(
+        rows, "Which sign announces a rising validation loss?", "area under the ROC curve", facet="panel", columns=3, rule=0.5,
+        order=list(SIGNS.values()), width=200, sort=list(dict.fromkeys(row["name"] for row in rows)),
+    )  # fmt: skip
+
+
+@claim(
+    name="overfitting-signal",
+    says="dNR³ as a measure of the purity of learning detects signs of overfitting early on very small data.",
+    source="paper, “Future Challenges” (put forward there as an expectation)",
+    control="The same areas for signs that cost nothing either: the step number, the training loss and σ. The claim holds if "
+    "dNR³, or its mean over 20 steps, is above 0.5 and above the best of these with each published optimizer, both by more "
+    "than the interval; it fails if it is above 0.5 with none.",
+    taught="`pulse.purity` stays a figure of the log. The choice of a checkpoint stays with held-out rows.",
+    arms=tuple(emo_arms(PUBLISHED, OURS)),
+    quick_arms=({"rule": "sens/v3.8"},),
+    judge=judge_signal,
+    figure=draw_signal,
+)
+def overfitting_signal(arm: Arm, seed: int, effort: Effort) -> Figures:
+    """Areas under the ROC curve of signs along runs on few rows."""
+    scores: dict[str, list[float]] = {sign: [] for sign in SIGNS}
+    labels: list[bool] = []
+    for size in SIZES:
+        moments = _moments(arm, size, seed, effort)
+        values = [moment["validation"] for moment in moments]
+        for now, later in zip(range(len(moments) - AHEAD // LOOK), values[AHEAD // LOOK :], strict=True):
+            labels.append(later > values[now])
+            for sign in SIGNS:
+                scores[sign].append(moments[now][sign])
+    areas = {sign: auc(found, labels) for sign, found in scores.items()}
+    return {"rising": sum(labels) / len(labels), **{sign: 0.5 if area is None else area for sign, area in areas.items()}}
+
+
+def _moments(arm: Arm, size: int, seed: int, effort: Effort) -> list[dict[str, float]]:
+    """Train on some rows and return the signs and the validation loss every few steps."""
+    train, validation, _ = pooled(effort)
+    train = few(train, size, seed, wrong=0.2)
+    torch.manual_seed(seed)
+    model = mlp(PIXELS, 64)
+    trainer = Trainer(arm["rule"], model.parameters(), 3 * AHEAD if effort.quick else LENGTH)
+    recent: dict[str, list[float]] = {"purity": [], "sigma": [], "loss": []}
+    moments: list[dict[str, float]] = []
+
+    def look(step: int, loss: float) -> None:
+        pulse = trainer.optimizer.pulse
+        for name, value in (("purity", pulse.purity), ("sigma", pulse.sigma), ("loss", loss)):
+            recent[name] = [*recent[name][-19:], value]
+        if step % LOOK == LOOK - 1:
+            held_out, mean = loss_of(model, validation), {name: statistics.fmean(found) for name, found in recent.items()}
+            moments.append({
+                "purity": -pulse.purity, "smooth purity": -mean["purity"], "sigma": -mean["sigma"], "loss": -mean["loss"],
+                "step": step, "gap": (held_out or 1e9) - mean["loss"], "validation": held_out or 1e9,
+            })  # fmt: skip
+
+    with contextlib.suppress(Diverged):
+        train_classifier(model, trainer, train, size=32, seed=seed, on_step=look)
+    return moments
