@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from claims_core import Units
@@ -32,11 +32,16 @@ def estimate_row(rule: str, estimate: Estimate, **labels: Any) -> dict[str, Any]
     return point(estimate, series=series, name=f"{series} {preset}".strip(), **labels)
 
 
-def curves(units: Units, figure: str, **labels: Any) -> Rows:
-    """Return rows for `lines`: a list of [step, value] stored in each unit, averaged over the units that reached the step."""
+def curves(units: Units, figure: str, grid: Iterable[int] = (), **labels: Any) -> Rows:
+    """Return rows for `lines`: a list of [step, value] stored in each unit, averaged over units.
+
+    With `grid`, at these steps; what ended before a step counts with its last value.
+    """
     sums: dict[float, list[float]] = {}
     for unit in units.all:
-        for step, value in unit.figures[figure]:
+        curve = unit.figures[figure]
+        points = [(step, [y for x, y in curve if x <= step][-1]) for step in grid] or curve
+        for step, value in points:
             sums.setdefault(step, []).append(value)
     return [{"x": step, "y": sum(values) / len(values), **labels} for step, values in sums.items()]
 
@@ -107,6 +112,6 @@ def _finish(chart: Any, rows: Rows, title: str, facet: str | None, columns: int,
     return (
         chart.properties(title=heading, background="white")
         .configure_axis(labelFontSize=11, titleFontSize=12, gridColor="#eeeeee")
-        .configure_legend(labelFontSize=12, orient="bottom", columns=5, labelLimit=220)
+        .configure_legend(labelFontSize=12, orient="bottom", columns=7, labelLimit=220)
         .configure_view(stroke="#dddddd")
     )

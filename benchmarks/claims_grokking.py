@@ -74,9 +74,10 @@ def judge_grokking(units: Units) -> Verdict:
     )
     return Verdict(
         worded(flags[PUBLISHED]), text, rows,
-        f"Addition modulo {PRIME}, {SHARE:.0%} of the pairs to train by, full batches, a network {2 * PRIME}-{HIDDEN}-{PRIME} "
-        f"with squares, weight decay {DECAY:g}, constant rates for AdamW and Lion. Columns: the mean step at which 99 % of the "
-        f"pairs are right, counted as {STEPS:,} where that is not reached; the ratio of the two.",
+        f"Addition modulo {PRIME}, {100 * SHARE:.0f} % of the pairs to train by, full batches, a network "
+        f"{2 * PRIME}-{HIDDEN}-{PRIME} with squares, weight decay {DECAY:g}, constant rates for AdamW and Lion. Columns: the "
+        f"mean step at which 99 % of the pairs are right, counted as {STEPS:,} where that is not reached; the ratio of the "
+        f"two.",
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from emomerge.optim import OPTIMIZERS
 
 # The loss goes on falling -------------------------------------------------------------------------------------------------
 
-ROWS, STEPS, EVERY = 200, 1500, 25
+ROWS, STEPS, EVERY = 200, 1000, 40
 ADAMW: tuple[Arm, ...] = tuple({"rule": "adamw", "rate": rate} for rate in (3e-4, 1e-3, 3e-3))
 Curve = Sequence[Sequence[float]]
 """[step, loss on the training rows, validation loss, test loss], in the order of steps."""
@@ -144,7 +144,7 @@ def half_loss(arm: Arm, seed: int, effort: Effort) -> Figures:
 
 # dNR³ as a sign of it -----------------------------------------------------------------------------------------------------
 
-SIZES, AHEAD, LOOK, LENGTH = (100, 300, 1000), 50, 10, 500
+SIZES, AHEAD, LOOK, LENGTH = (100, 300, 1000), 50, 10, 400
 SIGNS = {
     "purity": "dNR³ low", "smooth purity": "dNR³ low, mean of 20 steps", "sigma": "σ low, mean of 20 steps",
     "loss": "training loss low, mean of 20 steps", "step": "step number high", "gap": "validation − training loss high",
@@ -186,7 +186,7 @@ def judge_signal(units: Units) -> Verdict:
             words.append(informs and gap.sign > 0)
         share = units.estimate("rising", **arm).mean
         rows.append([
-            rule_title(arm["rule"]), f"{share:.0%}", *(estimate.text(".2f") for estimate in found.values()),
+            rule_title(arm["rule"]), f"{100 * share:.0f} %", *(estimate.text(".2f") for estimate in found.values()),
             interval_text(gap, "+.2f"),
         ])  # fmt: skip
     means = {sign: statistics.fmean(u.figures[sign] for u in units.all if u.arm["rule"].endswith(PUBLISHED)) for sign in SIGNS}

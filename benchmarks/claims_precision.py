@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 FORMATS = ("fp32", "bf16", "fp16", "8 bit", "4 bit", "2 bit", "1 bit")
 LOW = ("8 bit", "4 bit", "2 bit", "1 bit")
-STEPS = 300
+STEPS = 250
 TUNED: tuple[Arm, ...] = tuple(
     {"rule": rule, "rate": rate} for rule, rates in {"adamw": (3e-3, 1e-2), "lion": (3e-4, 1e-3)}.items()
     for rate in rates

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from claims_charts import curves, lines
-from claims_core import Arm, Effort, Figures, Units, Verdict, claim, counted, interval_text
+from claims_core import Arm, Effort, Figures, Units, Verdict, claim, interval_text
 from claims_small import named
 from claims_training import FIVE, OURS, PUBLISHED, Diverged, Trainer, emo_arms, rule_title
 from torch import Tensor, nn
@@ -98,25 +98,29 @@ def judge_wave(units: Units) -> Verdict:
     gaps = {name: units.paired("error", void, rivals[name]) for name in ("adamw", "l-bfgs")}
     ours = units.best("held out", emo_arms(OURS))
     text = (
-        f"With {SOLVES} forward solves EmoVoid as published leaves {_share(units, void):.0%} of the initial error of the "
-        f"speed, AdamW {_share(units, rivals['adamw']):.0%}, L-BFGS {_share(units, rivals['l-bfgs']):.0%}; its error minus "
+        f"With {SOLVES} forward solves EmoVoid as published leaves {_share(units, void):.0f} % of the initial error of the "
+        f"speed, AdamW {_share(units, rivals['adamw']):.0f} %, L-BFGS {_share(units, rivals['l-bfgs']):.0f} %; its error minus "
         f"AdamW's is {interval_text(gaps['adamw'], '+.4f')}, minus L-BFGS's {interval_text(gaps['l-bfgs'], '+.4f')}. The best "
-        f"of `{OURS}`, {rule_title(ours['rule'])}, leaves {_share(units, ours):.0%}; it is lower than AdamW's in "
-        f"{counted(units.paired('error', a, rivals['adamw']).sign < 0 for a in emo_arms(OURS))} cases beyond the interval."
+        f"of `{OURS}`, {rule_title(ours['rule'])}, leaves {_share(units, ours):.0f} %; of the "
+        f"five, {sum(units.paired('error', a, rivals['adamw']).sign < 0 for a in emo_arms(OURS))} are below AdamW by more than "
+        "the interval. "
+        f"L-BFGS is down to the noise after {units.estimate('solves', **rivals['l-bfgs']).mean:.0f} solves, AdamW after "
+        f"{units.estimate('solves', **rivals['adamw']).mean:.0f}."
     )
     no_worse = [gap.sign <= 0 for gap in gaps.values()]
     word = "holds" if all(no_worse) else "holds in part" if any(no_worse) else "fails"
     return Verdict(
         word, text, rows,
         f"Helmholtz equation on a line of {CELLS} cells, sources and receivers at both ends, {len(KNOWN)} frequencies, "
-        f"{NOISE:.0%} noise; at most {SOLVES} solves with gradient, from the homogeneous medium, until the misfit is down to "
-        "the noise. Error: root mean square of the relative error of the speed. Misfit ÷ noise: 1 is a fit down to the noise. "
-        "Seeds are media. Rates of AdamW and Lion are chosen by the misfit at two further frequencies.",
+        f"{100 * NOISE:.0f} % noise; at most {SOLVES} solves with gradient, from the homogeneous medium, until the misfit is "
+        "down to the noise. Error: root mean square of the relative error of the speed. Misfit ÷ noise: 1 is a fit down to the "
+        "noise. Seeds are media. Rates of AdamW and Lion are chosen by the misfit at two further frequencies.",
     )  # fmt: skip
 
 
 def _share(units: Units, arm: Arm) -> float:
-    return units.estimate("error", **arm).mean / units.estimate("start", **arm).mean
+    """Return the error at the end in percent of that at the start."""
+    return 100 * units.estimate("error", **arm).mean / units.estimate("start", **arm).mean
 
 
 def _title(arm: Arm) -> str:
@@ -132,10 +136,11 @@ def draw_wave(units: Units) -> Any:
         fixed = {"rate": 1.0} if preset == PUBLISHED else {}
         arms: list[tuple[Arm, str]] = [({"rule": f"{n}/{preset}", **fixed}, OPTIMIZERS[n].class_name) for n in FIVE]
         for arm, series in [*arms, (adamw, "AdamW"), ({"rule": "l-bfgs"}, "L-BFGS")]:
-            rows += curves(Units(units.of(**arm)), "curve", series=series, panel=panel)
+            rows += curves(Units(units.of(**arm)), "curve", range(0, SOLVES + 1, 10), series=series, panel=panel)
     return lines(
-        rows, "Recovering the speed of a wave: error against forward solves", "forward solves", "relative error of the speed",
-        facet="panel", columns=2, log_y=True, width=330, height=260, order=["v3.8, as published", "auto"],
+        rows, "Speed of a wave from its echoes: L-BFGS needs a seventh of AdamW's solves, EmoVoid hardly moves",
+        "forward solves", "relative error of the speed", facet="panel", columns=2, limits=(0.02, 0.07), width=330,
+        height=260, order=["v3.8, as published", "auto"],
     )  # fmt: skip
 
 
@@ -152,7 +157,7 @@ def draw_wave(units: Units) -> Any:
     quick_arms=({"rule": VOID, "rate": 1.0}, {"rule": "void/auto"}, {"rule": "l-bfgs"}, {"rule": "adamw", "rate": 1e-2}),
     judge=judge_wave,
     figure=draw_wave,
-    seeds=8,
+    seeds=5,
 )
 def wave(arm: Arm, seed: int, effort: Effort) -> Figures:
     """Error of the recovered speed, misfits, and the error along the run."""
