@@ -101,8 +101,8 @@ def draw_nodes(units: Units) -> Any:
 
 @claim(
     name="nodes",
-    says="“Distributed learning enables ‘no synchronization required’ with other nodes”: they train on their own, and what they "
-    "learned is merged.",
+    says="“Distributed learning enables ‘no synchronization required’ with other nodes”: they train on their own, and what "
+    "they learned is merged.",
     source="README, main features",
     control="The same five nodes with synchronous data parallelism at the same number of steps, and each node alone on its "
     "shard. It would hold if the merge were never worse than synchronous training and always better than a node alone, with "
