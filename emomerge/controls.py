@@ -42,7 +42,7 @@ CONTROLS: Mapping[str, Control] = {
         "AdamW sweep",
         "the best of as many AdamW runs as the merge has, equally long, at logarithmically spaced peak rates, chosen by "
         "validation loss: what one does without knowing the rate",
-        "wedge", 70, "better", required=True,
+        "cross", 70, "better", required=True,
     ),
     "adamw-soup": Control(
         "soup of the AdamW sweep",

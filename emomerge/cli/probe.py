@@ -125,7 +125,8 @@ def _compare(folders: Sequence[Path], out: Path, *, force: bool, quiet: bool, as
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise BadInput("a folder is named twice", found=", ".join(map(str, folders)))
     atomic.refuse_existing(out, force=force)
-    found = compare({str(folder): load_results(folder) for folder in folders})
+    short = len({folder.resolve().name for folder in folders}) == len(folders)
+    found = compare({folder.resolve().name if short else str(folder): load_results(folder) for folder in folders})
     write_comparison(found, out)
     if as_json:
         print_json({**found.model_dump(mode="json"), "out": str(out)})

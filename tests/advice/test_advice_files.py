@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +179,47 @@ def _overflow(tmp: Path) -> None:
     with pytest.raises(BadInput, match="check the run that it comes from"):
         write_checkpoint(open_checkpoint(run_a), tmp / "nan")
     assert load_file(run_a / "model.safetensors")["a.weight"].isnan().all()
+
+
+class _Hub:
+    """Stands for the Hub: takes an upload, or fails with `error`."""
+
+    error: Exception | None = None
+
+    def create_repo(self, repo: str, **_: object) -> SimpleNamespace:
+        if self.error is not None:
+            raise self.error
+        return SimpleNamespace(repo_id=repo)
+
+    def create_commit(self, *_: object, **__: object) -> SimpleNamespace:
+        return SimpleNamespace(oid="a" * 40)
+
+
+@follows(
+    "unset it, or look first with --dry-run", "log in with `hf auth login`, or set HF_TOKEN", "check the connection",
+    "log in with a token that may write there: `hf auth login`",
+)  # fmt: skip
+def _push(tmp: Path) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    push = ("push", model(tmp / "merged"), "me/model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub, "HfApi", _Hub)
+        patch.setattr(huggingface_hub, "get_token", lambda: None)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        assert refused(*push).endswith("unset it, or look first with --dry-run")
+        works(*push, "--dry-run")
+        patch.delenv("HF_HUB_OFFLINE")
+        assert refused(*push).endswith("log in with `hf auth login`, or set HF_TOKEN")
+        patch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+        patch.setattr(_Hub, "error", ConnectionError("no route"))
+        assert refused(*push).endswith("check the connection")
+        response: Any = SimpleNamespace(status_code=403, headers={}, request=None)
+        patch.setattr(_Hub, "error", HfHubHTTPError("no", response=response))
+        assert refused(*push).endswith("log in with a token that may write there: `hf auth login`")
+        patch.setattr(_Hub, "error", None)
+        works(*push)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.each())

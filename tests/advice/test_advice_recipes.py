@@ -232,6 +232,51 @@ def _results(tmp: Path) -> None:
         works("report", "out")
 
 
+@follows("delete that file and run the recipe again; its evaluations are remembered")
+def _results_without_rows(tmp: Path) -> None:
+    results = Path("out/results.json")
+    whole = json.loads(results.read_text())
+    results.write_text(json.dumps({key: value for key, value in whole.items() if key != "held_out"}))
+    shutil.copytree("out", tmp / "other")
+    compared = ("report", "out", tmp / "other", "-o", tmp / "page.html")
+    message = refused(*compared)
+    assert message.endswith("delete that file and run the recipe again; its evaluations are remembered")
+    for folder in ("out", tmp / "other"):
+        (Path(folder) / "results.json").unlink()
+        works("run", "tiny.yaml", "--quiet", "-o", folder)
+    works(*compared)
+
+
+@follows("give their recipes the same data, split and probe.batch_size")
+def _other_rows(tmp: Path) -> None:
+    other = ("run", "tiny.yaml", "--quiet", "-o")
+    works(*other, tmp / "other", "--set", "task.limit=150")
+    compared = ("report", "out", tmp / "other", "-o", tmp / "page.html")
+    assert refused(*compared).endswith("give their recipes the same data, split and probe.batch_size")
+    works(*other, tmp / "same", "--set", "runs.seeds=[1]")
+    works("report", "out", tmp / "same", "-o", tmp / "page.html")
+
+
+@follows("name the model itself, such as one in its folder merges")
+def _nothing_recommended(tmp: Path) -> None:
+    results = Path("out/results.json")
+    whole = json.loads(results.read_text())
+    results.write_text(json.dumps({**whole, "selected": {**whole["selected"], "kind": "nothing"}}))
+    push = ("me/model", "--dry-run")
+    assert refused("push", "out", *push).endswith("name the model itself, such as one in its folder merges")
+    works("push", "out/merges/mean", *push)
+
+
+@follows("name one")
+def _no_output(tmp: Path) -> None:
+    (tmp / "state").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp / "state"))
+        patch.chdir(tmp / "state")
+        assert refused("status").endswith("name one")
+    works("status", "out")
+
+
 @follows("merge again with --restart")
 def _damaged_merge(tmp: Path) -> None:
     record = Path("out/merges/mean/merge.json")

@@ -27,7 +27,7 @@ class Contender(Described):
     """A model of one of the experiments and its place among those that were measured on the same rows."""
 
     run: Shown
-    """The experiment, as it was named on the command line."""
+    """The experiment: the name of its folder, or the path where two have the same name."""
     model: Shown
     role: Role
     path: Shown | None
@@ -141,7 +141,8 @@ def _obstacle(first: Results, second: Results, one: str, other: str) -> str:
     kinds = [_source(results).get("kind") for results in (first, second)]
     units = [results.data.unit if results.data else "nats" for results in (first, second)]
     if kinds[0] != kinds[1] or units[0] != units[1]:
-        return f"{one} is {kinds[0]} in {units[0]}, {other} is {kinds[1]} in {units[1]}."
+        tasks = [kind or "another task" for kind in kinds]
+        return f"{one} is {tasks[0]} in {units[0]}, {other} is {tasks[1]} in {units[1]}."
     labels = here.labels is not None and here.labels == there.labels and _source(first) == _source(second)
     if here.rows != there.rows and not labels:
         counts = [results.data.rows.test if results.data else len(_losses(results, "").weights) for results in (first, second)]
@@ -279,7 +280,7 @@ def _advice(group: Group, named: bool) -> list[str]:
         )
     half = max(((found.difference_high or 0) - (found.difference_low or 0)) / 2 for found in open_to_first)
     sentences.append(
-        f"{start}A difference of test loss below about {short(half, 1)} {group.unit} cannot be told from chance here: hold out "
+        f"A difference of test loss below about {short(half, 1)} {group.unit} cannot be told from chance here: hold out "
         "more rows (task.eval_fraction), or train every recipe with several seeds."
     )
     return sentences

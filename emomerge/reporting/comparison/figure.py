@@ -9,7 +9,7 @@ from emomerge.reporting.comparison.terminal import difference_of
 from emomerge.reporting.figure import NARROW, WIDE, Axis, Figure, Row, chart_of, painted
 from emomerge.reporting.text import decimals
 
-MOST = 30
+MOST = 20
 """Models in a figure; the table has all."""
 
 
@@ -63,10 +63,14 @@ def _draw(rows: list[Row], width: int, unit: str) -> Any:
             x=x("estimate"), y=y, color=painted("outcome"), shape=shape, tooltip=tooltip
         ),
     ]
-    for weight in ("normal", "bold"):
-        some = chart_of([row for row in rows if row["weight"] == weight], "ink")
-        text = some.mark_text(align="left", baseline="middle", dy=-8, fontWeight=weight, limit=width - 120)
-        layers.append(text.encode(x=alt.value(0), y=y, text="label:N", color=painted()))
+    halo = {"strokeWidth": 5, "strokeJoin": "round", "fillOpacity": 0}
+    room = width - (180 if width == WIDE else 0)
+    for colour, look in (("paper", halo), ("ink", {})):
+        paint = {"stroke": alt.Stroke(**painted().to_dict())} if look else {"color": painted()}
+        for weight in ("normal", "bold"):
+            some = chart_of([row for row in rows if row["weight"] == weight], colour)
+            text = some.mark_text(align="left", baseline="middle", dy=-8, fontWeight=weight, limit=room, **look)
+            layers.append(text.encode(x=alt.value(0), y=y, text="label:N", **paint))
     figures = chart_of(rows, "muted").mark_text(align="right", baseline="middle", dy=-8)
     if width == WIDE:
         layers.append(figures.encode(x=alt.value("width"), y=y, text="figures:N", color=painted()))
