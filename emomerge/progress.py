@@ -89,11 +89,12 @@ class _BarLine(Line):
 class _LogLine(Line):
     """A line of a log. Its first amount may come from an earlier process, and does not count for the speed."""
 
-    def __init__(self, console: Console, title: str, total: float | None) -> None:
+    def __init__(self, console: Console, title: str, total: float | None, *, begun: bool) -> None:
         self._console, self._title, self._total = console, title, total
         self._done, self._note, self._told, self._lock = 0.0, "", False, Lock()
         self._started = self._last = time.monotonic()
         self._first: float | None = None
+        self._begun = begun
 
     def at(self, done: float, note: str = "") -> None:
         with self._lock:
@@ -106,7 +107,9 @@ class _LogLine(Line):
     def _set(self, done: float, note: str) -> None:
         now = time.monotonic()
         if self._first is None:
-            self._first, self._started, self._last = done, now if done else self._started, now
+            self._first = done
+            if not self._begun:
+                self._started = self._last = now
         self._done, self._note = done, note
         finished = self._total is not None and done >= self._total
         if (finished and not self._told) or (not finished and now - self._last >= EVERY):
@@ -206,13 +209,14 @@ class Display:
             finally:
                 self._progress = None
 
-    def line(self, title: str, total: float | None, note: str = "") -> Line:
-        """Add a line for `total` units of work, whose time begins with the first progress."""
+    def line(self, title: str, total: float | None, note: str = "", *, begun: bool = True) -> Line:
+        """Add a line for `total` units of work. Its time begins now, or with the first progress if it has not `begun`."""
         if self._in_log:
-            return _LogLine(self.console, title, total)
+            return _LogLine(self.console, title, total, begun=begun)
         if self._progress is None:
             return Line()
-        return _BarLine(self._progress, self._progress.add_task(shown(title), total=total, note=shown(note), start=False))
+        task = self._progress.add_task(shown(title), total=total, note=shown(note), start=begun)
+        return _BarLine(self._progress, task)
 
     def say(self, text: str) -> None:
         """Print one line of text."""

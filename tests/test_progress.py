@@ -27,7 +27,7 @@ def display(monkeypatch, *, terminal, now=None):
 def test_in_80_columns_only_the_note_is_cut(monkeypatch):
     shown = display(monkeypatch, terminal=True)
     with shown.live():
-        waiting = shown.line("long-adamw-0.0001-0", 12_000, "waiting")
+        waiting = shown.line("long-adamw-0.0001-0", 12_000, "waiting", begun=False)
         line = shown.line("merge soup-of-rounds-seed12345", 15_000)
         line.at(4_000)
         line.at(15_000, "loss 1.2345  emoPulse 1.23e-04, which is more than fits")
@@ -60,7 +60,7 @@ def test_a_log_tells_once_a_minute_and_at_the_end(monkeypatch):
     now = [100.0]
     shown = display(monkeypatch, terminal=False, now=now)
     with shown.live():
-        line = shown.line("sens-0", 2_000, "waiting")
+        line = shown.line("sens-0", 2_000, "waiting", begun=False)
         now[0] = 500.0
         line.at(400, "loss 3")  # resumed
         for step in range(401, 2_001):

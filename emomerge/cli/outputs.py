@@ -181,8 +181,10 @@ class Planned(Output):
     stage: str
     work: str
     passes: int
-    """Forward and backward passes of one batch."""
+    """Forward and backward passes of one batch of the runs, about."""
     done: bool
+    seconds: float
+    """Estimate for one worker; 0 if it is not known."""
 
 
 class Outline(Output):
@@ -192,6 +194,13 @@ class Outline(Output):
     out: str
     batch_size: int
     stages: list[Planned]
+    seconds: float | None
+    """Estimate for all that is not done."""
+    memory: int | None
+    """Bytes, about."""
+    disk: int | None
+    """Bytes that the finished folder takes, about."""
+    workers: int | None
 
 
 class Worker(Output):

@@ -137,24 +137,13 @@ def train_all(recipe: str, out: Path | None, only: str, as_json: bool, **options
 
 
 def _print_outline(pipeline: Pipeline, as_json: bool) -> None:
-    from rich.table import Table
+    from emomerge.experiment.outline import outline_table
 
-    from emomerge.experiment.outline import outline
-
-    found = outline(pipeline)
+    found = pipeline.plan()
     if as_json:
         print_json(found)
-        return
-    table = Table(title=f"{found['recipe']} → {found['out']}", title_justify="left")
-    for heading in ("", "stage", "work"):
-        table.add_column(heading, overflow="fold")
-    table.add_column(f"passes of {found['batch_size']}", justify="right")
-    for row in found["stages"]:
-        table.add_row("✓" if row["done"] else "", row["stage"], row["work"], f"{row['passes']:,}" if row["passes"] else "")
-    left = sum(row["passes"] for row in found["stages"] if not row["done"])
-    table.add_section()
-    table.add_row("", "to do", "", f"{left:,}")
-    console().print(table)
+    else:
+        console().print(outline_table(found))
 
 
 def open_pipeline(recipe: str, out: Path | None, options: Options, *, restart: bool = False) -> Pipeline:

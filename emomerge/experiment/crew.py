@@ -30,6 +30,8 @@ class Crew:
         self, experiment: Experiment, work: Callable[[], Work], seconds: Callable[[], float], workers: int | None
     ) -> None:
         self._experiment, self._work, self._seconds, self._workers = experiment, work, seconds, workers
+        self._cores = usable_cores()
+        self._chosen: Hands | None = None
         self._ahead: Ahead | None = None
         self._lines: dict[str, Line] = {}
         self.engine: Local | None = None
@@ -60,13 +62,18 @@ class Crew:
         """
         return self._ahead is not None and self._ahead.finish(group)
 
+    def choose(self) -> Hands:
+        """Return how many workers and threads there are to be."""
+        if self._chosen is None:
+            hands = choose_hands(self._work(), self._cores, self._seconds())
+            self._chosen = hands if self._workers is None else Hands(self._workers, hands.threads)
+        return self._chosen
+
     def _hands(self) -> Hands | None:
         """Return how many workers and threads there are; None if something else decides."""
         if self._experiment.device.type != "cpu":
             return None
-        hands = choose_hands(self._work(), usable_cores(), self._seconds())
-        if self._workers is not None:
-            hands = Hands(self._workers, hands.threads)
+        hands = self.choose()
         self._experiment.display.say(f"{hands}, by the size of the model's products")
         return hands
 

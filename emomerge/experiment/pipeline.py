@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -11,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from emomerge.checkpoints import atomic
-from emomerge.errors import BadInput
+from emomerge.errors import BadInput, EmomergeError
 from emomerge.experiment.base import NewBase, make_base, new_base, work_of
 from emomerge.experiment.cards import write_cards
 from emomerge.experiment.collect import collect_results, seconds_of_stages
-from emomerge.experiment.control_runs import control_plans, controls_inputs, train_controls
+from emomerge.experiment.control_runs import controls_inputs, train_controls
 from emomerge.experiment.crew import Crew
 from emomerge.experiment.experiment import Experiment, as_yaml
 from emomerge.experiment.merges import check_merge, merge_note, write_merge
+from emomerge.experiment.outline import outline, outline_table, size
 from emomerge.experiment.stage import Facts, Stage
 from emomerge.experiment.workspace import files_below, stopwatch
 from emomerge.numerics.hashing import digest
@@ -116,7 +118,7 @@ class Pipeline(Experiment):
             todo = not all(stage.is_done(self.space) for stage in stages)
             if todo:
                 with one_thread():
-                    self.begin()
+                    self._begin_with_plan(until=stages[-1].name)
                 with self._hands(stages), self.display.live():
                     for stage in stages:
                         self.crew.look_ahead(stage.name)
@@ -174,6 +176,34 @@ class Pipeline(Experiment):
                 what = f"the folder holds the models of a recipe with another {part}"
                 raise BadInput(what, where=self.space.out, expected=wanted, found=found, fix=fix)
 
+    def plan(self) -> dict[str, Any]:
+        """Return what `run` would do (see `outline`), with estimates if the model is small or has been measured."""
+        prepared = self.recipe.base.model is None or self.space.is_done("base", self.base_inputs)
+        work = hands = None
+        with contextlib.suppress(EmomergeError):  # what is wrong is said when it is run
+            if prepared and self.device.type == "cpu":
+                with one_thread():
+                    work, hands = self.work, self.crew.choose()
+        return outline(self, work, hands)
+
+    def _begin_with_plan(self, until: str) -> None:
+        """Check inputs and disk, and print what is about to be done.
+
+        Raises:
+            BadInput: see `begin`; or the disk is too small.
+        """
+        self.begin()
+        if self.device.type != "cpu" or self.ranks is not None:
+            return
+        found = outline(self, self.work, None if self.engine is not None else self.crew.choose(), until=until)
+        have = sum(file.stat().st_size for file in files_below(self.space.out))
+        if found["disk"] - have > (free := shutil.disk_usage(self.space.out).free):
+            raise BadInput(
+                "the disk is too small", where=self.space.out, expected=f"{size(found['disk'] - have)} free", found=size(free),
+                fix="choose another -o",
+            )  # fmt: skip
+        self.display.console.print(outline_table(found))
+
     def _hands(self, stages: Sequence[Stage]) -> contextlib.AbstractContextManager[None]:
         """Return the block in which threads and workers are chosen by the work, unless ranks or another engine have it."""
         if self.ranks is not None or self.engine is not None:
@@ -181,12 +211,8 @@ class Pipeline(Experiment):
         return self.crew.at_work([stage.name for stage in stages])
 
     def seconds_left(self) -> float:
-        """Return a rough estimate of the seconds that one worker needs for the training that is not done."""
-        runs, first = self.recipe.runs, {spec.seed: spec for spec in reversed(self.specs)}
-        plans = control_plans(self.recipe, first.__getitem__)
-        specs = [*self.trunks, *self.specs, *(spec for plan in plans.values() for seed in runs.seeds for spec in plan(seed))]
-        todo = [spec for spec in specs if not self.run_is_done(spec)]
-        return self.work.seconds * sum(spec.steps * spec.micro_batches(runs) for spec in todo)
+        """Return an estimate of the seconds that one worker needs for what is not done."""
+        return float(outline(self, self.work)["seconds"])
 
     @cached_property
     def new_base(self) -> NewBase:
@@ -213,7 +239,7 @@ class Pipeline(Experiment):
         seeds = {spec.seed for spec in specs if spec.role == "run" and not self.run_is_done(spec)}
         trunks = [trunk for trunk in self.trunks if trunk.seed in seeds and branch_point(self.context, trunk) is None]
         lines = {
-            spec.name: self.display.line(spec.name, spec.steps, "done" if self.run_is_done(spec) else "waiting")
+            spec.name: self.display.line(spec.name, spec.steps, "done" if self.run_is_done(spec) else "waiting", begun=False)
             for spec in [*trunks, *specs]
         }
         for spec in specs:

@@ -49,6 +49,8 @@ class Work:
     kept: int
     seconds: float
     forward: float
+    per_rank: int = 0
+    """Bytes of a LoRA of rank 1 of all matrices."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def measure_work(task: Task, model: nn.Module, batch: Batch) -> Work:
     finally:
         model.train(was_training)
     activations = sum(size for place, size in kept.items() if place not in weights)
-    return Work(products.mean, products.total, sum(weights.values()), activations, min(seconds), forward)
+    per_rank = sum(4 * (p.shape[0] + p[0].numel()) for p in model.parameters() if p.ndim > 1)
+    return Work(products.mean, products.total, sum(weights.values()), activations, min(seconds), forward, per_rank)
 
 
 class _Products(TorchDispatchMode):

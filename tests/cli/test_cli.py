@@ -60,7 +60,11 @@ def test_a_dry_run_shows_the_work_and_does_nothing(finished, tmp_path):
     half = stages("-o", finished / "out", "--set", "merge=[{method: mean}, {method: ties, density: 0.5}]")
     assert [name for name, row in half.items() if not row["done"]] == ["merge ties", "probe", "report"]
     assert before == {file: file.stat().st_mtime_ns for file in (finished / "out").rglob("*")}
-    assert "passes of 8" in call("run", finished / "tiny.yaml", "--dry-run", "-o", tmp_path / "new").stdout
+    assert (new["base"]["passes"], new["probe"]["passes"] > 0) == (20 * 64 / 8, True)
+    assert all(row["seconds"] > 0 for name, row in new.items() if name != "report")
+    shown = call("run", finished / "tiny.yaml", "--dry-run", "-o", tmp_path / "new").stdout
+    assert "passes of 8" in shown and "about" in shown and "Memory: about" in shown
+    assert all(len(line.rstrip()) <= 80 for line in shown.splitlines())
 
 
 @pytest.fixture

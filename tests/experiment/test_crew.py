@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from emomerge.errors import BadInput
 from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import parse_recipe
 from emomerge.training import RunDir, work
@@ -152,3 +154,12 @@ def test_work_counts_the_operations_of_products_and_changes_nothing():
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_a_disk_that_is_plainly_too_small_is_refused_before_anything_is_written(recipe, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=10_000))
+    torch.set_num_threads(1)
+    with pytest.raises(BadInput, match=r"the disk is too small.*out.*MB free.*found 0 MB"):
+        Pipeline(parse_recipe(recipe), tmp_path / "out").run()
+    assert not (tmp_path / "out" / "base").exists()
