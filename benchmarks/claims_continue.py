@@ -37,9 +37,9 @@ from torch import nn
 
 MARGIN = 0.02
 """The largest rise of the test loss by an interruption, relative to the uninterrupted run, that counts as none."""
-STOPS = (0, 1, 9)
-RIVALS = (*rival_arms("adamw")[2:], *rival_arms("prodigy"))
-ADAMW = rival_arms("adamw")
+STOPS = (0, 3)
+RIVALS = (*rival_arms("adamw")[3:], *rival_arms("prodigy"))
+ADAMW = rival_arms("adamw")[1:]
 
 
 def of(arm: Arm, stops: int) -> Arm:
@@ -59,7 +59,7 @@ def judge_resuming(units: Units) -> Verdict:
         key: value for key, value in units.best("validation", [of(arm, 0) for arm in RIVALS[:-1]]).items() if key != "stops"
     }
     rows: Cells = [["", "uninterrupted", *(f"{stops} × stopped, change in %" for stops in STOPS[1:])]]
-    for arm in (*emo_arms("v3.8"), *AUTO, *RIVALS):
+    for arm in (*emo_arms("v3.8"), *AUTO[:1], *RIVALS):
         name = rule_title(arm["rule"]) + (f", rate {arm['rate']:g}" if arm["rule"] == "adamw" else "")
         costs = [Estimate(tuple(100 * value for value in cost(units, arm, stops).values)) for stops in STOPS[1:]]
         rows.append([name + (" (best)" if arm == adamw else ""), units.estimate("test", **of(arm, 0)).text(),
@@ -72,15 +72,14 @@ def judge_resuming(units: Units) -> Verdict:
         ).sign
         for arm, stops in pairs
     ]
-    ours = [cost(units, arm, stops).mean <= MARGIN for arm in AUTO for stops in STOPS[1:]]
+    ours = [cost(units, arm, stops).mean for arm in AUTO[:1] for stops in STOPS[1:]]
     theirs = [cost(units, adamw, stops).mean for stops in STOPS[1:]]
     means = [cost(units, arm, stops).mean for arm, stops in pairs]
     text = (
-        f"With `v3.8`, {counted(free)} interruptions cost at most 2 % of the test loss, which they change by "
-        f"{100 * min(means):+.1f} to {100 * max(means):+.1f} %; with `auto`, {counted(ours)}. AdamW's loss, with a fresh state "
-        f"and the schedule continued, changes by {100 * theirs[0]:+.1f} % (stopped once) and {100 * theirs[1]:+.1f} % (nine "
-        f"times). Compared with that, "
-        f"{gains.count(-1)} of {len(gains)} interruptions cost less and {gains.count(1)} more."
+        f"Stopped three times, {counted(free)} with `v3.8` lose at most 2 %: the test loss changes by {100 * min(means):+.1f} "
+        f"to {100 * max(means):+.1f} %, that of EmoSens with `auto` by {100 * ours[0]:+.1f} %, and that of AdamW, with a "
+        f"fresh state and the schedule continued, by {100 * theirs[0]:+.1f} %. Compared with AdamW, {gains.count(-1)} of "
+        f"{len(gains)} lose less and {gains.count(1)} more."
     )
     notes = (
         "An MLP with 64 hidden units, 1,000 steps. Test loss of the uninterrupted run; changes relative to it, with 95 % "
@@ -95,10 +94,10 @@ def judge_resuming(units: Units) -> Verdict:
     source="README, “Main Features”",
     control="The same run, uninterrupted, with the same batches; and AdamW at the rate that is best by validation, with a "
     "fresh state at each continuation while its schedule goes on, and Prodigy. An interruption is free if it costs at most 2 % "
-    "of the test loss. “Holds” needs that with one and with nine interruptions for all five, and that most cost less than "
-    "AdamW's (interval below 0): otherwise it says nothing about the optimizers, and the verdict is “holds in part”.",
+    "of the test loss. “Holds” needs that for all five, with three interruptions, and that most lose less than AdamW "
+    "(interval below 0): otherwise it says nothing about the optimizers, and the verdict is “holds in part”.",
     taught="Nothing before it is measured.",
-    arms=tuple(of(arm, stops) for arm in (*emo_arms("v3.8"), *AUTO, *RIVALS) for stops in STOPS),
+    arms=tuple(of(arm, stops) for arm in (*emo_arms("v3.8"), *AUTO[:1], *RIVALS) for stops in STOPS),
     quick_arms=(of({"rule": "sens/v3.8"}, 0), of({"rule": "sens/v3.8"}, 1)),
     judge=judge_resuming,
 )
@@ -137,7 +136,7 @@ def first_task(effort: Effort) -> nn.Module:
 
 
 def judge_layering(units: Units) -> Verdict:
-    published, ours = emo_arms("v3.8"), AUTO
+    published, ours = emo_arms("v3.8"), AUTO[:1]
     start = units.all[0].figures["path"][0]
     table: Cells = [["", "loss of the second task", "loss of the first task", "first, at equal loss of the second: it − AdamW"]]
     table.append(["before", f"{start['new']:.3f}", f"{start['old']:.3f}", ""])
@@ -148,7 +147,7 @@ def judge_layering(units: Units) -> Verdict:
     def equal(arm: Arm) -> Any:
         return at_equal(units, arm, ADAMW, "new", "old", "old validation")
 
-    for arm in (*published, *ours, *rival_arms("prodigy"), *ADAMW):
+    for arm in (*published, *ours, *ADAMW):
         name = rule_title(arm["rule"]) + (f", rate {arm['rate']:g}" if arm in ADAMW else "")
         difference = None if arm in ADAMW else equal(arm)
         table.append([name, end(arm, "new").text(), end(arm, "old").text(),
@@ -179,12 +178,12 @@ def figure(units: Units) -> Any:
     name="layering",
     says="Adding and stacking learning is synchronization-free: a second task on top of the first leaves this intact.",
     source="README, “Main Features”",
-    control="AdamW at five rates and Prodigy on the same second task, and AdamW stopped where its loss of the second task is "
+    control="AdamW at four rates on the same second task, and AdamW stopped where its loss of the second task is "
     "the same, at the rate that forgets least there by validation. “Holds” needs that all five learn the second task while the "
     "loss of the first rises by at most 5 %, and that most forget less than AdamW at equal loss of the second (interval below "
     "0); any part alone would be “holds in part”.",
     taught="Nothing before it is measured.",
-    arms=(*emo_arms("v3.8"), *AUTO, *ADAMW, *rival_arms("prodigy")),
+    arms=(*emo_arms("v3.8"), *AUTO[:1], *ADAMW),
     quick_arms=({"rule": "sens/v3.8"}, {"rule": "adamw", "rate": 1e-3}),
     judge=judge_layering,
     figure=figure,

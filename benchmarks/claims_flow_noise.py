@@ -18,7 +18,7 @@ LEVELS: dict[str, tuple[float, float]] = {
 NOISY = tuple(LEVELS)[1:]
 RATES = {"adamw": (3e-4, 1e-3, 3e-3), "lion": (1e-4, 3e-4, 1e-3)}
 FIVE = [arm["rule"] for arm in emo_arms("v3.8")]
-RULES: list[Arm] = [*emo_arms("v3.8"), *AUTO]
+RULES: list[Arm] = [*emo_arms("v3.8"), *AUTO[:1]]
 RULES += [{"rule": name, "rate": rate} for name, rates in RATES.items() for rate in rates]
 
 
@@ -56,7 +56,7 @@ class Read:
 def judge(units: Units) -> Verdict:
     read = Read(units)
     table: Cells = [["", *LEVELS, *(f"rise, {level}" for level in NOISY)]]
-    for arm in emo_arms("v3.8") + AUTO:
+    for arm in emo_arms("v3.8") + AUTO[:1]:
         rule = arm["rule"]
         table.append([rule_title(rule), *(read.loss(rule, level).text() for level in LEVELS),
                       *(f"{read.rise(rule, level).mean:+.3f}" for level in NOISY)])  # fmt: skip

@@ -16,13 +16,12 @@ STEPS = 1500
 MARGIN = 0.05
 """The largest rise of the trained base's loss that counts as no breakdown."""
 PUBLISHED = emo_arms("v3.8")
-ADAMW: list[Arm] = [{"rule": "adamw", "rate": rate} for rate in (1e-3, 3e-3, 1e-2)]
+ADAMW: list[Arm] = [{"rule": "adamw", "rate": rate} for rate in (1e-3, 3e-3)]
 ON_TRAINED: list[Arm] = [
-    {"rule": "sens/v3.8", "on": "trained base"},
     {"rule": "adamw", "rate": 1e-3, "on": "trained base"},
 ]
 FIVE_ARMS = [{**arm, "on": "random base"} for arm in PUBLISHED]
-AUTO_ARMS = [{**arm, "on": "random base"} for arm in AUTO]
+AUTO_ARMS = [{**arm, "on": "random base"} for arm in AUTO[:1]]
 ADAMW_ARMS = [{**arm, "on": "random base"} for arm in ADAMW]
 
 
@@ -65,7 +64,7 @@ def judge(units: Units) -> Verdict:
         f"{100 * min(e.mean for e in applied):+.0f} to {100 * max(e.mean for e in applied):+.0f} %; AdamW's best one by "
         f"{100 * adamw.mean:+.0f} %. {counted(whole)} stay within 5 %, and {counted(improved)} improve it. Against random "
         f"LoRAs of the same spectra, {than_random.count(-1)} are better and {than_random.count(1)} worse. A LoRA of AdamW on "
-        f"the trained base itself reaches {100 * change_of(units, ON_TRAINED[1], 'applied').mean:+.0f} %."
+        f"the trained base itself reaches {100 * change_of(units, ON_TRAINED[0], 'applied').mean:+.0f} %."
     )
     notes = (
         "Flows of 0.3 million weights; rank 8 in every linear layer. Changes of the test loss on all ten classes in per "
@@ -105,7 +104,7 @@ def figure(units: Units) -> Any:
     says="LoRA training on a randomly initialised base completes 1,500 steps without divergence; the LoRA applies to the "
     "trained base without breakdown and improves it.",
     source="paper, “The True Nature of Loss-Saturated Learning Progress”",
-    control="AdamW at three rates on the same random bases; random LoRAs with the same singular values in each matrix; LoRAs "
+    control="AdamW at two rates on the same random bases; random LoRAs with the same singular values in each matrix; LoRAs "
     "trained on the trained base itself. The parts are: all five complete with a falling loss; applied, all five leave the "
     "trained base's loss within 5 %; most lower it (interval below 0). Each could have failed alone. That AdamW completes too, "
     "or that a random LoRA does no more harm, would show that a part says nothing about the optimizers.",
