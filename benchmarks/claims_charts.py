@@ -55,7 +55,7 @@ def lines(
     import altair as alt
 
     names = [name for name in COLORS if any(row["series"] == name for row in rows)]
-    scale: dict[str, Any] = {"domain": list(limits), "clamp": True} if limits else {"zero": False}
+    scale: dict[str, Any] = {"domain": list(limits)} if limits else {"zero": False}
     if log_y:
         scale["type"] = "log"
     encode: dict[str, Any] = {

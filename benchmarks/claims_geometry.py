@@ -14,7 +14,7 @@ from evidence_tables import Estimate
 from emomerge.optim import OPTIMIZERS
 
 TASKS = {"clean": "batches of 64", "noisy": "batches of 8, a third of the classes wrong"}
-STEPS = 300
+STEPS = 250
 EQUAL = 0.02
 """A relative difference of test loss below which two variants are as good."""
 OPTIONS: tuple[Arm, ...] = (
