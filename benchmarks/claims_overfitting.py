@@ -37,6 +37,12 @@ def at_train_loss(curve: Curve, train: float) -> float:
     return curve[-1][3]
 
 
+def at_equal(first: Curve, second: Curve) -> float:
+    """Return the difference of test losses at the lowest training loss that both reached."""
+    train = max(first[-1][1], second[-1][1])
+    return at_train_loss(first, train) - at_train_loss(second, train)
+
+
 def half(unit: Unit) -> Sequence[float] | None:
     """Return the first point whose training loss is at most half of the first."""
     curve: Curve = unit.figures["curve"]
@@ -52,7 +58,7 @@ def judge_half(units: Units) -> Verdict:
     adamw = units.best("best validation", ADAMW)
     stopped = {unit.seed: unit.figures["curve"] for unit in units.of(**adamw)}
     rows = [["optimizer", "loss, end ÷ start", "half after", "test loss, there", "at the end", "end − there",
-             "end − at the lowest validation loss",              "end − AdamW's at equal training loss"]]  # fmt: skip
+             "end − at the lowest validation loss",              "less AdamW's at equal training loss"]]  # fmt: skip
     good, lower, higher, rises = {}, {}, {}, {}
     for arm in [*emo_arms(PUBLISHED, OURS), adamw]:
         found = units.of(**arm)
@@ -60,9 +66,7 @@ def judge_half(units: Units) -> Verdict:
         all_half = all(halves)
         end = by_seed(units, arm, lambda unit: unit.figures["curve"][-1][3])
         rise = by_seed(units, arm, lambda u: u.figures["curve"][-1][3] - (half(u) or u.figures["curve"][-1])[3])
-        against = by_seed(
-            units, arm, lambda u: u.figures["curve"][-1][3] - at_train_loss(stopped[u.seed], u.figures["curve"][-1][1])
-        )
+        against = by_seed(units, arm, lambda u: at_equal(u.figures["curve"], stopped[u.seed]))
         ratio = by_seed(units, arm, lambda u: u.figures["curve"][-1][1] / u.figures["curve"][0][1])
         rule = arm["rule"]
         good[rule], lower[rule], higher[rule] = all_half and rise.sign <= 0, against.sign < 0, against.sign > 0
@@ -78,19 +82,18 @@ def judge_half(units: Units) -> Verdict:
     more = {preset: [higher[f"{name}/{preset}"] for name in FIVE] for preset in (PUBLISHED, OURS)}
     late_rises = {preset: [rises[f"{name}/{preset}"] for name in FIVE] for preset in (PUBLISHED, OURS)}
     text = (
-        f"The loss falls to half and the test loss has not risen again by the end with {counted(flags[PUBLISHED])} as "
-        f"published and {counted(flags[OURS])} with `{OURS}`; AdamW's {'has not either' if good['adamw'] else 'has'}. At equal "
-        f"training loss the test loss is lower than AdamW's beyond the interval in {counted(less[PUBLISHED])} and "
-        f"{counted(less[OURS])} cases, higher in {counted(more[PUBLISHED])} and {counted(more[OURS])}. "
-        f"From the lowest validation loss to the end the test loss rises beyond the interval in "
-        f"{counted(late_rises[PUBLISHED])} and {counted(late_rises[OURS])} cases, with AdamW "
-        f"{'too' if rises['adamw'] else 'not'}: where the training loss goes on falling far enough, overfitting begins."
+        f"The loss falls to half, and the test loss at the end is not above that at half, with {counted(flags[PUBLISHED])} as "
+        f"published and {counted(flags[OURS])} with `{OURS}`. But from the lowest validation loss to the end it rises beyond "
+        f"the interval with {counted(late_rises[PUBLISHED])} and {counted(late_rises[OURS])}, and with AdamW "
+        f"{'too' if rises['adamw'] else 'not'}. At equal training loss it is lower than AdamW's beyond the interval with "
+        f"{counted(less[PUBLISHED])} and {counted(less[OURS])}, higher with {counted(more[PUBLISHED])} and "
+        f"{counted(more[OURS])}."
     )
     return Verdict(
-        worded(flags[PUBLISHED]), text, rows,
+        worded([fine and not late for fine, late in zip(flags[PUBLISHED], late_rises[PUBLISHED], strict=True)]), text, rows,
         f"{ROWS} rows of FashionMNIST at 14 × 14 pixels, MLP 196-64-10, {STEPS:,} steps of 20 rows, test loss on 4,000 images. "
-        "“There” is where the training loss is first at most half of that before training. “At equal training loss”: where "
-        "AdamW's training loss first falls to that of the optimizer at its end (or AdamW's end). AdamW's rate is the best of "
+        "“There” is where the training loss is first at most half of that before training. “At equal training loss”: at the "
+        "lowest that both reached. AdamW's rate is the best of "
         "three by the lowest validation loss along the run.",
     )  # fmt: skip
 
@@ -116,11 +119,13 @@ def draw_half(units: Units) -> Any:
     name="half-loss",
     says="The loss goes on falling to about half of its first value, without stagnation, and there is no overfitting.",
     source="paper, “The True Nature of Loss-Saturated Learning Progress”",
-    control="AdamW on the same few rows, stopped at the same training loss: if the five avoided overfitting, their test loss "
-    "would be lower there. The claim holds for an optimizer whose training loss falls to half with every seed and whose test "
-    "loss at the end is not higher than at that point by more than its interval.",
-    taught="How much is overfitted depends on how far the training loss has fallen, not on who lowers it. Recipes hold out "
-    "rows of small files and choose by them.",
+    control="AdamW on the same few rows at the same training loss: if the five avoided overfitting, their test loss would be "
+    "lower there. The claim holds for an optimizer whose training loss falls to half with every seed, whose test loss at the "
+    "end is not above that at half, and does not rise from the lowest validation loss to the end, each by more than its "
+    "interval. (The last condition was added when three seeds had been measured: half of the first loss is far from the lowest "
+    "test loss, so that without it AdamW and nearly all others pass.)",
+    taught="Overfitting begins where the training loss has fallen far enough, and the sign rules with a moment, EmoCats and "
+    "EmoTion, get there first. Recipes hold out rows of small files and choose by them.",
     arms=(*emo_arms(PUBLISHED, OURS), *ADAMW),
     quick_arms=({"rule": "sens/v3.8"}, {"rule": "void/auto"}, ADAMW[1]),
     judge=judge_half,
