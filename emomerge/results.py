@@ -371,6 +371,8 @@ class ProbeFacts(Part):
     batches: int
     batch_size: int
     directions: int
+    other_directions: int | None = None
+    """Directions of artefacts that the verdict does not compare in sharpness; None: as many as of those."""
     radii: tuple[float, ...]
     adaptive_radii: tuple[float, ...] = ()
     lanczos_steps: int | None = None

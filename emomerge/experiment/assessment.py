@@ -12,9 +12,9 @@ from emomerge.adapters import open_run
 from emomerge.checkpoints import atomic, open_checkpoint
 from emomerge.controls import CONTROLS, PLAIN_MEAN, SINGLE_RUN
 from emomerge.errors import BadInput
-from emomerge.experiment.measure import Artefact, Measured, Measurer, fingerprint, steps_together, united
+from emomerge.experiment.measure import Artefact, Measured, Measurer, fingerprint, united
 from emomerge.experiment.recommendation import recommend
-from emomerge.experiment.workers import measure_in_workers
+from emomerge.experiment.survey import survey
 from emomerge.probing import verdict
 from emomerge.probing.registry import METRICS, recipe_metrics
 from emomerge.progress import Display
@@ -76,13 +76,14 @@ def assess(
     }
     of_all, of_close = recipe_metrics(recipe.probe)
     metrics = {a.name: of_close if a.name in close else of_all for a in everything}
-    if engine is not None:
-        measure_in_workers(engine, measurer, [(a, metrics[a.name]) for a in everything], display)
-    line = display.line("probe", sum(measurer.steps(a, metrics[a.name]) for a in everything) + steps_together(of_close))
-    measured = {a.name: measurer.probe(a, line, metrics[a.name]) for a in everything}
+    judged = {artefact.name for c in comparisons for artefact in (c.merge, *c.in_sharpness.values())}
+    measured = survey(
+        measurer, everything, metrics, judged,
+        display=display, engine=engine, later=measurer.passes_together(of_close),
+    )  # fmt: skip
     merge, best = contestants.merges[label][0], contestants.best[0]  # first seed: figures only, not the verdict
     runs = [run for run in contestants.runs if run.seed == best.seed]
-    measurer.probe_together(measured, merge, best, runs, line, of_close)
+    measurer.probe_together(measured, merge, best, runs, of_close)
     models = _all({kind: made for kind, made in controls.items() if CONTROLS[kind].rival_in == "better"})
     results = _results(recipe, measured)
     return results.model_copy(
@@ -139,12 +140,11 @@ def probe_models(
         name = Path(model).name if short.count(Path(model).name) == 1 and Path(model).name != "base" else model
         artefacts.append(Artefact(name, "merge", checkpoint, fingerprint(checkpoint), path=Path(model)))
     with display.live():
-        if engine is not None:
-            measure_in_workers(engine, measurer, [(artefact, chosen) for artefact in artefacts], display)
-        line = display.line("probe", sum(measurer.steps(a, chosen) for a in artefacts) + steps_together(chosen))
-        measured = {artefact.name: measurer.probe(artefact, line, chosen) for artefact in artefacts}
+        later = measurer.passes_together(chosen) if len(artefacts) > 2 else 0.0
+        metrics_of, names = {artefact.name: chosen for artefact in artefacts}, [artefact.name for artefact in artefacts]
+        measured = survey(measurer, artefacts, metrics_of, names, display=display, engine=engine, later=later)
         if len(artefacts) > 2:
-            measurer.probe_together(measured, artefacts[1], artefacts[2], artefacts[2:], line, chosen)
+            measurer.probe_together(measured, artefacts[1], artefacts[2], artefacts[2:], chosen)
     results = _results(recipe, measured).model_copy(
         update={"probe": ProbeFacts.model_validate(recipe.probe.model_dump()), "held_out": measurer.held_out(artefacts)}
     )
@@ -306,7 +306,8 @@ def united_columns(of_artefacts: Iterable[Sequence[Column]]) -> list[Column]:
 
 def _probe_facts(recipe: Recipe, measurer: Measurer, base: Artefact) -> ProbeFacts:
     rows = len(measurer.probe_rows[recipe.probe.data])
-    return ProbeFacts.model_validate(recipe.probe.model_dump() | {"rows": rows, "noise_floor": measurer.noise_floor(base)})
+    facts = {"rows": rows, "noise_floor": measurer.noise_floor(base), "other_directions": recipe.probe.other_directions}
+    return ProbeFacts.model_validate(recipe.probe.model_dump() | facts)
 
 
 def _all(groups: Mapping[str, Sequence[Artefact]]) -> list[Artefact]:

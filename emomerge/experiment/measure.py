@@ -8,38 +8,38 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from emomerge.checkpoints import Checkpoint, load_into, on_disk
 from emomerge.errors import BadInput
 from emomerge.experiment.costs import Cost
+from emomerge.experiment.meter import Meter
 from emomerge.experiment.scores import (
     COSINE,
     DISTANCE,
     ENTROPY,
     GRADIENT_NORM,
     Figure,
+    Scorer,
+    by_length,
     cost_figures,
     exact,
-    score,
     score_figures,
 )  # fmt: skip
 from emomerge.merging import merge
-from emomerge.numerics.hashing import bytes_of, digest
+from emomerge.numerics.hashing import bytes_of, digest, hash_tensors
 from emomerge.probing import basics
 from emomerge.probing.batch_norm import reestimate_batch_norm
 from emomerge.probing.ledger import Ledger
 from emomerge.probing.perturb import Perturbable, rms
-from emomerge.probing.registry import Array, Measurement, Metric
-from emomerge.progress import Line
+from emomerge.probing.registry import BACKWARD, Array, Measurement, Metric
 from emomerge.results import ArtefactRow, Column, HeldOut, Role
 from emomerge.results import Split as SplitName
 from emomerge.tasks import Batch, Split
@@ -148,6 +148,11 @@ class Measurer:
         self.reference = rms(self.model)
         self._loaded: str | None = None
         self._probes: dict[int | None, Perturbable] = {}
+        self._scorers: dict[SplitName, Scorer] = {}
+        self._cuts: dict[int | None, tuple[list[Batch], str]] = {}
+        self._same: dict[str, str] = {}
+        self.meter = Meter()
+        """Counts the forward passes of everything that is measured."""
 
     def write_to(self, ledger: Ledger) -> None:
         """Continue with another ledger."""
@@ -171,36 +176,59 @@ class Measurer:
 
     def batches(self, name: SplitName) -> list[Batch]:
         """Return a split in batches on the device: all rows, or for the training data the probe's sample."""
-        return self._batches[name]
+        return self._cut(self.split(name), *self._rows(name))
 
-    @cached_property
-    def _batches(self) -> dict[SplitName, list[Batch]]:
-        size = self.recipe.probe.batch_size
-        validation, test = len(self.data.validation), len(self.data.test)
-        return {
-            "train": self._cut(self.data.train, self.probe_rows["train"], size),
-            # Small batches: the bootstrap over batches needs many of them.
-            "validation": self._cut(self.data.validation, torch.arange(validation), max(1, min(size, validation // 50))),
-            "test": self._cut(self.data.test, torch.arange(test), max(1, min(size, test // 50))),
-        }
+    def _rows(self, name: SplitName) -> tuple[Tensor, int]:
+        """Return the rows of a split that are scored, and how many of them make up a batch."""
+        size, count = self.recipe.probe.batch_size, len(self.split(name))
+        if name == "train":
+            return self.probe_rows["train"], size
+        return torch.arange(count), max(1, min(size, count // 50))  # the bootstrap over batches needs many of them
 
     def _cut(self, split: Split, rows: Tensor, size: int) -> list[Batch]:
         return [{k: v.to(self.context.device) for k, v in split.batch(part).items()} for part in rows.split(size)]
 
+    def _scorer(self, name: SplitName) -> Scorer:
+        if name not in self._scorers:
+            rows, size = self._rows(name)
+            width = max(size, self.recipe.probe.batch_size)
+            self._scorers[name] = Scorer(self.split(name), rows, size=size, width=width, device=self.context.device)
+        return self._scorers[name]
+
     def load(self, artefact: Artefact) -> None:
         """Load an artefact's weights into the model."""
-        if self._loaded != artefact.hash:
+        if self._loaded != self.key(artefact):
             self._loaded = None
             self._probes.clear()
             load_into(self.model, artefact.checkpoint)
-            self._loaded = artefact.hash
+            self._loaded = self.key(artefact)
+
+    def distinct(self, artefacts: Sequence[Artefact]) -> list[Artefact]:
+        """Return the artefacts without those whose weights equal those of an earlier one.
+
+        From now on, what is measured of one of them is known of the other: a soup of one run is that run.
+        """
+        first: dict[str, Artefact] = {}
+        for artefact in artefacts:
+
+            def evaluate(artefact: Artefact = artefact) -> dict[str, str]:
+                self.load(artefact)
+                return {"sha256": hash_tensors(sorted(self.model.state_dict().items()))}
+
+            key = {"model": artefact.hash, "data": "", "metric": "weights", "radius": 0.0, "direction": None, "batch": 0}
+            same = first.setdefault(self.ledger.ask(evaluate, **key)["sha256"], artefact)
+            self._same[artefact.hash] = same.hash
+        return [*first.values()]
+
+    def key(self, artefact: Artefact) -> str:
+        """Return what identifies an artefact's weights in the ledger."""
+        return self._same.get(artefact.hash, artefact.hash)
 
     def held_out_loss(self, checkpoint: Checkpoint) -> float:
         """Return the mean validation loss of a checkpoint; merges make their choices by it."""
         self._loaded = None
         load_into(self.model, checkpoint)
-        rows = [score(self.task, self.model, batch) for batch in self.batches("validation")]
-        return float(np.average([row["loss"] for row in rows], weights=[row["weight"] for row in rows]))
+        return self._scorer("validation").mean_loss(self.task, self.model)
 
     def batch_norm_statistics(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """Estimate the running statistics of batch norm on training data for a checkpoint's weights, by the names on disk."""
@@ -215,20 +243,20 @@ class Measurer:
 
     def scores(self, artefact: Artefact, split: SplitName) -> dict[str, Array]:
         """Return loss, accuracy, entropy and weight of every batch of a split, each (batches,)."""
-        batches = self.batches(split)
+        scorer = self._scorer(split)
         rows = self.probe_rows["train"].tolist() if split == "train" else None
-        data = digest([self.split(split).digest, split, rows, [len(next(iter(batch.values()))) for batch in batches]])
-        if not self._is_known(artefact, data, split, len(batches)):
+        data = digest([self.split(split).digest, split, rows, scorer.sizes])
+        if not self._is_known(artefact, data, split, len(scorer.sizes)):
             self.load(artefact)
         return basics.scores(
-            self.model, batches, lambda model, batch: score(self.task, model, batch),
-            ledger=self.ledger, model_hash=artefact.hash, data_hash=data, split=split,
+            self.model, len(scorer.sizes), lambda batches: scorer.scores(self.task, self.model, batches, self.meter.add),
+            ledger=self.ledger, model_hash=self.key(artefact), data_hash=data, split=split, together=scorer.together,
         )  # fmt: skip
 
     def _is_known(self, artefact: Artefact, data: str, split: SplitName, batches: int) -> bool:
         return all(
             self.ledger.get(
-                model=artefact.hash, data=data, metric=f"scores of {split}", radius=0.0, direction=None, batch=index
+                model=self.key(artefact), data=data, metric=f"scores of {split}", radius=0.0, direction=None, batch=index
             )
             for index in range(batches)
         )
@@ -252,20 +280,18 @@ class Measurer:
         losses = [self.loss(artefact, "validation") for artefact in artefacts]
         return artefacts[min(range(len(losses)), key=lambda i: math.inf if math.isnan(losses[i]) else losses[i])]
 
-    def probe(self, artefact: Artefact, line: Line, metrics: Sequence[Metric]) -> Measured:
+    def probe(self, artefact: Artefact, metrics: Sequence[Metric]) -> Measured:
         """Measure one artefact: its scores, gradient norm, distance, and the metrics of single artefacts."""
-        measured = Measured(artefact, self._basic_figures(artefact))
+        with self.meter.part(self.basic_passes, f"{artefact.name}: losses"):
+            measured = Measured(artefact, self._basic_figures(artefact))
         for metric in metrics:
             if metric.looks_at(artefact.role):
-                note = f"{artefact.name}: {metric.name}"
-                on_direction = None if metric.split != "directions" else lambda _, note=note: line.add(1, note)
-                measured.add(metric, self.measure(metric, artefact, on_direction=on_direction))
-                if on_direction is None:
-                    line.add(1, note)
+                with self.meter.part(self.passes(metric), f"{artefact.name}: {metric.name}"):
+                    measured.add(metric, self.measure(metric, artefact))
         return measured
 
     def probe_together(
-        self, measured: Mapping[str, Measured], merged: Artefact, best: Artefact, runs: Sequence[Artefact], line: Line,
+        self, measured: Mapping[str, Measured], merged: Artefact, best: Artefact, runs: Sequence[Artefact],
         metrics: Sequence[Metric],
     ) -> None:  # fmt: skip
         """Measure the metrics that take several artefacts, or only the merge and the best run.
@@ -275,15 +301,14 @@ class Measurer:
             merged: the merge.
             best: the best single run.
             runs: all runs that the merge is compared with.
-            line: progress line, which advances by `steps_together`.
             metrics: metrics of the probe; those of single artefacts are skipped.
         """
         others = {None: (), "best": [best], "runs": runs}
         for metric in metrics:
             for artefact in {"every": (), "pair": (best, merged), "merge": (merged,)}[metric.models]:
-                found = self.measure(metric, artefact, others=others[metric.others])
-                measured[artefact.name].add(metric, found)
-                line.add(1, f"{artefact.name}: {metric.name}")
+                with self.meter.part(self.passes(metric), f"{artefact.name}: {metric.name}"):
+                    found = self.measure(metric, artefact, others=others[metric.others])
+                    measured[artefact.name].add(metric, found)
 
     def measure(
         self,
@@ -292,7 +317,6 @@ class Measurer:
         *,
         others: Sequence[Artefact] = (),
         directions: Sequence[int] | None = None,
-        on_direction: Callable[[int], None] | None = None,
     ) -> Measurement:
         """Measure one metric of one artefact with the recipe's options.
 
@@ -300,23 +324,16 @@ class Measurer:
             metric: the metric.
             artefact: the artefact.
             others: artefacts to compare it with, if the metric takes several.
-            directions: indices of the directions to measure; by default all.
-            on_direction: called with the index of each direction that is done.
+            directions: indices of the directions to measure; by default all of the metric.
         """
         arguments = metric.options_of(self.recipe.probe)
         if directions is not None:
             arguments["directions"] = directions
-        if on_direction is not None:
-            arguments["on_direction"] = on_direction
         if metric.base:
             arguments["base"] = self.base_parameters
         if metric.others:
             arguments["others"] = {other.name: self.weights_of(other) for other in others}
         return metric.function(self._perturbable(artefact, metric.parts), **arguments)
-
-    def steps(self, artefact: Artefact, metrics: Sequence[Metric]) -> int:
-        """Return the number of progress steps of `probe`."""
-        return sum(metric.steps(self.recipe.probe) for metric in metrics if metric.looks_at(artefact.role))
 
     def passes(self, metric: Metric) -> float:
         """Return the cost of measuring one artefact, in forward passes of the recipe's batches."""
@@ -326,6 +343,20 @@ class Measurer:
     def measure_basics(self, artefact: Artefact) -> None:
         """Evaluate the scores and the gradient norm of an artefact, so that the ledger has them."""
         self._basic_figures(artefact)
+
+    def passes_of(self, artefact: Artefact, metrics: Sequence[Metric]) -> float:
+        """Return the cost of `probe`."""
+        return self.basic_passes + sum(self.passes(metric) for metric in metrics if metric.looks_at(artefact.role))
+
+    def passes_together(self, metrics: Sequence[Metric]) -> float:
+        """Return the cost of `probe_together`."""
+        return sum({"every": 0, "pair": 2, "merge": 1}[metric.models] * self.passes(metric) for metric in metrics)
+
+    @cached_property
+    def basic_passes(self) -> float:
+        """The cost of the figures that are measured of every artefact."""
+        splits: tuple[SplitName, ...] = ("train", "validation", "test")
+        return BACKWARD * self.recipe.probe.batches + sum(self._scorer(split).passes for split in splits)
 
     def _basic_figures(self, artefact: Artefact) -> tuple[list[Figure], list[Figure]]:
         """Return the figures common to all artefacts, in the order of the tables: before and after those of metrics."""
@@ -354,13 +385,13 @@ class Measurer:
         self.load(artefact)
         return basics.noise_floor(self._perturbable(artefact))
 
-    def grouped_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, list[float]]:
+    def grouped_loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return mean losses (groups,) and weights of groups of rows: about 64 bootstrap units over the whole probe."""
         size = max(1, len(self.probe_rows[self.recipe.probe.data]) // 64)
         rows = self.task.row_figures(model, batch)
         weights = torch.stack([group.sum() for group in rows.weight.split(size)])
         sums = torch.stack([group.sum() for group in (rows.loss * rows.weight).split(size)])
-        return sums / weights, weights.tolist()
+        return sums / weights, weights
 
     @cached_property
     def inputs(self) -> str:
@@ -372,17 +403,23 @@ class Measurer:
         """Load an artefact for probing on the recipe's batches, or on the same rows split into about `parts` batches."""
         self.load(artefact)
         if parts not in self._probes:
-            recipe = self.recipe.probe
-            split: SplitName = recipe.data
-            rows = self.probe_rows[split]
-            size = recipe.batch_size if parts is None else max(1, min(recipe.batch_size, -(-len(rows) // parts)))
-            data = digest([self.split(split).digest, split, rows.tolist(), size, recipe.seed])
-            data = digest([data, self.context.base_hash])
+            batches, data = self._cut_for(parts)
             self._probes[parts] = Perturbable(
-                self.model, self.grouped_loss, self._cut(self.split(split), rows, size), self.reference,
-                seed=recipe.seed, model_hash=artefact.hash, data_hash=data, ledger=self.ledger,
+                self.model, self.grouped_loss, batches, self.reference, seed=self.recipe.probe.seed,
+                model_hash=self.key(artefact), data_hash=data, ledger=self.ledger, on_passes=lambda n: self.meter.add(n),
             )  # fmt: skip
         return self._probes[parts]
+
+    def _cut_for(self, parts: int | None) -> tuple[list[Batch], str]:
+        """Return the probe's batches on the device, and what identifies them in the ledger."""
+        if parts not in self._cuts:
+            recipe, split = self.recipe.probe, self.split(self.recipe.probe.data)
+            rows = self.probe_rows[recipe.data]
+            size = recipe.batch_size if parts is None else max(1, min(recipe.batch_size, -(-len(rows) // parts)))
+            rows = by_length(split, rows, size)
+            data = digest([split.digest, recipe.data, rows.tolist(), size, recipe.seed])
+            self._cuts[parts] = self._cut(split, rows, size), digest([data, self.context.base_hash])
+        return self._cuts[parts]
 
     # Controls.
 
@@ -431,11 +468,6 @@ def united(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
     """Return the union of two nested mappings; if both have a plain value for a key, the second takes precedence."""
     both = {key: united(first[key], value) for key, value in second.items() if isinstance(value, Mapping) and key in first}
     return {**first, **second, **both}
-
-
-def steps_together(metrics: Sequence[Metric]) -> int:
-    """Return the number of progress steps of `Measurer.probe_together`."""
-    return sum({"every": 0, "pair": 2, "merge": 1}[metric.models] for metric in metrics)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

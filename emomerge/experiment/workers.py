@@ -131,9 +131,9 @@ def _rows(ledger: Path) -> int:
 def passes_of(measurer: Measurer, job: ProbeJob) -> float:
     """Return the cost of a job in forward passes of the recipe's batches."""
     if job.metric == BASICS:
-        return 3.0 * measurer.recipe.probe.batches + sum(len(measurer.batches(split)) for split in ("validation", "test"))
+        return measurer.basic_passes
     metric = METRICS[job.metric]
-    share = len(job.directions) / metric.options_of(measurer.recipe.probe)["directions"] if job.directions else 1.0
+    share = len(job.directions) / (metric.directions(measurer.recipe.probe) or 1) if job.directions else 1.0
     return share * measurer.passes(metric)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -14,47 +15,47 @@ from torch import Tensor, nn
 
 from emomerge.numerics.sums import inner, square_sum
 from emomerge.probing.ledger import Ledger
-from emomerge.probing.perturb import Batch, Perturbable, Weights
+from emomerge.probing.perturb import Perturbable, Weights
 from emomerge.probing.registry import BACKWARD, Array, Measurement, metric
 
-Score = Callable[[nn.Module, Batch], Mapping[str, float]]
-"""(model, batch) → figures of the batch: `weight` (number of rows), mean `loss`, and others of the task (accuracy, entropy)."""
+Score = Callable[[Sequence[int]], Sequence[Mapping[str, float]]]
+"""numbers of batches → figures of each: `weight` (number of rows), mean `loss`, and others of the task (accuracy, entropy)."""
 
 
 def scores(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: int,
     score: Score,
     *,
     ledger: Ledger,
     model_hash: str,
     data_hash: str,
     split: str,
+    together: int = 1,
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the figures of every batch of a split, by name, each (batches,). One ledger row per batch."""
-    training = model.training
+    """Return the figures of every batch of a split, by name, each (batches,). One ledger row per batch.
+
+    Args:
+        model: put into eval mode meanwhile.
+        batches: number of batches.
+        score: evaluates some of them; called with gradients off.
+        ledger, model_hash, data_hash, split: where the figures are remembered, and under which key.
+        together: number of batches evaluated by one call of `score`.
+    """
+    key = {"model": model_hash, "data": data_hash, "metric": f"scores of {split}", "radius": 0.0, "direction": None}
+    training, rows = model.training, []
     model.eval()
-    rows = []
-    for index, batch in enumerate(batches):
-
-        def evaluate(batch: Batch = batch) -> Mapping[str, float]:
-            with torch.inference_mode():
-                return score(model, batch)
-
-        rows.append(
-            ledger.ask(
-                evaluate,
-                model=model_hash,
-                data=data_hash,
-                metric=f"scores of {split}",
-                radius=0.0,
-                direction=None,
-                batch=index,
-            )
-        )
+    with torch.inference_mode():
+        for first in range(0, batches, together):
+            keys = [{**key, "batch": number} for number in range(first, min(first + together, batches))]
+            rows += ledger.ask_all(partial(_score_from, score, first), keys)
     model.train(training)
     names = [name for name in rows[0] if isinstance(rows[0][name], float)]
     return {name: np.array([row[name] for row in rows]) for name in names if name != "radius"}
+
+
+def _score_from(score: Score, first: int, missing: Sequence[int]) -> Sequence[Mapping[str, float]]:
+    return score([first + number for number in missing])
 
 
 def mean_score(figures: Mapping[str, NDArray[np.float64]], name: str) -> float:
@@ -85,6 +86,7 @@ def gradient_norm(probe: Perturbable) -> float:
                 for sum_, gradient in zip(total, gradients, strict=True):
                     if gradient is not None:
                         sum_.add_(gradient)
+                probe.on_passes(BACKWARD)
                 weight_sum += float(weight_of.sum())
         return {"norm": math.sqrt(sum(square_sum(g) for g in total)) / weight_sum}
 

@@ -46,7 +46,7 @@ def basin(
     Raises:
         BadInput: the lower bound is too small for the weights' dtype.
     """
-    require_resolved(probe, "basin", "base", bounds[0])
+    require_resolved(probe, "basin", "base", bounds[:1])
     weight, middle = probe.unit_weights(), probe.center_losses()
     found = []
     with probe.weight_setter() as set_weights:

@@ -60,6 +60,21 @@ class Ledger:
         self._add([row])
         return row
 
+    def ask_all(
+        self, evaluate: Callable[[Sequence[int]], Sequence[Mapping[str, Any]]], keys: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Return the rows of several keys. Those that are missing are evaluated together and appended to the file at once.
+
+        Args:
+            evaluate: (positions of the missing keys) → their results, in this order; not called if none is missing.
+            keys: the keys, each all of FIELDS.
+        """
+        missing = [position for position, key in enumerate(keys) if self.get(**key) is None]
+        if missing:
+            found = zip(missing, evaluate(missing), strict=True)
+            self._add([{**{field: keys[n][field] for field in FIELDS}, **row} for n, row in found])
+        return [self._rows[self._key(key)] for key in keys]
+
     def take_over(self, other: Ledger) -> None:
         """Add those rows of another ledger that this one lacks."""
         self._add([row for key, row in other._rows.items() if key not in self._rows])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Literal, TypeAlias, cast
@@ -26,10 +26,10 @@ from emomerge.numerics.sums import inner, square_sum
 from emomerge.probing.ledger import Ledger
 
 Batch: TypeAlias = Any
-LossFunction: TypeAlias = Callable[[nn.Module, Batch], tuple[Tensor, float | Sequence[float]]]
+LossFunction: TypeAlias = Callable[[nn.Module, Batch], tuple[Tensor, float | Sequence[float] | Tensor]]
 """(model, batch) → mean loss and weight (number of rows or tokens), either of the whole batch (a scalar tensor and a number)
-or of several groups of its rows (a tensor (groups,) and as many numbers). Groups give bootstrap intervals more units to
-resample."""
+or of several groups of its rows (a tensor (groups,) and as many numbers, or a tensor of them on the model's device). Groups
+give bootstrap intervals more units to resample."""
 
 Array: TypeAlias = NDArray[np.float64]
 Weights: TypeAlias = Mapping[str, Tensor]
@@ -42,7 +42,8 @@ Ball: TypeAlias = Literal["base", "own"]
 """The unit of a perturbation: the RMS of the base's tensor, or each weight's own magnitude |w|."""
 
 KEPT_BYTES = 2**28
-"""Directions up to this size are cached while in use; larger ones are drawn again, one tensor at a time."""
+"""Directions and perturbed weights up to this size are kept while in use; larger ones are made again for every forward pass,
+one tensor at a time."""
 INTEGERS = {
     torch.float64: (torch.int64, 52),
     torch.float32: (torch.int32, 23),
@@ -87,6 +88,7 @@ class Perturbable:
         seed: seed of the directions.
         model_hash, data_hash: identify model and data in the ledger.
         ledger: remembers evaluations; by default in memory.
+        on_passes: called with the number of forward passes of a batch that were just made; a backward pass counts as two.
     """
 
     model: nn.Module
@@ -97,6 +99,7 @@ class Perturbable:
     model_hash: str = "model"
     data_hash: str = "data"
     ledger: Ledger = field(default_factory=Ledger)
+    on_passes: Callable[[float], None] = field(default=lambda passes: None, repr=False)
     _kept: dict[str, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -123,11 +126,29 @@ class Perturbable:
         """θ₀, even while the model holds other weights."""
         return self.parameters if self._kept is None else self._kept
 
+    @cached_property
+    def is_small(self) -> bool:
+        """Whether a direction, and a perturbed copy of the weights, are kept while they are in use: up to KEPT_BYTES each."""
+        return sum(p.numel() * max(4, p.element_size()) for p in self.parameters.values()) <= KEPT_BYTES
+
     def evaluate(self, index: int) -> tuple[list[float], list[float]]:
         """Return the mean loss and the weight of each group of rows in one batch, at the current weights."""
+        return self.evaluate_all([index])[0]
+
+    def evaluate_all(self, indices: Sequence[int]) -> list[tuple[list[float], list[float]]]:
+        """Return what `evaluate` does for several batches. The host waits for the device once."""
+        losses: list[Tensor] = []
+        weights: list[float | Sequence[float] | Tensor] = []
         with torch.inference_mode():
-            loss, weight = self.loss(self.model, self.batches[index])
-        return loss.cpu().double().reshape(-1).tolist(), [*weight] if isinstance(weight, Sequence) else [float(weight)]
+            for index in indices:
+                loss, weight = self.loss(self.model, self.batches[index])
+                losses.append(loss.reshape(-1))
+                weights.append(weight)
+                self.on_passes(1)
+            found = _on_host(losses)
+            known = iter(_on_host([weight.reshape(-1) for weight in weights if isinstance(weight, Tensor)]))
+        plain = [next(known) if isinstance(w, Tensor) else [*w] if isinstance(w, Sequence) else [float(w)] for w in weights]
+        return list(zip(found, plain, strict=True))
 
     def ledger_key(self, metric: str, radius: float, direction: int | None, batch: int) -> dict[str, Any]:
         """Return the ledger's key of one evaluation."""
@@ -158,15 +179,13 @@ class Perturbable:
 
     def losses_at(self, set_weights: SetWeights, metric: str, radius: float, number: int | None, weights: Weights) -> Array:
         """Return the loss of every unit at other weights, (units,). One ledger row per batch."""
-        found = []
-        for batch in range(len(self.batches)):
 
-            def evaluate(batch: int = batch) -> dict[str, list[float]]:
-                set_weights(weights)
-                return {"loss": self.evaluate(batch)[0]}
+        def evaluate(batches: Sequence[int]) -> list[dict[str, list[float]]]:
+            set_weights(weights)
+            return [{"loss": loss} for loss, _ in self.evaluate_all(batches)]
 
-            found.append(self.ledger.ask(evaluate, **self.ledger_key(metric, radius, number, batch))["loss"])
-        return np.concatenate(found)
+        keys = [self.ledger_key(metric, radius, number, batch) for batch in range(len(self.batches))]
+        return np.concatenate([row["loss"] for row in self.ledger.ask_all(evaluate, keys)])
 
     # Perturbations.
 
@@ -180,8 +199,7 @@ class Perturbable:
         def draw(name: str) -> Tensor:
             return normals(self.seed, number, name, self.center[name]).mul_(units[name])
 
-        small = sum(p.numel() * max(4, p.element_size()) for p in self.parameters.values()) <= KEPT_BYTES
-        return LazyTensors(units, cache(draw) if small else draw)
+        return LazyTensors(units, cache(draw) if self.is_small else draw)
 
     def units(self, ball: Ball) -> Weights:
         """Return the unit of a perturbation by parameter name: a scalar (the base's RMS) or |θ₀|, of the tensor's shape."""
@@ -225,9 +243,9 @@ class Perturbable:
     def weight_setter(self, *, in_place: bool = False) -> Iterator[SetWeights]:
         """Yield a function that sets θ. At the end of the block, also after an exception, θ is θ₀ again.
 
-        For forward passes stored weights are not touched: each module receives its tensors while it runs, one at a time. If
-        a module reads another module's weights (see `is_swappable`), and for gradients, parameters are changed in place and
-        restored from a copy.
+        For forward passes stored weights are not touched: modules receive other tensors, all at once if the model is small
+        (`is_small`), else each module its own while it runs. If that is not the same as changing the parameters (see
+        `is_swappable`), and for gradients, parameters are changed in place and restored from a copy.
 
         Args:
             in_place: change the parameters themselves, as gradients with respect to them need. Costs a copy of them.
@@ -236,7 +254,7 @@ class Perturbable:
             EmomergeError: the SHA-256 of all weights changed.
         """
         swap = not in_place and self.is_swappable
-        with self.guarded(), self._swapped() if swap else self._copied() as set_weights:
+        with self.guarded(), self._swapping() if swap else self._copied() as set_weights:
             yield set_weights
 
     @contextmanager
@@ -249,8 +267,8 @@ class Perturbable:
     def is_swappable(self) -> bool:
         """Whether swapping tensors into running modules is the same as changing the parameters. Two forward passes, once.
 
-        Fused layers, modules that hold a weight twice, and parents that read a child's weight (`nn.MultiheadAttention`) fail
-        this test. It flips one bit of each weight, which is undone without a copy.
+        Modules that hold a weight twice fail this test, and in models that are not small fused layers and parents that read a
+        child's weight (`nn.MultiheadAttention`) do. It flips one bit of each weight, which is undone without a copy.
         """
         with self.guarded():
             try:
@@ -258,7 +276,7 @@ class Perturbable:
                 expected = self.evaluate(0)
             finally:
                 self._flip()
-            with self._swapped() as set_weights:
+            with self._swapping() as set_weights:
                 set_weights(LazyTensors(self.parameters, lambda name: _flipped(self.parameters[name].detach())))
                 return self.evaluate(0) == expected
 
@@ -266,14 +284,38 @@ class Perturbable:
         for parameter in self.parameters.values():
             parameter.data.copy_(_flipped(parameter.detach()))
 
-    @contextmanager
-    def _swapped(self) -> Iterator[SetWeights]:
-        """Modules see other weights while they run; the parameters themselves stay as they are."""
+    def _swapping(self) -> AbstractContextManager[SetWeights]:
+        return self._swapped() if self.is_small else self._swapped_by_module()
+
+    @property
+    def _slots(self) -> dict[nn.Module, list[tuple[str, str]]]:
+        """Module → (attribute, parameter) of each parameter that it holds; to be read while the parameters are in place."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        slots = {
+        return {
             module: [(leaf, names[id(p)]) for leaf, p in module._parameters.items() if id(p) in names]
             for module in self.model.modules()
         }
+
+    @contextmanager
+    def _swapped(self) -> Iterator[SetWeights]:
+        """All modules hold other weights; the parameters themselves stay as they are."""
+        slots = self._slots
+
+        def set_weights(new: Weights) -> None:
+            tensors = {name: cast(nn.Parameter, tensor) for name, tensor in new.items()}
+            for module, owned in slots.items():
+                for leaf, name in owned:
+                    module._parameters[leaf] = tensors.get(name, self.parameters[name])
+
+        try:
+            yield set_weights
+        finally:
+            set_weights({})
+
+    @contextmanager
+    def _swapped_by_module(self) -> Iterator[SetWeights]:
+        """Modules hold other weights while they run, so that of these one module's exist at a time."""
+        slots = self._slots
         weights: Weights = {}
 
         def set_weights(new: Weights) -> None:
@@ -342,6 +384,14 @@ class Perturbable:
     def sha256(self) -> str:
         """Return the SHA-256 of all weights, in the order of their names."""
         return hash_tensors(sorted(self.model.state_dict().items()))
+
+
+def _on_host(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """Return the elements of flat tensors, copied from the device at once."""
+    if not tensors:
+        return []
+    whole = torch.cat([*tensors]).cpu().double()
+    return [part.tolist() for part in whole.split([len(tensor) for tensor in tensors])]
 
 
 def normals(seed: int, number: int, name: str, like: Tensor) -> Tensor:

@@ -95,9 +95,10 @@ class Metric:
         options: the recipe's `probe` section → options of the function.
         parts: number of batches that a recipe's rows are cut into; None: the recipe's own batches.
         split: how workers share it: by direction (the function takes `directions`, a number of directions or a list of
-            indices, and `on_direction`), as a whole, or not at all because it is cheap.
+            indices), as a whole, or not at all because it is cheap.
         cost: (options, batches) → cost in forward passes of one batch; a forward with a backward pass counts as three.
         report: (summary, name of the model) → columns and estimates.
+        sample: positions among the recipe's directions of those that it is measured in; None: all.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Metric:
     split: Split | None
     cost: Callable[[Options, int], float] | None
     report: Callable[[Any, str], Report]
+    sample: tuple[int, ...] | None = None
 
     @property
     def needs(self) -> set[str]:
@@ -143,15 +145,19 @@ class Metric:
             except ValidationError as error:
                 fault = error.errors()[0]
                 raise BadInput(fault["msg"], where=f"{where}.{option}", found=repr(fault["input"])) from None
-        return {**self.options(probe), **checked}
+        options = {**self.options(probe), **checked}
+        if self.sample is not None:
+            directions = direction_indices(options["directions"])
+            options["directions"] = [directions[position] for position in self.sample if position < len(directions)]
+        return options
+
+    def directions(self, probe: recipe.Probe) -> int | None:
+        """Return in how many directions a recipe measures it, or None if it has no directions that workers could share."""
+        return len(direction_indices(self.options_of(probe)["directions"])) if self.split == "directions" else None
 
     def looks_at(self, role: Role) -> bool:
         """Return whether it is measured of models of a role, each on its own."""
         return self.models == "every" and role in self.roles
-
-    def steps(self, probe: recipe.Probe) -> int:
-        """Return the number of steps that measuring one model takes on a progress line: directions, or 1."""
-        return len(direction_indices(self.options_of(probe)["directions"])) if self.split == "directions" else 1
 
     def passes(self, options: Options, batches: int) -> float:
         """Return the cost of measuring one model with some options, in forward passes."""

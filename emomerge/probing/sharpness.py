@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,6 @@ def gaussian(
     probe: Perturbable,
     radii: Sequence[float] = (0.01, 0.03, 0.1),
     directions: int | Sequence[int] = 16,
-    on_direction: Callable[[int], None] = lambda number: None,
 ) -> Measurement:
     """Measure antithetic average-case sharpness, [L(θ+sδ) + L(θ−sδ)]/2 − L(θ), in the base-RMS ball.
 
@@ -45,7 +44,6 @@ def gaussian(
         probe: the model.
         radii: s, as fractions of the base's RMS per tensor.
         directions: number of Gaussian directions δ, or the indices of particular ones.
-        on_direction: called with the index of each direction that is done.
 
     Returns:
         values (radii, directions, units) in nats; the summary by radius.
@@ -53,7 +51,7 @@ def gaussian(
     Raises:
         BadInput: a radius is too small for the weights' dtype.
     """
-    return _average(probe, "gaussian", "base", radii, directions, on_direction)
+    return _average(probe, "gaussian", "base", radii, directions)
 
 
 @metric(
@@ -68,14 +66,13 @@ def adaptive(
     probe: Perturbable,
     radii: Sequence[float] = (0.05, 0.1, 0.2),
     directions: int | Sequence[int] = 16,
-    on_direction: Callable[[int], None] = lambda number: None,
 ) -> Measurement:
     """Measure average-case sharpness relative to each weight's own magnitude: `gaussian` with δ = |w| ⊙ z.
 
     Secondary, because it rewards models with small weights. It is invariant to rescalings of weights that keep the function,
     and a zero weight stays zero. Same cost as `gaussian`.
     """
-    return _average(probe, "adaptive", "own", radii, directions, on_direction)
+    return _average(probe, "adaptive", "own", radii, directions)
 
 
 def _average(
@@ -84,22 +81,18 @@ def _average(
     ball: Ball,
     radii: Sequence[float],
     directions: int | Sequence[int],
-    on_direction: Callable[[int], None],
 ) -> Measurement:
-    middle = [np.array(probe.center_row(batch)["loss"]) for batch in range(len(probe.batches))]
-    realised = [require_resolved(probe, name, ball, radius) for radius in radii]
+    middle, batches = probe.center_losses(), range(len(probe.batches))
+    realised = require_resolved(probe, name, ball, radii)
     found: list[list[Array]] = [[] for _ in radii]
     with probe.weight_setter() as set_weights:
         for number in direction_indices(directions):
             direction = probe.direction(number, ball)
             for r, radius in enumerate(radii):
-                units = []
-                for batch in range(len(probe.batches)):
-                    evaluate = partial(_both_sides, probe, set_weights, direction, radius, batch)
-                    row = probe.ledger.ask(evaluate, **probe.ledger_key(name, radius, number, batch))
-                    units.append((np.array(row["up"]) + np.array(row["down"])) / 2 - middle[batch])
-                found[r].append(np.concatenate(units))
-            on_direction(number)
+                evaluate = partial(_both_sides, probe, set_weights, direction, radius)
+                rows = probe.ledger.ask_all(evaluate, [probe.ledger_key(name, radius, number, batch) for batch in batches])
+                up, down = (np.concatenate([row[side] for row in rows]) for side in ("up", "down"))
+                found[r].append((up + down) / 2 - middle)
     values, weight = np.array(found), probe.unit_weights()
     by_radius = {
         f"{r:g}": {**summary(v, weight, r), "realised": kept} for r, v, kept in zip(radii, values, realised, strict=True)
@@ -108,24 +101,28 @@ def _average(
 
 
 def _both_sides(
-    probe: Perturbable, set_weights: SetWeights, direction: Weights, radius: float, batch: int
-) -> dict[str, list[float]]:
-    set_weights(probe.along(direction, radius))
-    up, _ = probe.evaluate(batch)
-    set_weights(probe.along(direction, -radius))
-    down, _ = probe.evaluate(batch)
-    return {"up": up, "down": down}
+    probe: Perturbable, set_weights: SetWeights, direction: Weights, radius: float, batches: Sequence[int]
+) -> list[dict[str, list[float]]]:
+    sides = []
+    for factor in (radius, -radius):
+        set_weights(probe.along(direction, factor))
+        sides.append([losses for losses, _ in probe.evaluate_all(batches)])
+    return [{"up": up, "down": down} for up, down in zip(*sides, strict=True)]
 
 
-def require_resolved(probe: Perturbable, name: str, ball: Ball, radius: float) -> dict[str, float]:
-    """Return what rounding to the weights' dtype leaves of a radius: `norm`, relative to the intended one, and `cosine`.
+def require_resolved(probe: Perturbable, name: str, ball: Ball, radii: Sequence[float]) -> list[dict[str, float]]:
+    """Return what rounding to the weights' dtype leaves of each radius: `norm`, relative to the intended one, and `cosine`.
 
     Raises:
         BadInput: so little is left that the measurement would be one of rounding errors.
     """
+    direction = probe.direction(0, ball)
+    return [_resolved(probe, name, direction, radius) for radius in radii]
 
+
+def _resolved(probe: Perturbable, name: str, direction: Weights, radius: float) -> dict[str, float]:
     def evaluate() -> dict[str, float]:
-        norm, cosine = probe.realised(probe.direction(0, ball), radius)
+        norm, cosine = probe.realised(direction, radius)
         return {"norm": norm, "cosine": cosine}
 
     row = probe.ledger.ask(evaluate, **probe.ledger_key(f"{name} realised", radius, 0, 0))

@@ -164,6 +164,7 @@ class _Ascent:
         weights = torch.as_tensor(weight, dtype=groups.dtype, device=groups.device).reshape(-1)
         loss = (groups * weights).sum() / weights.sum()
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        self.probe.on_passes(BACKWARD)
         scaled = {
             name: torch.zeros_like(u[name]) if gradient is None else units[name] * gradient
             for name, gradient in zip(parameters, gradients, strict=True)

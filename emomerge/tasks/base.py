@@ -49,6 +49,11 @@ class Split:
         return Split({name: self._fields[name]}).digest if name in self._fields else None
 
     @cached_property
+    def lengths(self) -> Tensor:
+        """What each row takes of a batch that is padded to its longest row, (rows,); all 0 if batches are not padded."""
+        return torch.zeros(len(self), dtype=torch.int64)
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of all examples in order: names, dtypes, shapes and bytes of their tensors."""
         sha = hashlib.sha256()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ class TextSplit(Split):
 
     def __init__(self, fields: Mapping[str, Tensor]) -> None:
         super().__init__({name: field.int() for name, field in fields.items()})
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Number of tokens in each row (rows,)."""
+        return self._fields["attention_mask"].sum(dim=1)
 
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
         """Return token fields (len(indices), longest of these) and labels (len(indices),), all int64."""

@@ -129,8 +129,8 @@ KILLS = {
     "run 5": ("emomerge.training.run_dir.RunDir.append_metrics", 24 + 4),
     "merge, in a file": ("emomerge.merging.MergedCheckpoint.__getitem__", 30),
     "merge, before its stamp": ("emomerge.experiment.workspace.Workspace.write_stamp", 3),
-    "probe, early": ("emomerge.probing.ledger.Ledger.ask", 300),
-    "probe, late": ("emomerge.probing.ledger.Ledger.ask", 1100),
+    "probe, early": ("emomerge.probing.ledger.Ledger._add", 80),
+    "probe, late": ("emomerge.probing.ledger.Ledger._add", 220),
     "report": ("emomerge.experiment.pipeline.write_report", 1),
 }
 OFTEN = ("base", "run 4, between weights and state", "merge, in a file", "probe, early")

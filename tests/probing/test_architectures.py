@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import emomerge
-from emomerge.probing import METRICS, Perturbable, rms
+from emomerge.probing import METRICS, Perturbable, perturb, rms
 
 transformers = pytest.importorskip("transformers")
 
@@ -72,7 +72,9 @@ def bits(model):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_weights_are_restored_to_the_bit_after_every_metric_and_exception(name):
+@pytest.mark.parametrize("kept", [perturb.KEPT_BYTES, 0], ids=["at once", "by module"])
+def test_weights_are_restored_to_the_bit_after_every_metric_and_exception(name, kept, monkeypatch):
+    monkeypatch.setattr(perturb, "KEPT_BYTES", kept)
     model, base, other, batches = build(name), build(name), build(name), [batch_of(name)]
     with torch.no_grad():
         for scale, moved in ((0.1, model), (-0.1, other)):
@@ -104,4 +106,4 @@ def test_weights_are_restored_to_the_bit_after_every_metric_and_exception(name):
             emomerge.probe(model, counted, batches, {metric: FEW[metric]}, **options)
         check()
     swappable = Perturbable(model, loss, batches, rms(base)).is_swappable
-    assert swappable is (name != "Mamba")  # its mixer reads the weight of its convolution
+    assert swappable is (name != "Mamba" or kept > 0)  # its mixer reads the weight of its convolution

@@ -78,18 +78,28 @@ class Twice(nn.Module):
         return self(x, again=False) @ self.weight if again else (x + 1) @ self.weight
 
 
+@pytest.fixture(params=["at once", "by module"])
+def swapping(request, monkeypatch):
+    """How other weights are swapped in: all at once, or as in large models each module's while it runs."""
+    if request.param == "by module":
+        monkeypatch.setattr(perturb, "KEPT_BYTES", 0)
+    return request.param
+
+
 SWAPPABLE = {Tied: True, Peeking: False, Recurrent: True, Attending: False, Twice: False}
+"""Whether it can be swapped by module; at once all of these can."""
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_weights_are_restored_to_the_bit_also_after_an_exception(in_place):
+def test_weights_are_restored_to_the_bit_also_after_an_exception(in_place, swapping):
     model = Tied()
     model.norm.eval()
     probe = probe_of(model)
     before, state = probe.sha256(), {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(KeyError), probe.weight_setter(in_place=in_place) as place:
         place(probe.along(probe.direction(0), 0.3))
-        assert (probe.sha256() == before) is not in_place  # for forward passes no stored weight is touched
+        untouched = all(torch.equal(p, state[name]) for name, p in probe.parameters.items())
+        assert untouched is not in_place  # for forward passes no stored weight is touched
         assert not model.training
         raise KeyError
     assert probe.sha256() == before
@@ -102,7 +112,7 @@ def test_weights_are_restored_to_the_bit_also_after_an_exception(in_place):
     assert not model.first._forward_pre_hooks
 
 
-def test_an_exception_in_the_middle_of_a_forward_pass():
+def test_an_exception_in_the_middle_of_a_forward_pass(swapping):
     class Failing(Tied):
         fails = False
 
@@ -130,11 +140,11 @@ def test_a_change_of_the_weights_behind_the_probes_back_is_noticed():
 
 
 @pytest.mark.parametrize("kind", SWAPPABLE)
-def test_swapped_weights_give_what_a_moved_clone_gives(kind):
+def test_swapped_weights_give_what_a_moved_clone_gives(kind, swapping):
     torch.manual_seed(0)
     model = kind()
     probe, clone = probe_of(model), copy.deepcopy(model).eval()
-    assert probe.is_swappable is SWAPPABLE[kind]
+    assert probe.is_swappable is (SWAPPABLE[kind] or swapping == "at once")
     there = dict(probe.along(probe.direction(5), 0.3))
     clone.load_state_dict(there, strict=False)
     with probe.weight_setter() as place:
@@ -144,7 +154,7 @@ def test_swapped_weights_give_what_a_moved_clone_gives(kind):
         assert probe.evaluate(0) == probe_of(model).evaluate(0)
 
 
-def test_the_self_test_sees_a_weight_that_is_held_twice():
+def test_the_self_test_sees_a_weight_that_is_held_twice(swapping):
     class Holding(Peeking):
         def forward(self, x):
             return nn.functional.linear(self.child(x), self.held)
@@ -169,6 +179,22 @@ def test_large_directions_are_drawn_again_and_are_the_same(monkeypatch):
     kept = sharpness.gaussian(probe_of(model), directions=2).values
     monkeypatch.setattr(perturb, "KEPT_BYTES", 0)
     assert (sharpness.gaussian(probe_of(model), directions=2).values == kept).all()
+
+
+def test_several_batches_are_evaluated_as_one_by_one_and_passes_are_counted():
+    batches, counted = [torch.rand(rows, 3) for rows in (5, 2, 4)], []
+
+    def grouped(model, batch):  # in groups of two rows; the weights are a tensor, a list or a number
+        losses = torch.stack([rows.square().mean() for rows in model(batch).split(2)])
+        weights = torch.tensor([float(len(rows)) for rows in batch.split(2)])
+        return losses, {5: weights, 4: weights.tolist(), 2: float(weights[0])}[len(batch)]
+
+    model = Tied().eval()
+    probe = Perturbable(model, grouped, batches, rms(model), on_passes=counted.append)
+    found = probe.evaluate_all([2, 0, 1])
+    assert found == [probe.evaluate(index) for index in (2, 0, 1)]
+    assert [weights for _, weights in found] == [[2.0, 2.0], [2.0, 2.0, 1.0], [2.0]]
+    assert sum(counted) == 6
 
 
 def test_gradients_are_those_at_the_moved_weights():

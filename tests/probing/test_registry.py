@@ -1,5 +1,7 @@
 """Metrics as recipes name them: presets, options, and what a metric without a report of its own shows."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -35,8 +37,18 @@ def test_options_of_a_recipe_reach_the_metric():
     probe = recipe.Probe(directions=3, radii=(0.2,), options={"gaussian": {"radii": [0.5]}, "basin": {"rise": 1}})
     assert METRICS["gaussian"].options_of(probe) == {"radii": [0.5], "directions": 3}
     assert METRICS["basin"].options_of(probe) == {"rise": 1.0}
-    assert METRICS["gaussian"].steps(probe) == 3
+    assert METRICS["gaussian"].directions(probe) == 3
+    assert METRICS["basin"].directions(probe) is None
     assert METRICS["gaussian"].passes(METRICS["gaussian"].options_of(probe), batches=2) == 2 * 3 * 2
+
+
+def test_a_sample_of_directions_restricts_a_metric():
+    few = dataclasses.replace(METRICS["gaussian"], sample=(1, 2))
+    assert few.options_of(recipe.Probe(directions=3))["directions"] == [1, 2]
+    assert few.directions(recipe.Probe(directions=3)) == 2
+    assert few.passes(few.options_of(recipe.Probe(directions=3)), batches=5) == 2 * 3 * 2 * 5
+    chosen = recipe.Probe(options={"gaussian": {"directions": [7, 3, 9, 4]}})
+    assert few.options_of(chosen)["directions"] == [3, 9]
 
 
 @pytest.mark.parametrize(

@@ -137,26 +137,24 @@ def test_gradient_norm_and_noise_floor():
     assert probe.model.w.grad is None
 
 
-def test_scores_are_weighted_and_remembered():
-    calls = []
+def test_scores_are_weighted_remembered_and_evaluated_together():
+    calls, ledger, model = [], Ledger(), nn.Linear(1, 1)
 
-    def score(model, batch):
-        calls.append(batch)
-        return {"loss": float(batch), "weight": float(batch)}
+    def score(batches):
+        assert not model.training and torch.is_inference_mode_enabled()
+        calls.append(list(batches))
+        return [{"loss": 1.0 + 2 * batch, "weight": 3.0 - batch} for batch in batches]
 
-    ledger, model = Ledger(), nn.Linear(1, 1)
-    for _ in range(2):
-        found = scores(
-            model,
-            [torch.tensor(1.0), torch.tensor(3.0)],
-            score,
-            ledger=ledger,
-            model_hash="m",
-            data_hash="d",
-            split="test",
-        )
-    assert mean_score(found, "loss") == pytest.approx(10 / 4)
-    assert len(calls) == 2
+    def of(count, together):
+        key = {"ledger": ledger, "model_hash": "m", "data_hash": "d", "split": "test"}
+        return scores(model, count, score, together=together, **key)
+
+    assert of(2, 1)["loss"].tolist() == [1, 3] and calls == [[0], [1]]
+    found = of(3, 3)  # two are known
+    assert calls[2:] == [[2]] and model.training
+    assert mean_score(found, "loss") == pytest.approx((3 * 1 + 2 * 3 + 1 * 5) / 6)
+    of(3, 2)
+    assert len(calls) == 3
 
 
 def test_a_probe_cut_short_anywhere_ends_with_the_same_figures(tmp_path):

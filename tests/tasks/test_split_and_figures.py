@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from emomerge.errors import BadInput
-from emomerge.experiment.measure import score
+from emomerge.experiment.scores import Scorer, score
 from emomerge.tasks import Split, Task, sources
 from emomerge.tasks.text import TextSplit
 from emomerge.tasks.text_classification import TextClassification
@@ -79,6 +79,36 @@ def test_loss_is_float32_of_half_logits():
     model = model.bfloat16().eval()
     batch = {"x": split.batch(range(4))["x"].bfloat16(), "labels": split.batch(range(4))["labels"]}
     assert task.loss(model, batch).dtype == torch.float32
+
+
+class Padded(Split):
+    """Rows of different lengths in batches as wide as their longest row."""
+
+    lengths = property(lambda self: self._fields["length"])
+
+    def batch(self, indices):
+        batch = super().batch(indices)
+        Padded.widths.append(int(batch["length"].max()))
+        return {name: batch[name] for name in ("x", "labels")}
+
+
+@pytest.mark.parametrize("size, width", [(5, 7), (3, 3), (4, 40)])
+def test_scores_of_batches_do_not_depend_on_the_rows_that_are_evaluated_together(size, width):
+    task, model, plain = toy()
+    lengths = torch.randint(1, 99, (37,), generator=torch.Generator().manual_seed(1))
+    split, Padded.widths = Padded(plain.batch(range(37)) | {"length": lengths}), []
+    rows = torch.arange(36, 3, -1)
+    scorer = Scorer(split, rows, size=size, width=width, device=torch.device("cpu"))
+    expected = [score(task, model.eval(), plain.batch(part)) for part in rows.split(size)]
+    everything = range(len(expected))
+    assert scorer.sizes == [len(part) for part in rows.split(size)]
+    for wanted in (everything, everything[1::2]):
+        for found, number in zip(scorer.scores(task, model, wanted), wanted, strict=True):
+            assert found == pytest.approx(expected[number], rel=1e-6) and found.keys() == expected[number].keys()
+    assert sum(Padded.widths[:2]) <= 2 * lengths.median() or width > 16  # short rows keep each other company
+    assert len(Padded.widths) == sum(-(-len(part) // width) for part in rows.split(size * scorer.together))  # each moved once
+    total = sum(e["loss"] * e["weight"] for e in expected) / len(rows)
+    assert scorer.mean_loss(task, model) == pytest.approx(total, rel=1e-6)
 
 
 @given(

@@ -29,6 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from emomerge.errors import BadInput
 from emomerge.probing.hessian.vectors import dots, norm
 from emomerge.probing.perturb import Perturbable, Step, normals
+from emomerge.probing.registry import BACKWARD
 
 Array: TypeAlias = NDArray[np.float64]
 Method = Literal["finite-difference", "autograd"]
@@ -75,6 +76,8 @@ class Curvature:
         whole = torch.cat([p.detach().reshape(-1).to(self.device) for p in probe.parameters.values()])
         self._norm = norm(whole) or 1.0
         self.step = STEP[self.dtype]
+        self._totals: dict[int, float] = {}
+        """Batch → its weight."""
         self.disagreement: float | None = None
         """Relative difference of the products by two ε; None until they are compared, and for `autograd`."""
 
@@ -194,6 +197,7 @@ class Curvature:
         with torch.enable_grad():
             loss, weight = self._loss(batch)
             gradients = torch.autograd.grad(loss, [*self.parameters.values()], materialize_grads=True)
+        self.probe.on_passes(BACKWARD)
         return self.flat(gradients), weight
 
     def _double_backward(self, batch: int, vector: Tensor) -> tuple[Tensor, float]:
@@ -207,6 +211,7 @@ class Curvature:
             outputs, directions = zip(*curved, strict=True)
             try:
                 products = torch.autograd.grad(outputs, parameters, directions, materialize_grads=True)
+                self.probe.on_passes(2 * BACKWARD)
             except RuntimeError as error:
                 if not re.search("derivative|differentiate", str(error)):
                     raise
@@ -218,7 +223,9 @@ class Curvature:
     def _loss(self, batch: int) -> tuple[Tensor, float]:
         loss, weight = self.probe.loss(self.probe.model, self.probe.batches[batch])
         weights = torch.as_tensor(weight, dtype=loss.dtype, device=loss.device)
-        total = float(np.sum(weight))
+        if batch not in self._totals:  # copied from the device once
+            self._totals[batch] = float(weight.cpu().double().sum() if isinstance(weight, Tensor) else np.sum(weight))
+        total = self._totals[batch]
         return (loss * weights).sum() / total, total
 
 
