@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +21,18 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     written = {"reference/commands.md": commands, "reference/recipes.md": recipes, "reference/methods.md": methods}
     make = written.get(page.file.src_uri)
     return markdown if make is None else "\n\n".join([markdown, *make()])
+
+
+def on_files(files: Any, config: Any, **_: Any) -> Any:
+    """Draw the pages of the gallery from the stored results."""
+    from mkdocs.structure.files import File
+
+    sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+    from gallery import write_pages
+
+    for page in write_pages(Path(tempfile.mkdtemp(prefix="emomerge-gallery-"))):
+        files.append(File.generated(config, f"gallery/{page.name}", abs_src_path=str(page)))
+    return files
 
 
 def commands() -> Iterator[str]:
