@@ -21,7 +21,6 @@ MEETING = 10
 RATES = (1e-3, 3e-3)
 CASES = {
     ("strong", "random"): "FashionMNIST, 11,000 rows a node",
-    ("small", "random"): "FashionMNIST, 100 rows a node",
     ("strong", "classes"): "FashionMNIST, two classes a node",
 }
 SCHEMES = ("independent, mean", "independent, tall-mask", "alone", "meeting", "synchronous")
@@ -106,7 +105,7 @@ def draw_nodes(units: Units) -> Any:
     source="README, main features",
     control="The same five nodes with synchronous data parallelism at the same number of steps, and each node alone on its "
     "shard. It would hold if the merge were never worse than synchronous training and always better than a node alone, with "
-    "both presets and for all three kinds of shards. AdamW in the same schemes shows whether that is special to emo.",
+    "both presets and for both kinds of shards. AdamW in the same schemes shows whether that is special to emo.",
     taught="To be written.",
     arms=[
         {"task": name, "split": split, **arm}

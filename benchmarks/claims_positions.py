@@ -17,6 +17,8 @@ from emomerge.optim import OPTIMIZERS
 TASKS = ("mild", "strong", "digits")
 RATES = (1e-3, 3e-3, 1e-2)
 LENGTH = len(FIVE)
+TRUNKS = ("cats", "tion")
+"""Other optimizers for the trunk than the first of the five."""
 MERGES = ("mean", "tall-mask")
 
 
@@ -147,7 +149,7 @@ def draw_positions(units: Units) -> Any:
             for optimizer in FIVE:
                 found = units.estimate("mean test", task=name, preset=preset, set=optimizer)
                 rows.append(dot(f"{display(optimizer)} ×5", "one optimizer, five data orders", panel, found))
-    title = ["Mean of five separate runs: one good optimizer five times, against the five together"]
+    title = ["Mean of five separate runs: one good optimizer five times is as good as the five together, or better"]
     return dots(rows, title, "test loss", step=15)
 
 
@@ -209,20 +211,18 @@ def judge_rounds(units: Units) -> Verdict:
         adamw = units.best("soup validation", [a for a in units.arms() if a["task"] == name and a["set"] == "adamw"])
         rivals.append(units.paired("soup test", five, adamw))
     flags = [d.sign < 0 for d in differences]
-    every = {
-        x: [units.paired("soup test", _five(name), {"task": name, "preset": OURS, "set": x}) for name in TASKS] for x in FIVE
-    }
-    mean = {x: sum(d.mean for d in ds) / len(ds) for x, ds in every.items()}
-    winner = max(mean, key=mean.__getitem__)
+    alike: dict[str, list[Arm]] = {x: [{"task": name, "preset": OURS, "set": x} for name in TASKS] for x in FIVE}
+    winner = min(FIVE, key=lambda x: sum(units.estimate("soup validation", **arm).mean for arm in alike[x]))
+    against = [units.paired("soup test", _five(str(arm["task"])), arm) for arm in alike[winner]]
     text = (
         f"With emomerge's default procedure the five have a lower test loss than five runs of the one optimizer that is best "
-        f"on validation data on {counted(flags)} tasks, and a higher one on {counted([d.sign > 0 for d in differences])}. Over "
-        f"the tasks the best single choice is {display(winner)}: the five − it is "
-        f"{'; '.join(interval_text(d) for d in every[winner])}. Against AdamW five times in the same procedure, its rate "
+        f"on validation data on {counted(flags)} tasks, and a higher one on {counted([d.sign > 0 for d in differences])}. One "
+        f"optimizer for all tasks, chosen on validation data, is {display(winner)}: the five − it is "
+        f"{'; '.join(interval_text(d) for d in against)}. Against AdamW five times in the same procedure, its rate "
         f"tuned: {'; '.join(interval_text(d) for d in rivals)}."
     )
     lines = [f"{display(x)}: {_changes(units, leave=x)}" for x in FIVE]
-    trunks = [f"{display(x)}: {_changes(units, first=x)}" for x in FIVE[1:]]
+    trunks = [f"{display(x)}: {_changes(units, first=x)}" for x in TRUNKS]
     notes = (
         f"Test loss of the greedy soup of rounds; {STEPS} steps a run, half of them in the trunk, which the first run takes; "
         "bold: the set of one optimizer chosen on validation data. Order of the tasks below: "
@@ -246,7 +246,7 @@ def draw_rounds(units: Units) -> Any:
     for name in TASKS:
         panel = SETTINGS[name].title
         rows.append(dot("all five", "the five optimizers", panel, units.estimate("soup test", **_five(name))))
-        for x in FIVE[1:]:
+        for x in TRUNKS:
             found = units.estimate("soup test", **{**_five(name), "first": x})
             rows.append(dot(f"trunk by {display(x)}", "the five, another takes the trunk", panel, found))
         for x in FIVE:
@@ -273,7 +273,7 @@ def draw_rounds(units: Units) -> Any:
         [
             {"preset": OURS, "set": "five", "leave": None},
             *({"preset": OURS, "set": "five", "leave": x} for x in FIVE),
-            *({"preset": OURS, "set": "five", "first": x} for x in FIVE[1:]),
+            *({"preset": OURS, "set": "five", "first": x} for x in TRUNKS),
             *({"preset": OURS, "set": x} for x in FIVE),
             *({"set": "adamw", "rate": rate} for rate in RATES[:2]),
         ],

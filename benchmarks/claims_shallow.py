@@ -6,14 +6,14 @@ import time
 from typing import Any
 
 from claims_core import Arm, Effort, Figures, Units, Verdict, claim, interval_text, worded
-from claims_merging import ABOUT, SETTINGS, STEPS, Member, Run, by_task, soup_of, task, train_apart, train_rounds
+from claims_merging import ABOUT, SETTINGS, Member, Run, by_task, soup_of, task, train_apart, train_rounds
 from claims_merging_charts import dot, dots
 from claims_training import FIVE, OURS, PUBLISHED, Diverged
 from evidence_tables import Estimate
 
 from emomerge.optim import OPTIMIZERS
 
-TASKS = ("strong", "small", "digits")
+TASKS, STEPS = ("strong", "digits"), 100
 RATES = (1e-3, 3e-3, 1e-2)
 SNAPSHOTS = 12
 MARGIN = 0.05
