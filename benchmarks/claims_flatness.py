@@ -6,11 +6,11 @@ import statistics
 from typing import Any
 
 from claims_core import Arm, Effort, Figures, Units, Verdict, claim, counted, interval_text, worded
-from claims_merging import ABOUT, SETTINGS, STEPS, Member, Run, State, Task, by_task, soup_of, task, train_apart, train_rounds
+from claims_merging import ABOUT, SETTINGS, SHALLOW, Member, Run, State, Task, by_task, soup_of, task, train_apart, train_rounds
 from claims_merging_charts import dot, dots
 from claims_training import FIVE, OURS, PUBLISHED
 
-TASKS = ("strong", "cnn", "digits")
+TASKS = ("mild", "strong", "digits")
 PROCEDURES = {"v3.8 apart": "`v3.8`, tall-mask", "auto apart": "`auto`, tall-mask", "rounds": "default, soup of rounds"}
 RADII = (0.03, 0.1)
 SNAPSHOTS = 40
@@ -48,8 +48,7 @@ def judge_flatter(units: Units) -> Verdict:
     text = f"Merge against {found}. Flatter than both controls: {counted(flags)}."
     notes = (
         "Gaussian sharpness in nats: the mean rise of the training loss at a tenth of the base's RMS per tensor, 16 directions "
-        f"and their opposites, 2,000 rows; {STEPS} steps a run. {ABOUT} “CNN” has two convolutions, 10,000 rows and a base of "
-        "300 steps, and adapts to inverted images."
+        f"and their opposites, 2,000 rows; {SHALLOW} steps a run. {ABOUT}"
     )
     return Verdict(worded(flags), text, rows, notes)
 
@@ -86,7 +85,7 @@ def draw_flatter(units: Units) -> Any:
 )
 def flatter(arm: Arm, seed: int, effort: Effort) -> Figures:
     """Sharpness and training loss of the merge and its controls."""
-    of, steps = task(arm["task"], effort), effort.steps(STEPS)
+    of, steps = task(arm["task"], effort), effort.steps(SHALLOW)
     preset = PUBLISHED if arm["merge"] == "v3.8 apart" else OURS
     members = [Member(f"{name}/{preset}", 0 if preset == PUBLISHED else order) for order, name in enumerate(FIVE)]
     if arm["merge"] == "rounds":

@@ -30,8 +30,8 @@ from emomerge.training.plan import round_ends
 from emomerge.training.rounds import nesterov
 
 State = dict[str, Tensor]
-STEPS = 200
-"""Steps of one run of five."""
+STEPS, SHALLOW = 200, 100
+"""Steps of one run of five: about which members to merge, and in the other claims."""
 
 
 class Member(NamedTuple):

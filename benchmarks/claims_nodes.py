@@ -8,17 +8,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from claims_core import Arm, Effort, Figures, Units, Verdict, claim, counted, interval_text, worded
-from claims_merging import ABOUT, Member, Run, State, Task, mean_weights, task
+from claims_merging import ABOUT, SHALLOW, Member, Run, State, Task, mean_weights, task
 from claims_merging_charts import dot, dots
 from claims_training import FIVE, OURS, PUBLISHED, Diverged, Rows, batches
 from evidence_tables import Estimate
 
 from emomerge.optim import OPTIMIZERS
 
-NODES, STEPS = 5, 100
+NODES = 5
 MEETING = 10
 """Steps between meetings of nodes that average their weights."""
-RATES = (1e-3, 3e-3)
+RATES = (3e-3, 1e-2)
 CASES = {
     ("strong", "random"): "FashionMNIST, 11,000 rows a node",
     ("strong", "classes"): "FashionMNIST, two classes a node",
@@ -70,9 +70,10 @@ def judge_nodes(units: Units) -> Verdict:
         f"{counted(d.sign > 0 for d in to_alone)}."
     )
     notes = (
-        f"Test loss; {NODES} nodes, {STEPS} steps each. Synchronous: gradients averaged over the nodes in every step, as many "
-        f"steps. Meeting: weights averaged every {MEETING} steps. Alone: mean over the nodes. In each cell the optimizer (for "
-        f"AdamW its rate) is the best for that scheme on validation data; “nodes” names it for the merge. {ABOUT}"
+        f"Test loss; {NODES} nodes, {SHALLOW} steps each. Synchronous: gradients averaged over the nodes in every step, as "
+        f"many steps. Meeting: weights averaged every {MEETING} steps. Alone: mean over the nodes. In each cell the optimizer "
+        "(for AdamW its rate) is the best for that scheme on validation data; “nodes” names it for the merge. "
+        f"{ABOUT}"
     )
     return Verdict(worded(flags), text, rows, notes)
 
@@ -120,7 +121,7 @@ def draw_nodes(units: Units) -> Any:
 )
 def nodes(arm: Arm, seed: int, effort: Effort) -> Figures:
     """Losses of the five schemes."""
-    of, steps = task(arm["task"], effort), effort.steps(STEPS)
+    of, steps = task(arm["task"], effort), effort.steps(SHALLOW)
     parts = shards(of.train, arm["split"], seed)
     names = FIVE if arm["set"] == "five" else [arm["set"]] * NODES
     rules = [name if name == "adamw" else f"{name}/{arm['preset']}" for name in names]

@@ -6,14 +6,14 @@ import time
 from typing import Any
 
 from claims_core import Arm, Effort, Figures, Units, Verdict, claim, interval_text, worded
-from claims_merging import ABOUT, SETTINGS, Member, Run, by_task, soup_of, task, train_apart, train_rounds
+from claims_merging import ABOUT, SETTINGS, SHALLOW, Member, Run, by_task, soup_of, task, train_apart, train_rounds
 from claims_merging_charts import dot, dots
 from claims_training import FIVE, OURS, PUBLISHED, Diverged
 from evidence_tables import Estimate
 
 from emomerge.optim import OPTIMIZERS
 
-TASKS, STEPS = ("strong", "digits"), 100
+TASKS = ("strong", "digits")
 RATES = (1e-3, 3e-3, 1e-2)
 SNAPSHOTS = 12
 MARGIN = 0.05
@@ -64,9 +64,9 @@ def judge_shallow(units: Units) -> Verdict:
     ]
     text = f"At the same number of steps in all, {'; '.join(parts)}."
     notes = (
-        f"Five runs of {STEPS} steps against one of {5 * STEPS:,}, of which the best of {SNAPSHOTS} snapshots on validation "
-        "data counts; optimizer and rate of the long runs are chosen on validation data. “Replaces”: surely less than "
-        f"{MARGIN:.0%} above it; “open”: the interval allows both. {ABOUT}"
+        f"Five runs of {SHALLOW} steps against one of {5 * SHALLOW:,}, of which the best of {SNAPSHOTS} snapshots on "
+        "validation data counts; optimizer and rate of the long runs are chosen on validation data. “Replaces”: surely less "
+        f"than {MARGIN:.0%} above it; “open”: the interval allows both. {ABOUT}"
     )
     return Verdict(worded(flags), text, rows, notes)
 
@@ -112,7 +112,7 @@ def draw_shallow(units: Units) -> Any:
 )
 def short_for_long(arm: Arm, seed: int, effort: Effort) -> Figures:
     """Losses of the merge of five short runs, or of a long run, and the CPU seconds of training and choosing."""
-    of, steps = task(arm["task"], effort), effort.steps(STEPS)
+    of, steps = task(arm["task"], effort), effort.steps(SHALLOW)
     started = time.process_time()
     try:
         if "long" in arm:
