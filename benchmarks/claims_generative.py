@@ -272,7 +272,12 @@ def usual_lines() -> dict[str, tuple[Arm, str]]:
 
 
 def path_chart(
-    units: Units, lines: dict[str, tuple[Arm, str]], x: tuple[str, str], y: Sequence[tuple[str, str]], title: str
+    units: Units,
+    lines: dict[str, tuple[Arm, str]],
+    x: tuple[str, str],
+    y: Sequence[tuple[str, str]],
+    title: str,
+    log: bool = False,
 ) -> Any:
     """Return a chart of paths, averaged over seeds: one panel for each figure of `y` over the figure `x`.
 
@@ -282,6 +287,7 @@ def path_chart(
         x: a figure and the title of its axis, which is logarithmic.
         y: the same for each panel.
         title: says what is to be seen.
+        log: whether the other axis is logarithmic, too.
     """
     import altair as alt
 
@@ -302,7 +308,7 @@ def path_chart(
     for field, axis in y:
         panel = data.mark_line(point=alt.OverlayMarkDef(size=22), strokeWidth=1.6, opacity=0.85).encode(
             x=alt.X(f"{x[0]}:Q", title=x[1], scale=alt.Scale(type="log", nice=False)),
-            y=alt.Y(f"{field}:Q", title=axis, scale=alt.Scale(zero=False)),
+            y=alt.Y(f"{field}:Q", title=axis, scale=alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)),
             order="step:Q", color=colour,
         )  # fmt: skip
         panels.append(panel.properties(width=330 if len(y) > 1 else 560, height=280))
