@@ -169,7 +169,9 @@ executor_option = functools.partial(
     click.option, "--executor", type=click.Choice(["local", "ray", "slurm"]), default="local", show_default=True
 )
 parallel_option = click.option(
-    "--max-parallel", type=click.IntRange(min=1), help="Concurrent workers (default: for local as the work needs, else unlimited)."
+    "--max-parallel",
+    type=click.IntRange(min=1),
+    help="Concurrent workers (default: for local as suits the work, else unlimited).",
 )
 setting_option = click.option(
     "--executor-set",

@@ -70,7 +70,8 @@ def probe(
     parsed = open_recipe(recipe, [*overrides, *([f"probe.preset={preset}"] if preset else [])])
     base_folder = Path(base) if base else default_out(parsed.name) / "base"
     engine = engine_of(out, executor, max_parallel, settings)
-    results = probe_models(parsed, list(models), base_folder, out, Display(quiet=quiet), metrics or None, engine)
+    display = Display(quiet=quiet)
+    results = probe_models(parsed, list(models), base_folder, out, display, metrics or None, engine, workers=max_parallel)
     if as_json:
         click.echo(results.to_json(), nl=False)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from emomerge.adapters import open_run
 from emomerge.checkpoints import atomic, open_checkpoint
 from emomerge.controls import CONTROLS, PLAIN_MEAN, SINGLE_RUN
 from emomerge.errors import BadInput
+from emomerge.experiment.crew import probing
 from emomerge.experiment.measure import Artefact, Measured, Measurer, fingerprint, united
 from emomerge.experiment.recommendation import recommend
 from emomerge.experiment.survey import survey
@@ -112,6 +114,7 @@ def probe_models(
     display: Display,
     metrics: Sequence[str] | None = None,
     engine: Engine | None = None,
+    workers: int | None = 1,
 ) -> Results:
     """Measure given models on a recipe's data, resumably: `results.json` and `evaluations.jsonl` in `out`.
 
@@ -122,7 +125,8 @@ def probe_models(
         out: folder for results and ledger.
         display: shows progress.
         metrics: names of metrics; by default those of the recipe.
-        engine: starts workers for the probe; None measures in this process.
+        engine: starts workers for the probe.
+        workers: without an engine, the number of processes that share the work; None lets the work decide.
 
     Raises:
         BadInput: `out` is the output folder of a recipe, or a metric is unknown.
@@ -139,7 +143,9 @@ def probe_models(
     for model, checkpoint in zip(models, checkpoints, strict=True):
         name = Path(model).name if short.count(Path(model).name) == 1 and Path(model).name != "base" else model
         artefacts.append(Artefact(name, "merge", checkpoint, fingerprint(checkpoint), path=Path(model)))
-    with display.live():
+    passes = sum(measurer.passes_of(artefact, chosen) for artefact in artefacts)
+    held = contextlib.nullcontext(engine) if engine is not None else probing(measurer, passes, workers, display)
+    with held as engine, display.live():
         later = measurer.passes_together(chosen) if len(artefacts) > 2 else 0.0
         metrics_of, names = {artefact.name: chosen for artefact in artefacts}, [artefact.name for artefact in artefacts]
         measured = survey(measurer, artefacts, metrics_of, names, display=display, engine=engine, later=later)

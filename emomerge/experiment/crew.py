@@ -8,12 +8,13 @@ from typing import Any
 
 from emomerge.experiment.control_runs import groups_ahead
 from emomerge.experiment.experiment import Experiment
+from emomerge.experiment.measure import Measurer
 from emomerge.numerics.threads import threads
-from emomerge.progress import Line
+from emomerge.progress import Display, Line
 from emomerge.training import Context, RunSpec, warm
 from emomerge.training.ahead import Ahead
 from emomerge.training.engines import Local
-from emomerge.training.work import Hands, Work, choose_hands, usable_cores
+from emomerge.training.work import Hands, Work, choose_hands, measure_work, usable_cores
 
 
 class Crew:
@@ -97,3 +98,36 @@ class Crew:
         if self.engine is not None:
             self.engine.close()
         self._ahead = self.engine = None
+
+
+@contextlib.contextmanager
+def probing(measurer: Measurer, passes: float, workers: int | None, display: Display) -> Iterator[Local | None]:
+    """Set the number of threads for a probe, and yield what starts its workers; None if this process does everything.
+
+    Args:
+        measurer: measures the models.
+        passes: forward passes of the probe's batches.
+        workers: number of workers; None leaves it to the work.
+        display: shows what is chosen.
+    """
+    if measurer.context.device.type != "cpu":
+        yield None
+        return
+    size, split = measurer.recipe.runs.batch_size, measurer.data.train
+    work = measure_work(measurer.task, measurer.model, split.batch(range(min(size, len(split)))))
+    scale = measurer.recipe.probe.batch_size / size
+    hands = choose_hands(work, usable_cores(), passes * work.forward * scale)
+    hands = hands if workers is None else Hands(workers, hands.threads)
+    display.say(f"{hands}, by the size of the model's products")
+    with threads(hands.threads):
+        if hands.workers == 1:
+            yield None
+            return
+        warm.keep(measurer.context)
+        engine = Local(hands.workers, hands.threads)
+        try:
+            engine.begin()
+            yield engine
+        finally:
+            warm.forget()
+            engine.close()

@@ -150,11 +150,10 @@ def _probe(recipe: Recipe) -> int:
     close = sum(kind in recipe.controls for kind in CONTROLS if kind != "distance-matched") + 2
     matched = len(runs.optimizers) if "distance-matched" in recipe.controls else 0
     others = len(runs.optimizers) + len(recipe.merge) + matched - 1
-    passes = {
-        count: sum(metric.passes(metric.options_of(probe), probe.batches) for metric in metrics)
-        for count, metrics in ((close, of_close), (others, of_all))
-    }
-    forward = seeds * sum(count * cost for count, cost in passes.items())
+    costs = [[metric.passes(metric.options_of(probe), probe.batches) for metric in metrics] for metrics in (of_close, of_all)]
+    shares = [min(1.0, probe.other_directions / (metric.directions(probe) or 1)) for metric in of_all]
+    closely, sampled = sum(costs[0]), sum(cost * share for cost, share in zip(costs[1], shares, strict=True))
+    forward = seeds * (close * closely + others * sampled)
     return round(forward / BACKWARD * probe.batch_size / runs.batch_size)
 
 

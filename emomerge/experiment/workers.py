@@ -176,8 +176,24 @@ def _measurer(job: ProbeJob) -> Measurer:
         _MEASURERS.clear()
         _MEASURERS[key] = Measurer(warmed(job.context), None)
     measurer = _MEASURERS[key]
-    measurer.write_to(Ledger(job.ledger, job.known))
+    measurer.write_to(Ledger(job.ledger, _known(job.known)))
     return measurer
+
+
+_KNOWN: dict[tuple[Path, int, int], Ledger] = {}
+"""The main process's ledger as last read, by file, size and time of change: reading it takes longer than a small job."""
+
+
+def _known(file: Path) -> Ledger | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    key = (file, status.st_size, status.st_mtime_ns)
+    if key not in _KNOWN:
+        _KNOWN.clear()
+        _KNOWN[key] = Ledger(None, file)
+    return _KNOWN[key]
 
 
 def _evaluate(job: ProbeJob) -> None:

@@ -21,14 +21,14 @@ class Ledger:
 
     Args:
         path: a JSONL file, created with the first row; None keeps the rows in memory.
-        known: file of another ledger whose rows need no evaluation; it is only read.
+        known: another ledger, or its file, whose rows need no evaluation; it is only read.
     """
 
-    def __init__(self, path: Path | None = None, known: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, known: Path | Ledger | None = None) -> None:
         self.path = path
-        self._rows: dict[Key, dict[str, Any]] = {}
+        self._rows: dict[Key, dict[str, Any]] = dict(known._rows) if isinstance(known, Ledger) else {}
         for file in (path, known):
-            if file is not None and file.exists():
+            if isinstance(file, Path) and file.exists():
                 self._read(file, repair=file is path)
 
     def _read(self, path: Path, *, repair: bool) -> None:

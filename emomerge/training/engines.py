@@ -92,14 +92,15 @@ class Local:
     def begin(self, closing: Callable[[], None] = lambda: None) -> None:
         """Start all processes at once, as copies of this one, with its imports and data.
 
-        Does nothing where copies are not safe: beside other threads of this process, of an accelerator's driver in particular.
+        Does nothing where copies are not safe: beside other threads of this process, an accelerator's driver in particular, or
+        if they are to have several threads themselves, as OpenMP does not survive it.
         Processes are then started when they are needed.
 
         Args:
             closing: called in each copy, to close what only this process should hold.
         """
         alone = threading.active_count() == 1 and not torch.accelerator.is_available()
-        if sys.platform == "linux" and alone:
+        if sys.platform == "linux" and alone and self._threads == 1:
             fork = multiprocessing.get_context("fork")
             self._workers += [
                 _Worker(fork, self._threads, closing) for _ in range((self.max_parallel or 1) - len(self._workers))
