@@ -26,6 +26,10 @@ FLOP_PER_THREAD = 2e9
 SMALLEST_WORK = 15.0
 """Seconds of work below which starting workers costs more than they save."""
 MOST_WORKERS = 8
+LARGEST_TRIED = 2**30
+"""Bytes of a model of which a backward pass is tried."""
+BACKWARD = 2
+"""Duration of a backward pass, in forward passes."""
 PROCESS = 700 * 2**20
 """Bytes of a worker besides its model: torch, transformers, peft."""
 
@@ -92,33 +96,56 @@ def usable_cores() -> int:
 
 
 def measure_work(task: Task, model: nn.Module, batch: Batch) -> Work:
-    """Measure one forward and one backward pass of a batch on a model, whose state is not changed."""
+    """Measure one forward and one backward pass of a batch on a model, whose state is not changed.
+
+    Of a model above `LARGEST_TRIED` a forward pass is made without gradients, which would need the memory of the model again.
+    """
     was_training, parameters = model.training, [p for p in model.parameters() if p.requires_grad]
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    total = sum(weights.values())
+    model.eval()  # no statistics are updated and nothing is drawn
+    try:
+        with torch.random.fork_rng():
+            if total > LARGEST_TRIED or not parameters:
+                products, forward = _forward(task, model, batch)
+                seconds, kept = (1 + BACKWARD) * forward, products.made
+            else:
+                products, kept = _counted(task, model, batch, weights)
+                forward, seconds = min(_timed(task, model, batch, parameters) for _ in range(2))  # the first one allocates
+    finally:
+        model.train(was_training)
+    per_rank = sum(4 * (p.shape[0] + p[0].numel()) for p in model.parameters() if p.ndim > 1)
+    return Work(products.mean, products.total, total, kept, seconds, forward, per_rank)
+
+
+def _forward(task: Task, model: nn.Module, batch: Batch) -> tuple[_Products, float]:
+    """Return what a forward pass without gradients consists of, and its duration."""
+    started = time.perf_counter()
+    with torch.no_grad(), _Products() as products:
+        task.loss(model, batch)
+    return products, time.perf_counter() - started
+
+
+def _counted(task: Task, model: nn.Module, batch: Batch, weights: Mapping[int, int]) -> tuple[_Products, int]:
+    """Return what a forward pass consists of, and the bytes that it keeps for the backward pass besides the weights."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    model.eval()  # no statistics are updated and nothing is drawn
-    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    try:
-        with torch.random.fork_rng(), _Products() as products, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            task.loss(model, batch)
-        seconds = []
-        with torch.random.fork_rng():
-            for _ in range(2):  # the first one allocates
-                started = time.perf_counter()
-                loss = task.loss(model, batch)
-                forward = time.perf_counter() - started
-                if parameters:
-                    torch.autograd.grad(loss, parameters, allow_unused=True)
-                seconds.append(time.perf_counter() - started)
-    finally:
-        model.train(was_training)
-    activations = sum(size for place, size in kept.items() if place not in weights)
-    per_rank = sum(4 * (p.shape[0] + p[0].numel()) for p in model.parameters() if p.ndim > 1)
-    return Work(products.mean, products.total, sum(weights.values()), activations, min(seconds), forward, per_rank)
+    with _Products() as products, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        task.loss(model, batch)
+    return products, sum(size for place, size in kept.items() if place not in weights)
+
+
+def _timed(task: Task, model: nn.Module, batch: Batch, parameters: list[nn.Parameter]) -> tuple[float, float]:
+    """Return the duration of a forward pass, and of a forward and a backward pass."""
+    started = time.perf_counter()
+    loss = task.loss(model, batch)
+    forward = time.perf_counter() - started
+    torch.autograd.grad(loss, parameters, allow_unused=True)
+    return forward, time.perf_counter() - started
 
 
 class _Products(TorchDispatchMode):
@@ -127,6 +154,8 @@ class _Products(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counts: list[float] = []
+        self.made = 0
+        """Bytes of their results."""
 
     @property
     def total(self) -> float:
@@ -144,6 +173,7 @@ class _Products(TorchDispatchMode):
         count = _COUNTS.get(func._schema.name.removeprefix("aten::"))
         if count is not None:
             self.counts.append(2.0 * count(args, found))
+            self.made += found.numel() * found.element_size()
         return found
 
 

@@ -137,7 +137,8 @@ def test_a_user_who_gives_torch_fewer_threads_bounds_the_cores():
         torch.set_num_threads(before)
 
 
-def test_work_counts_the_operations_of_products_and_changes_nothing():
+@pytest.mark.parametrize("limit", [work.LARGEST_TRIED, 0])
+def test_work_counts_the_operations_of_products_and_changes_nothing(limit, monkeypatch):
     from torch import nn
 
     class Task:
@@ -147,9 +148,13 @@ def test_work_counts_the_operations_of_products_and_changes_nothing():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Dropout(0.5), nn.Linear(7, 3, bias=False)).train()
     before, drawn = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
-    found = work.measure_work(Task(), model, {"x": torch.randn(11, 5, generator=torch.Generator().manual_seed(1))})
+    batch = {"x": torch.randn(11, 5, generator=torch.Generator().manual_seed(1))}
+    monkeypatch.setattr(work, "LARGEST_TRIED", limit)
+    found = work.measure_work(Task(), model, batch)
     sizes = [2 * 11 * 5 * 7, 2 * 11 * 7 * 3]
     assert found.flop == sum(sizes)
+    assert found.per_rank == 4 * (5 + 7 + 7 + 3)
+    assert found.kept >= 4 * 11 * (7 + 3) and 0 < found.forward < found.seconds
     assert found.product == pytest.approx(sum(size**2 for size in sizes) / sum(sizes))
     assert model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
