@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 from emomerge.errors import BadInput
 from emomerge.reporting.comparison.ranks import Ranking, rank_models
 from emomerge.reporting.table import middle_radius
-from emomerge.reporting.text import short
+from emomerge.reporting.text import decimals, fixed, short
 from emomerge.results import ArtefactRow, HeldOut, Number, Part, Results, Role, Shown
 
 SOURCE = ("kind", "train", "validation", "test", "eval_fraction", "limit", "seed", "split_seed")
@@ -263,11 +263,13 @@ def _advice(group: Group, named: bool) -> list[str]:
     best, *others = ranked
     open_to_first = [found for found in ranked if found.rank_low == 1]
     if len(open_to_first) == 1:
-        low, high = others[0].difference_low or 0, others[0].difference_high or 0
+        places = decimals([others[0].difference], 3)
+        figures = (others[0].difference, others[0].difference_low, others[0].difference_high)
+        distance, low, high = (fixed(figure, places) for figure in figures)
         return [
             f"{start}{'use' if start else 'Use'} {best.model} of {best.run}. Its test loss, {short(best.test_loss, 4)} "
             f"{group.unit}, is lower than that of every other experiment's model; the next, {others[0].model} of "
-            f"{others[0].run}, is {short(others[0].difference)} [{short(low)}, {short(high)}] higher."
+            f"{others[0].run}, is {distance} [{low}, {high}] higher."
         ]
     named_models = ", ".join(f"{found.model} of {found.run}" for found in open_to_first)
     rows = f" by {group.rows:,} test rows" if group.rows else ""
