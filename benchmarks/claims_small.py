@@ -40,4 +40,5 @@ def few(rows: Rows, count: int, seed: int, wrong: float = 0.0) -> Rows:
 
 def named(arm: Arm) -> str:
     """Return an arm's name in tables and figures: the rule, and a rival's rate."""
-    return rule_title(arm["rule"]) + (f", {arm['rate']:g}" if "rate" in arm else "")
+    rate = arm.get("rate")
+    return rule_title(arm["rule"]) + ("" if rate is None else f", lr {rate:g}" if "/" in arm["rule"] else f", {rate:g}")

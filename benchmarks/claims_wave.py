@@ -126,7 +126,7 @@ def _share(units: Units, arm: Arm) -> float:
 def _title(arm: Arm) -> str:
     if arm["rule"] == "l-bfgs":
         return "L-BFGS, strong Wolfe"
-    return named(arm).replace("`, ", "`, lr ")
+    return named(arm)
 
 
 def draw_wave(units: Units) -> Any:
