@@ -75,13 +75,14 @@ def lines(
 def points(
     rows: Rows, title: str, x: str, *, facet: str | None = None, columns: int = 2, rule: float | None = None,
     log_x: bool = False, width: int = 300, sort: Sequence[str] = (), color: str = "series", order: Sequence[str] = (),
-    colors: Mapping[str, str] = COLORS,
+    limits: tuple[float, float] | None = None, colors: Mapping[str, str] = COLORS,
 ) -> Any:  # fmt: skip
     """Return means with their intervals, a line of the chart for each `name`; `rule` is a vertical line."""
     import altair as alt
 
     names = [name for name in colors if any(row[color] == name for row in rows)]
-    axis = alt.X("mean:Q", title=x, scale=alt.Scale(type="log") if log_x else alt.Scale(zero=False))
+    scale: dict[str, Any] = {"domain": list(limits), "zero": False, "nice": False} if limits else {"zero": False}
+    axis = alt.X("mean:Q", title=x, scale=alt.Scale(type="log") if log_x else alt.Scale(**scale))
     encode: dict[str, Any] = {
         "y": alt.Y("name:N", title=None, sort=list(sort) or None, axis=alt.Axis(labelLimit=260)),
         "color": alt.Color(
@@ -90,8 +91,8 @@ def points(
         ),
         "yOffset": alt.YOffset(f"{color}:N") if color != "series" else alt.Undefined,
     }  # fmt: skip
-    chart = alt.Chart().mark_rule(strokeWidth=2).encode(x=alt.X("low:Q", title=x), x2="high:Q", **encode)
-    chart = chart + alt.Chart().mark_point(filled=True, size=60, opacity=1).encode(x=axis, **encode)
+    chart = alt.Chart().mark_rule(strokeWidth=2, clip=True).encode(x=alt.X("low:Q", title=x), x2="high:Q", **encode)
+    chart = chart + alt.Chart().mark_point(filled=True, size=60, opacity=1, clip=True).encode(x=axis, **encode)
     if rule is not None:
         chart = chart + alt.Chart().mark_rule(strokeDash=[4, 3], color="#999999").encode(x=alt.datum(rule))
     chart = chart.properties(width=width, height=alt.Step(18 if color == "series" else 14))

@@ -186,6 +186,10 @@ def auc(scores: Sequence[float], labels: Sequence[bool]) -> float | None:
 SIGNAL_ARMS: tuple[Arm, ...] = (*({**arm, "rate": 10.0} for arm in emo_arms(PUBLISHED)), *emo_arms(OURS))
 
 
+ENOUGH = 0.1
+"""The share of true cases from which on an arm's areas are compared and drawn."""
+
+
 def areas(units: Units, sign: str, arm: Arm | None = None) -> Estimate:
     """Return the area of a sign in the direction that suits it best over all units; units without a rise do not count."""
     values = [unit.figures[sign] for unit in units.all if 0 < unit.figures["rising"] < 1]
@@ -208,7 +212,7 @@ def judge_signal(units: Units) -> Verdict:
         share = units.estimate("rising", **arm).mean
         rows.append([
             named(arm), f"{100 * share:.0f} %", *(estimate.text(".2f") for estimate in found.values()),
-            interval_text(gap, "+.2f"),
+            interval_text(gap, "+.2f") if share >= ENOUGH else "too few",
         ])  # fmt: skip
     words = [a and b for a, b in zip(above, beats, strict=True)]
     means = {sign: areas(units, sign).mean for sign in SIGNS}
@@ -237,10 +241,11 @@ def _direction(units: Units) -> str:
 def draw_signal(units: Units) -> Any:
     rows = [
         estimate_row(arm["rule"], areas(units, sign, arm), panel=title)
-        for arm in SIGNAL_ARMS for sign, title in SIGNS.items()
+        for arm in SIGNAL_ARMS for sign, title in SIGNS.items() if units.estimate("rising", **arm).mean >= ENOUGH
     ]  # fmt: skip
     return points(
-        rows, "Which sign announces a rising validation loss?", "area under the ROC curve", facet="panel", columns=3, rule=0.5,
+        rows, "The training loss announces a rising validation loss better than dNR³",
+        "area under the ROC curve", facet="panel", columns=3, rule=0.5, limits=(0.3, 1.0),
         order=list(SIGNS.values()), width=200, sort=list(dict.fromkeys(row["name"] for row in rows)),
     )  # fmt: skip
 
