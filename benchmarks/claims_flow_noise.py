@@ -12,7 +12,7 @@ from claims_training import Diverged, Rows, Trainer, batches, emo_arms, rule_tit
 from evidence_tables import Cells, Estimate
 
 LEVELS: dict[str, tuple[float, float]] = {
-    "clean": (0.0, 0.0), "gradients 1 : 8": (8.0, 0.0), "targets σ = 4": (0.0, 4.0),
+    "clean": (0.0, 0.0), "gradients 1 : 8": (8.0, 0.0),
 }  # fmt: skip
 """Level → noise added to the gradients, in multiples of the root mean square of each tensor's gradient, and to the targets."""
 NOISY = tuple(LEVELS)[1:]
@@ -70,9 +70,9 @@ def judge(units: Units) -> Verdict:
     failed = sum(unit.figures["test"] is None for unit in units.all if unit.arm["rule"] in FIVE)
     rivals_failed = sum(unit.figures["test"] is None for unit in units.all if unit.arm["rule"] in RATES)
     text = (
-        f"Of the five with `v3.8` at two kinds of noise, {counted(tougher['adamw'])} lose less to the noise than AdamW at the "
-        f"rate of clean training, and {counted(lower['adamw'])} end below AdamW tuned with that noise; against Lion, "
-        f"{counted(tougher['lion'])} and {counted(lower['lion'])}. Of their runs {failed} diverged, of the rivals' "
+        f"With noise in the gradients of eight times their size, {counted(tougher['adamw'])} of `v3.8` lose less to it than "
+        f"AdamW at the rate of clean training, and {counted(lower['adamw'])} end below AdamW tuned with the noise; against "
+        f"Lion, {counted(tougher['lion'])} and {counted(lower['lion'])}. Of their runs {failed} diverged, of the rivals' "
         f"{rivals_failed}."
     )
     most = [sum(flags) > len(flags) / 2 for flags in (tougher["adamw"], lower["adamw"], lower["lion"])]
@@ -105,7 +105,12 @@ def figure(units: Units) -> Any:
         color=colour,
     )
     chart = base.mark_line(opacity=0.5) + base.mark_point(filled=True, size=55)
-    return chart.properties(width=560, height=300, title="TODO", background="white")
+    return chart.properties(
+        width=560,
+        height=300,
+        title="With noisy gradients all lose about as much; who is ahead without noise stays ahead",
+        background="white",
+    )
 
 
 @claim(
@@ -114,9 +119,10 @@ def figure(units: Units) -> Any:
     source="paper, chapter 7",
     control="AdamW and Lion, each at two rates, with the same noise: tuned on clean data, as a user who does not know of the "
     "noise would have it, and tuned at each level. Lion takes signs like most of the five but has no emoPulse. “Holds” needs "
-    "that most of 5 × 2 pairs lose less to the noise than AdamW tuned on clean data, end below AdamW tuned with the noise, and "
+    "that most of the five lose less to the noise than AdamW tuned on clean data, end below AdamW tuned with the noise, and "
     "end below Lion tuned with it (intervals below 0); any of these alone would be “holds in part”.",
-    taught="Nothing before it is measured.",
+    taught="No default follows. Nothing diverges at this noise, with or without emoPulse, and all lose about as much; the "
+    "published rate is far behind after 400 steps from scratch, with and without noise, and `auto` less so.",
     arms=tuple({**arm, "level": level} for level in LEVELS for arm in RULES),
     quick_arms=({"rule": "sens/v3.8", "level": "gradients 1 : 8"}, {"rule": "adamw", "rate": 1e-3, "level": "gradients 1 : 8"}),
     judge=judge,

@@ -109,7 +109,7 @@ def figure(units: Units) -> Any:
     "trained base's loss within 5 %; most lower it (interval below 0). Each could have failed alone. That AdamW completes too, "
     "or that a random LoRA does no more harm, would show that a part says nothing about the optimizers.",
     taught="Nothing before it is measured.",
-    arms=(*FIVE_ARMS, *AUTO_ARMS, *ADAMW_ARMS, *ON_TRAINED),
+    arms=(*FIVE_ARMS, ADAMW_ARMS[0], *ON_TRAINED, ADAMW_ARMS[1], *AUTO_ARMS),
     quick_arms=(FIVE_ARMS[0], ADAMW_ARMS[1]),
     judge=judge,
     figure=figure,
