@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from emomerge.reporting.comparison.compared import Contender, Group
-from emomerge.reporting.text import UNKNOWN, decimals, fixed, percent, short
+from emomerge.reporting.text import UNKNOWN, decimals, fixed, short
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,16 +16,16 @@ def comparison_table(group: Group) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=group.about, title_justify="left")
-    accuracy = any(found.accuracy is not None for found in group.recommended)
-    for heading in ("rank", "experiment", "model"):
+    table = Table(title=group.about, title_justify="left", box=None, pad_edge=False)
+    table.add_column("rank", no_wrap=True)
+    for heading in ("experiment", "model"):
         table.add_column(heading, overflow="fold")
-    for heading in (f"test loss ({group.unit})", "− the first", *["test acc."] * accuracy, "CPU s"):
-        table.add_column(heading, justify="right")
+    for heading in ("test loss", f"− the first ({group.unit})", "CPU s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     places = decimals([found.test_loss for found in group.recommended], 4)
     for found in group.recommended:
         cells = [rank_of(found), found.run, found.model, fixed(found.test_loss, places), difference_of(found, places)]
-        cells += [percent(found.accuracy)] * accuracy + [short(found.cpu_seconds)]
+        cells.append(short(found.cpu_seconds))
         table.add_row(*(Text(cell, style="bold" if found.rank_low == 1 else "") for cell in cells))
     return table
 
