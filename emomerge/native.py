@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -20,6 +21,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -97,7 +99,7 @@ def build(source: Path, *defines: str) -> Build:
 
 
 def _load_or_compile(command: list[str], source: Path) -> ctypes.CDLL:
-    key = "\n".join([*command, *FLAGS, _processor(), source.read_text()])
+    key = "\n".join([*command, *FLAGS, _processor(), _text_of(source)])
     file = f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     folder = cache_folder()
     if folder and is_private(folder / file):
@@ -108,6 +110,13 @@ def _load_or_compile(command: list[str], source: Path) -> ctypes.CDLL:
         _compile(command, source, built)
         built.chmod(0o700)
         return ctypes.CDLL(str(built.replace(folder / file) if folder else built))
+
+
+def _text_of(source: Path) -> str:
+    """Return a source with the headers of the package that it includes."""
+    text = source.read_text()
+    headers = re.findall(r'^#include "(.+)"', text, re.MULTILINE)
+    return "\n".join([text, *(_text_of(source.parent / header) for header in headers)])
 
 
 def _compile(command: list[str], source: Path, built: Path) -> None:
@@ -149,6 +158,14 @@ def in_parallel(work: Callable[[Item], object], parts: Sequence[Item]) -> None:
     work(parts[0])
     for other in others:
         other.result()
+
+
+def ranges(numel: int, piece: int) -> list[tuple[int, int]]:
+    """Split elements into a range for each thread, of about equal size, that begins at a multiple of `piece`."""
+    pieces = -(-numel // piece)
+    count = max(min(threads(), pieces), 1)
+    cuts = [min(pieces * index // count * piece, numel) for index in range(count + 1)]
+    return [*pairwise(cuts)]
 
 
 def pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:

@@ -61,6 +61,15 @@ def test_compiles_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert cached(tmp_path) == [file]
 
 
+def test_a_changed_header_is_compiled_again(source: Path, tmp_path: Path) -> None:
+    header = tmp_path / "shared.h"
+    header.write_text("#define MORE 1\n")
+    source.write_text('#include "../shared.h"\nint answer(void) { return ANSWER + MORE; }\n')
+    assert answer(source) == 43
+    header.write_text("#define MORE 2\n")
+    assert answer(source) == 44
+
+
 def test_a_compiler_with_arguments(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "cc -DWITH_ARGUMENTS")
     source.write_text("#ifndef WITH_ARGUMENTS\n#error\n#endif\n" + source.read_text())

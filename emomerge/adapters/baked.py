@@ -11,6 +11,7 @@ from torch import Tensor
 
 from emomerge.adapters.change import Change
 from emomerge.checkpoints import Checkpoint, RoundingLoss, TensorInfo, rounded_sum, working_dtype
+from emomerge.checkpoints.factors import Factors, compiled
 
 
 class ChangedCheckpoint(Checkpoint):
@@ -73,12 +74,21 @@ class ChangedCheckpoint(Checkpoint):
         old, delta = base[name], self.change(name, self._working_dtype(name))
         return (old, old, None) if delta is None else (old.to(delta.dtype) + delta.to(old.device), old, delta)
 
-    def rounded(self, name: str, dtype: torch.dtype, loss: RoundingLoss | None) -> Tensor | None:
+    @abstractmethod
+    def _factors(self, name: str) -> Factors | None:
+        """Return Δ in float32 as products of factors; None if it is not known as such, or the tensor is unchanged."""
+
+    def factors(self, name: str, base: Checkpoint) -> Factors | None:
+        """Return Δ as products of factors, where it is such and the base is not wider than float32."""
+        return self._factors(name) if base is self.base and self._working_dtype(name) == torch.float32 else None
+
+    def rounded(self, name: str, dtype: torch.dtype, loss: RoundingLoss | None, out: Tensor | None = None) -> Tensor | None:
         """Return θ₀ + Δ, rounded once, in a single pass; None if the tensor is unchanged or replaced, or cannot be."""
         if not self.additive(name) or (loss is not None and loss.base is not self.base):
             return None
-        delta = self.change(name, self._working_dtype(name))
-        return None if delta is None else rounded_sum(self.base[name], delta, dtype, loss)
+        factors = self.factors(name, self.base) if compiled() else None
+        delta = self.change(name, self._working_dtype(name)) if factors is None else factors
+        return None if delta is None else rounded_sum(self.base[name], delta, dtype, loss, out)
 
 
 class BakedCheckpoint(ChangedCheckpoint):
@@ -141,3 +151,7 @@ class BakedCheckpoint(ChangedCheckpoint):
         if change.replace is None and change.delta is not None:
             return change.delta(dtype)
         return self[name].to(dtype) - self.base[name].to(dtype)
+
+    def _factors(self, name: str) -> Factors | None:
+        change = self._changes.get(name)
+        return change.factors() if change is not None and change.factors is not None and change.replace is None else None

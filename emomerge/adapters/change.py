@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from emomerge.checkpoints.factors import Factors
+
 
 @dataclass(frozen=True)
 class Change:
@@ -19,3 +21,5 @@ class Change:
     """Map the base tensor to the tensor that replaces it, in the same dtype or a wider one."""
     delta: Callable[[torch.dtype], Tensor] | None = None
     """Compute the exact Δ, in the shape of the base tensor, in the given dtype."""
+    factors: Callable[[], Factors] | None = None
+    """Return Δ as products of factors, where it is such: the bits of `delta` in float32."""

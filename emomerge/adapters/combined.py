@@ -12,6 +12,7 @@ from torch import Tensor
 
 from emomerge.adapters.baked import BakedCheckpoint, ChangedCheckpoint
 from emomerge.checkpoints import Checkpoint
+from emomerge.checkpoints.factors import Factors, summed
 from emomerge.errors import BadInput
 
 
@@ -78,6 +79,14 @@ class CombinedCheckpoint(ChangedCheckpoint):
     def additive(self, name: str) -> bool:
         """Return whether no adapter replaces a tensor."""
         return all(adapter.additive(name) for adapter, _ in self._changing(name))
+
+    def _factors(self, name: str) -> Factors | None:
+        parts = []
+        for adapter, strength in self._changing(name):
+            if (factors := adapter.factors(name, self.base)) is None:
+                return None
+            parts.append(factors.times(strength))
+        return summed(self.info(name).shape, parts) if parts else None
 
     def change(self, name: str, dtype: torch.dtype) -> Tensor | None:
         """Return Σ_t s_t(θ_t − θ₀), in the order of the adapters."""

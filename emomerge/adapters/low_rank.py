@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from emomerge.checkpoints.factors import Factors, Term
+
 Kind = Literal["linear", "conv1d", "embedding"]
 
 
@@ -36,5 +38,10 @@ class LowRank(NamedTuple):
 
 
 def product(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Return s·BA in `dtype`.  A (r, in), B (out, r) → (out, in)."""
+    """Return s·BA in `dtype`.  A (r, in), B (out, r) → (out, in).
+
+    In float32 its bits are the same on every machine and for any number of threads (see `Factors`).
+    """
+    if dtype == torch.float32 and a.is_cpu and b.is_cpu:
+        return Factors((len(b), a.shape[1]), (Term(a, b, scale),)).dense()
     return torch.addmm(b.new_zeros((), dtype=dtype), b.to(dtype), a.to(dtype), beta=0, alpha=scale)

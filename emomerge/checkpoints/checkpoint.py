@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emomerge.checkpoints.factors import Factors
+from emomerge.checkpoints.finite import all_finite as all_finite
 from emomerge.notebook import facts_table, paragraph
 from emomerge.numerics.rounding import round_to
 from emomerge.numerics.sums import PIECE, exact_sum, squared_row_lengths
@@ -130,14 +132,24 @@ class Checkpoint(Mapping[str, Tensor]):
         dtype = working_dtype(ours.dtype, theirs.dtype)
         return ours.to(dtype) - theirs.to(dtype)
 
+    def factors(self, name: str, base: Checkpoint) -> Factors | None:
+        """Return τ of one tensor as products of factors, with the bits of `delta`; None if it is not known as such."""
+        return None
+
     def with_base(self, name: str, base: Checkpoint) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return θ, θ₀ and τ of one tensor. A checkpoint that computes θ from τ overrides this to compute τ only once."""
         return self[name], base[name], self.delta(name, base)
 
-    def rounded(self, name: str, dtype: torch.dtype, loss: RoundingLoss | None) -> Tensor | None:
+    def rounded(self, name: str, dtype: torch.dtype, loss: RoundingLoss | None, out: Tensor | None = None) -> Tensor | None:
         """Return one tensor in another dtype, rounded once and finite, and add the rounding error to `loss`.
 
         None if the caller has to compute it from `with_base`; a checkpoint that can do all of it in one pass overrides this.
+
+        Args:
+            name: name of the tensor.
+            dtype: of the result.
+            loss: receives the rounding error, if given.
+            out: contiguous memory that may be used for the result, in its shape and dtype.
         """
         return None
 
@@ -258,13 +270,3 @@ class MemoryCheckpoint(Checkpoint):
 def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """Return the dtype for arithmetic on tensors of these dtypes: float64 if one of them is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Return whether no element is NaN or infinite. Both show in the minimum or maximum, so no copy is needed."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    if tensor.dtype.itemsize == 1:  # FP8 has no minimum on some devices
-        tensor = tensor.float()
-    least, greatest = torch.aminmax(tensor)
-    return bool(torch.isfinite(least) & torch.isfinite(greatest))

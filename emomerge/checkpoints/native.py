@@ -3,53 +3,54 @@
 from __future__ import annotations
 
 import ctypes
-from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from emomerge import native
 from emomerge.checkpoints.checkpoint import RoundingLoss
-
-KERNELS = Path(__file__).with_name("rounding.c")
-PIECE = 2**17
-"""Number of elements summed in one double (see rounding.c)."""
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from emomerge.checkpoints.factors import KERNELS, PIECE, Factors
+from emomerge.checkpoints.finite import KINDS
 
 
-def rounded_sum(base: Tensor, delta: Tensor, dtype: torch.dtype, loss: RoundingLoss | None) -> Tensor | None:
+def rounded_sum(
+    base: Tensor, delta: Tensor | Factors, dtype: torch.dtype, loss: RoundingLoss | None, out: Tensor | None = None
+) -> Tensor | None:
     """Return θ₀ + τ in `dtype`, with the bits of torch's operations, and add the rounding error to `loss`.
 
     None if there is no compiler, a dtype or device is not supported, or a result would not be finite.
 
     Args:
         base: θ₀ as stored.
-        delta: τ, of the same shape, in float32.
+        delta: τ, of the same shape, in float32 or as factors.
         dtype: of the result.
         loss: receives the sums, if given.
+        out: contiguous memory for the result, of the shape of the base.
     """
-    supported = base.dtype in _KINDS and dtype in _KINDS and delta.dtype == torch.float32
-    if not supported or not base.is_cpu or not delta.is_cpu or (library := native.library(KERNELS)) is None:
+    supported = base.dtype in KINDS and dtype in KINDS and base.is_cpu
+    if not supported or (library := native.library(KERNELS)) is None or base.shape != delta.shape:
         return None
-    base, delta = base.contiguous(), delta.contiguous()
-    pieces = -(-base.numel() // PIECE)
-    threads = max(1, min(native.threads(), pieces))
-    cuts = [min(pieces * index // threads * PIECE, base.numel()) for index in range(threads + 1)]
-    parts = [*pairwise(cuts)]
-    sums, counts = torch.zeros(pieces, 2, dtype=torch.float64), torch.zeros(threads, 2, dtype=torch.int64)
-    out = torch.empty(base.shape, dtype=dtype)
-    finite = [False] * threads
+    if isinstance(delta, Tensor) and (not delta.is_cpu or delta.dtype != torch.float32):
+        return None
+    base = base.contiguous()
+    dense = delta.contiguous() if isinstance(delta, Tensor) else None
+    factors = delta.prepared() if isinstance(delta, Factors) else None
+    out = torch.empty(base.shape, dtype=dtype) if out is None else out
+    parts = native.ranges(base.numel(), PIECE)
+    sums = torch.zeros(-(-base.numel() // PIECE), 2, dtype=torch.float64)
+    counts = torch.zeros(len(parts), 2, dtype=torch.int64)
+    finite = [False] * len(parts)
+    inputs = (
+        ctypes.c_void_p(base.data_ptr()), KINDS[base.dtype], ctypes.c_void_p(None if dense is None else dense.data_ptr()),
+        factors and factors.pointer, ctypes.c_void_p(out.data_ptr()), KINDS[dtype],
+    )  # fmt: skip
 
     def work(index: int) -> None:
         start, stop = parts[index]
         pointers = (ctypes.c_void_p(t.data_ptr()) for t in (sums[start // PIECE :], counts[index]))
-        finite[index] = library.round_sum(
-            ctypes.c_void_p(base.data_ptr()), _KINDS[base.dtype], ctypes.c_void_p(delta.data_ptr()),
-            ctypes.c_void_p(out.data_ptr()), _KINDS[dtype], ctypes.c_long(start), ctypes.c_long(stop), *pointers,
-        ) == 0  # fmt: skip
+        finite[index] = library.round_sum(*inputs, ctypes.c_long(start), ctypes.c_long(stop), *pointers) == 0
 
-    native.in_parallel(work, range(threads))
+    native.in_parallel(work, range(len(parts)))
     if not all(finite):
         return None
     if loss is not None:

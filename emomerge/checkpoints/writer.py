@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -22,13 +18,12 @@ from emomerge.checkpoints.companions import check_tokenizer, copy_companions, no
 from emomerge.checkpoints.metadata import kept_metadata
 from emomerge.checkpoints.parts import STEMS, part_folders, parts_of, weight_stem
 from emomerge.checkpoints.reader import DTYPES, open_checkpoint
+from emomerge.checkpoints.stream import Stream
 from emomerge.errors import BadInput, EmomergeError
 from emomerge.numerics.memory import release_free_memory
 from emomerge.numerics.rounding import Rounding, round_at_random, round_to
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLUSHED = 2**27
-"""Bytes after which a file is flushed to the disk while the next tensors are computed."""
 RELEASED = 2**25
 """Bytes of output after which free memory is returned to the system."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -64,6 +59,8 @@ class WriteOptions(NamedTuple):
     """Names in the order in which they are written; without it, wide dtypes come first."""
     metadata: Mapping[str, str] = MappingProxyType({})
     """Texts for the header of the file."""
+    hashed: bool = True
+    """Whether the SHA-256 of the file is wanted."""
 
 
 ShardWriter = Callable[[Sequence[tuple[Plan, Path]], WriteOptions], list[str]]
@@ -87,6 +84,7 @@ def write_checkpoint(
     force: bool = False,
     progress: Progress | None = None,
     shards_by: ShardWriter | None = None,
+    hashed: bool = True,
     say: Callable[[str], None] = note,
 ) -> dict[str, str]:
     """Write weights as safetensors, holding one tensor in memory at a time; equal input gives equal bytes.
@@ -110,12 +108,13 @@ def write_checkpoint(
         one_file: write a folder with one file that is named like it and has no index, with no companions, as programs for
             images want it; by default so if the weights came in one file that has a prefix for each part of a model.
         force: replace an existing `out`, once the new one is complete.
-        progress: called with each tensor's name and bytes after it is written.
+        progress: called with each tensor's name and bytes after it is computed.
         shards_by: used instead of this process to write the weight files if there are several.
+        hashed: whether the hashes are wanted, which take as long to compute as a merge.
         say: called with each line about what the output lacks or has from elsewhere; by default it is a warning (`Note`).
 
     Returns:
-        dict: file name → SHA-256 of every weight file.
+        dict: file name → SHA-256 of every weight file, or an empty string if it is not wanted.
 
     Raises:
         BadInput: `out` exists, the disk is full, or a tensor holds NaN or infinity. Nothing is left behind.
@@ -127,7 +126,7 @@ def write_checkpoint(
     file = checkpoint.file
     one_file = (file is not None and bool(parts_of(checkpoint))) if one_file is None else one_file
     header = {**(kept_metadata(file.metadata) if file else {}), **metadata}
-    options = WriteOptions(rounding, seed, loss, progress, order=file.order if file else (), metadata=header)
+    options = WriteOptions(rounding, seed, loss, progress, order=file.order if file else (), metadata=header, hashed=hashed)
     for folder in (checkpoint.folder, files_from):
         if folder is not None and out.resolve() in folder.resolve().parents:
             raise BadInput("refusing to replace a folder that the weights are read from", where=out, found=folder)
@@ -152,7 +151,7 @@ def write_checkpoint(
         for name, (tensors, texts) in beside.items():
             infos = {tensor: tensors.info(tensor) for tensor in tensors}
             (temporary / name).parent.mkdir(exist_ok=True)
-            hashes[name] = write_file(tensors, infos, temporary / name, WriteOptions(metadata=texts))
+            hashes[name] = write_file(tensors, infos, temporary / name, WriteOptions(metadata=texts, hashed=hashed))
         for name, text in (extra_files() if callable(extra_files) else extra_files).items():
             (temporary / name).write_text(text, encoding="utf-8", newline="\n")
         if files_from is not None or not _parts(plan, layout):  # without their index, parts are several checkpoints
@@ -231,38 +230,25 @@ def _write_shards(
 
 
 def write_file(checkpoint: Checkpoint, plan: Plan, path: Path, options: WriteOptions) -> str:
-    """Write one safetensors file and return its SHA-256; each tensor is computed while the previous one is written."""
+    """Write one safetensors file and return its SHA-256, if wanted; each tensor is computed while earlier ones are written."""
     order = _order(plan, options.order)
-    digest = hashlib.sha256()
-    unflushed = 0
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as flusher, ThreadPoolExecutor(1) as writer:
-        flushing = flusher.submit(os.fsync, file.fileno())
-
-        def put(data: bytes | memoryview, name: str | None = None) -> None:
-            nonlocal flushing, unflushed
-            write_all(file, data)
-            unflushed += len(data)
-            if unflushed > FLUSHED and flushing.done():  # in the background, so that little is left for the end
-                flushing.result()
-                flushing, unflushed = flusher.submit(os.fsync, file.fileno()), 0
-            digest.update(data)
-            if name is not None and options.progress is not None:
-                options.progress(name, plan[name].nbytes)
-
-        writing = writer.submit(put, _header(plan, order, options.prefix, options.metadata))
+    header = _header(plan, order, options.prefix, options.metadata)
+    size = len(header) + sum(info.nbytes for info in plan.values())
+    with Stream(path, size, hashed=options.hashed) as stream:
+        stream.put(header)
         computed = 0
         for name in order:
-            data = _raw_bytes(_rounded(checkpoint, name, plan[name], options))
-            writing.result()
-            writing = writer.submit(put, data, name)
-            computed += len(data)
+            info = plan[name]
+            _write_tensor(checkpoint, name, info, options, stream.reserve(info.nbytes))
+            stream.commit(info.nbytes)
+            if options.progress is not None:
+                options.progress(name, info.nbytes)
+            computed += info.nbytes
             if computed > RELEASED:
                 release_free_memory()
                 computed = 0
-        writing.result()
-        flushing.result()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+        stream.finish()
+    return stream.sha256
 
 
 def _order(plan: Plan, wanted: Sequence[str]) -> list[str]:
@@ -275,13 +261,6 @@ def _order(plan: Plan, wanted: Sequence[str]) -> list[str]:
             return sorted(order, key=lambda name: -plan[name].dtype.itemsize)
         begin += plan[name].nbytes
     return order
-
-
-def write_all(file: io.RawIOBase, data: bytes | memoryview) -> None:
-    """Write all of `data` to an unbuffered file; one system call may write less (2 GiB at most on Linux)."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) or 0 :]
 
 
 def _header(plan: Plan, order: list[str], prefix: str, metadata: Mapping[str, str]) -> bytes:
@@ -299,10 +278,18 @@ def _header(plan: Plan, order: list[str], prefix: str, metadata: Mapping[str, st
     return len(text).to_bytes(8, "little") + text
 
 
-def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo, options: WriteOptions) -> Tensor:
-    """Return a tensor as it is written: rounded once, on the CPU, contiguous and finite."""
+def _write_tensor(checkpoint: Checkpoint, name: str, info: TensorInfo, options: WriteOptions, memory: memoryview) -> None:
+    """Write a tensor to memory of its size."""
+    out = torch.frombuffer(memory, dtype=info.dtype) if info.nbytes else torch.empty(0, dtype=info.dtype)
+    found = _rounded(checkpoint, name, info, options, out.view(info.shape))
+    if found.data_ptr() != out.data_ptr():
+        memory[:] = _raw_bytes(found)
+
+
+def _rounded(checkpoint: Checkpoint, name: str, info: TensorInfo, options: WriteOptions, out: Tensor) -> Tensor:
+    """Return a tensor as it is written: rounded once, on the CPU, contiguous and finite; it may be `out`."""
     loss, old, delta = options.loss, None, None
-    if options.rounding == "nearest" and (ready := checkpoint.rounded(name, info.dtype, loss)) is not None:
+    if options.rounding == "nearest" and (ready := checkpoint.rounded(name, info.dtype, loss, out)) is not None:
         return ready
     if loss is None:
         tensor = checkpoint[name].detach()

@@ -52,6 +52,7 @@ def write_model(
             one_file=base.file is not None and is_image_model(base), beside=side_files,
             extra_files=lambda: texts({"rounding_loss": loss.figures()}),
             force=destination.force, progress=lambda name, _: line.add(1, name), shards_by=shards_by,
+            hashed=False,
         )  # fmt: skip
     return loss.figures()
 

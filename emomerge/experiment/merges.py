@@ -61,6 +61,7 @@ def write_merge(experiment: Experiment, spec: Merge, seed: int) -> None:
         loss=loss,
         files_from=experiment.space.base,
         extra_files=extra_files,
+        hashed=False,
         force=True,
     )
 

@@ -162,7 +162,7 @@ class MergedCheckpoint(BasePlusDelta):
         counter = self._task.counter(name)
         return super().with_base(name, base) if counter is None else (counter, base[name], None)
 
-    def rounded(self, name: str, dtype: torch.dtype, loss: RoundingLoss | None) -> Tensor | None:
+    def rounded(self, name: str, dtype: torch.dtype, loss: RoundingLoss | None, out: Tensor | None = None) -> Tensor | None:
         """Return θ₀ + scale·τ_m, rounded once, from compiled kernels in a single pass; None if they do not support it."""
         if (
             is_statistic(name)
@@ -171,7 +171,7 @@ class MergedCheckpoint(BasePlusDelta):
             or (loss is not None and loss.base is not self.base)
         ):
             return None
-        written = RoundedOutput(dtype, self.scale_of(name))
+        written = RoundedOutput(dtype, self.scale_of(name), out)
         tensor = self._by_kernel(name, written)
         if tensor is None or not written.finite:
             return None

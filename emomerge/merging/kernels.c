@@ -4,25 +4,16 @@
  * padded with zeros, which do not affect sums or counts. The functions return 0; 1 if out of memory; 2 if a value to be written
  * is not finite; or 3 + t if a value of run t is not finite. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
-#endif
+#include "../native.h"
 
-#define PIECE 131072 /* elements summed in one double */
-#define BLOCK 512    /* elements processed at a time: the working set fits into the L1 cache */
 #define MOST_RUNS 64
 
-enum kind { F32, BF16, F16, DELTA, STILL }; /* weights; task vectors in float32; a run that leaves the tensor unchanged */
 enum method { LINEAR, TALL_MASK, TIES, BALANCE };
 
 /* One tensor and how to merge it.
  *
  * weights: one per run. numbers: one per run, lambda for TALL_MASK, thresholds for TIES. last: index of the last element equal to
- * the threshold that is kept. options: LINEAR {divide}; TALL_MASK {votes, divide}; TIES {elect, aggregate, majority}; BALANCE
+ * the threshold that is kept. theta: weights, or a task vector in float32 or as `struct factors`. options: LINEAR {divide}; TALL_MASK {votes, divide}; TIES {elect, aggregate, majority}; BALANCE
  * {elect}. merged: receives tau_m of the whole tensor. out: receives theta_0 + scale tau_m, rounded to out_kind. Either of these
  * two may be NULL. */
 struct job {
@@ -38,75 +29,14 @@ struct job {
     int options[3];
 };
 
-static float as_float(uint32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-static uint32_t as_bits(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-
-static float from_half(uint16_t h)
-{
-    uint32_t bits = (uint32_t)(h & 0x7fff) << 13, exponent = h & 0x7c00;
-    float x = exponent == 0x7c00 ? as_float(bits | 0x7f800000) : as_float(bits) * 0x1p112f;
-    return as_float(as_bits(x) | (uint32_t)(h & 0x8000) << 16);
-}
-
-/* Round to nearest, ties to even. Infinity is preserved; NaN does not occur. */
-static uint16_t to_half(float x)
-{
-    uint32_t sign = as_bits(x) >> 16 & 0x8000, bits = as_bits(x) & 0x7fffffff;
-    uint32_t normal = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
-    uint32_t small = as_bits(as_float(bits) + 0.5f) - 0x3f000000;
-    return (uint16_t)(sign | (bits >= 0x477ff000 ? 0x7c00 : bits < 0x38800000 ? small : normal));
-}
-
-static uint16_t to_bfloat(float x) { return (uint16_t)((as_bits(x) + 0x7fff + (as_bits(x) >> 16 & 1)) >> 16); }
-
-static float element(const void *data, int kind, long at)
-{
-    const uint16_t *half = data;
-    return kind == BF16 ? as_float((uint32_t)half[at] << 16) : kind == F16 ? from_half(half[at]) : ((const float *)data)[at];
-}
-
-/* Load n elements from `start` on, padded with zeros to a whole block */
-static void decode(const void *data, int kind, long start, long n, float *restrict out)
-{
-    const uint16_t *restrict x = (const uint16_t *)data + start;
-    if (kind == BF16)
-#pragma omp simd
-        for (long i = 0; i < n; i++)
-            out[i] = as_float((uint32_t)x[i] << 16);
-    else if (kind == F16)
-#pragma omp simd
-        for (long i = 0; i < n; i++)
-            out[i] = from_half(x[i]);
-    else
-        memcpy(out, (const float *)data + start, n * sizeof(float));
-    memset(out + n, 0, (BLOCK - n) * sizeof(float));
-}
-
-static int all_finite(const float *x)
-{
-    int32_t most = 0; /* magnitudes sort like their bit patterns, infinity and NaN last */
-#pragma omp simd reduction(max : most)
-    for (long i = 0; i < BLOCK; i++) {
-        int32_t bits = (int32_t)(as_bits(x[i]) & 0x7fffffff);
-        most = bits > most ? bits : most;
-    }
-    return most < 0x7f800000;
-}
-
 /* tau = theta - theta_0 */
 static void task_vector(const void *data, int kind, const float *restrict base, long start, long n, float *restrict tau)
 {
+    if (kind == FACTORS) {
+        multiply_out(data, start, n, tau);
+        memset(tau + n, 0, (BLOCK - n) * sizeof(float));
+        return;
+    }
     if (kind == STILL) {
         memset(tau, 0, BLOCK * sizeof(float));
         return;
@@ -238,27 +168,16 @@ static void consensus(int runs, const float (*tau)[BLOCK], const float *weights,
             merged[i] /= share[i] + (float)(share[i] == 0);
 }
 
-/* Sums of products in double: eight at a time, in four independent chains. */
+/* Sums of products in double, eight at a time */
 typedef double lanes __attribute__((vector_size(64), may_alias));
+typedef float floats __attribute__((vector_size(32), aligned(4), may_alias));
 #define LANES 8
-#define WIDE (BLOCK / LANES)
 enum more { MERGED, MERGED_MEAN, MEAN_MEAN, KEPT, ERROR, STEP, MORE }; /* sums that follow those of pairs of runs */
+#define FUSED __attribute__((optimize("O3,fp-contract=fast"))) /* these sums need not match another implementation bit for bit */
 
-static void widen(const float *restrict x, lanes *restrict wide)
+static inline __attribute__((always_inline)) lanes widened(const float *x)
 {
-    double *restrict out = (double *)wide;
-#pragma omp simd
-    for (long i = 0; i < BLOCK; i++)
-        out[i] = x[i];
-}
-
-static void add_product(const lanes *x, const lanes *y, lanes *sum)
-{
-    lanes chain[4] = {{0}};
-    for (long i = 0; i < WIDE; i += 4)
-        for (int c = 0; c < 4; c++)
-            chain[c] += x[i + c] * y[i + c];
-    *sum += (chain[0] + chain[1]) + (chain[2] + chain[3]);
+    return __builtin_convertvector(*(const floats *)x, lanes);
 }
 
 #ifdef __AVX512F__
@@ -266,21 +185,28 @@ static void add_product(const lanes *x, const lanes *y, lanes *sum)
 #else
 #define TILE 2
 #endif
-#define FUSED __attribute__((optimize("O3,fp-contract=fast"))) /* these sums need not match another implementation bit for bit */
 
 static int pair(int runs, int t, int u) { return t * runs - t * (t - 1) / 2 + u - t; }
 
 /* Products of runs x and runs y, all kept in registers while the block is read once */
-static inline FUSED __attribute__((always_inline)) void tile(int rows, int columns, int triangle, const lanes (*x)[WIDE],
-                                                       const lanes (*y)[WIDE], int t, int runs, lanes *sums)
+static inline FUSED __attribute__((always_inline)) void tile(int rows, int columns, int triangle, const float (*x)[BLOCK],
+                                                       const float (*y)[BLOCK], int t, int runs, lanes *sums)
 {
     lanes sum[TILE][TILE] = {{{0}}};
-    for (long i = 0; i < WIDE; i++)
+    for (long i = 0; i < BLOCK; i += LANES) {
+        lanes first[TILE], second[TILE];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+            first[r] = widened(x[r] + i);
+#pragma GCC unroll 8
+        for (int c = 0; c < columns; c++)
+            second[c] = triangle ? first[c] : widened(y[c] + i);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
             for (int c = triangle ? r : 0; c < columns; c++)
-                sum[r][c] += x[r][i] * y[c][i];
+                sum[r][c] += first[r] * second[c];
+    }
     int u = t + (int)(y - x);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
@@ -290,67 +216,93 @@ static inline FUSED __attribute__((always_inline)) void tile(int rows, int colum
 }
 
 /* Products of all pairs (t, u) of runs, t <= u */
-FUSED static void add_pairs(int runs, const float (*tau)[BLOCK], lanes (*wide)[WIDE], lanes *sums)
+FUSED static void add_pairs(int runs, const float (*tau)[BLOCK], lanes *sums)
 {
     int t = 0;
-    for (int r = 0; r < runs; r++)
-        widen(tau[r], wide[r]);
     for (; t + TILE <= runs; t += TILE) {
         int u = t + TILE;
-        tile(TILE, TILE, 1, wide + t, wide + t, t, runs, sums);
+        tile(TILE, TILE, 1, tau + t, tau + t, t, runs, sums);
         for (; u + TILE <= runs; u += TILE)
-            tile(TILE, TILE, 0, wide + t, wide + u, t, runs, sums);
+            tile(TILE, TILE, 0, tau + t, tau + u, t, runs, sums);
         for (; u < runs; u++)
-            tile(TILE, 1, 0, wide + t, wide + u, t, runs, sums);
+            tile(TILE, 1, 0, tau + t, tau + u, t, runs, sums);
     }
     for (; t < runs; t++)
         for (int u = t; u < runs; u++)
-            add_product(wide[t], wide[u], sums + pair(runs, t, u));
+            tile(1, 1, 0, tau + t, tau + u, t, runs, sums);
 }
 
-/* One bit per element: bit k of word l is element 16 k + l. */
+/* One bit per element */
+#define WORDS (BLOCK / 64)
 struct bits {
-    uint32_t plus[16], minus[16];
+    uint64_t moved[WORDS], minus[WORDS];
 };
 
 static void signs_of(const float *x, struct bits *found)
 {
-    uint32_t plus[16] = {0}, minus[16] = {0};
-    for (int k = 0; k < BLOCK / 16; k++)
-#pragma omp simd
-        for (int l = 0; l < 16; l++) {
-            plus[l] |= (uint32_t)(x[16 * k + l] > 0) << k;
-            minus[l] |= (uint32_t)(x[16 * k + l] < 0) << k;
+#ifdef __AVX512F__
+    uint16_t *moved = (uint16_t *)found->moved, *minus = (uint16_t *)found->minus;
+    for (long i = 0; i < BLOCK; i += 16) {
+        __m512i bits = _mm512_loadu_si512(x + i);
+        moved[i / 16] = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7fffffff));
+        minus[i / 16] = _mm512_cmplt_epi32_mask(bits, _mm512_setzero_si512());
+    }
+#else
+    for (long w = 0; w < WORDS; w++) {
+        uint64_t moved = 0, minus = 0;
+        for (long i = 0; i < 64; i++) {
+            moved |= (uint64_t)(x[64 * w + i] != 0) << i;
+            minus |= (uint64_t)(as_bits(x[64 * w + i]) >> 31) << i;
         }
-    memcpy(found->plus, plus, sizeof plus);
-    memcpy(found->minus, minus, sizeof minus);
+        found->moved[w] = moved;
+        found->minus[w] = minus;
+    }
+#endif
 }
 
-/* Count the elements that both of two runs move, and of these the ones moved in the same direction minus those moved in opposite
- * directions. */
-static void count_signs(int runs, const float (*tau)[BLOCK], int64_t *signs, int64_t *shared, int64_t *moved)
+/* Counts of pairs of runs (t, u), t <= u, word by word */
+struct common {
+    int64_t shared[WORDS]; /* elements that both move */
+    int64_t apart[WORDS];  /* elements that they move in opposite directions */
+};
+
+static void count_signs(int runs, const float (*tau)[BLOCK], struct common *pairs, int64_t *moved)
 {
     struct bits of[MOST_RUNS];
-    uint32_t any[16] = {0};
+    uint64_t any[WORDS] = {0};
+    int64_t some = 0;
     for (int t = 0; t < runs; t++) {
         signs_of(tau[t], &of[t]);
-        for (int l = 0; l < 16; l++)
-            any[l] |= of[t].plus[l] | of[t].minus[l];
+        for (int w = 0; w < WORDS; w++)
+            any[w] |= of[t].moved[w];
     }
-    for (int l = 0; l < 16; l++)
-        *moved += __builtin_popcount(any[l]);
+    for (int w = 0; w < WORDS; w++)
+        some += __builtin_popcountll(any[w]);
+    *moved += some;
     for (int t = 0; t < runs; t++)
-        for (int u = t; u < runs; u++) {
-            const struct bits *a = &of[t], *b = &of[u];
-            int alike = 0, apart = 0;
-            for (int l = 0; l < 16; l++) {
-                alike += __builtin_popcount((a->plus[l] & b->plus[l]) | (a->minus[l] & b->minus[l]));
-                apart += __builtin_popcount((a->plus[l] & b->minus[l]) | (a->minus[l] & b->plus[l]));
+        for (int u = t; u < runs; u++, pairs++)
+            for (int w = 0; w < WORDS; w++) {
+                uint64_t both = of[t].moved[w] & of[u].moved[w];
+                pairs->shared[w] += __builtin_popcountll(both);
+                pairs->apart[w] += __builtin_popcountll(both & (of[t].minus[w] ^ of[u].minus[w]));
             }
-            signs[t * runs + u] += alike - apart;
-            shared[t * runs + u] += alike + apart;
-            signs[u * runs + t] = signs[t * runs + u];
+}
+
+/* Add the counts of all pairs to matrices (runs, runs): elements that both move, and of these the ones moved in the same direction
+ * minus those moved in opposite directions. */
+static void add_counts(int runs, const struct common *pairs, int64_t *signs, int64_t *shared)
+{
+    for (int t = 0; t < runs; t++)
+        for (int u = t; u < runs; u++, pairs++) {
+            int64_t both = 0, apart = 0;
+            for (int w = 0; w < WORDS; w++) {
+                both += pairs->shared[w];
+                apart += pairs->apart[w];
+            }
+            shared[t * runs + u] += both;
+            signs[t * runs + u] += both - 2 * apart;
             shared[u * runs + t] = shared[t * runs + u];
+            signs[u * runs + t] = signs[t * runs + u];
         }
 }
 
@@ -367,7 +319,7 @@ static void mean_of(int runs, const float (*tau)[BLOCK], float *restrict mean)
 }
 
 /* Products of merged and mean, and of the mean where merged is not zero */
-static void add_merged(const float *merged, const float *mean, lanes *sums, int64_t *kept)
+FUSED static void add_merged(const float *merged, const float *mean, lanes *sums, int64_t *kept)
 {
     float kept_mean[BLOCK];
     int count = 0;
@@ -377,36 +329,33 @@ static void add_merged(const float *merged, const float *mean, lanes *sums, int6
         count += merged[i] != 0;
     }
     *kept += count;
-    lanes m[WIDE], a[WIDE], k[WIDE];
-    widen(merged, m);
-    widen(mean, a);
-    widen(kept_mean, k);
-    add_product(m, m, sums + MERGED);
-    add_product(m, a, sums + MERGED_MEAN);
-    add_product(a, a, sums + MEAN_MEAN);
-    add_product(k, k, sums + KEPT);
+    lanes sum[4] = {{0}};
+    for (long i = 0; i < BLOCK; i += LANES) {
+        lanes m = widened(merged + i), a = widened(mean + i), k = widened(kept_mean + i);
+        sum[0] += m * m;
+        sum[1] += m * a;
+        sum[2] += a * a;
+        sum[3] += k * k;
+    }
+    sums[MERGED] += sum[0];
+    sums[MERGED_MEAN] += sum[1];
+    sums[MEAN_MEAN] += sum[2];
+    sums[KEPT] += sum[3];
 }
 
-/* Round to the output dtype; `near` receives the rounded value as float. */
-static void round_block(int kind, const float *restrict x, float *restrict near, void *restrict out)
+/* Squared lengths of the rounding error and of the step */
+FUSED static void add_loss(const float *error, const float *step, lanes *sums)
 {
-    uint16_t *restrict half = out;
-    if (kind == BF16)
-#pragma omp simd
-        for (long i = 0; i < BLOCK; i++) {
-            half[i] = to_bfloat(x[i]);
-            near[i] = as_float((uint32_t)half[i] << 16);
+    lanes sum[2][2] = {{{0}}};
+    for (long i = 0; i < BLOCK; i += 2 * LANES)
+#pragma GCC unroll 2
+        for (int c = 0; c < 2; c++) {
+            lanes e = widened(error + i + c * LANES), s = widened(step + i + c * LANES);
+            sum[0][c] += e * e;
+            sum[1][c] += s * s;
         }
-    else if (kind == F16)
-#pragma omp simd
-        for (long i = 0; i < BLOCK; i++) {
-            half[i] = to_half(x[i]);
-            near[i] = from_half(half[i]);
-        }
-    else {
-        memcpy(out, x, BLOCK * sizeof(float));
-        memcpy(near, x, BLOCK * sizeof(float));
-    }
+    sums[ERROR] += sum[0][0] + sum[0][1];
+    sums[STEP] += sum[1][0] + sum[1][1];
 }
 
 /* out = theta_0 + scale tau, rounded once, with the rounding error of scale tau; returns whether the output is finite. */
@@ -432,26 +381,48 @@ static int finish(const struct job *job, long at, long n, const float *origin, c
         unchanged += step[i] != 0 && near[i] == still[i];
         error[i] = near[i] - origin[i] - step[i];
     }
-    lanes e[WIDE], s[WIDE];
-    widen(error, e);
-    widen(step, s);
-    add_product(e, e, sums + ERROR);
-    add_product(s, s, sums + STEP);
+    add_loss(error, step, sums);
     counts[0] += stepped;
     counts[1] += unchanged;
     memcpy((char *)job->out + at * size, written, n * size);
     return all_finite(theta) && all_finite(near);
 }
 
-static int merge_block(const struct job *job, long at, long n, float (*tau)[BLOCK], lanes (*wide)[WIDE], lanes *sums,
-                       int64_t *counts)
+/* One thread's work on a tensor */
+struct task {
+    const struct job *job;
+    float (*tau)[BLOCK];
+    float *panels; /* for each run, if some task vectors are products */
+    long room;     /* of a panel */
+    lanes *sums;
+    struct common *pairs;
+    int64_t *counts;
+};
+
+/* Whether a weighted sum divided by the number of runs is the mean, to the bit */
+static int is_mean(const struct job *job, int divides)
 {
+    for (int t = 0; t < job->runs; t++)
+        if (job->weights[t] != 1)
+            return 0;
+    return divides;
+}
+
+/* Merge n elements from `at` on, whose products lie in the panels from `offset` on. */
+static int merge_block(void *context, long at, long n, long offset)
+{
+    struct task *task = context;
+    const struct job *job = task->job;
     int runs = job->runs, pairs = runs * (runs + 1) / 2;
-    int64_t *signs = counts + runs, *shared = signs + runs * runs, *moved = shared + runs * runs, *kept = moved + 1;
-    float origin[BLOCK], mean[BLOCK], merged[BLOCK];
+    int64_t *counts = task->counts, *moved = counts + runs + 2 * runs * runs, *kept = moved + 1;
+    float origin[BLOCK], mean[BLOCK], merged[BLOCK], (*tau)[BLOCK] = task->tau;
+    lanes *sums = task->sums;
     decode(job->base, job->base_kind, at, n, origin);
     for (int t = 0; t < runs; t++) {
-        task_vector(job->theta[t], job->kinds[t], origin, at, n, tau[t]);
+        if (job->kinds[t] == FACTORS)
+            decode(task->panels + t * task->room, F32, offset, n, tau[t]);
+        else
+            task_vector(job->theta[t], job->kinds[t], origin, at, n, tau[t]);
         if (!all_finite(tau[t]))
             return 3 + t;
     }
@@ -462,18 +433,23 @@ static int merge_block(const struct job *job, long at, long n, float (*tau)[BLOC
             *moved += (merged[i] > 0) - (merged[i] < 0);
         return 0;
     }
-    add_pairs(runs, tau, wide, sums);
-    count_signs(runs, tau, signs, shared, moved);
+    add_pairs(runs, tau, sums);
+    count_signs(runs, tau, task->pairs, moved);
     mean_of(runs, tau, mean);
     if (job->method == TIES) {
         trim(runs, at, n, tau, job->numbers, job->last, counts);
         consensus(runs, tau, job->weights, job->options[0], job->options[1], job->options[2], merged);
     } else {
-        weighted_sum(runs, tau, job->weights, merged);
-        if (job->options[job->method == TALL_MASK])
+        int divides = job->options[job->method == TALL_MASK];
+        if (is_mean(job, divides))
+            memcpy(merged, mean, sizeof merged);
+        else {
+            weighted_sum(runs, tau, job->weights, merged);
+            if (divides)
 #pragma omp simd
-            for (long i = 0; i < BLOCK; i++)
-                merged[i] /= runs;
+                for (long i = 0; i < BLOCK; i++)
+                    merged[i] /= runs;
+        }
         if (job->method == TALL_MASK)
             tall_mask(runs, tau, job->numbers, job->options[0], merged, counts);
     }
@@ -483,6 +459,14 @@ static int merge_block(const struct job *job, long at, long n, float (*tau)[BLOC
     return !job->out || finish(job, at, n, origin, merged, sums + pairs, kept + 1) ? 0 : 2;
 }
 
+/* Memory in whole cache lines, zeroed */
+static void *lines(size_t size)
+{
+    size = (size + 63) / 64 * 64;
+    void *found = aligned_alloc(64, size);
+    return found ? memset(found, 0, size) : NULL;
+}
+
 /* Merge elements start ... stop - 1. One call for all elements and several calls for parts that begin at multiples of PIECE give
  * the same result.
  *
@@ -490,23 +474,37 @@ static int merge_block(const struct job *job, long at, long n, float (*tau)[BLOC
  * output, the number of elements that the merge moves, and of these the number that round to the base's value. */
 int merge(const struct job *job, long start, long stop, double *sums, int64_t *counts)
 {
-    int number = job->runs * (job->runs + 1) / 2 + MORE, status = 0;
-    float(*tau)[BLOCK] = aligned_alloc(64, job->runs * sizeof *tau);
-    lanes(*wide)[WIDE] = aligned_alloc(64, job->runs * sizeof *wide), *partial = aligned_alloc(64, number * sizeof *partial);
-    if (!tau || !wide || !partial)
+    int runs = job->runs, pairs = runs * (runs + 1) / 2, number = pairs + MORE, status = 0;
+    const struct factors *products[MOST_RUNS];
+    long columns = 0;
+    for (int t = 0; t < runs; t++) {
+        products[t] = job->kinds[t] == FACTORS ? job->theta[t] : NULL;
+        columns = products[t] ? products[t]->columns : columns;
+    }
+    struct task task = {.job = job, .room = columns ? panel_room(columns) : 0, .counts = counts};
+    task.tau = lines(runs * sizeof *task.tau);
+    task.panels = lines(runs * task.room * sizeof(float) + 1);
+    task.sums = lines(number * sizeof *task.sums);
+    task.pairs = lines(pairs * sizeof *task.pairs);
+    if (!task.tau || !task.panels || !task.sums || !task.pairs)
         status = 1;
     for (long piece = start; piece < stop && !status; piece += PIECE, sums += number) {
         long end = stop - piece < PIECE ? stop : piece + PIECE;
-        memset(partial, 0, number * sizeof *partial);
-        for (long at = piece; at < end && !status; at += BLOCK)
-            status = merge_block(job, at, end - at < BLOCK ? end - at : BLOCK, tau, wide, partial, counts);
+        memset(task.sums, 0, number * sizeof *task.sums);
+        if (columns)
+            status = visit_products(products, runs, columns, piece, end, task.panels, merge_block, &task);
+        for (long at = piece; !columns && at < end && !status; at += BLOCK)
+            status = merge_block(&task, at, end - at < BLOCK ? end - at : BLOCK, 0);
         for (int i = 0; i < number; i++)
             for (int l = 0; l < LANES; l++)
-                sums[i] += partial[i][l];
+                sums[i] += task.sums[i][l];
     }
-    free(tau);
-    free(wide);
-    free(partial);
+    if (!status)
+        add_counts(runs, task.pairs, counts + runs, counts + runs + runs * runs);
+    free(task.tau);
+    free(task.panels);
+    free(task.sums);
+    free(task.pairs);
     return status;
 }
 
@@ -515,8 +513,13 @@ void sample(const struct job *job, int run, long size, long step, int32_t *patte
 {
     int kind = job->kinds[run];
     for (long at = 0; at < size; at += step) {
-        float theta = kind == STILL ? 0 : element(job->theta[run], kind == DELTA ? F32 : kind, at);
-        float tau = kind == STILL || kind == DELTA ? theta : theta - element(job->base, job->base_kind, at);
+        float tau = 0;
+        if (kind == FACTORS)
+            multiply_out(job->theta[run], at, 1, &tau);
+        else if (kind != STILL)
+            tau = element(job->theta[run], kind == DELTA ? F32 : kind, at);
+        if (kind < DELTA)
+            tau -= element(job->base, job->base_kind, at);
         *patterns++ = (int32_t)(as_bits(tau) & 0x7fffffff);
     }
 }

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from emomerge import native
 from emomerge.checkpoints import Checkpoint
+from emomerge.checkpoints.factors import PIECE, Prepared
 from emomerge.errors import BadInput
 from emomerge.merging.thresholds import Bracket, Cut, sample_step
 
@@ -23,22 +23,13 @@ if TYPE_CHECKING:
     from emomerge.merging.diagnostics import Figures
 
 KERNELS = Path(__file__).with_name("kernels.c")
-PIECE = 2**17
-"""Number of elements summed in one double (see kernels.c), the smallest part for a thread."""
 MOST_RUNS = 64
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-DELTA, STILL = 3, 4
+DELTA, STILL, FACTORS = 3, 4, 5
 METHODS = {"linear": 0, "tall-mask": 1, "ties": 2, "balance": 3}
 ELECT = {"sum": 0, "weighted": 1, "count": 2}
 AGGREGATE = {"mean": 0, "count": 1, "sum": 2, "max": 3}
-
-
-class Part(NamedTuple):
-    """A range of elements that one thread processes."""
-
-    start: int
-    stop: int
 
 
 @dataclass
@@ -47,6 +38,8 @@ class RoundedOutput:
 
     dtype: torch.dtype
     scale: float
+    out: Tensor | None = None
+    """Contiguous memory for it, if there is some."""
     finite: bool = True
     stepped: int = 0
     """Number of elements that the merge moves."""
@@ -80,13 +73,14 @@ class _Job(ctypes.Structure):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the base and of the runs in its stored dtype of 32 or 16 bits, or a run's exact task vector instead.
+    """One tensor of the base and of the runs in its stored dtype of 32 or 16 bits, or a run's exact task vector instead: whole,
+    or as factors.
 
     If `written` is given, `merge` returns the rounded output instead of τ_m.
     """
 
     base: Tensor
-    runs: tuple[Tensor | None, ...]
+    runs: tuple[Tensor | Prepared | None, ...]
     kinds: tuple[int, ...]
     labels: tuple[str, ...]
     name: str
@@ -122,7 +116,9 @@ class StoredTensor:
             options: see kernels.c.
             figures: receives the sums.
         """
-        merged = torch.empty(self.base.shape, dtype=self.written.dtype if self.written else torch.float32)
+        merged = self.written.out if self.written else None
+        if merged is None:
+            merged = torch.empty(self.base.shape, dtype=self.written.dtype if self.written else torch.float32)
         for sums, counts in self._run(method, weights, numbers, last, options, merged):
             figures.add_sums(sums[:, :-2], counts[:-2])
             if self.written:
@@ -195,7 +191,7 @@ class StoredTensor:
 
     def _job(self, method: str, options: Sequence[int], merged: Tensor | None, *numbers: Tensor) -> tuple[_Job, list[object]]:
         """Return the arguments for a kernel, and the objects that they point to."""
-        thetas = (ctypes.c_void_p * len(self.runs))(*(None if t is None else t.data_ptr() for t in self.runs))
+        thetas = (ctypes.c_void_p * len(self.runs))(*map(_address, self.runs))
         kinds = (ctypes.c_int * len(self.runs))(*self.kinds)
         job = _Job(
             method=METHODS[method],
@@ -228,13 +224,13 @@ class StoredTensor:
         numbers = (torch.zeros(runs) if numbers is None else numbers).float().contiguous()
         last = (torch.full((runs,), self.numel) if last is None else last).contiguous()
         job, _keep = self._job(method, options, merged, weights.float().contiguous(), numbers, last)
-        parts = _parts(self.numel, native.threads())
+        parts = native.ranges(self.numel, PIECE)
         results = [
             (
-                torch.zeros(-(-(part.stop - part.start) // PIECE), runs * (runs + 1) // 2 + 6, dtype=torch.float64),
+                torch.zeros(-(-(stop - start) // PIECE), runs * (runs + 1) // 2 + 6, dtype=torch.float64),
                 torch.zeros(runs + 2 * runs * runs + 4, dtype=torch.int64),
             )
-            for part in parts
+            for start, stop in parts
         ]
 
         def work(index: int) -> None:
@@ -263,22 +259,27 @@ def open_stored(name: str, base: Checkpoint, runs: Sequence[Checkpoint], labels:
     if any(dense and run.info(name).dtype not in KINDS for run, dense in zip(runs, plain, strict=True)):
         return None
     origin = base[name]
-    tensors = [run[name] if dense else run.delta(name, base) for run, dense in zip(runs, plain, strict=True)]
-    if not origin.is_cpu or any(t is not None and (not t.is_cpu or t.dtype not in KINDS) for t in tensors):
+    found = [_vector(run, name, base, dense=dense) for run, dense in zip(runs, plain, strict=True)]
+    if not origin.is_cpu or None in found:
         return None
-    kinds = [STILL if t is None else KINDS[t.dtype] if dense else DELTA for t, dense in zip(tensors, plain, strict=True)]
-    if any(kind == DELTA and t is not None and t.dtype != torch.float32 for kind, t in zip(kinds, tensors, strict=True)):
-        return None
-    flat = tuple(None if t is None else t.contiguous() for t in tensors)
-    return StoredTensor(origin.contiguous(), flat, tuple(kinds), tuple(labels), name)
+    vectors, kinds = zip(*(each for each in found if each), strict=True)
+    return StoredTensor(origin.contiguous(), vectors, kinds, tuple(labels), name)
 
 
-def _parts(numel: int, threads: int) -> list[Part]:
-    """Split into ranges of about equal size that begin at multiples of PIECE."""
-    pieces = -(-numel // PIECE)
-    threads = max(min(threads, pieces), 1)
-    cuts = [min(pieces * index // threads * PIECE, numel) for index in range(threads + 1)]
-    return [Part(*ends) for ends in pairwise(cuts)]
+def _vector(run: Checkpoint, name: str, base: Checkpoint, *, dense: bool) -> tuple[Tensor | Prepared | None, int] | None:
+    """Return a run's tensor or its task vector, and its kind; None if the kernels do not support it."""
+    if not dense and (factors := run.factors(name, base)) is not None:
+        return factors.prepared(), FACTORS
+    tensor = run[name] if dense else run.delta(name, base)
+    if tensor is None:
+        return None, STILL
+    if not tensor.is_cpu or tensor.dtype not in KINDS or not (dense or tensor.dtype == torch.float32):
+        return None
+    return tensor.contiguous(), KINDS[tensor.dtype] if dense else DELTA
+
+
+def _address(run: Tensor | Prepared | None) -> int | None:
+    return run.address if isinstance(run, Prepared) else None if run is None else run.data_ptr()
 
 
 def _kernels() -> ctypes.CDLL:

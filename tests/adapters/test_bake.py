@@ -191,6 +191,9 @@ def test_the_baked_model_computes_what_the_live_adapter_does(case, tmp_path, rec
     record_property("difference", difference)
     print(f"{case}: {difference:.1e}")
     assert difference <= TOLERANCE
+    for name in baked.touched():  # what a merge multiplies out block by block
+        factors = baked.factors(name, baked.base)
+        assert factors is None or torch.equal(factors.dense(), baked.delta(name, baked.base))
     assert (before - live).abs().max() > 0.05  # or the test would show nothing
 
 
@@ -334,6 +337,7 @@ def test_a_float64_base_is_baked_in_float64(tmp_path):
     base = MemoryCheckpoint({name: tensor.double() for name, tensor in model.state_dict().items()})
     baked = bake(base, tmp_path / "adapter")
     assert baked["head.weight"].dtype == baked.delta("head.weight", base).dtype == torch.float64
+    assert baked.factors("head.weight", base) is None  # these are float32
 
 
 def test_baking_does_not_depend_on_the_thread_count(tmp_path):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import emomerge.merging.vectors as vectors
-from emomerge.checkpoints import MemoryCheckpoint, RoundingLoss, write_checkpoint
+from emomerge.checkpoints import Checkpoint, MemoryCheckpoint, RoundingLoss, write_checkpoint
+from emomerge.checkpoints.factors import Factors, Term
 from emomerge.errors import BadInput
 from emomerge.merging import merge
 from emomerge.merging.native import PIECE, open_stored
@@ -97,6 +98,52 @@ def test_known_deltas_and_runs_that_stay(exact_run: Any, monkeypatch: pytest.Mon
         with monkeypatch.context() as patch:
             (ours, report), (theirs, other) = both(patch, base, runs, method=method)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours) and close(report, other)
+
+
+class Product(MemoryCheckpoint):
+    """A run whose task vectors are products of factors, but for one that is zero."""
+
+    def __init__(self, base: MemoryCheckpoint, shapes: dict[str, tuple[int, int]], seed: int) -> None:
+        super().__init__({name: base[name] for name in base}, source=f"run {seed}")
+        generator = torch.Generator().manual_seed(seed)
+        self.base, self.products = base, {}
+        for (name, (rows, columns)), rank in zip(shapes.items(), (3, 16, 7, 1), strict=True):
+            a, b = torch.randn(rank, columns, generator=generator), 0.01 * torch.randn(rows, rank, generator=generator)
+            self.products[name] = Factors((rows, columns), (Term(a, b, 0.7),))
+
+    def factors(self, name: str, base: Checkpoint) -> Factors | None:
+        return self.products.get(name) if base is self.base else None
+
+    def delta(self, name: str, base: Checkpoint) -> Tensor | None:
+        return self.products[name].dense() if name in self.products else None
+
+
+@pytest.mark.parametrize("runs", [1, 3, 5])
+@pytest.mark.parametrize(("method", "params"), [METHODS[1], METHODS[2], METHODS[3], METHODS[4], METHODS[6], METHODS[9]])
+def test_products_of_factors(runs: int, method: str, params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short rows and rows longer than the cache, whole panels and parts of them."""
+    shapes = {"a": (300, 211), "b": (31, 5003), "c": (1, 9), "d": (5, PIECE // 4 + 3)}
+    generator = torch.Generator().manual_seed(0)
+    base = MemoryCheckpoint({name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()})
+    some = [Product(base, shapes, seed) for seed in range(runs)]
+    some[0].products.pop("a")
+    params = {key.replace("lambda", "lambda_"): value for key, value in params.items()}
+    params["k"] = min(params["k"], runs) if "k" in params else None
+    params |= {"weights": params["weights"][:runs] + [1.0] * (runs - 3)} if "weights" in params else {}
+    params = {key: value for key, value in params.items() if value is not None}
+    assert open_stored("b", base, some, "abcde"[:runs]) is not None or pytest.skip("no C compiler")
+    reports, merges = [], []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        merged = merge(base, some, method=method, **params)
+        merges.append({name: merged[name] for name in merged})
+        reports.append(merged.diagnostics())
+    assert reports[0] == reports[1] == reports[2]
+    monkeypatch.setattr(vectors, "open_stored", lambda *_: None)
+    plain = merge(base, some, method=method, **params)
+    for name in base:
+        assert all(torch.equal(found[name], plain[name]) for found in merges), name
+    assert close(reports[0], plain.diagnostics())
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 8, 10, 13])

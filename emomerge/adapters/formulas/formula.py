@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from emomerge.checkpoints import working_dtype
+from emomerge.checkpoints.factors import Term
 from emomerge.errors import BadInput
 from emomerge.numerics.threads import one_thread
 
@@ -65,6 +66,10 @@ class Formula(ABC):
 
     def take(self, index: Index) -> Formula | None:
         """Return the formula of some output rows; None if each row depends on all rows of W."""
+        return None
+
+    def term(self) -> Term | None:
+        """Return ΔW as a product of two matrices in float32, with the bits of `delta`; None if it is none."""
         return None
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from emomerge.adapters.formulas.formula import Additive, Index, require_columns
 from emomerge.adapters.low_rank import product
+from emomerge.checkpoints.factors import Term
+from emomerge.numerics.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class LowRankProduct(Additive):
     def take(self, index: Index) -> LowRankProduct:
         """Return some rows of B."""
         return replace(self, up=self.up[index])
+
+    def term(self) -> Term:
+        """Return A and B."""
+        with one_thread():
+            return Term(self._matrix(torch.float32), self.up, self.scale)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A and s·B."""

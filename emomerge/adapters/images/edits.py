@@ -11,8 +11,10 @@ from torch import Tensor
 
 from emomerge.adapters.change import Change
 from emomerge.adapters.formulas import Formula
+from emomerge.adapters.formulas.lora import LowRankProduct
 from emomerge.adapters.images.layouts import Order, Place
 from emomerge.checkpoints import Checkpoint, working_dtype
+from emomerge.checkpoints.factors import Factors, Term
 
 Shape = tuple[int, ...]
 
@@ -60,6 +62,15 @@ class Edit:
         """Return Δ of the rows, as the base stores them; `shape` is the one that the adapter was trained on."""
         assert self.formula is not None
         return arranged(self.formula.delta(shape, dtype), self.place.order)
+
+    def term(self) -> Term:
+        """Return Δ of the rows as a product, if the formula is one."""
+        term = self.formula.term() if self.formula is not None else None
+        assert term is not None
+        start = self.place.rows[0] if self.place.rows is not None else 0
+        if self.place.order == "transposed":
+            return term._replace(a=term.b.mT, b=term.a.mT, start=start)
+        return term._replace(b=arranged(term.b, self.place.order), start=start)
 
     def apply(self, rows: Tensor) -> Tensor:
         """Return the changed rows, as the base stores them."""
@@ -109,8 +120,11 @@ def change_of(edits: Sequence[Edit], base: Checkpoint) -> Change:
     if not all(edit.additive for edit in edits):
         return Change(replace=partial(_replace, tuple(edits), whole))
     shapes = [_shape(edit.place, base) for edit in edits]
+    factors = None
+    if all(isinstance(edit.formula, LowRankProduct) for edit in edits) and len(shape) > 1:
+        factors = partial(_factors, shape, edits)
     if whole:
-        return Change(delta=partial(edits[0].delta, shapes[0]))
+        return Change(delta=partial(edits[0].delta, shapes[0]), factors=factors)
 
     def delta(dtype: torch.dtype) -> Tensor:
         total = torch.zeros(shape, dtype=dtype)
@@ -118,7 +132,11 @@ def change_of(edits: Sequence[Edit], base: Checkpoint) -> Change:
             _rows(total, edit.place).copy_(edit.delta(part, dtype))
         return total
 
-    return Change(delta=delta)
+    return Change(delta=delta, factors=factors)
+
+
+def _factors(shape: Shape, edits: Sequence[Edit]) -> Factors:
+    return Factors(shape, tuple(edit.term() for edit in edits))
 
 
 def _replace(edits: Sequence[Edit], whole: bool, tensor: Tensor) -> Tensor:

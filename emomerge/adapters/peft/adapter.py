@@ -86,7 +86,7 @@ class PeftReader:
         replace = change.replace or earlier.replace
         if change.replace is not None and earlier.replace is not None:
             replace = partial(_one_after_the_other, earlier.replace, change.replace)
-        self.found[name] = Change(replace, change.delta or earlier.delta)
+        self.found[name] = Change(replace, change.delta or earlier.delta, change.factors or earlier.factors)
 
     def _add_replacement(self, tensor: str, key: str) -> None:
         """Add a tensor that replaces one of the base."""

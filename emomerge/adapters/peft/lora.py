@@ -26,6 +26,7 @@ from emomerge.adapters.peft.adapter import PeftReader, Shape, without_wrappers
 from emomerge.adapters.peft.kind import Count, Number, Settings
 from emomerge.adapters.peft.patterns import matches_end
 from emomerge.checkpoints import Checkpoint, Piece, working_dtype
+from emomerge.checkpoints.factors import Factors, Term
 from emomerge.errors import BadInput
 
 _FACTOR = re.compile(r"(.+)\.(lora_(?:embedding_)?[AB])(?:\.default)?(?:\.(weight|bias))?")
@@ -97,9 +98,9 @@ class LoraReader(PeftReader):
         for name, piece in self.targets(pair.tensor, pair.key):
             shape = self.shape(name, pair.tensor, piece)
             scale = self._scale(pair, self._rank(pair, shape, keys))
-            delta = self._low_rank(pair, name, shape, piece, keys, scale)
-            decomposition = self._decomposition(self.magnitudes.get(module), pair, keys, name, piece, delta)
-            self.add(name, pair.key, Change(delta=delta) if decomposition is None else Change(replace=decomposition))
+            change = self._low_rank(pair, name, shape, piece, keys, scale)
+            decomposition = self._decomposition(self.magnitudes.get(module), pair, keys, name, piece, change)
+            self.add(name, pair.key, change if decomposition is None else Change(replace=decomposition))
         bias_name = self.find(f"{pair.module}.bias", keys["bias"]) if "bias" in keys else None
         if bias_name is not None:
             bias = self.tensors[keys["bias"]]
@@ -173,27 +174,26 @@ class LoraReader(PeftReader):
 
     def _low_rank(
         self, pair: _Pair, name: str, shape: Shape, piece: Piece | None, keys: dict[str, str], scale: float
-    ) -> Callable[[torch.dtype], Tensor]:
-        """Return a function that computes Δ = s·BA in the layout of the base tensor, or the piece of Δ that it holds."""
+    ) -> Change:
+        """Return Δ = s·BA in the layout of the base tensor, or the piece of Δ that it holds."""
         a, b = self.tensors[keys["A"]], self.tensors[keys["B"]]
         if pair.parameter and len(shape) == 3:
-            return self._expert_delta(pair, name, shape, piece, a, b, scale)
+            return Change(delta=self._expert_delta(pair, name, shape, piece, a, b, scale))
         if piece is not None:
-            whole = self._low_rank(pair, name, shape, None, keys, scale)
-            return lambda dtype: piece.of(whole(dtype))
+            whole = self._low_rank(pair, name, shape, None, keys, scale).delta
+            assert whole is not None
+            return Change(delta=lambda dtype: piece.of(whole(dtype)))
         if a.ndim > 2:  # convolutions: B is 1×1, so that BA has the kernel of A
             self.require_shape(name, pair.key, shape, (b.shape[0], *a.shape[1:]))
-            return lambda dtype: product(a.flatten(1), b.flatten(1), scale, dtype).reshape(shape)
+            return _product(a.flatten(1), b.flatten(1), scale, shape)
         out_in = (b.shape[0], a.shape[1])
         transposed = pair.embedding or self._is_transposed(pair, shape, out_in)
         self.require_shape(name, pair.key, shape, out_in[::-1] if transposed else out_in)
-        if transposed:
-            return lambda dtype: product(a, b, scale, dtype).T
-        return lambda dtype: product(a, b, scale, dtype)
+        return _product(b.mT, a.mT, scale, shape) if transposed else _product(a, b, scale, shape)
 
     def _decomposition(
         self, key: str | None, pair: _Pair, keys: dict[str, str], name: str, piece: Piece | None,
-        delta: Callable[[torch.dtype], Tensor],
+        change: Change,
     ) -> Callable[[Tensor], Tensor] | None:  # fmt: skip
         """Return a function that computes m·(W + Δ)/‖W + Δ‖ of DoRA, with m at `key`; None for plain LoRA."""
         if (key is not None) != bool(self.config.get("use_dora")):
@@ -208,6 +208,9 @@ class LoraReader(PeftReader):
         axis = int(len(shape) == 2 and (pair.embedding or self._is_transposed(pair, shape, out_in)))
         if max(magnitude.shape, default=1) != magnitude.numel() or magnitude.numel() != out_in[0]:
             self.require_shape(name, key, (out_in[0],), tuple(magnitude.shape))
+
+        delta = change.delta
+        assert delta is not None
 
         def replace(base: Tensor) -> Tensor:
             dtype = working_dtype(base.dtype)
@@ -245,3 +248,9 @@ class LoraReader(PeftReader):
             return shape == out_in[::-1]
         found = self.is_conv1d(pair.module)
         return bool(self.config.get("fan_in_fan_out")) if found is None else found
+
+
+def _product(a: Tensor, b: Tensor, scale: float, shape: Shape) -> Change:
+    """Return s·BA, in a shape."""
+    factors = Factors(shape, (Term(a, b, scale),))
+    return Change(delta=lambda dtype: product(a, b, scale, dtype).reshape(shape), factors=lambda: factors)
