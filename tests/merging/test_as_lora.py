@@ -123,7 +123,7 @@ def test_a_mean_of_loras_at_the_sum_of_their_ranks_is_the_dense_merge(tmp_path):
     merged = merge(base, [tmp_path / f"run{run}" for run in range(3)], method="mean")
     truncated = truncate(merged, base, rank=6)
     truncated.adapter().write(tmp_path / "adapter")
-    assert truncated.figures()["energy"] == pytest.approx(1, abs=1e-6)
+    assert truncated.figures()["energy"] == pytest.approx(1, abs=5e-6)
     baked = bake(base, tmp_path / "adapter")
     assert baked.touched()
     for name in base:
