@@ -6,7 +6,8 @@
 The base has the names, shapes and dtypes of SDXL 1.0 as one file (2,515 tensors, 6.9 GB in float16) with random values, and
 five LoRAs of rank 16 on all 794 layers of its UNet, as sd-scripts writes them. All processes run on this machine one after the
 other, each measured several times in turn; the fastest counts, as whatever else runs only adds. A copy is measured as it is and
-with the flush to the disk that emomerge always does before it renames a finished file. Written to results/bake_images.json.
+with the flush to the disk that emomerge always does before it renames a finished file. Written to results/bake_images.json,
+which `merge_tables.py` puts into the documentation.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def _private_memory(process: int) -> int:
     return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
-def _processor() -> str:
+def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
@@ -145,6 +146,7 @@ def main() -> None:
             *emomerge, "merge", str(base), *map(str, adapters), "--method", "tall-mask", "-o", str(out), "--quiet",
         ],
     }  # fmt: skip
+    load = os.getloadavg()[1]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for _ in range(options.repeats):
         for name, command in commands.items():
@@ -156,7 +158,7 @@ def main() -> None:
         shutil.rmtree(folder)
     best = {name: min(rows, key=lambda row: row["seconds"]) for name, rows in found.items()}
     results = {
-        "machine": f"{_processor()}, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
+        "machine": f"{processor()}, {os.cpu_count()} cores", "threads": torch.get_num_threads(), "load": load,
         "versions": {name: version(name) for name in ("emomerge", "torch", "safetensors")},
         "parameters": sum(torch.Size(shape).numel() for shape in shapes().values()), "tensors": len(shapes()),
         "rank": RANK, "runs": found, "best": best,

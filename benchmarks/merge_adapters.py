@@ -5,7 +5,8 @@
 
 A Llama-shaped base in bfloat16 and five adapters of rank 16 on its attention and MLP layers. Printed are what each way writes,
 its wall time and its peak memory, and how far the two results are apart: the dense copies are float32, so that only the last
-bits of their weights are lost; in bfloat16 small changes are lost altogether (the last row).
+bits of their weights are lost; in bfloat16 small changes are lost altogether (the last row). With --store they are written to
+results/merge_adapters.json, which `merge_tables.py` puts into the documentation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from merge_vs_mergekit import RUNS, llama, make_models, run
+from merge_vs_mergekit import RUNS, Row, llama, make_models, run, store
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -64,7 +65,7 @@ def dense(base: str, adapters: list[str], folder: Path, dtype: str, method: str)
         for adapter, copy in zip(adapters, copies, strict=True)
     ]
     for command in [*bakes, [*EMOMERGE, "merge", base, *copies, "--method", method, "-o", str(out), "--quiet"]]:
-        took, memory = run(command)
+        took, memory, _ = run(command)
         seconds, peak = seconds + took, max(peak, memory)
     return seconds, peak, out
 
@@ -83,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=int, default=200, help="50, 100, 200, 400 or 1000")
     parser.add_argument("--method", default="tall-mask")
+    parser.add_argument("--store", action="store_true", help="write results/merge_adapters.json")
     options = parser.parse_args()
     table = Table("way", "written GB", "wall s", "peak RSS GB", "largest difference from the first row")
     with tempfile.TemporaryDirectory() as temporary:
@@ -90,15 +92,22 @@ def main() -> None:
         (base, *_), numel = make_models(folder, options.millions, runs=0)
         adapters = make_adapters(folder, options.millions)
         out = folder / "straight"
-        took, memory = run([*EMOMERGE, "merge", str(base), *adapters, "--method", options.method, "-o", str(out), "--quiet"])
+        took, memory, _ = run([*EMOMERGE, "merge", str(base), *adapters, "--method", options.method, "-o", str(out), "--quiet"])
+        rows: list[Row] = [
+            {"way": "straight from the adapters", "seconds": took, "peak GB": memory, "written GB": size_of(out)}
+        ]
         table.add_row("straight from the adapters", f"{size_of(out):.2f}", f"{took:.1f}", f"{memory:.2f}", "")
         for dtype in ("float32", "bfloat16"):
             before = size_of(folder)
             took, memory, merged = dense(str(base), adapters, folder, dtype, options.method)
+            size, way = size_of(folder) - before, f"baked in {dtype} first"
+            rows.append({"way": way, "seconds": took, "peak GB": memory, "written GB": size})
             row = f"{size_of(folder) - before:.2f}", f"{took:.1f}", f"{memory:.2f}", difference(out, merged)
             table.add_row(f"baked in {dtype} first", *row)
     table.title = f"{options.method} of {RUNS} adapters of rank {RANK}, base of {numel / 1e6:.0f} M parameters in bfloat16"
     Console(width=120).print(table)
+    if options.store:
+        store("merge_adapters", rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 Makes a base and five Llama-shaped runs in bfloat16 in a temporary folder, merges them with each tool in a process of its own
 in turn, and prints the median wall time, the peak resident memory and the ratio. "copy" is the floor: all tensors read and one
 model written, with safetensors alone. All times run from the start of a Python process to its end, importing torch included.
-Only emomerge waits until its output is on the disk (fsync), and only it hashes inputs and output (SHA-256, for merge.json).
+Only emomerge waits until its output is on the disk (fsync), and only it hashes the inputs (SHA-256, for merge.json).
 TIES has density 0.2; emomerge's preset `mergekit` is mergekit's dialect, `paper` trims over the whole task vector. Without
 mergekit its rows are left out.
 """
@@ -24,10 +24,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from bake_images import processor
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -96,19 +98,20 @@ import json, os, resource, subprocess, sys, time
 start = time.perf_counter()
 process = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 seconds = time.perf_counter() - start
-print(json.dumps([process.returncode, seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, process.stderr]))
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([process.returncode, seconds, used.ru_maxrss, used.ru_utime + used.ru_stime, process.stderr]))
 """
 
 
-def run(command: list[str]) -> tuple[float, float]:
-    """Wall seconds, and the peak resident memory in GB; by way of a small process, because a peak is handed on to children."""
+def run(command: list[str]) -> tuple[float, float, float]:
+    """Wall seconds, the peak resident memory in GB and CPU seconds; by way of a small process, as a peak is handed on."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     launch = [sys.executable, "-S", "-c", LAUNCH, *command]
     printed = subprocess.run(launch, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-    status, seconds, peak, message = json.loads(printed)
+    status, seconds, peak, cpu, message = json.loads(printed)
     if status:
         raise SystemExit(f"{' '.join(command)}\n{message}")
-    return seconds, peak * 1024 / 1e9
+    return seconds, peak * 1024 / 1e9, cpu
 
 
 def commands(paths: list[Path], folder: Path, *, peers: bool) -> dict[str, list[str]]:
@@ -148,15 +151,15 @@ def measure(folder: Path, millions: int, rounds: int, *, peers: bool) -> list[Ro
     """A row for each command: parameters in millions, wall seconds and peak GB, medians of the rounds."""
     paths, numel = make_models(folder, millions)
     table = commands(paths, folder, peers=peers)
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in table}
+    measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in table}
     for _ in range(rounds):
         for name, command in table.items():
             shutil.rmtree(folder / "out", ignore_errors=True)
             measured[name].append(run(command))
     rows: list[Row] = []
     for name, pairs in measured.items():
-        seconds, memory = (statistics.median(column) for column in zip(*pairs, strict=True))
-        rows.append({"way": name, "millions": numel / 1e6, "seconds": seconds, "peak GB": memory})
+        seconds, memory, cpu = (statistics.median(column) for column in zip(*pairs, strict=True))
+        rows.append({"way": name, "millions": numel / 1e6, "seconds": seconds, "peak GB": memory, "cpu": cpu})
     return rows
 
 
@@ -170,6 +173,13 @@ def show(rows: list[Row]) -> None:
             seconds = float(row["seconds"])
             table.add_row(str(row["way"]), f"{seconds:.2f}", f"{seconds / floor:.2f}", f"{row['peak GB']:.2f}")
         Console().print(table)
+
+
+def store(name: str, rows: list[Row]) -> None:
+    """Write rows to the results, with the machine, its load and the versions."""
+    known = {package: version(package) for package in ("emomerge", "torch", "safetensors", "mergekit") if find_spec(package)}
+    found = {"machine": f"{processor()}, {os.cpu_count()} cores", "load": os.getloadavg()[1], "versions": known, "rows": rows}
+    (Path(__file__).parent / "results" / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 def draw(rows: list[Row], file: Path) -> None:
@@ -193,6 +203,7 @@ def main() -> None:
     parser.add_argument("--peers-up-to", type=int, default=1000, metavar="MILLIONS", help="leave mergekit out beyond this size")
     parser.add_argument("--folder", type=Path, help="where the models are made, and left; else a temporary one")
     parser.add_argument("--rows", type=Path, help="a JSON file of rows, which those measured now are added to")
+    parser.add_argument("--store", action="store_true", help="write results/merge_vs_mergekit.json")
     parser.add_argument("--chart", type=Path, help="draw the rows to this file: .png, .svg or .html")
     options = parser.parse_args()
     rows: list[Row] = json.loads(options.rows.read_text()) if options.rows and options.rows.exists() else []
@@ -203,6 +214,8 @@ def main() -> None:
         if options.rows:
             options.rows.write_text(json.dumps(rows, indent=1) + "\n")
     show(rows)
+    if options.store:
+        store("merge_vs_mergekit", [row for row in rows if 150 < float(row["millions"]) < 250])
     if options.chart:
         draw(rows, options.chart)
 
