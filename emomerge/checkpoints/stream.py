@@ -34,7 +34,7 @@ class Stream:
     """A file that is written in order; use as a context manager.
 
     Args:
-        path: the file, which must not exist.
+        path: the file; one that is there is replaced.
         size: bytes that will be written.
         hashed: whether to compute the SHA-256.
 
@@ -156,11 +156,11 @@ class Stream:
 
 def _opened(path: Path, size: int) -> tuple[io.FileIO, bool]:
     """Create a file, and return whether it is written past the cache."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     if size >= LARGE and hasattr(os, "O_DIRECT"):
         with contextlib.suppress(OSError):  # such as tmpfs
             return io.FileIO(os.open(path, flags | os.O_DIRECT, 0o666), "wb"), True
-    return path.open("xb", buffering=0), False
+    return path.open("wb", buffering=0), False
 
 
 def _new_buffer(size: int) -> mmap.mmap:
