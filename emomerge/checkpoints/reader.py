@@ -169,8 +169,8 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     """Open weights without reading their data.
 
     Args:
-        source: a `.safetensors` file, a `.safetensors.index.json` or a GGUF file of an image model; a folder with one of the
-            first two; a folder of several parts (see `checkpoints.parts`); or a Hub id.
+        source: a `.safetensors` file, a `.safetensors.index.json` or a GGUF file of an image model; a folder with one of these;
+            a folder of several parts (see `checkpoints.parts`); or a Hub id.
         revision: the branch, tag or commit of a Hub id.
 
     Raises:
@@ -312,14 +312,15 @@ def _open_weights(folder: Path, *, source: str) -> Checkpoint:
         return _open_index(indices[0], source=source)
     if len(weights) == 1 and not indices:
         return _open_files(weights, source=source, folder=folder)
-    if len(indices) > 1 or weights:
-        found = ", ".join(path.name for path in (indices or weights)[:4])
+    codes = [] if indices or weights else sorted(folder.glob("*.gguf"))
+    if len(codes) == 1:
+        return gguf.open_gguf(codes[0], source=source)
+    if len(indices) > 1 or weights or codes:
+        found = ", ".join(path.name for path in (indices or weights or codes)[:4])
         raise BadInput("the folder holds several checkpoints", where=folder, found=found, fix="name the file you mean")
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     if pickles:
         raise BadInput("the weights are a pickle, which is never loaded", where=folder / pickles[0], fix=_TO_CONVERT)
-    if quantized := sorted(folder.glob("*.gguf")):
-        raise BadInput(_GGUF, where=quantized[0], fix="name the file itself: GGUF files of image models are read")
     raise BadInput("no weights in this folder", where=folder, expected="model.safetensors or model.safetensors.index.json")
 
 

@@ -52,20 +52,6 @@ def _unquantized(tmp: Path) -> None:
     works("bake", whole, adapter(tmp / "adapter"), "-o", tmp / "out")
 
 
-@follows("name the file itself: GGUF files of image models are read")
-def _gguf(tmp: Path) -> None:
-    gguf = pytest.importorskip("gguf")
-    (tmp / "folder").mkdir()
-    writer = gguf.GGUFWriter(tmp / "folder/a.gguf", "qwen_image")
-    writer.add_tensor("a.weight", W.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert refused("inspect", tmp / "folder").endswith("GGUF files of image models are read")
-    works("inspect", tmp / "folder/a.gguf")
-
-
 @follows("bake into the unquantized base")
 def _integers(tmp: Path) -> None:
     base, whole, lora = model(tmp / "base", a=W.char()), model(tmp / "whole"), adapter(tmp / "adapter")

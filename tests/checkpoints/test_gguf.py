@@ -67,6 +67,16 @@ def test_the_numbers_are_those_of_the_package(kind: str, tmp_path: Path) -> None
     assert found["transformer_blocks.0.img_mod.1.weight"].tolist()[1] == [5, 6, 7, 8, 9]
 
 
+def test_the_only_one_in_a_folder_is_read(tmp_path: Path) -> None:
+    path, values = model(tmp_path / "a.gguf", "Q8_0")
+    (tmp_path / "config.json").write_text("{}")
+    found = open_checkpoint(tmp_path)
+    assert found.paths == (path,) and torch.equal(found[f"{NAME}.weight"].float(), values)
+    model(tmp_path / "b.gguf", "F16")
+    with pytest.raises(BadInput, match="several checkpoints.*a.gguf, b.gguf.*name the file you mean"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K"])
 def test_a_lora_is_baked_and_written_as_safetensors(kind: str, tmp_path: Path) -> None:
     path, values = model(tmp_path / "base.gguf", kind)
