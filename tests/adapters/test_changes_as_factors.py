@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from emomerge import native
 from emomerge.adapters.baked import BakedCheckpoint
 from emomerge.adapters.change import Change
 from emomerge.adapters.combined import CombinedCheckpoint
@@ -12,7 +15,7 @@ from emomerge.adapters.formulas.formula import Difference, Formula
 from emomerge.adapters.formulas.lora import LowRankProduct
 from emomerge.adapters.images.edits import change_of, edits_of
 from emomerge.adapters.images.layouts import Place
-from emomerge.checkpoints import MemoryCheckpoint
+from emomerge.checkpoints import MemoryCheckpoint, RoundingLoss, open_checkpoint, write_checkpoint
 
 PLACES = {
     "the whole tensor": [(Place("w"),)],
@@ -70,12 +73,29 @@ def test_other_formulas_have_none(formula: Formula, base: MemoryCheckpoint) -> N
     assert change_of(edits_of(formula, [Place("w")], base, key="w"), base).factors is None
 
 
-def test_several_adapters_with_strengths(base: MemoryCheckpoint, tmp_path) -> None:
+@pytest.fixture
+def combined(base: MemoryCheckpoint, tmp_path: Path) -> CombinedCheckpoint:
+    """Three adapters with strengths."""
+
     def baked(places: list[tuple[Place, ...]]) -> BakedCheckpoint:
         return BakedCheckpoint(base, changes(base, places), source="a", adapter_folder=tmp_path, reopen=lambda: None)
 
     adapters = [baked(PLACES[case]) for case in ("halves swapped", "two parts of it", "over two tensors")]
-    combined = CombinedCheckpoint(base, [*zip(adapters, (0.3, -1.5, 1.0), strict=True)])
+    return CombinedCheckpoint(base, [*zip(adapters, (0.3, -1.5, 1.0), strict=True)])
+
+
+def test_a_machine_without_compiler_writes_the_same_bytes(
+    combined: CombinedCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = tmp_path / "compiled.safetensors", tmp_path / "plain.safetensors"
+    write_checkpoint(combined, one, loss=RoundingLoss(combined.base))
+    monkeypatch.setattr(native, "library", lambda *_: None)
+    write_checkpoint(combined, other, loss=RoundingLoss(combined.base))
+    assert one.read_bytes() == other.read_bytes()
+    assert not torch.equal(open_checkpoint(one)["w"], combined.base["w"])
+
+
+def test_several_adapters_with_strengths(base: MemoryCheckpoint, combined: CombinedCheckpoint) -> None:
     for name in ("w", "other"):
         factors = combined.factors(name, base)
         assert factors is not None and torch.equal(factors.dense(), combined.delta(name, base))
