@@ -7,7 +7,7 @@ The base has the names, shapes and dtypes of SDXL 1.0 as one file (2,515 tensors
 five LoRAs of rank 16 on all 794 layers of its UNet, as sd-scripts writes them. All processes run on this machine one after the
 other, each measured several times in turn; the fastest counts, as whatever else runs only adds. A copy is measured as it is and
 with the flush to the disk that emomerge always does before it renames a finished file. Written to results/bake_images.json,
-which `merge_tables.py` puts into the documentation.
+which `docs_tables.py` puts into the documentation.
 """
 
 from __future__ import annotations

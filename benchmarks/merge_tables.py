@@ -1,10 +1,9 @@
-"""Write the tables of docs/performance.md and docs/sdxl.md about merging and baking from the stored results.
+"""Write the tables of docs/performance.md about merging from the stored results.
 
-    python benchmarks/merge_tables.py             # rewrites both files
-    python benchmarks/merge_tables.py --check     # exit status 1 if they differ from the results
+    python benchmarks/merge_tables.py             # rewrites the file
+    python benchmarks/merge_tables.py --check     # exit status 1 if it differs from the results
 
-The results in benchmarks/results/ come from `bake_images.py`, `merge_vs_mergekit.py` and `merge_adapters.py`; a test compares
-the files with them.
+The results in benchmarks/results/ come from `merge_vs_mergekit.py --store` and `merge_adapters.py --store`.
 """
 
 from __future__ import annotations
@@ -24,19 +23,6 @@ END = "<!-- end -->"
 def start(name: str) -> str:
     """The line before a table."""
     return f"<!-- written by benchmarks/merge_tables.py: {name} -->"
-
-
-def baking(results: Mapping[str, Any]) -> str:
-    """The table of `bake_images.py`: seconds by the clock beside the copy of the same run, CPU seconds and memory."""
-    names = {
-        "copy": "copy with safetensors", "copy, flushed to the disk": "the same, flushed to the disk", "bake": "bake",
-        "tall-mask of five": "tall masks of five",
-    }  # fmt: skip
-    lines = ["| | by the clock | as a multiple of the copy | CPU time | private memory, peak |", "|---|---:|---:|---:|---:|"]
-    for key, shown in names.items():
-        row, times = results["best"][key], results["times a copy"][key]
-        lines.append(f"| {shown} | {row['seconds']:.1f} s | {times:.1f} × | {row['cpu']:.0f} s | {row['memory']:.2f} GB |")
-    return "\n".join([*lines, "", _where(results)])
 
 
 def mergers(results: Mapping[str, Any]) -> str:
@@ -65,10 +51,8 @@ def _where(results: Mapping[str, Any]) -> str:
 
 
 TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
-    "bake_images": ("docs/sdxl.md", "bake_images.json", baking),
     "merge_vs_mergekit": ("docs/performance.md", "merge_vs_mergekit.json", mergers),
     "merge_adapters": ("docs/performance.md", "merge_adapters.json", adapters),
-    "baking": ("docs/performance.md", "bake_images.json", baking),
 }
 """Name of the marker → file, results and what writes the table."""
 
