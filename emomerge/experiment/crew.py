@@ -55,13 +55,17 @@ class Crew:
         if self._ahead is not None and stage not in ("base", "controls", "probe", "report"):
             self._ahead.add(groups_ahead(self._experiment, runs_are_done=stage != "runs"))
 
-    def finish(self, group: Sequence[RunSpec]) -> bool:
+    def finish(self, group: Sequence[RunSpec], meanwhile: Iterator[None]) -> bool:
         """Wait for a group of runs. Return False if no worker has begun it.
+
+        Args:
+            group: the runs.
+            meanwhile: work for this process, of which pieces are done while the group is not finished.
 
         Raises:
             EmomergeError: a run of the group could not be trained.
         """
-        return self._ahead is not None and self._ahead.finish(group)
+        return self._ahead is not None and self._ahead.finish(group, meanwhile)
 
     def choose(self) -> Hands:
         """Return how many workers and threads there are to be."""

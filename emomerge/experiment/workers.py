@@ -6,7 +6,7 @@ The main process then finds all evaluations in its ledger, so that results do no
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,9 +197,23 @@ def _known(file: Path) -> Ledger | None:
 
 
 def _evaluate(job: ProbeJob) -> None:
-    measurer = _measurer(job)
+    _measure(_measurer(job), job)
+
+
+def _measure(measurer: Measurer, job: ProbeJob) -> None:
     if job.metric == BASICS:
         measurer.measure_basics(job.artefact)
     else:
         measurer.measure(METRICS[job.metric], job.artefact, directions=job.directions or None)
     measurer.ledger.ask(dict, **job.mark(measurer))
+
+
+def measure_in_pieces(measurer: Measurer, artefact: Artefact, metrics: Sequence[Metric]) -> Iterator[None]:
+    """Do the jobs that measure an artefact in this process, yielding after each; workers then find them done."""
+    known = measurer.ledger.path
+    if known is None:
+        return
+    for job in jobs_of(measurer, artefact, metrics, known, known.parent):
+        if measurer.ledger.get(**job.mark(measurer)) is None:
+            _measure(measurer, job)
+            yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Event, Thread
 from typing import Any
@@ -16,6 +16,8 @@ from emomerge.training.plan import RunSpec
 from emomerge.training.run import StepHook
 from emomerge.training.warm import warmed
 from emomerge.training.workers import catch_errors, run_in_workers
+
+DONE = object()
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,12 @@ class Ahead:
             self._threads[name] = thread
             thread.start()
 
-    def finish(self, group: Sequence[RunSpec]) -> bool:
+    def finish(self, group: Sequence[RunSpec], meanwhile: Iterator[None]) -> bool:
         """Wait for a group. Return False if it was not begun: then it no longer will be.
+
+        Args:
+            group: the runs.
+            meanwhile: work for this process, of which pieces are done while the group is not finished.
 
         Raises:
             EmomergeError: a run of the group could not be trained.
@@ -79,7 +85,8 @@ class Ahead:
         if thread is None:
             return False
         while thread.is_alive():
-            thread.join(0.2)
+            if next(meanwhile, DONE) is DONE:
+                thread.join(0.2)
             self.advance()
         if name in self._errors:
             raise self._errors[name]
