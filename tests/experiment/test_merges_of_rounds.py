@@ -81,7 +81,7 @@ def test_losses_of_kept_rounds_are_remembered(finished, recipe, monkeypatch):
     rounds = made.round_artefacts(0)
     expected = [made.measurer.loss(artefact, "validation") for artefact in rounds]
     assert len(set(expected)) == 3
-    monkeypatch.setattr("emomerge.experiment.measure.score", None)
+    monkeypatch.setattr("emomerge.experiment.measure.load_into", None)
     assert [made.measurer.loss(artefact, "validation") for artefact in rounds] == expected
 
 
@@ -116,7 +116,7 @@ def test_a_finished_folder_is_extended_by_a_merge_of_rounds(finished, recipe, tm
     again = Pipeline(parse_recipe(recipe), out, display=display)
     assert not again.status()["runs"]
     assert again.run()
-    assert display.said[0] == "training the runs again: a merge is made of their rounds, which were not kept"
+    assert "training the runs again: a merge is made of their rounds, which were not kept" in display.said
     assert (out / "merges/soup-of-rounds/model.safetensors").read_bytes() == soup
 
     shutil.rmtree(out / "runs/rounds-0/round-3")
