@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from emomerge.optim import OPTIMIZERS
 
-PRIME, HIDDEN, SHARE, STEPS, EVERY = 31, 128, 0.7, 2000, 10
+PRIME, HIDDEN, SHARE, STEPS, EVERY = 31, 128, 0.7, 1000, 10
 DECAY, RATIO = 1.0, 1.5
 RIVALS: tuple[Arm, ...] = (
     *({"rule": "adamw", "rate": rate} for rate in (3e-3, 1e-2)),
