@@ -85,7 +85,8 @@ def draw_geometry(units: Units) -> Any:
             percent = Estimate(tuple(100 * value for value in estimate.values))
             rows.append(estimate_row(rule, percent, panel=f"{title}, {task}"))
     return points(
-        rows, "L1 norms help EmoVoid and harm EmoTion with auto; the shadow hardly ever acts", "change of test loss, %", facet="panel", columns=2, rule=0.0,
+        rows, "L1 norms help EmoVoid and harm EmoTion with auto; the shadow hardly ever acts",
+        "change of test loss, %", facet="panel", columns=2, rule=0.0,
         order=list(dict.fromkeys(row["panel"] for row in rows)),
     )  # fmt: skip
 
