@@ -47,6 +47,7 @@ def dots(
             values = [{**row, "low": max(row["low"], row["mean"] / 2)} for row in values]
         here = [name for name in names if any(row["name"] == name for row in values)]
         scale = alt.Scale(type="log" if log else "linear", zero=False, nice=not log)
+        axis = alt.Axis(tickCount=4, labelOverlap="greedy")
         encode = {
             "y": alt.Y("name:N", title=None, sort=here, axis=alt.Axis(labelLimit=260)),
             "color": alt.Color(
@@ -55,9 +56,11 @@ def dots(
             ),
         }  # fmt: skip
         data = alt.Chart(alt.InlineData(values=values))
-        line = data.mark_rule(strokeWidth=2, clip=True).encode(x=alt.X("low:Q", title=x, scale=scale), x2="high:Q", **encode)
+        line = data.mark_rule(strokeWidth=2, clip=True).encode(
+            x=alt.X("low:Q", title=x, scale=scale, axis=axis), x2="high:Q", **encode
+        )
         chart = line + data.mark_point(filled=True, size=55, opacity=1).encode(
-            x=alt.X("mean:Q", title=x, scale=scale), **encode
+            x=alt.X("mean:Q", title=x, scale=scale, axis=axis), **encode
         )
         if zero_rule:
             chart = chart + alt.Chart(alt.InlineData(values=[{"x": 0}])).mark_rule(color="#999999").encode(x="x:Q")
@@ -98,7 +101,7 @@ def heat(
             encode = {"x": alt.X("x:O", title=x, axis=alt.Axis(labelAngle=0)), "y": alt.Y("y:O", title=y)}
             scale = alt.Scale(scheme=scheme, domain=domain, clamp=True)
             colour = alt.Color(f"{figure}:Q", title=name, scale=scale)
-            chart = data.mark_rect().encode(color=colour, **encode)
+            chart = data.mark_rect(opacity=0.7 if figure in labels else 1.0).encode(color=colour, **encode)
             if figure in labels:
                 chart = chart + data.mark_text(fontSize=8).encode(text=alt.Text(f"{figure}:Q", format="+.2f"), **encode)
             charts.append(chart.properties(title=column, width=250, height=120))
