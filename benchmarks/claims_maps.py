@@ -98,8 +98,8 @@ def draw_maps(units: Units) -> Any:
     "hold if the chosen cell were lower than both the best run and the scaled mean in all cases, with intervals off 0.",
     taught="At its defaults the mask removes almost nothing from runs on one task: the merge is their mean. `reference: mean` "
     "stays the default, and emomerge goes on warning of the sum, which loses what all runs agree on. What a mask gains over "
-    "the mean it gains where runs have hardly converged, with a reference longer than the mean (a tuned scale ends at 1.5). The "
-    "merge that we recommend is another, the soup of rounds.",
+    "the mean it gains where runs have hardly converged, with a reference longer than the mean (a tuned scale ends at 1.5). "
+    "The merge that we recommend is another, the soup of rounds.",
     arms=by_task([{"preset": PUBLISHED}, {"preset": OURS}], TASKS),
     judge=judge_maps,
     figure=draw_maps,
