@@ -48,7 +48,8 @@ def judge_flatter(units: Units) -> Verdict:
     text = f"Merge against {found}. Flatter than both controls: {counted(flags)}."
     notes = (
         "Gaussian sharpness in nats: the mean rise of the training loss at a tenth of the base's RMS per tensor, 16 directions "
-        f"and their opposites, 2,000 rows; {SHALLOW} steps a run. {ABOUT}"
+        f"and their opposites, 2,000 rows; {SHALLOW} steps a run. A long run that does not fall to the training loss of the "
+        f"merge is taken at its lowest. {ABOUT}"
     )
     return Verdict(worded(flags), text, rows, notes)
 
@@ -78,7 +79,9 @@ def draw_flatter(units: Units) -> Any:
     "run with its task vector scaled to the merge's length (also all runs), and the point of a run five times as long, by the "
     "same optimizer, whose training loss is the nearest. It would hold if merges were flatter than both in all cases, with "
     "intervals off 0, by the published procedure and by ours.",
-    taught="To be written.",
+    taught="Merges are about as flat as a run at the same distance from the base and as a single run with the same loss: it is "
+    "distance and loss that flatness follows. No default is chosen by flatness, and the report goes on showing both controls "
+    "(`distance-matched`, `loss-matched`) beside every merge.",
     arms=by_task([{"merge": name} for name in PROCEDURES], TASKS),
     judge=judge_flatter,
     figure=draw_flatter,

@@ -107,7 +107,7 @@ def draw_nodes(units: Units) -> Any:
     control="The same five nodes with synchronous data parallelism at the same number of steps, and each node alone on its "
     "shard. It would hold if the merge were never worse than synchronous training and always better than a node alone, with "
     "both presets and for both kinds of shards. AdamW in the same schemes shows whether that is special to emo.",
-    taught="To be written.",
+    taught="Nothing yet: it has not been measured.",
     arms=[
         {"task": name, "split": split, **arm}
         for name, split in CASES

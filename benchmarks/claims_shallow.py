@@ -98,7 +98,7 @@ def draw_shallow(units: Units) -> Any:
     control="One run with as many steps as the five have together: of each of the five optimizers, and of AdamW at two "
     "rates, chosen on validation data. It would hold if the merge's test loss were below the long run's, or surely less than "
     "5 % above it, against both rivals on all tasks, for the published procedure and for ours.",
-    taught="To be written.",
+    taught="Nothing yet: it has not been measured.",
     arms=by_task(
         [
             *({"short": kind} for kind in SHORT),
