@@ -312,7 +312,11 @@ def united_columns(of_artefacts: Iterable[Sequence[Column]]) -> list[Column]:
 
 def _probe_facts(recipe: Recipe, measurer: Measurer, base: Artefact) -> ProbeFacts:
     rows = len(measurer.probe_rows[recipe.probe.data])
-    facts = {"rows": rows, "noise_floor": measurer.noise_floor(base), "other_directions": recipe.probe.other_directions}
+    facts = {
+        "rows": rows,
+        "noise_floor": measurer.noise_floor(base),
+        "other_directions": recipe.probe.few(recipe.probe.directions),
+    }
     return ProbeFacts.model_validate(recipe.probe.model_dump() | facts)
 
 

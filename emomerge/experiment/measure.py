@@ -199,7 +199,6 @@ class Measurer:
         """Load an artefact's weights into the model."""
         if self._loaded != self.key(artefact):
             self._loaded = None
-            self._probes.clear()
             load_into(self.model, artefact.checkpoint)
             self._loaded = self.key(artefact)
 
@@ -406,8 +405,9 @@ class Measurer:
             batches, data = self._cut_for(parts)
             self._probes[parts] = Perturbable(
                 self.model, self.grouped_loss, batches, self.reference, seed=self.recipe.probe.seed,
-                model_hash=self.key(artefact), data_hash=data, ledger=self.ledger, on_passes=lambda n: self.meter.add(n),
+                data_hash=data, ledger=self.ledger, on_passes=lambda passes: self.meter.add(passes),
             )  # fmt: skip
+        self._probes[parts].model_hash = self.key(artefact)  # one serves all artefacts, as they are loaded into one model
         return self._probes[parts]
 
     def _cut_for(self, parts: int | None) -> tuple[list[Batch], str]:

@@ -147,13 +147,18 @@ def _probe(recipe: Recipe) -> int:
     """Return the passes of the probe, about: which models are compared closely is known once they are trained."""
     probe, runs, seeds = recipe.probe, recipe.runs, len(recipe.runs.seeds)
     of_all, of_close = recipe_metrics(probe)
-    close = sum(kind in recipe.controls for kind in CONTROLS if kind != "distance-matched") + 2
-    matched = len(runs.optimizers) if "distance-matched" in recipe.controls else 0
+    judged = sum(kind in recipe.controls for kind, control in CONTROLS.items() if control.rival_in == "flatter") + 2
+    close = sum(kind in recipe.controls for kind, control in CONTROLS.items() if control.rival_in == "better")
+    matched = len(runs.optimizers) - 1 if "distance-matched" in recipe.controls else 0
     others = len(runs.optimizers) + len(recipe.merge) + matched - 1
-    costs = [[metric.passes(metric.options_of(probe), probe.batches) for metric in metrics] for metrics in (of_close, of_all)]
-    shares = [min(1.0, probe.other_directions / (metric.directions(probe) or 1)) for metric in of_all]
-    closely, sampled = sum(costs[0]), sum(cost * share for cost, share in zip(costs[1], shares, strict=True))
-    forward = seeds * (close * closely + others * sampled)
+    groups = (
+        (judged, of_close),
+        (close, [metric.in_few(probe) for metric in of_close]),
+        (others, [metric.in_few(probe) for metric in of_all]),
+    )
+    forward = seeds * sum(
+        count * metric.passes(metric.options_of(probe), probe.batches) for count, metrics in groups for metric in metrics
+    )
     return round(forward / BACKWARD * probe.batch_size / runs.batch_size)
 
 

@@ -55,7 +55,9 @@ def survey(
             measure_in_workers(engine, measurer, wanted, display)
         if meter is None:
             passes = [measurer.passes_of(a, metrics[a.name]) for a in closely]
-            passes += [measurer.passes_of(a, [_few(measurer, metric) for metric in metrics[a.name]]) for a in others]
+            passes += [
+                measurer.passes_of(a, [metric.in_few(measurer.recipe.probe) for metric in metrics[a.name]]) for a in others
+            ]
             meter = measurer.meter = Meter(display.line("probe", round(sum(passes) + later)))
         found |= {artefact.name: measurer.probe(artefact, chosen[artefact.name]) for artefact in group}
     return {artefact.name: found[artefact.name] for artefact in artefacts}
@@ -63,17 +65,8 @@ def survey(
 
 def _sampled(measurer: Measurer, metric: Metric, known: Sequence[Measured]) -> Metric:
     """Return a metric in a balanced sample of its directions, or as it is if too little is known."""
-    few = _few(measurer, metric)
+    few = metric.in_few(measurer.recipe.probe)
     if few.sample is None or not known or not all(metric.name in measured.series for measured in known):
         return metric
     means = [measured.series[metric.name] @ measured.weights[metric.name] for measured in known]
     return replace(metric, sample=balanced([of.reshape(-1, of.shape[-1]) for of in means], len(few.sample)))
-
-
-def _few(measurer: Measurer, metric: Metric) -> Metric:
-    """Return a metric in as many directions as artefacts get that the verdict does not judge."""
-    probe = measurer.recipe.probe
-    directions = metric.directions(probe)
-    if directions is None or directions <= probe.other_directions:
-        return metric
-    return replace(metric, sample=tuple(range(probe.other_directions)))

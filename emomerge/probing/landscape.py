@@ -26,13 +26,13 @@ ALPHAS: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     preset="quick",
     base=True,
     roles=("run", "merge"),
-    cost=lambda options, batches: len(options["alphas"]) * batches,
+    cost=lambda options, batches: sum(alpha != 1 for alpha in options["alphas"]) * batches,
     report=report.curve,
 )
 def alpha_curve(probe: Perturbable, base: Weights, alphas: Sequence[float] = ALPHAS) -> Measurement:
     """Measure the loss at θ₀ + α·τ, from the base (α = 0) to the model (α = 1) and beyond.
 
-    Cost: alphas · batches forward passes.
+    Cost: a forward pass per batch and α. α = 1 is the model itself, and α = 0 is evaluated once for all models of a ledger.
 
     Args:
         probe: the model θ = θ₀ + τ.
@@ -44,8 +44,19 @@ def alpha_curve(probe: Perturbable, base: Weights, alphas: Sequence[float] = ALP
     """
     backwards = LazyTensors(probe.parameters, lambda name: _single(base[name]) - _single(probe.center[name]))
     metric = f"curve {_hash(probe, base)}"
-    with probe.weight_setter() as set_weights:  # θ − (1 − α)·τ, so that α = 1 is θ to the bit
-        values = np.array([probe.losses_at(set_weights, metric, a, None, probe.along(backwards, 1 - a)) for a in alphas])
+    buffers = hash_tensors(sorted(probe.model.named_buffers()))  # those of the model, such as statistics of batch norm
+    center_losses = probe.center_losses()
+    with probe.weight_setter() as set_weights:
+
+        def losses(alpha: float) -> Array:
+            if alpha == 1:
+                return center_losses
+            if alpha == 0:
+                start = {name: base[name].to(center.dtype) for name, center in probe.parameters.items()}
+                return probe.losses_at(set_weights, f"{metric} {buffers}", 0.0, None, start, model="")
+            return probe.losses_at(set_weights, metric, alpha, None, probe.along(backwards, 1 - alpha))
+
+        values = np.array([losses(alpha) for alpha in alphas])
     return Measurement(values, {"alpha": list(alphas), "loss": _plain(values @ probe.unit_weights())})
 
 

@@ -177,14 +177,26 @@ class Perturbable:
 
         return self.ledger.ask(evaluate, **self.ledger_key("loss", 0.0, None, batch))
 
-    def losses_at(self, set_weights: SetWeights, metric: str, radius: float, number: int | None, weights: Weights) -> Array:
-        """Return the loss of every unit at other weights, (units,). One ledger row per batch."""
+    def losses_at(
+        self, set_weights: SetWeights, metric: str, radius: float, number: int | None, weights: Weights,
+        *, model: str | None = None,
+    ) -> Array:  # fmt: skip
+        """Return the loss of every unit at other weights, (units,). One ledger row per batch.
+
+        Args:
+            set_weights: from `weight_setter`.
+            metric, radius, number: the ledger's key.
+            weights: the other weights.
+            model: the key's model; by default this one.
+        """
 
         def evaluate(batches: Sequence[int]) -> list[dict[str, list[float]]]:
             set_weights(weights)
             return [{"loss": loss} for loss, _ in self.evaluate_all(batches)]
 
         keys = [self.ledger_key(metric, radius, number, batch) for batch in range(len(self.batches))]
+        if model is not None:
+            keys = [{**key, "model": model} for key in keys]
         return np.concatenate([row["loss"] for row in self.ledger.ask_all(evaluate, keys)])
 
     # Perturbations.
@@ -220,22 +232,28 @@ class Perturbable:
 
         return LazyTensors(direction, compute)
 
-    def realised(self, direction: Weights, factor: float) -> tuple[float, float]:
-        """Return what rounding leaves of factor·direction: norm relative to the intended one, and cosine with it.
+    def realised(self, direction: Weights, factors: Sequence[float]) -> list[tuple[float, float]]:
+        """Return what rounding leaves of factor·direction for several factors: norm relative to the intended one, and cosine.
 
         Raises:
             BadInput: the direction is zero.
         """
-        weights = self.along(direction, factor)
-        square, wanted, both = 0.0, 0.0, 0.0
+        weights = [self.along(direction, factor) for factor in factors]
+        wanted, squares, products = 0.0, [0.0] * len(factors), [0.0] * len(factors)
         for name in direction:
             step = direction[name]
-            got = weights[name].to(step.dtype) - self.center[name].detach().to(step.dtype)
-            square, wanted, both = square + inner(got, got), wanted + inner(step, step), both + inner(got, step)
-        norm, intended = math.sqrt(square), math.sqrt(wanted)
+            wanted += inner(step, step)
+            for n, moved in enumerate(weights):
+                got = moved[name].to(step.dtype) - self.center[name].detach().to(step.dtype)
+                squares[n] += inner(got, got)
+                products[n] += inner(got, step)
+        intended = math.sqrt(wanted)
         if not intended:
             raise BadInput("nothing to perturb", expected="trainable parameters that are not zero, in the reference either")
-        return norm / (abs(factor) * intended), both / (norm * intended) * math.copysign(1, factor) if norm else 0.0
+        return [
+            (norm / (abs(factor) * intended), both / (norm * intended) * math.copysign(1, factor) if norm else 0.0)
+            for factor, norm, both in zip(factors, map(math.sqrt, squares), products, strict=True)
+        ]
 
     # Setting weights.
 

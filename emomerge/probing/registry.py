@@ -6,7 +6,7 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -158,6 +158,11 @@ class Metric:
     def looks_at(self, role: Role) -> bool:
         """Return whether it is measured of models of a role, each on its own."""
         return self.models == "every" and role in self.roles
+
+    def in_few(self, probe: recipe.Probe) -> Metric:
+        """Return the metric in as many directions as artefacts get that the verdict does not compare in sharpness."""
+        directions = self.directions(probe) or 0
+        return self if directions == probe.few(directions) else replace(self, sample=tuple(range(probe.few(directions))))
 
     def passes(self, options: Options, batches: int) -> float:
         """Return the cost of measuring one model with some options, in forward passes."""

@@ -116,24 +116,21 @@ def require_resolved(probe: Perturbable, name: str, ball: Ball, radii: Sequence[
     Raises:
         BadInput: so little is left that the measurement would be one of rounding errors.
     """
-    direction = probe.direction(0, ball)
-    return [_resolved(probe, name, direction, radius) for radius in radii]
 
+    def evaluate(missing: Sequence[int]) -> list[dict[str, float]]:
+        found = probe.realised(probe.direction(0, ball), [radii[position] for position in missing])
+        return [{"norm": norm, "cosine": cosine} for norm, cosine in found]
 
-def _resolved(probe: Perturbable, name: str, direction: Weights, radius: float) -> dict[str, float]:
-    def evaluate() -> dict[str, float]:
-        norm, cosine = probe.realised(direction, radius)
-        return {"norm": norm, "cosine": cosine}
-
-    row = probe.ledger.ask(evaluate, **probe.ledger_key(f"{name} realised", radius, 0, 0))
-    if not row["cosine"] >= MIN_COSINE:
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in probe.parameters.values()})
-        raise BadInput(
-            "the radius is below what the weights' dtype resolves", where=f"radius {radius:g} in {', '.join(dtypes)}",
-            expected=f"a cosine of at least {MIN_COSINE} between the rounded and the intended perturbation",
-            found=f"{row['cosine']:.3f}", fix="load the model in float32, or take larger radii",
-        )  # fmt: skip
-    return {"norm": row["norm"], "cosine": row["cosine"]}
+    rows = probe.ledger.ask_all(evaluate, [probe.ledger_key(f"{name} realised", radius, 0, 0) for radius in radii])
+    for radius, row in zip(radii, rows, strict=True):
+        if not row["cosine"] >= MIN_COSINE:
+            dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in probe.parameters.values()})
+            raise BadInput(
+                "the radius is below what the weights' dtype resolves", where=f"radius {radius:g} in {', '.join(dtypes)}",
+                expected=f"a cosine of at least {MIN_COSINE} between the rounded and the intended perturbation",
+                found=f"{row['cosine']:.3f}", fix="load the model in float32, or take larger radii",
+            )  # fmt: skip
+    return [{"norm": row["norm"], "cosine": row["cosine"]} for row in rows]
 
 
 def summary(values: Array, weight: Array, radius: float) -> dict[str, Any]:

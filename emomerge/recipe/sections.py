@@ -403,9 +403,9 @@ class Probe(Section):
     directions: int = Field(16, ge=2)
     """Random directions in which sharpness is measured of the artefacts that the verdict compares in it: the first merge, the
     best single run and the matched controls."""
-    other_directions: int = Field(4, ge=2)
+    other_directions: int | None = Field(None, ge=2)
     """The same for all other artefacts: so many of these directions, over which the former are on average as sharp as over
-    all."""
+    all; by default a quarter of them and at least 3."""
     radii: tuple[float, ...] = Field((0.01, 0.03, 0.1), min_length=1)
     """σ as a fraction of the RMS of the base's tensor."""
     adaptive_radii: tuple[float, ...] = Field((0.05, 0.1, 0.2), min_length=1)
@@ -422,10 +422,12 @@ class Probe(Section):
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out later fields while they have their defaults, so that hashes of older recipes stay the same."""
-        given = handler(self)
-        unset = [name for name in ("metrics", "options") if not given[name]]
-        unset += ["other_directions"] if self.other_directions == Probe.model_fields["other_directions"].default else []
-        return {name: value for name, value in given.items() if name not in unset}
+        later = ("metrics", "options", "other_directions")
+        return {name: value for name, value in handler(self).items() if name not in later or value}
+
+    def few(self, directions: int) -> int:
+        """Return in how many of some directions other artefacts are measured."""
+        return min(directions, self.other_directions or max(3, -(-directions // 4)))
 
 
 def _merges(runs: Runs) -> tuple[Merge, ...]:

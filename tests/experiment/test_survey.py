@@ -73,7 +73,7 @@ def test_the_others_are_measured_in_directions_that_are_typical_of_the_judged():
     assert line.total == line.done + 7 == 3 * (2 * 3 * 12) + 2 * (2 * 3 * 3) + 7
 
 
-@pytest.mark.parametrize("section", [{"directions": 4}, {"directions": 8, "other_directions": 8}])
+@pytest.mark.parametrize("section", [{"directions": 3}, {"directions": 8, "other_directions": 8}])
 def test_few_directions_are_measured_of_all(section):
     fake = Fake({name: np.ones((3, 8, 2)) for name in ("run", "merge")}, **section)
     surveyed(fake, ["run", "merge"], {"merge"}, Line())

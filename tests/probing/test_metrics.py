@@ -350,7 +350,7 @@ COSTS = {
     "gaussian": ({}, 2 * 3 * 16, 0),
     "adaptive": ({}, 2 * 3 * 16, 0),
     "basin": ({}, 12 * 8, 0),
-    "curve": ({}, 7, 0),
+    "curve": ({}, 6, 0),  # of seven; α = 1 is the model itself
     "barriers": ({}, 3 * 11, 0),
     "plane": ({}, 441, 0),
     "surface": ({}, 441, 0),

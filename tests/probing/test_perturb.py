@@ -301,10 +301,10 @@ def half():
 @pytest.mark.parametrize(("radius", "cosine", "expected"), [(0.001, 0.6, 0.75), (0.3, 1.0, 1.0)])
 def test_what_bfloat16_leaves_of_a_radius(half, radius, cosine, expected):
     probe = probe_of(half)
-    norm, found = probe.realised(probe.direction(0), radius)
+    norm, found = probe.realised(probe.direction(0), [radius, -radius])[0]
     assert found == pytest.approx(cosine, abs=0.1)
     assert norm == pytest.approx(expected, rel=0.05)
-    backwards, same = probe.realised(probe.direction(0), -radius)
+    backwards, same = probe.realised(probe.direction(0), [-radius])[0]
     assert (backwards, same) == (pytest.approx(norm, rel=0.01), pytest.approx(found, abs=0.01))
 
 

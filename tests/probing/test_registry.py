@@ -47,6 +47,10 @@ def test_a_sample_of_directions_restricts_a_metric():
     assert few.options_of(recipe.Probe(directions=3))["directions"] == [1, 2]
     assert few.directions(recipe.Probe(directions=3)) == 2
     assert few.passes(few.options_of(recipe.Probe(directions=3)), batches=5) == 2 * 3 * 2 * 5
+    assert METRICS["gaussian"].in_few(recipe.Probe(directions=32)).sample == tuple(range(8))
+    assert (
+        METRICS["gaussian"].in_few(recipe.Probe(directions=3)).sample is METRICS["basin"].in_few(recipe.Probe()).sample is None
+    )
     chosen = recipe.Probe(options={"gaussian": {"directions": [7, 3, 9, 4]}})
     assert few.options_of(chosen)["directions"] == [3, 9]
 

@@ -121,6 +121,24 @@ def test_a_divergence_is_reported_and_never_imputed():
     assert sharpness.summary(found[1], weight, 0.2) == {"mean": None, "stderr": None, "n": 4, "finding": finding}
 
 
+def test_the_base_is_evaluated_once_for_the_curves_of_all_models():
+    ledger, calls, base = Ledger(), [], {"w": torch.full((3,), 0.25, dtype=torch.float64)}
+
+    def counted(model, batch):
+        calls.append(model.w.tolist())
+        return loss(model, batch)
+
+    ends = []
+    for number, w in enumerate(([1.0, 2.0, 3.0], [4.0, 5.0, 7.0])):
+        model = Quadratic(w, 1.0, c=0.5)
+        probe = Perturbable(model, counted, [1.0, 3.0], rms(model), model_hash=str(number), ledger=ledger)
+        ends.append(alpha_curve(probe, base, (0, 0.5, 1)).values[[0, -1]])
+        np.testing.assert_array_equal(ends[-1][1], probe.center_losses())
+    assert calls.count([0.25] * 3) == 2  # batches
+    np.testing.assert_array_equal(ends[0][0], ends[1][0])
+    assert not np.array_equal(ends[0][1], ends[1][1])
+
+
 def test_alpha_curve_of_a_quadratic():
     base = {"w": torch.zeros(3, dtype=torch.float64)}
     model = Quadratic([1.0, 2.0, 3.0], 1.0, c=0.5)
