@@ -317,13 +317,23 @@ class Perturbable:
     @contextmanager
     def _swapped(self) -> Iterator[SetWeights]:
         """All modules hold other weights; the parameters themselves stay as they are."""
-        slots = self._slots
+        places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self.parameters}
+        for module, owned in self._slots.items():
+            for leaf, name in owned:
+                places[name].append((module, leaf))
 
+        others: dict[str, Tensor] = {}  # written to again and again: new memory would cost as much as small models' passes
+
+        @torch.no_grad()
         def set_weights(new: Weights) -> None:
-            tensors = {name: cast(nn.Parameter, tensor) for name, tensor in new.items()}
-            for module, owned in slots.items():
-                for leaf, name in owned:
-                    module._parameters[leaf] = tensors.get(name, self.parameters[name])
+            for name, holders in places.items():
+                tensor: Tensor = self.parameters[name]
+                if name in new:
+                    if name not in others:
+                        others[name] = torch.empty_like(tensor)
+                    tensor = others[name].copy_(new[name])
+                for module, leaf in holders:
+                    module._parameters[leaf] = cast(nn.Parameter, tensor)
 
         try:
             yield set_weights

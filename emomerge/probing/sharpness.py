@@ -82,22 +82,29 @@ def _average(
     radii: Sequence[float],
     directions: int | Sequence[int],
 ) -> Measurement:
-    middle, batches = probe.center_losses(), range(len(probe.batches))
+    middle = probe.center_losses()
     realised = require_resolved(probe, name, ball, radii)
-    found: list[list[Array]] = [[] for _ in radii]
     with probe.weight_setter() as set_weights:
-        for number in direction_indices(directions):
-            direction = probe.direction(number, ball)
-            for r, radius in enumerate(radii):
-                evaluate = partial(_both_sides, probe, set_weights, direction, radius)
-                rows = probe.ledger.ask_all(evaluate, [probe.ledger_key(name, radius, number, batch) for batch in batches])
-                up, down = (np.concatenate([row[side] for row in rows]) for side in ("up", "down"))
-                found[r].append((up + down) / 2 - middle)
+        along = [_along(probe, set_weights, name, ball, radii, number) for number in direction_indices(directions)]
+    found = [[both - middle for both in of_radius] for of_radius in zip(*along, strict=True)]
     values, weight = np.array(found), probe.unit_weights()
     by_radius = {
         f"{r:g}": {**summary(v, weight, r), "realised": kept} for r, v, kept in zip(radii, values, realised, strict=True)
     }
     return Measurement(values, by_radius, weight)
+
+
+def _along(
+    probe: Perturbable, set_weights: SetWeights, name: str, ball: Ball, radii: Sequence[float], number: int
+) -> list[Array]:
+    """Return [L(θ+sδ) + L(θ−sδ)]/2 along one direction for every radius, each (units,)."""
+    direction, found = probe.direction(number, ball), []
+    for radius in radii:
+        keys = [probe.ledger_key(name, radius, number, batch) for batch in range(len(probe.batches))]
+        rows = probe.ledger.ask_all(partial(_both_sides, probe, set_weights, direction, radius), keys)
+        up, down = (np.concatenate([row[side] for row in rows]) for side in ("up", "down"))
+        found.append((up + down) / 2)
+    return found
 
 
 def _both_sides(
