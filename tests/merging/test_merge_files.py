@@ -90,13 +90,14 @@ def test_a_killed_merge_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     write_checkpoint(merge(tmp_path / "base", runs, method="ties"), tmp_path / "whole")
     killer = f"""
 import os, signal, sys
-import emomerge.checkpoints.writer as writer
-whole = writer._raw_bytes
-def raw_bytes(tensor):
-    if tensor.shape == {SHAPES["head"]!r}:
+from emomerge.checkpoints import stream, writer
+stream.CHUNK = 1024
+whole = writer._write_tensor
+def write_tensor(checkpoint, name, info, *args):
+    if info.shape == {SHAPES["head"]!r}:
         os.kill(os.getpid(), signal.SIGKILL)
-    return whole(tensor)
-writer._raw_bytes = raw_bytes
+    whole(checkpoint, name, info, *args)
+writer._write_tensor = write_tensor
 from emomerge.cli import main
 sys.exit(main())
 """
