@@ -15,6 +15,8 @@ from emomerge.errors import NonFiniteLossError
 class AdamWCosine(torch.optim.AdamW):
     """torch's AdamW with η_t = η·(1 + cos(π·t/T))/2, t = 0 … T − 1, behind the interface of the emo optimizers.
 
+    The fused kernel updates all parameters in one call; on a CPU, torch's default takes ten operations for each of them.
+
     Args:
         parameters: the parameters to train.
         lr: the peak rate η.
@@ -23,7 +25,9 @@ class AdamWCosine(torch.optim.AdamW):
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, steps: int, weight_decay: float = 0.01) -> None:
-        super().__init__(list(parameters), lr=lr, weight_decay=weight_decay)
+        trained = list(parameters)
+        plain = all(type(p) in (Tensor, nn.Parameter) and p.is_floating_point() for p in trained)  # no shards of a DTensor
+        super().__init__(trained, lr=lr, weight_decay=weight_decay, fused=plain or None)
         self.param_groups[0] |= {"peak": lr, "budget": steps, "taken": 0}
         self._losses: list[Tensor] = []
 
