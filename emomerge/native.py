@@ -170,7 +170,7 @@ def ranges(numel: int, piece: int) -> list[tuple[int, int]]:
 
 def pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     """Return a C array of the tensors' addresses; the caller must keep the tensors alive."""
-    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+    return (ctypes.c_void_p * len(tensors))(*map(Tensor.data_ptr, tensors))
 
 
 def longs(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_long]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from emomerge.optim import native
 State = dict[str, Tensor]
 Tensors = list[Tensor] | tuple[Tensor, ...]
 Lists = dict[str, Tensors]
+_dtype, _in_host_memory = attrgetter("dtype"), attrgetter("is_cpu")
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Sorter:
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []
-        self._looks: list[tuple[torch.dtype, bool, torch.dtype, bool]] = []
+        self._looks: list[list[Any]] = []
         self._kinds: dict[Any, list[int]] = {}
 
     def batches(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]) -> list[Batch]:
@@ -85,7 +86,7 @@ class Sorter:
     def _sorted(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]) -> dict[Any, list[int]]:
         """Return `by_kind`, from the last step if nothing has changed."""
         kept = [*params, *(t for state in states for t in state.values())]
-        looks = [(p.dtype, native.is_dense(p), g.dtype, native.is_dense(g)) for p, g in zip(params, grads, strict=True)]
+        looks = [list(map(look, ts)) for ts in (params, grads) for look in (type, _dtype, _in_host_memory, Tensor.is_contiguous)]
         if looks != self._looks or len(kept) != len(self._kept) or not all(map(is_, kept, self._kept)):
             self._kept, self._looks, self._kinds = kept, looks, by_kind(params, grads, states)
         return self._kinds

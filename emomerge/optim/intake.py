@@ -50,6 +50,9 @@ class LossIntake:
     backward, where it clears the gradients of the step before, losses whose backward has not run are kept.
     """
 
+    looks = True
+    """Whether gradients are looked at. A loop that takes a step on every loss that it observes can switch this off."""
+
     def __init__(self) -> None:
         self._observed: list[_Observed] = []
         self._dropped: list[_Observed] = []
@@ -80,7 +83,7 @@ class LossIntake:
                 fix="give `divided` the same value for every micro-batch",
             )
         observed = _Observed(value, settled=grown and not waiting)  # backward may also run before `observe`
-        if isinstance(loss, Tensor) and loss.requires_grad and not torch.compiler.is_compiling():
+        if self.looks and isinstance(loss, Tensor) and loss.requires_grad and not torch.compiler.is_compiling():
             observed.watch(loss, _sample(params))
         self._observed.append(observed)
         self._divided = divided
@@ -133,12 +136,12 @@ class LossIntake:
 
     def mark(self, params: Sequence[Tensor]) -> None:
         """Remember the gradients, to see later whether they changed."""
-        if not torch.compiler.is_compiling():
+        if self.looks and not torch.compiler.is_compiling():
             self._marks = [None if p.grad is None else (TensorWeakRef(p.grad), _version(p.grad)) for p in _sample(params)]
 
     def _look(self, params: Sequence[Tensor]) -> tuple[bool, bool]:
         """Return whether backward ran since the last look, and whether gradients that were there are gone; remember them."""
-        if torch.compiler.is_compiling():
+        if not self.looks or torch.compiler.is_compiling():
             return False, False
         before, now = self._marks, [p.grad for p in _sample(params)]
         before = before if len(before) == len(now) else [None] * len(now)

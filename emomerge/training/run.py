@@ -91,6 +91,8 @@ class TrainingRun:
         self.learnt: dict[str, Tensor] = {**trained, **buffers}
         """Parameters and buffers that training changes, by name."""
         self.optimizer = build_optimizer(list(trained.values()), context.recipe, spec)
+        if isinstance(self.optimizer, EmoOptimizer):
+            self.optimizer.intake.looks = False  # every loop takes a step on each loss
         self.step = 0
         """Steps taken so far."""
         self._trained = list(trained.values())
