@@ -86,7 +86,8 @@ class Sorter:
     def _sorted(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]) -> dict[Any, list[int]]:
         """Return `by_kind`, from the last step if nothing has changed."""
         kept = [*params, *(t for state in states for t in state.values())]
-        looks = [list(map(look, ts)) for ts in (params, grads) for look in (type, _dtype, _in_host_memory, Tensor.is_contiguous)]
+        kinds = (type, _dtype, _in_host_memory, Tensor.is_contiguous)
+        looks = [list(map(kind, tensors)) for tensors in (params, grads) for kind in kinds]
         if looks != self._looks or len(kept) != len(self._kept) or not all(map(is_, kept, self._kept)):
             self._kept, self._looks, self._kinds = kept, looks, by_kind(params, grads, states)
         return self._kinds

@@ -205,6 +205,34 @@ def test_stacked_runs_end_where_separate_ones_do(case, tmp_path):
     assert any((moved[name] - start[name]).abs().max() > 1e-4 for name in moved)
 
 
+GROUPED = {
+    "one order, two runs a pass": (Sentences, bert, {"lora": {"dropout": 0.3}}),
+    "tokens, each its own order": (Completions, lambda: llama(lm=True), {"data_order": "different", "accumulation": 2}),
+    "two seeds": (
+        Bags, lambda: Bag(nn.LayerNorm(8)), {"lora": {"targets": ["out"]}, "seeds": [0, 1], "optimizers": ["sens", "void"]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_groups_of_runs_that_share_a_pass_end_where_separate_ones_do(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "share_of", lambda *sizes: 2)
+    task, build, options = GROUPED[case]
+    recipe, task, said = recipe_of(**options), task(build, torch.float64), []
+    grouped = train(tmp_path / "a", task, recipe, say=said.append)
+    assert " runs, 2 in one pass: " in said[0]
+    assert max(furthest(grouped, train(tmp_path / "b", task, sequential(recipe)))) < 1e-10
+
+
+def test_as_many_runs_share_a_pass_as_memory_allows():
+    assert estimate.share_of(5, 1e6, 5e6, 1e6) == 5
+    large = 1e10  # beside it, process and weights do not count: a pass of half as many activations again is the limit
+    assert estimate.share_of(5, large, 5 * large, 1e6) == 1
+    assert estimate.share_of(5, large, 3.4 * large, 1e6) == 2
+    assert estimate.share_of(5, 1.9e8, 7.5e8, 9e7) == 2  # MiniLM on film reviews
+    assert estimate.share_of(7, large, 1.7 * large, 1e6) == 4  # 4 and 3 rather than 6 and 1
+
+
 def test_a_layer_without_gradients_is_left_alone(tmp_path):
     task = Bags(lambda: Bag(Idle()), torch.float64)
     recipe = recipe_of(lora={"targets": ["used", "unused", "out"]}, accumulation=2)
@@ -365,7 +393,23 @@ def test_auto_says_what_it_does(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("faster", "free", "reason"), [(1.1, 1e9, "hardly faster"), (3.0, 1e3, "need an estimated 2 MB")])
 def test_what_does_not_pay_or_fit_is_declined(faster, free, reason):
-    expected = estimate.Estimate(runs=4, faster=faster, activations=8e5, alone=2e5, free=free)
+    expected = estimate.Estimate(runs=4, size=4, faster=faster, activations=8e5, alone=2e5, free=free)
     with pytest.raises(Unstackable, match=reason):
         expected.check()
-    estimate.Estimate(runs=4, faster=1.2, activations=8e5, alone=2e5, free=2e6).check()
+    estimate.Estimate(runs=4, size=4, faster=1.2, activations=8e5, alone=2e5, free=2e6).check()
+
+
+@pytest.mark.parametrize("build", [bert, gpt2])
+def test_a_single_run_is_a_stack_of_one(build, tmp_path, monkeypatch):
+    recipe, task = recipe_of(optimizers=["cats"], parallel="auto", lora={"dropout": 0.2}), Sentences(build, torch.float64)
+    alone = train(tmp_path / "b", task, sequential(recipe))
+    monkeypatch.setattr("emomerge.training.execute.train_run", None)  # has PEFT's layers
+    said = []
+    assert max(furthest(train(tmp_path / "a", task, recipe, say=said.append), alone)) < 1e-10
+    assert said == []
+
+
+def test_a_single_run_that_cannot_be_stacked_has_pefts_layers(tmp_path):
+    task = Bags(lambda: Bag(nn.BatchNorm1d(8)))
+    runs = train(tmp_path, task, recipe_of(steps=2, optimizers=["sens"], lora={"targets": ["out"]}))
+    assert runs[0].state["state"] == "done"

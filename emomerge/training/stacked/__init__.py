@@ -4,6 +4,7 @@ model.py        the trained layers, with the weights of all runs
 losses.py       each run's own loss, from its own rows
 randomness.py   each run's own dropout
 estimate.py     expected speed and memory
+group.py        the runs that share a pass
 loop.py         the training loop
 """
 

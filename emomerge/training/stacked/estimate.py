@@ -42,6 +42,10 @@ WORTHWHILE = 1.15
 MARGIN = 2.3
 """Memory of training over that of a pass's activations: intermediate results, and fragmentation as batches change their width.
 Measured with MiniLM on movie reviews: 1.7 GB for 0.75 GB of activations, and 0.49 GB for 0.19 GB of one run."""
+PROCESS = 4.5e8
+"""Bytes of a process on the CPU before the first pass, without the weights."""
+LIMIT = 1.5
+"""Peak memory of a process that trains several runs, over that of one that trains a single run."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,15 @@ class Estimate:
 
     Attributes:
         runs: number of runs.
+        size: the number of runs that share a pass.
         faster: the speedup.
-        activations: bytes stored for the backward pass of all runs.
+        activations: bytes stored for the backward pass of `size` runs.
         alone: bytes stored for that of one run.
         free: bytes of free memory.
     """
 
     runs: int
+    size: int
     faster: float
     activations: float
     alone: float
@@ -64,10 +70,14 @@ class Estimate:
 
     def __str__(self) -> str:
         return (
-            f"{self.runs} runs in one pass: {self.faster:.1f} times faster than one by one, "
+            f"{self._what}: {self.faster:.1f} times faster than one by one, "
             f"{_size(self.memory)} of memory for activations instead of {_size(self.alone * MARGIN)}, "
             f"of {_size(self.free)} free (estimates)"
         )
+
+    @property
+    def _what(self) -> str:
+        return f"{self.runs} runs in one pass" if self.size == self.runs else f"{self.runs} runs, {self.size} in one pass"
 
     @property
     def memory(self) -> float:
@@ -78,9 +88,9 @@ class Estimate:
         """Raise Unstackable if the stack would not fit into memory or would not be faster."""
         if self.memory > self.free:
             need, free = _size(self.memory), _size(self.free)
-            raise Unstackable(f"{self.runs} runs in one pass need an estimated {need}, and {free} are free")
+            raise Unstackable(f"{self._what} need an estimated {need}, and {free} are free")
         if self.faster < WORTHWHILE:
-            raise Unstackable(f"{self.runs} runs in one pass are expected to be hardly faster ({self.faster:.2f} times)")
+            raise Unstackable(f"{self._what} are expected to be hardly faster ({self.faster:.2f} times)")
 
 
 def estimate(
@@ -103,13 +113,31 @@ def estimate(
         together = activation_bytes(stack.model, sample) * share * stack.runs
     machine = CPU if device.type == "cpu" else ACCELERATOR
     layers = (layer for layer in stack.model.modules() if not isinstance(layer, nn.Embedding))
+    size = stack.runs
+    if device.type == "cpu":
+        size = share_of(stack.runs, alone, together, sum(p.nbytes for p in stack.model.parameters()))
+    passes = -(-stack.runs // size)
     weights = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters(recurse=False))
     once = stack.layers * machine.call + 2 * weights / machine.weights
     products = 2 * flops.get_total_flops() * share / machine.flops  # frozen weights need no gradient
     update = stack.layers * machine.update
     one_by_one = stack.runs * (once + IN_PIECES * products + alone / machine.activations + update)
-    at_once = once + stack.runs * (products + update) + together / machine.activations
-    return Estimate(stack.runs, one_by_one / at_once, together, alone, free_memory(device))
+    at_once = passes * once + stack.runs * (products + update) + together / machine.activations
+    return Estimate(stack.runs, size, one_by_one / at_once, together * size / stack.runs, alone, free_memory(device))
+
+
+def share_of(runs: int, alone: float, together: float, weights: float) -> int:
+    """Return how many runs may share a pass so that the process stays below LIMIT times the memory of a single run.
+
+    Args:
+        runs: number of runs.
+        alone, together: bytes stored for the backward pass of one run, and of all.
+        weights: bytes of the model.
+    """
+    one = PROCESS + weights + MARGIN * alone
+    most = int((LIMIT * one - PROCESS - weights) / (MARGIN * together / runs))
+    passes = -(-runs // max(1, min(most, runs)))
+    return -(-runs // passes)
 
 
 def activation_bytes(model: nn.Module, inputs: Inputs) -> int:

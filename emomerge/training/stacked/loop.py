@@ -10,19 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from emomerge.errors import BadInput, EmomergeError, RunFailed
-from emomerge.numerics.seeds import seed_default_generators, seed_of
-from emomerge.tasks import Batch
+from emomerge.numerics.seeds import seed_default_generators
 from emomerge.training.context import Context
-from emomerge.training.loop import adapted_model, autocast, batch_order, buffers, micro_batches, order_key, trained
+from emomerge.training.loop import adapted_model, buffers, micro_batches, trained
 from emomerge.training.plan import RunSpec
 from emomerge.training.run import Clock, StepHook, TrainingRun, ignore_step
 from emomerge.training.stacked.estimate import estimate
-from emomerge.training.stacked.losses import Inputs, check_loss, check_rows_apart, model_inputs, run_loss, stack_inputs
+from emomerge.training.stacked.group import SAMPLE, RunGroup
+from emomerge.training.stacked.losses import check_loss, check_rows_apart
 from emomerge.training.stacked.model import StackedModel, Unstackable
-from emomerge.training.stacked.randomness import Shape, Streams, Widths, runwise_dropout, slopes
-
-SAMPLE = 2
-"""Rows of each run with which a stack is checked before it is used."""
+from emomerge.training.stacked.randomness import Widths, runwise_dropout
 
 
 def prepare_stack(context: Context, specs: Sequence[RunSpec], say: Callable[[str], None] = lambda line: None) -> StackedPasses:
@@ -31,30 +28,35 @@ def prepare_stack(context: Context, specs: Sequence[RunSpec], say: Callable[[str
     Args:
         context: the recipe and its folders.
         specs: the runs.
-        say: receives one line with the expected speed and memory.
+        say: receives one line with the expected speed and memory of several runs.
 
     Raises:
-        Unstackable: the runs cannot be stacked or, with `parallel: auto`, would not gain from it.
+        Unstackable: the runs cannot be stacked or, with `parallel: auto`, would not gain from it. A single run always gains.
     """
     recipe, task = context.recipe, context.task
     if recipe.adapter.kind != "lora":
         raise Unstackable("full fine-tuning leaves no base to share")
     if len({spec.batch_factor for spec in specs}) > 1:
         raise Unstackable("the runs have batches of different sizes")
-    if alone := set(recipe.runs.log_with) - {"tensorboard"}:
+    alone = set(recipe.runs.log_with) - {"tensorboard"}
+    if alone and len(specs) > 1:
         raise Unstackable(f"{', '.join(sorted(alone))} logs one run at a time")
     model, starts = adapted(context, specs)
     stack = StackedModel(model.to(context.device).train(), starts)
     passes = StackedPasses(context, specs, stack)
+    (group,) = passes.groups
     with torch.random.fork_rng():
-        batches, sample = passes.sample()
+        batches, sample = group.sample()
         check_rows_apart(stack, sample, SAMPLE)
         check_loss(task, stack, sample, SAMPLE, batches[0])
-        passes.streams.start(lambda run: seed_default_generators(run, context.device))
-        stacked = runwise_dropout(passes.streams, SAMPLE, Widths([0] * len(passes.streams.leaders)))
+        if len(specs) == 1:
+            return passes
+        group.streams.start(lambda run: seed_default_generators(run, context.device))
+        stacked = runwise_dropout(group.streams, SAMPLE, Widths([0] * len(group.streams.leaders)))
         expected = estimate(stack, sample, SAMPLE, recipe.runs.batch_size, stacked)
     if recipe.runs.parallel == "auto":
         expected.check()
+    passes.divide(expected.size)
     say(str(expected))
     return passes
 
@@ -126,7 +128,7 @@ def adapted(context: Context, specs: Sequence[RunSpec]) -> tuple[nn.Module, list
 
 
 class StackedPasses:
-    """Forward and backward passes of all runs together.
+    """All runs of a stack, in groups that each share their forward and backward passes.
 
     Args:
         context, specs: the runs.
@@ -135,12 +137,14 @@ class StackedPasses:
 
     def __init__(self, context: Context, specs: Sequence[RunSpec], stack: StackedModel) -> None:
         self.context, self.specs, self.stack = context, specs, stack
-        self.task, self.split, self.device, self.runs = context.task, context.data.train, context.device, context.recipe.runs
-        self.streams = Streams([order_key(self.runs, spec) for spec in specs], self.device)
-        self._orders = [batch_order(self.runs, specs[run], len(self.split)) for run in self.streams.leaders]
-        self._rows: list[Tensor] = []
-        self._slopes: list[list[Shape]] | None = None
+        self.groups = [RunGroup(context, specs, stack, range(len(specs)))]
         self._training: list[TrainingRun] = []
+
+    def divide(self, size: int) -> None:
+        """Let at most `size` runs at a time share a pass, which bounds the memory."""
+        runs = range(len(self.specs))
+        parts = [runs[first : first + size] for first in runs[::size]]
+        self.groups = [RunGroup(self.context, self.specs, self.stack, part) for part in parts]
 
     def give_round(self, specs: Sequence[RunSpec]) -> bool:
         """Take a later round of the same runs, whose weights the runs' files hold; return False if it is none."""
@@ -165,84 +169,17 @@ class StackedPasses:
 
     def rows_of(self, run: int) -> Tensor:
         """Return the row numbers of a run's last micro-batch."""
-        return self._rows[self.streams.of_run[run]]
+        return next(group.rows_of(run) for group in self.groups if run in group.runs)
 
     def backward(self, micro: int, active: Sequence[int]) -> list[Tensor]:
         """Return the losses of the active runs on a micro-batch, and add to the stack's gradients."""
-        self._rows = [order.batch(micro) for order in self._orders]
-        batches, rows = self._batches(self._rows), len(self._rows[0])
-        model, of_run = self.stack.model, self.streams.of_run
-
-        def seed(run: int) -> None:
-            seed_default_generators(seed_of("dropout", self.specs[run].seed, micro), self.device)
-
-        widths = self._widths(batches, rows, seed)
-        with autocast(self.device, self.runs.precision):
-            args, kwargs = self._inputs(batches, rows, seed)
-            with runwise_dropout(self.streams, rows, widths):
-                output = model(*args, **kwargs)
-            losses = []
-            for run in active:
-                seed(run)  # a task draws again the numbers that it draws before calling the model
-                losses.append(run_loss(self.task, model, output, run, rows, batches[of_run[run]]))
-        with runwise_dropout(self.streams, rows, widths):
-            (torch.stack(losses).sum() / self.specs[0].micro_batches(self.runs)).backward()
+        losses: list[Tensor] = []
+        for group in self.groups:
+            if here := [run for run in active if run in group.runs]:
+                losses += group.backward(micro, here)
         return losses
-
-    def sample(self) -> tuple[list[Batch], Inputs]:
-        """Return SAMPLE distinct rows of each run, padded to the longest of the first 64, and the model's inputs for them."""
-        count, of_run = SAMPLE * self.stack.runs, self.streams.of_run
-        micros = range(-(-max(64, count) // self.runs.batch_size))
-        first = self._batches([torch.cat([order.batch(micro) for micro in micros]) for order in self._orders])
-        batches = [
-            {name: value[begin : begin + SAMPLE] for name, value in first[of_run[run]].items()}
-            for run, begin in enumerate(range(0, count, SAMPLE))
-        ]
-        return batches, stack_inputs([model_inputs(self.task, self.stack.model, batch) for batch in batches], SAMPLE)
-
-    def _inputs(self, batches: Sequence[Batch], rows: int, seed: Callable[[int], None]) -> Inputs:
-        """Return the model's inputs for all runs, and advance every stream past the numbers that the task draws."""
-        inputs: list[Inputs] = []
-
-        def begin(run: int) -> None:
-            seed(run)
-            inputs.append(model_inputs(self.task, self.stack.model, batches[len(inputs)]))
-
-        self.streams.start(begin)
-        return stack_inputs([inputs[stream] for stream in self.streams.of_run], rows)
-
-    def _batches(self, rows: Sequence[Tensor]) -> list[Batch]:
-        """Return the batch of each stream, all padded to the same length."""
-        joint = self.split.batch(torch.cat(list(rows)))
-        on_device = {name: value.to(self.device, non_blocking=True) for name, value in joint.items()}
-        parts = {name: value.chunk(len(rows)) for name, value in on_device.items()}
-        return [{name: parts[name][stream] for name in parts} for stream in range(len(rows))]
-
-    def _widths(self, batches: Sequence[Batch], rows: int, seed: Callable[[int], None]) -> Widths:
-        """Return how much narrower each stream's batch would be on its own, in which case dropout draws fewer numbers."""
-        narrower = [0] * len(batches)
-        for stream, batch in enumerate(batches if len(batches) > 1 else ()):
-            alone = self.split.batch(self._rows[stream])
-            cut = {t.shape[1] - alone[name].shape[1] for name, t in batch.items() if t.dim() > 1} - {0}
-            narrower[stream] = cut.pop() if len(cut) == 1 else 0
-            if narrower[stream] and self._slopes is None:
-                width = {t.shape[1] for name, t in batch.items() if t.dim() > 1 and t.shape[1] != alone[name].shape[1]}
-                self._slopes = slopes(*(self._drawn(part, rows, seed) for part in (batches, narrow(batches, *width))))
-        return Widths(narrower, self._slopes or ())
-
-    def _drawn(self, batches: Sequence[Batch], rows: int, seed: Callable[[int], None]) -> Sequence[Sequence[Shape]]:
-        """Return the shapes of all random draws of a forward pass."""
-        args, kwargs = self._inputs(batches, rows, seed)
-        with torch.no_grad(), runwise_dropout(self.streams, rows, Widths([0] * len(batches))) as found:
-            self.stack.model(*args, **kwargs)
-        return found
 
 
 def whole(spec: RunSpec) -> RunSpec:
     """Return the specification of a run, given that of a round."""
     return replace(spec, start=0, end=spec.steps)
-
-
-def narrow(batches: Sequence[Batch], width: int) -> list[Batch]:
-    """Drop the last column of all tensors that have `width` columns."""
-    return [{k: t[:, :-1] if t.dim() > 1 and t.shape[1] == width else t for k, t in batch.items()} for batch in batches]

@@ -34,7 +34,7 @@ class StackedModel:
 
     def __init__(self, model: nn.Module, starts: Sequence[Mapping[str, Tensor]]) -> None:
         check_layers(model)
-        self.model, self.runs = model, len(starts)
+        self.model, self.runs, self.window = model, len(starts), Window(0, len(starts))
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.stacks = {name: nn.Parameter(torch.stack([start[name].to(p) for start in starts])) for name, p in trained.items()}
         """The trained weights (runs, *shape) by their names in the adapted model."""
@@ -49,6 +49,16 @@ class StackedModel:
     def parameters_of(self, run: int) -> dict[str, nn.Parameter]:
         """Return the weights of one run by name: views of the stacks, for its optimizer."""
         return self._parameters[run]
+
+    @contextmanager
+    def only(self, runs: range) -> Iterator[None]:
+        """Within the block, forward passes take the rows of some consecutive runs only."""
+        whole = self.window.first, self.window.end
+        self.window.first, self.window.end = runs.start, runs.stop
+        try:
+            yield
+        finally:
+            self.window.first, self.window.end = whole
 
     @property
     def layers(self) -> int:
@@ -101,17 +111,29 @@ class StackedModel:
         layer, stacks = self.model.get_submodule(path), {own: self.stacks[name] for own, name in names.items()}
         stacked: nn.Module
         if set(stacks) == {A, B} and is_plain(layer):
-            stacked = StackedLora(layer, stacks[A], stacks[B], (self._gradients[names[A]], self._gradients[names[B]]))
+            gradients = self._gradients[names[A]], self._gradients[names[B]]
+            stacked = StackedLora(layer, stacks[A], stacks[B], gradients, self.window)
         elif type(layer) is nn.Linear:
-            stacked = StackedLinear(**stacks)
+            stacked = StackedLinear(**stacks, window=self.window)
         elif any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in layer.modules()):
             raise Unstackable(f"{path} ({type(layer).__name__}) has dropout within a layer that is trained run by run")
         else:
-            stacked = StackedLayer(layer, stacks)
+            stacked = StackedLayer(layer, stacks, self.window)
         path, _, name = path.rpartition(".")
         parent = self.model.get_submodule(path)
         self._replaced.append((parent, name, layer, stacked))
         parent._modules[name] = stacked
+
+
+class Window:
+    """The runs whose rows a forward pass takes: `first` up to, not including, `end`."""
+
+    def __init__(self, first: int, end: int) -> None:
+        self.first, self.end = first, end
+
+    def of(self, stack: Tensor) -> Tensor:
+        """Return the part (end − first, *shape) of a stack (runs, *shape)."""
+        return stack if self.end - self.first == len(stack) else stack[self.first : self.end]
 
 
 A, B = "lora_A.default.weight", "lora_B.default.weight"
@@ -140,13 +162,14 @@ class Gradient:
         """Whether a backward pass has added to it."""
         stack.register_post_accumulate_grad_hook(self._note)
 
-    def add_product(self, x: Tensor, y: Tensor, scale: float) -> None:
-        """Add s·x_i y_i for each run i: (runs, m, k), (runs, k, n)."""
+    def add_product(self, first: int, x: Tensor, y: Tensor, scale: float) -> None:
+        """Add s·x_i y_i for each of some runs from the `first` on: (runs, m, k), (runs, k, n)."""
         self.computed = True
-        if x.dtype == self.total.dtype:
-            self.total.baddbmm_(x, y, alpha=scale)
+        total = self.total if len(x) == len(self.total) else self.total[first : first + len(x)]
+        if x.dtype == total.dtype:
+            total.baddbmm_(x, y, alpha=scale)
         else:
-            self.total.add_(torch.bmm(x, y), alpha=scale)
+            total.add_(torch.bmm(x, y), alpha=scale)
 
     def _note(self, stack: Tensor) -> None:
         self.computed = True
@@ -160,9 +183,12 @@ class StackedLora(nn.Module):
         a: (runs, r, in).
         b: (runs, out, r).
         gradients: those of `a` and `b`.
+        window: the runs that take part.
     """
 
-    def __init__(self, layer: Any, a: nn.Parameter, b: nn.Parameter, gradients: tuple[Gradient, Gradient]) -> None:
+    def __init__(
+        self, layer: Any, a: nn.Parameter, b: nn.Parameter, gradients: tuple[Gradient, Gradient], window: Window
+    ) -> None:
         super().__init__()
         self.base_layer, self.dropout = layer.base_layer, layer.lora_dropout["default"]
         self.a, self.b = a, b
@@ -170,7 +196,7 @@ class StackedLora(nn.Module):
         self._tensors = weight, bias, a.detach(), b  # reading a tuple is faster than reading a module's parameters
         self._transposed = not isinstance(layer.base_layer, nn.Linear)  # Conv1D of GPT-2: (in, out)
         self._drops = not isinstance(self.dropout, nn.Identity)
-        self._gradients, self._scale = gradients, layer.scaling["default"]
+        self._gradients, self._scale, self._window = gradients, layer.scaling["default"], window
 
     @property
     def weight(self) -> Tensor:
@@ -181,14 +207,15 @@ class StackedLora(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(runs·rows, …, in) → (runs·rows, …, out)."""
         weight, bias, a, b = self._tensors
-        check_rows(x, a.shape[0])
+        check_rows(x, self._window.end - self._window.first)
         if self._transposed:
             weight = weight.t()
         tensors: tuple[Tensor | None, ...] = (x, self.dropout(x) if self._drops else None, b, weight, bias, a)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
-        y: Tensor = LoraProduct.apply(*tensors[:3], (*tensors[3:], self._scale), self._gradients)  # type: ignore[no-untyped-call]
+        others = (*tensors[3:], self._scale, self._window)
+        y: Tensor = LoraProduct.apply(*tensors[:3], others, self._gradients)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -202,10 +229,11 @@ class LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, dropped: Tensor | None, b: Tensor,
-        others: tuple[Tensor, Tensor | None, Tensor, float], gradients: tuple[Gradient, Gradient],
+        others: tuple[Tensor, Tensor | None, Tensor, float, Window], gradients: tuple[Gradient, Gradient],
     ) -> Tensor:  # fmt: skip
-        """(runs·rows, …, in) → (runs·rows, …, out). `others` are W, the bias, A and s."""
-        weight, bias, a, scale = others
+        """(runs·rows, …, in) → (runs·rows, …, out). `others` are W, the bias, A, s and the runs that take part."""
+        weight, bias, a, scale, window = others
+        a, b = window.of(a), window.of(b)
         runs, _, width = a.shape
         flat = x.reshape(-1, width)
         rows = (flat if dropped is None else dropped.reshape(-1, width)).view(runs, -1, width)
@@ -213,7 +241,7 @@ class LoraProduct(torch.autograd.Function):
         down = torch.bmm(rows, a.mT)
         y.view(runs, -1, y.shape[1]).baddbmm_(down, b.mT, alpha=scale)
         ctx.save_for_backward(rows, down, weight, a, b)
-        ctx.gradients, ctx.scale, ctx.apart, ctx.shape = gradients, scale, dropped is not None, x.shape
+        ctx.gradients, ctx.scale, ctx.apart, ctx.shape, ctx.first = gradients, scale, dropped is not None, x.shape, window.first
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -224,8 +252,8 @@ class LoraProduct(torch.autograd.Function):
         width = weight.shape[0]
         by_run = grads[0].reshape(a.shape[0], -1, width)
         of_down = torch.bmm(by_run, b)
-        gradient_b.add_product(by_run.mT, down, ctx.scale)
-        gradient_a.add_product(of_down.mT, rows, ctx.scale)
+        gradient_b.add_product(ctx.first, by_run.mT, down, ctx.scale)
+        gradient_a.add_product(ctx.first, of_down.mT, rows, ctx.scale)
         of_x = of_dropped = None
         if ctx.needs_input_grad[0]:
             of_x = by_run.view(-1, width) @ weight
@@ -243,18 +271,20 @@ class StackedLinear(nn.Module):
     Args:
         weight: (runs, out, in).
         bias: (runs, out).
+        window: the runs that take part.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, *, window: Window) -> None:
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self._window = weight, bias, window
 
     def forward(self, x: Tensor) -> Tensor:
         """(runs·rows, …, in) → (runs·rows, …, out)."""
-        runs, out, width = self.weight.shape
+        weight = self._window.of(self.weight)
+        runs, out, width = weight.shape
         check_rows(x, runs)
-        rows, w = x.reshape(runs, -1, width), self.weight.transpose(1, 2)
-        y = torch.bmm(rows, w) if self.bias is None else torch.baddbmm(self.bias[:, None], rows, w)
+        rows, w = x.reshape(runs, -1, width), weight.transpose(1, 2)
+        y = torch.bmm(rows, w) if self.bias is None else torch.baddbmm(self._window.of(self.bias)[:, None], rows, w)
         return y.view(*x.shape[:-1], out)
 
 
@@ -264,16 +294,17 @@ class StackedLayer(nn.Module):
     Args:
         layer: takes one tensor whose dimension 0 counts rows.
         stacks: the layer's trained parameters (runs, *shape) by their names in the layer.
+        window: the runs that take part.
     """
 
-    def __init__(self, layer: nn.Module, stacks: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, layer: nn.Module, stacks: Mapping[str, nn.Parameter], window: Window) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self._window = layer, window
         self.names, self.stacks = tuple(stacks), nn.ParameterList(stacks.values())
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer, run by run."""
-        weights = list(zip(*(stack.unbind() for stack in self.stacks), strict=True))
+        weights = list(zip(*(self._window.of(stack).unbind() for stack in self.stacks), strict=True))
         check_rows(x, len(weights))
         parts = zip(x.chunk(len(weights)), weights, strict=True)
         return torch.cat([functional_call(self.layer, dict(zip(self.names, own, strict=True)), rows) for rows, own in parts])
