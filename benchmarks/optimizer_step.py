@@ -2,6 +2,7 @@
 
     pip install torch==2.13.0 -e '.[peers]'
     python benchmarks/optimizer_step.py                 # about 3 minutes on 2 cores; run it on a quiet machine
+    python benchmarks/optimizer_step.py --out benchmarks/results/optimizer_step.json
 
 Two sets of float32 parameters on the CPU: 64 matrices of 512 × 512, and 400 of the size of LoRA factors (16 × 512). All
 optimizers step the same parameters with the same gradients, in random order, so that a slow moment of the machine hits all
@@ -12,16 +13,20 @@ same round, and the bytes of tensor state per parameter. Peers that are not inst
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from stacked_training import machine
 from torch.optim.optimizer import Optimizer
 
 from emomerge.optim import OPTIMIZERS
@@ -126,11 +131,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     console = Console(width=110)
+    stored: list[dict[str, Any]] = []
     for title, shapes in SETS.items():
         for threads in options.threads:
             rows, geometry = measure(shapes, threads, options.rounds)
+            stored += [{"set": title, "threads": threads, **row} for row in rows]
             heads = ("optimizer", "ns/parameter", f"ratio to {BASELINE}", "limit", "state bytes/parameter")
             table = Table(*heads, title=f"{title}, threads: {threads}")
             for row in rows:
@@ -139,6 +147,9 @@ def main() -> None:
                 table.add_row(row["name"], f"{row['ns']:.2f}", f"{row['ratio']:.2f}", kept, f"{row['bytes']:.2f}")
             console.print(table)
             console.print(f"exact geometry: {geometry:.0%} of EmoTion's step\n")
+    if options.out:
+        facts = {"machine": machine(), "load": os.getloadavg()[0], "torch": torch.__version__, "rounds": options.rounds}
+        options.out.write_text(json.dumps({**facts, "rows": stored}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     pip install torch==2.13.0 -e .
     python benchmarks/stacked_training.py                      # about 15 minutes on 2 cores; run it on a quiet machine
     python benchmarks/stacked_training.py --hidden 128 --tokens 64
+    python benchmarks/stacked_training.py --out benchmarks/results/stacked_training.json     # adds to or replaces its rows
 
 BERT of 6 layers (MiniLM's form) with LoRA of rank 8 on all linear layers, rows of 16 random tokens, float32. Every contender is
 a process of its own. Printed are milliseconds of CPU for one step of all five runs, how many times less CPU and time stacked
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import re
 import resource
 import subprocess
@@ -159,6 +162,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--out", type=Path, help="JSON file that the figures are added to")
     parser.add_argument("--contender", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
@@ -174,8 +178,28 @@ def main() -> None:
     for hidden in options.hidden:
         table = Table(*heads, title=title)
         for tokens in options.tokens:
-            table.add_row(str(hidden), str(tokens), *cells(measure(hidden, tokens, options), LIMITS.get((hidden, tokens))))
+            found = measure(hidden, tokens, options)
+            table.add_row(str(hidden), str(tokens), *cells(found, LIMITS.get((hidden, tokens))))
+            if options.out:
+                store(options.out, {"hidden": hidden, "tokens": tokens, "dropout": options.dropout, **found})
         console.print(table)
+
+
+def store(file: Path, row: dict[str, Any]) -> None:
+    """Add a row to a JSON file, or replace the row of the same sizes."""
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    key = "hidden", "tokens", "dropout"
+    rows = [each for each in rows if any(each[name] != row[name] for name in key)]
+    row |= {"machine": machine(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0], "torch": torch.__version__}
+    rows = sorted([*rows, row], key=lambda each: [each[name] for name in key])
+    file.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    """The processor and its number of cores."""
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{(models or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores"
 
 
 def cells(found: dict[str, dict[str, float]], limit: float | None) -> list[str]:
