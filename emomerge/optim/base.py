@@ -183,7 +183,7 @@ class EmoOptimizer(Rule, Optimizer):
     def _advance(self) -> EmoPulse | DevicePulse:
         """Update the pulse with the loss of this step."""
         head = self.param_groups[0]
-        mean = self.intake.take(self._device(), self._params())
+        mean = self.intake.take(self._device(), self._params(), host=self._device_pulse is None)
         if self._sized and not self._pulse.size:
             self._measure_size()
         if self._device_pulse is not None:

@@ -92,10 +92,15 @@ class LossIntake:
         """Record a loss seen in backward. The captured losses are summed, and used only if none is observed."""
         self._captured.append(_scalar(loss))
 
-    def take(self, device: torch.device, params: Sequence[Tensor] = ()) -> Tensor:
+    def take(self, device: torch.device, params: Sequence[Tensor] = (), host: bool = False) -> Tensor:
         """Return the loss of the step, averaged over the ranks of torch.distributed, and clear the record. No host sync.
 
         Every rank must call this in the same step, so that all replicas see one mean and stay identical.
+
+        Args:
+            device: device of the result.
+            params: the optimizer's parameters.
+            host: losses that are all in host memory stay there, so that reading the result waits for nothing.
 
         Returns:
             A float64 tensor (float32 on MPS, which has no float64) of shape () on `device`.
@@ -111,6 +116,9 @@ class LossIntake:
                 "transformers use `emomerge.integrations.EmoTrainer`, and in a loop you cannot change pass the optimizer "
                 "`capture_loss=True`, which sees `loss.backward()`"
             )
+        distributed = dist.is_available() and dist.is_initialized()
+        if host and not distributed and all(not isinstance(loss, Tensor) or loss.is_cpu for loss in losses):
+            device = torch.device("cpu")
         dtype = torch.float32 if device.type == "mps" else torch.float64
         mean, *others = [_on(device, dtype, loss) for loss in losses]
         if others:
@@ -119,7 +127,7 @@ class LossIntake:
             mean = mean / len(losses)
         self.forget()
         self.mark(params)
-        if dist.is_available() and dist.is_initialized():
+        if distributed:
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
         return mean

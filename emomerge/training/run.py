@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -144,7 +144,6 @@ class TrainingRun:
 
     def observe(self, loss: Tensor) -> None:
         """Record the scalar loss of one micro-batch of the next step."""
-        self.optimizer.observe(loss)
         self._losses.append(loss.detach())
 
     def take_step(self, rows: Tensor, spent: Spent) -> None:
@@ -158,6 +157,9 @@ class TrainingRun:
             RunFailed: the loss is NaN or infinite; names step and rows. The last good checkpoint is kept.
         """
         clock, runs = Clock(), self.recipe.runs
+        read_losses([self])
+        for loss in self._losses:
+            self.optimizer.observe(loss)
         if (limit := self.spec.max_grad_norm(self.recipe)) is not None:
             nn.utils.clip_grad_norm_(self._trained, limit)
         if isinstance(self.optimizer, EmoOptimizer):
@@ -296,6 +298,18 @@ class TrainingRun:
         with torch.no_grad():
             for name, tensor in self.learnt.items():
                 tensor.copy_(shard_like(weights[name], tensor))
+
+
+def read_losses(runs: Iterable[TrainingRun]) -> None:
+    """Move the observed losses of some runs to the host: the only time that a step waits for the device.
+
+    Before any run's update is launched; the updates and the next forward pass then follow without waiting.
+    """
+    waiting = [run for run in runs if not all(loss.is_cpu for loss in run._losses)]
+    if waiting:
+        losses = iter(torch.stack([loss for run in waiting for loss in run._losses]).cpu().unbind())
+        for run in waiting:
+            run._losses = [next(losses) for _ in run._losses]
 
 
 def damping(cooldown: float, step: int, steps: int) -> float:

@@ -114,3 +114,15 @@ def test_a_loss_is_one_real_number(loss: Tensor) -> None:
     for note in (LossIntake().observe, LossIntake().capture):
         with pytest.raises(BadInput, match="one real number"):
             note(loss)
+
+
+def test_losses_in_host_memory_stay_there_on_request() -> None:
+    intake, device = LossIntake(), torch.device("meta")
+    for losses in ([0.5], [torch.tensor(0.5)], [torch.tensor(0.25), 0.75]):
+        for loss in losses:
+            intake.observe(loss)
+        assert intake.take(device, host=True).item() == 0.5
+    intake.observe(0.5)
+    assert intake.take(device).is_meta
+    intake.observe(torch.zeros((), device="meta"))
+    assert intake.take(device, host=True).is_meta

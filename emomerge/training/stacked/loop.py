@@ -14,7 +14,7 @@ from emomerge.numerics.seeds import seed_default_generators
 from emomerge.training.context import Context
 from emomerge.training.loop import adapted_model, buffers, micro_batches, trained
 from emomerge.training.plan import RunSpec
-from emomerge.training.run import Clock, StepHook, TrainingRun, ignore_step
+from emomerge.training.run import Clock, StepHook, TrainingRun, ignore_step, read_losses
 from emomerge.training.stacked.estimate import estimate
 from emomerge.training.stacked.group import SAMPLE, RunGroup
 from emomerge.training.stacked.losses import check_loss, check_rows_apart
@@ -106,6 +106,7 @@ def train_stacked(passes: StackedPasses, on_step: StepHook = ignore_step) -> dic
             for micro in micro_batches(context.recipe.runs, specs[0], step):
                 for n, loss in zip(active, passes.backward(micro, active), strict=True):
                     runs[n].observe(loss)
+            read_losses(runs[n] for n in active)
             stack.share_gradients()
             spent = clock.read(len(active))
             each(active, lambda n, spent=spent: runs[n].take_step(passes.rows_of(n), spent))  # type: ignore[misc]
