@@ -173,3 +173,24 @@ def test_the_state_dict_is_that_of_the_host() -> None:
     for one in (opt, host):
         train(one, 5, 9)
     close(opt, host, 1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@RULES
+def test_on_a_gpu_a_step_waits_for_nothing_and_is_that_of_the_cpu(name: str) -> None:
+    found = {}
+    for device in ("cpu", "cuda"):
+        params = [nn.Parameter(p.detach().to(device)) for p in parameters()]
+        opt = OPTIMIZERS[name].load()(params, capturable=True, lr=3.0)
+        for step in range(4):
+            for number, p in enumerate(params):
+                p.grad = torch.linspace(-1, 2 + step + number, p.numel(), dtype=p.dtype).view(p.shape).to(device)
+            loss = torch.tensor(2.0 - 0.3 * step, dtype=torch.float64).to(device)
+            torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step measures the weights
+            opt.observe(loss)
+            opt.step()
+            torch.cuda.set_sync_debug_mode("default")
+        found[device] = [p.detach().cpu() for p in params]
+    for ours, theirs in zip(found["cuda"], found["cpu"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)

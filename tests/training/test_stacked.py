@@ -413,3 +413,12 @@ def test_a_single_run_that_cannot_be_stacked_has_pefts_layers(tmp_path):
     task = Bags(lambda: Bag(nn.BatchNorm1d(8)))
     runs = train(tmp_path, task, recipe_of(steps=2, optimizers=["sens"], lora={"targets": ["out"]}))
     assert runs[0].state["state"] == "done"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("optimizers", [list(FAMILY), ["tion"]])
+def test_on_a_gpu_stacked_runs_end_where_separate_ones_do(optimizers, tmp_path):
+    recipe, task = recipe_of(optimizers=optimizers, parallel="stacked"), Sentences(llama, torch.float64)
+    recipe = recipe.model_copy(update={"device": "cuda"})
+    assert max(furthest(train(tmp_path / "a", task, recipe), train(tmp_path / "b", task, sequential(recipe)))) < 1e-8

@@ -50,9 +50,9 @@ class Streams:
             runs: at least one run of each stream.
             sample: draws from the default generator; `position` counts the draws since the start.
         """
+        if len(runs) == len(self.leaders) == 1:
+            return [sample(runs[0], 0)]
         position, before = self._now()
-        if len(runs) == 1:
-            return [sample(runs[0], position)]
         after, found = list(before), []
         for run in runs:
             self._generator.set_rng_state(before[self.of_run[run]])
