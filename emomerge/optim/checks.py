@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -13,8 +12,6 @@ from emomerge.errors import BadInput
 from emomerge.optim.batches import State
 from emomerge.optim.native import REPLACED
 from emomerge.optim.rule import Group, Rule
-
-_is_sparse = attrgetter("is_sparse")
 
 
 def check_options(group: Group, capturable: bool) -> None:
@@ -48,10 +45,6 @@ def check_rates(groups: Sequence[Group]) -> None:
 
 def check_gradients(optimizer: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Raise BadInput for a sparse or complex gradient among (parameter, gradient) pairs."""
-    pairs = list(pairs)
-    grads = [grad for _, grad in pairs]
-    if not any(map(_is_sparse, grads)) and not any(map(Tensor.is_complex, grads)):
-        return
     for p, grad in pairs:
         if grad.is_sparse or grad.is_complex():
             kind = "sparse" if grad.is_sparse else "complex"
