@@ -194,7 +194,8 @@ class Pipeline(Experiment):
             BadInput: see `begin`; or the disk is too small.
         """
         self.begin()
-        if self.device.type != "cpu" or self.ranks is not None:
+        if self.device.type != "cpu" or self.ranks is not None:  # where one pass here says little
+            self.display.console.print(outline_table(outline(self, until=until)))
             return
         found = outline(self, self.work, None if self.engine is not None else self.crew.choose(), until=until)
         have = sum(file.stat().st_size for file in files_below(self.space.out))

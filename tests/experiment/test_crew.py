@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from emomerge.errors import BadInput
+from emomerge.experiment.outline import outline, outline_table
 from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import parse_recipe
 from emomerge.training import RunDir, work
@@ -168,3 +169,11 @@ def test_a_disk_that_is_plainly_too_small_is_refused_before_anything_is_written(
     with pytest.raises(BadInput, match=r"the disk is too small.*out.*MB free.*found 0 MB"):
         Pipeline(parse_recipe(recipe), tmp_path / "out").run()
     assert not (tmp_path / "out" / "base").exists()
+
+
+def test_without_a_measured_pass_the_plan_counts_passes_only(recipe, tmp_path):
+    found = outline(Pipeline(parse_recipe(recipe), tmp_path / "out"))
+    assert found["seconds"] is found["memory"] is found["disk"] is None
+    table = outline_table(found)
+    assert [column.header for column in table.columns] == ["", "stage", "work", "passes of 8"]
+    assert table.row_count == len(found["stages"]) + 1
