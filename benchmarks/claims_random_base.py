@@ -96,7 +96,9 @@ def figure(units: Units) -> Any:
         color=alt.Color("kind:N", title=None, scale=colours),
     )  # fmt: skip
     line = alt.Chart(alt.InlineData(values=[{"loss": 1}])).mark_rule(color=LIGHT["ink"], strokeDash=[4, 3]).encode(x="loss:Q")
-    return (line + points).properties(width=480, height=330, title="TODO", background="white")
+    return (line + points).properties(
+        width=480, height=330, title="What a LoRA of a random base does to the trained base", background="white"
+    )
 
 
 @claim(
@@ -108,7 +110,7 @@ def figure(units: Units) -> Any:
     "trained on the trained base itself. The parts are: all five complete with a falling loss; applied, all five leave the "
     "trained base's loss within 5 %; most lower it (interval below 0). Each could have failed alone. That AdamW completes too, "
     "or that a random LoRA does no more harm, would show that a part says nothing about the optimizers.",
-    taught="Nothing before it is measured.",
+    taught="No default follows: a LoRA belongs to the base on which it was trained, whatever trained it.",
     arms=(*FIVE_ARMS, ADAMW_ARMS[0], *ON_TRAINED, ADAMW_ARMS[1], *AUTO_ARMS),
     quick_arms=(FIVE_ARMS[0], ADAMW_ARMS[1]),
     judge=judge,
