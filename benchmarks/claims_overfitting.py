@@ -122,8 +122,8 @@ def draw_half(units: Units) -> Any:
     control="AdamW on the same few rows at the same training loss: if the five avoided overfitting, their test loss would be "
     "lower there. The claim holds for an optimizer whose training loss falls to half with every seed, whose test loss at the "
     "end is not above that at half, and does not rise from the lowest validation loss to the end, each by more than its "
-    "interval. (The last condition was added when three seeds had been measured: half of the first loss is far from the lowest "
-    "test loss, so that without it AdamW and nearly all others pass.)",
+    "interval. The last condition was added when three seeds had been measured: half of the first loss is far from the lowest "
+    "test loss, so that without it AdamW and nearly all others pass.",
     taught="Overfitting begins where the training loss has fallen far enough, and the sign rules with a moment, EmoCats and "
     "EmoTion, get there first. Recipes hold out rows of small files and choose by them.",
     arms=(*emo_arms(PUBLISHED, OURS), *ADAMW),
