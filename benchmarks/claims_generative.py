@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from claims_core import Arm, Effort, Figures, Units
 from claims_training import FIVE, RATES, Diverged, Images, Rows, Trainer, batches, emo_arms, fashion
 from evidence_tables import Estimate
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 SIDE = 14
@@ -152,13 +153,13 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 def stored(effort: Effort, name: str, model: nn.Module, train: Callable[[nn.Module], object]) -> nn.Module:
     """Load a model that units share from the cache, or train it and store it."""
     effort.cache.mkdir(parents=True, exist_ok=True)
-    file = effort.cache / f"{name}{'-quick' if effort.quick else ''}.pt"
+    file = effort.cache / f"{name}{'-quick' if effort.quick else ''}.safetensors"
     if file.exists():
-        model.load_state_dict(torch.load(file, weights_only=True))
+        model.load_state_dict(load_file(file))
         return model
     train(model)
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(model.state_dict(), temporary)
+    save_file(model.state_dict(), temporary)
     temporary.replace(file)
     return model
 
