@@ -108,7 +108,8 @@ def draw_grokking(units: Units) -> Any:
             for what in ("training", "test"):
                 rows += curves(Units(units.of(**arm)), f"{what} curve", series=series, panel=panel, what=f"{what} pairs")
     return lines(
-        rows, f"Addition modulo {PRIME}: share of pairs that are right", "step", "accuracy", facet="panel", columns=2,
+        rows, f"Addition modulo {PRIME}: the test pairs come after a plateau with the five as well, and AdamW is first",
+        "step", "accuracy", facet="panel", columns=2,
         dash="what", limits=(0.0, 1.0), width=340, height=260, order=["v3.8, lr = 10", "auto"],
     )  # fmt: skip
 
