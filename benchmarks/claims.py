@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -70,6 +71,17 @@ def measure(name: str, arm: dict[str, Any], seed: int, effort: Effort, file: Pat
     return None
 
 
+def end_with(parent: int) -> None:
+    """End this worker once its parent is gone, as after a kill: nobody would collect what it measures."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run(names: list[str], effort: Effort, results: Path, jobs: int) -> list[str]:
     """Measure the missing units of claims. Return the errors of those that could not be measured."""
     todo = []
@@ -83,7 +95,10 @@ def run(names: list[str], effort: Effort, results: Path, jobs: int) -> list[str]
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # for the workers, before they import torch
     failed = []
     context = multiprocessing.get_context("spawn")
-    with Progress(*columns, console=Console(stderr=True)) as progress, ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with (
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with, initargs=(os.getpid(),)) as pool,
+    ):
         line = progress.add_task("units", total=len(todo))
         waiting = {
             pool.submit(measure, name, dict(arm), seed, effort, results / f"{name}.jsonl"): name for name, arm, seed in todo
