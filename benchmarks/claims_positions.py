@@ -290,8 +290,8 @@ def draw_rounds(units: Units) -> Any:
     taught="The mixture is neither better nor worse than one of its optimizers five times, as long as the same optimizer takes "
     "the trunk, which is half of all steps. So the choice of the trunk's optimizer is what matters: it is the first of "
     "`runs.optimizers`. On these three tasks EmoTion there is better than EmoSens or as good. In the recipes of the comparison "
-    "with rivals, whose images and runs are larger, it was worse: on FashionMNIST with mild and with strong shift, in validation "
-    "and test loss with each of three seeds (benchmarks/results/trunk_by_tion.jsonl). So EmoSens keeps the trunk.",
+    "with rivals, whose images and runs are larger, it was worse: on FashionMNIST with mild and with strong shift, in "
+    "validation and test loss with each of three seeds (benchmarks/results/trunk_by_tion.jsonl). So EmoSens keeps the trunk.",
     arms=by_task(
         [
             {"preset": OURS, "set": "five", "leave": None},
