@@ -36,6 +36,7 @@ class Control:
 
 PLUS = "M-.3,-1H.3V-.3H1V.3H.3V1H-.3V.3H-1V-.3H-.3Z"
 STAR = "M0,-1.1L.26,-.36L1.05,-.34L.42,.14L.65,.89L0,.45L-.65,.89L-.42,.14L-1.05,-.34L-.26,-.36Z"
+HOURGLASS = "M-.8,-.9L.8,-.9L-.8,.9L.8,.9Z"
 
 CONTROLS: Mapping[str, Control] = {
     "adamw-sweep": Control(
@@ -68,7 +69,7 @@ CONTROLS: Mapping[str, Control] = {
     "adamw-long-run": Control(
         "AdamW with cosine, equal steps",
         "AdamW with cosine decay and the steps of all runs together, stopped where its validation loss was lowest",
-        "cross", 70, "better",
+        HOURGLASS, 70, "better",
     ),
     "adamw-large-batch": Control(
         "AdamW with larger batches",
