@@ -128,9 +128,10 @@ def section(found: Mapping[str, Any] | None) -> str:
             "|---|---:|---:|---:|",
             *rows,
             "",
-            f"Of {same['figures']:,} figures of results.json, {same['equal']:,} are those of the code before on one thread,",
-            f"to the bit; the largest difference is {largest}, of losses {loss} (relative; absolute below 1).",
-            f"With the threads that the code before took, a loss differs by {apart}: their number decides the last bits.",
+            "Fused layers and optimizers sum in another order, and so does another number of threads; training multiplies",
+            f"such differences of last bits. Of {same['figures']:,} figures of results.json, {same['equal']:,} are to the bit",
+            f"those of the code before on one thread; losses differ by up to {loss}, any figure by up to {largest} (relative;",
+            f"absolute below 1). From the code before with the threads that it took, losses differ by up to {apart}.",
             "Small models now get one thread on every machine.",
         ]
     )
