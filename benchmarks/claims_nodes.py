@@ -107,7 +107,9 @@ def draw_nodes(units: Units) -> Any:
     control="The same five nodes with synchronous data parallelism at the same number of steps, and each node alone on its "
     "shard. It would hold if the merge were never worse than synchronous training and always better than a node alone, with "
     "both presets and for both kinds of shards. AdamW in the same schemes shows whether that is special to emo.",
-    taught="Nothing yet: it has not been measured.",
+    taught="Nodes should meet: weights averaged every ten steps are better than one merge at the end in every case, with AdamW "
+    "as with the five, and still behind gradients averaged in every step. emomerge's default procedure meets in rounds; on a "
+    "cluster, runs of one seed meet too.",
     arms=[
         {"task": name, "split": split, **arm}
         for name, split in CASES

@@ -1,9 +1,9 @@
-"""Write the measured tables of docs/sdxl.md and docs/explanation/paper.md from benchmarks/results/.
+"""Write the measured tables of docs/sdxl.md from benchmarks/results/.
 
     python benchmarks/docs_tables.py             # rewrites the parts between the markers
     python benchmarks/docs_tables.py --check     # exit status 1 if they differ from the results
 
-Nothing is measured here: bake_images.py writes `bake_images.json`, fashion_mnist_claim.py --log `fashion_mnist.jsonl`.
+Nothing is measured here: bake_images.py writes `bake_images.json`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from emomerge.optim import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- written by benchmarks/docs_tables.py -->", "<!-- end -->"
-CLAIM = 0.30
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -48,34 +44,7 @@ def images(results: Path = RESULTS) -> str:
     )
 
 
-def fashion(results: Path = RESULTS) -> str:
-    """Return the table of training losses on FashionMNIST, and the figure of AdamW."""
-    lines = (results / "fashion_mnist.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    losses: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        losses.setdefault((row["preset"], row["optimizer"]), []).append(row["loss"])
-
-    def cell(preset: str, name: str) -> str:
-        found = losses[preset, name]
-        text = f"{statistics.fmean(found):.3f}"
-        return f"**{text}**" if max(found) < CLAIM else text
-
-    names = [name for name, entry in OPTIMIZERS.items() if entry.default]
-    presets = list(dict.fromkeys(preset for preset, name in losses if name != "adamw"))
-    body = table(
-        ["preset", *(OPTIMIZERS[name].class_name for name in names)],
-        [[f"`{preset}`", *(cell(preset, name) for name in names)] for preset in presets],
-    )
-    adamw = statistics.fmean(loss for (_, name), found in losses.items() if name == "adamw" for loss in found)
-    steps, seeds = {row["steps"] for row in rows}, {row["seed"] for row in rows}
-    return (
-        f"{body}\n\nMean of the last 200 of {max(steps):,} steps, {len(seeds)} training seed{'s' * (len(seeds) > 1)}; bold: "
-        f"below {CLAIM:.2f} with every seed. AdamW at 10⁻³ reaches {adamw:.3f}."
-    )
-
-
-PARTS: dict[str, Callable[[], str]] = {"docs/sdxl.md": images, "docs/explanation/paper.md": fashion}
+PARTS: dict[str, Callable[[], str]] = {"docs/sdxl.md": images}
 
 
 def rewritten(text: str, part: str) -> str:
