@@ -51,8 +51,8 @@ def test_the_section_shows_ratios_of_pairs(job: ModuleType, tmp_path: Path) -> N
     text = job.section(found)
     assert "| CPU | 210 s | 69 s | 0.33 (0.30–0.35) |" in text
     assert "| wall | 110 s | 50 s | 0.45 (0.40–0.50) |" in text
-    assert "2 pairs of runs on 2 cores" in text and "1,200 are those" in text
-    assert "difference is 2e-05, of losses 0 " in text and "differs by 0.03:" in text
+    assert "2 pairs of runs on 2 cores" in text and "1,200 are to the bit\nthose of the code before" in text
+    assert "losses differ by up to 0, any figure by up to 2e-05 " in text and "differ by up to 0.03." in text
     page = tmp_path / "page.md"
     page.write_text("# Speed\n")
     assert job.write_section(page, "one") and not job.write_section(page, "one") and job.write_section(page, text)
