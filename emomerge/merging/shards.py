@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -48,10 +49,16 @@ class ShardWriter:
         calls = [
             self._engine.submit(write_shard, self._merged, plan, path.absolute(), sent, Path.cwd()) for plan, path in shards
         ]
+        left = deque(calls)
         try:
-            return [self._take(call.result(), plan, options) for call, (plan, _) in zip(calls, shards, strict=True)]
+            digests = []
+            for plan, _ in shards:
+                found = left[0].result()
+                left.popleft()  # it has ended, and Ray ends this process if a task is cancelled as it ends
+                digests.append(self._take(found, plan, options))
+            return digests
         finally:
-            for call in calls:
+            for call in left:
                 call.cancel()
 
     def _take(self, found: Shard | EmomergeError, plan: Plan, options: WriteOptions) -> str:

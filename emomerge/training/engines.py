@@ -35,7 +35,7 @@ class Submitted(Protocol):
         ...
 
     def cancel(self) -> None:
-        """Stop the worker."""
+        """Stop the worker, unless the call has ended."""
         ...
 
 
@@ -227,7 +227,8 @@ class _RayTask:
         return self._ray.get(self._reference)
 
     def cancel(self) -> None:
-        self._ray.cancel(self._reference, force=True)
+        if not self.done():  # Ray ends this process if a task is cancelled as it ends
+            self._ray.cancel(self._reference, force=True)
 
 
 class Slurm:

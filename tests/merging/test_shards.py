@@ -26,9 +26,15 @@ from emomerge.merging.thresholds import Cut
 class Engine:
     """Calls at once, with what went through a pickle."""
 
+    def __init__(self) -> None:
+        self.submitted = 0
+        self.cancelled: list[int] = []
+
     def submit(self, function: Any, *args: Any) -> Any:
         found = pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps(args)))))
-        return SimpleNamespace(result=lambda: found, cancel=lambda: None)
+        number = self.submitted
+        self.submitted += 1
+        return SimpleNamespace(result=lambda: found, cancel=lambda: self.cancelled.append(number))
 
 
 @pytest.fixture
@@ -59,10 +65,11 @@ def written(merged: MergedCheckpoint, out: str, **options: Any) -> tuple[dict[st
 def test_workers_write_the_bytes_that_one_process_does(method: str, models: list[str]) -> None:
     base, *runs = models[:3]
     here = written(merge(base, runs, method=method), "here")
-    merged, seen = merge(base, runs, method=method), []
-    options = {"shards_by": ShardWriter(merged, Engine()), "progress": lambda name, _: seen.append(name)}
+    merged, seen, engine = merge(base, runs, method=method), [], Engine()
+    options = {"shards_by": ShardWriter(merged, engine), "progress": lambda name, _: seen.append(name)}
     assert written(merged, "there", **options) == here
     assert sorted(seen) == list(merged)
+    assert (engine.submitted, engine.cancelled) == (3, [])
 
 
 def test_what_a_held_out_loss_chose_is_not_chosen_again(models: list[str]) -> None:
@@ -82,11 +89,11 @@ def test_what_a_held_out_loss_chose_is_not_chosen_again(models: list[str]) -> No
 
 def test_what_is_wrong_in_a_worker_is_said_here(models: list[str]) -> None:
     tensors = dict(open_checkpoint("two"))
-    tensors["w4.weight"] = tensors["w4.weight"].index_fill(0, torch.tensor([7]), torch.inf)
-    write_checkpoint(MemoryCheckpoint({**tensors, "w4.weight": torch.zeros(40, 20)}), "bad.safetensors")
-    merged = merge("base", ["one", MemoryCheckpoint(tensors, source="two")], method="mean")
-    with pytest.raises(BadInput, match="non-finite task vector: w4.weight of run two"):
-        write_checkpoint(merged, "out", max_shard_size=4000, shards_by=ShardWriter(merged, Engine()))
+    tensors["w0.weight"] = tensors["w0.weight"].index_fill(0, torch.tensor([7]), torch.inf)
+    merged, engine = merge("base", ["one", MemoryCheckpoint(tensors, source="two")], method="mean"), Engine()
+    with pytest.raises(BadInput, match="non-finite task vector: w0.weight of run two"):
+        write_checkpoint(merged, "out", max_shard_size=4000, shards_by=ShardWriter(merged, engine))
+    assert engine.cancelled == [1, 2]
     assert not Path("out").exists()
 
 
