@@ -1,11 +1,11 @@
 """Do time and memory of `emomerge run` grow as the work does? Rows, parameters and runs are doubled three times.
 
-    python benchmarks/growth.py run            # writes benchmarks/results/growth.json
-    python benchmarks/growth.py plot           # draws docs/growth.png from it
+    python benchmarks/growth.py run            # writes benchmarks/results/growth.json; 10 minutes for each of --repeats
+    python benchmarks/growth.py plot           # draws docs/growth.png and writes the section of docs/performance.md from it
 
 Each point is one `emomerge run` on one thread in a process of its own, on images that the script draws at random; the least of
 `--repeats` runs counts. A fixed part (imports, the base, the report) is the same for all sizes. What grows is read from
-differences: CPU seconds and peak memory that a doubling adds, divided by the units that it adds. They should be flat.
+differences: CPU seconds and peak memory (MB) that a doubling adds, divided by the units that it adds. They should be flat.
 """
 
 from __future__ import annotations
@@ -15,21 +15,26 @@ import gzip
 import itertools
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from stacked_training import machine
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "growth.json"
+PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "growth.png"
+START, END = "<!-- written by benchmarks/growth.py -->", "<!-- end -->"
 DOUBLINGS = 3
 TOLERANCE = 0.15
 
@@ -41,11 +46,13 @@ class Axis:
     Attributes:
         unit: what is counted.
         start: its smallest number.
+        per: how many units the table of the page counts as one.
         recipe: returns the changes to the recipe for a number of units.
     """
 
     unit: str
     start: int
+    per: int
     recipe: Callable[[int], Mapping[str, Any]]
 
 
@@ -64,9 +71,9 @@ def _seeds(count: int) -> Mapping[str, Any]:
 
 
 AXES = {
-    "rows": Axis("row", 4_000, _rows),
-    "parameters": Axis("layer", 4, _layers),
-    "runs": Axis("training seed of two runs", 2, _seeds),
+    "rows": Axis("row", 4_000, 1_000, _rows),
+    "parameters": Axis("layer", 4, 1, _layers),
+    "runs": Axis("training seed of two runs", 2, 1, _seeds),
 }
 RECIPE: Mapping[str, Any] = {
     "name": "growth",
@@ -116,7 +123,7 @@ def measure(recipe: Mapping[str, Any], folder: Path) -> dict[str, float]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{file.name} failed with exit status {process.returncode}")
-    return {"cpu": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss / 1024}
+    return {"cpu": used.ru_utime + used.ru_stime, "memory": used.ru_maxrss * 1024 / 1e6}
 
 
 def sizes(axis: Axis) -> list[int]:
@@ -151,6 +158,51 @@ def spread(values: Sequence[float]) -> float:
     return max(abs(value - mean) for value in values) / abs(mean) if mean else 0.0
 
 
+def section(found: Mapping[str, Any] | None) -> str:
+    """Return the section of the page."""
+    if found is None:
+        return "Not measured yet (`benchmarks/growth.py`)."
+    lines = [
+        "| | units | CPU | memory, peak | CPU added for each unit | memory added for each unit |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, points in found["points"].items():
+        per = AXES[name].per
+        new = {key: [f"{value * per:.2f}" for value in added(points, key)] for key in ("cpu", "memory")}
+        title = f"{name}; {f'{per:,} {_plural(AXES[name].unit)}' if per > 1 else f'a {AXES[name].unit}'}"
+        for number, point in enumerate(points):
+            cells = [f"{point['units'] / per:g}", f"{point['cpu']:.1f} s", f"{point['memory']:.0f} MB"]
+            more = [f"{new['cpu'][number - 1]} s", f"{new['memory'][number - 1]} MB"] if number else ["", ""]
+            lines.append(f"| {' | '.join([title if not number else '', *cells, *more])} |")
+    apart = ", ".join(f"{100 * spread(added(points, 'cpu')):.0f} % ({name})" for name, points in found["points"].items())
+    repeats, busy = found["repeats"], ", busy with other work" if found["load"] > 1.5 else ""
+    least = "one run each" if repeats == 1 else f"the least of {repeats} runs each"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The CPU seconds that a unit adds deviate from their mean over the doublings by at most {apart}.",
+            f"{found['machine']}{busy}, torch {found['torch']}, one thread, {least}.",
+            "",
+            f"![CPU seconds and peak memory over rows, parameters and runs; dashed, a straight line]({PICTURE.name})",
+        ]
+    )
+
+
+def page(text: str, found: Mapping[str, Any] | None) -> str:
+    """Return the page with its section written from the results."""
+    pattern = re.escape(START) + ".*?" + re.escape(END)
+    text, count = re.subn(pattern, lambda _: f"{START}\n\n{section(found)}\n\n{END}", text, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{PAGE.name} has {count} places for the section, not one")
+    return text
+
+
+def load() -> dict[str, Any] | None:
+    """Return the results; None if nothing was measured."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None
+
+
 def plot(found: Mapping[str, Sequence[Mapping[str, float]]], out: Path) -> None:
     """Draw CPU seconds and peak memory of every point, with the straight line from the first point to the last."""
     import altair as alt
@@ -161,7 +213,9 @@ def plot(found: Mapping[str, Sequence[Mapping[str, float]]], out: Path) -> None:
         row = []
         for name, points in found.items():
             data = alt.InlineData(values=[dict(point) for point in points])
-            x = alt.X("units:Q", title=f"{name} ({AXES[name].unit}s)", axis=alt.Axis(values=[p["units"] for p in points]))
+            x = alt.X(
+                "units:Q", title=f"{name} ({_plural(AXES[name].unit)})", axis=alt.Axis(values=[p["units"] for p in points])
+            )
             y = alt.Y(f"{key}:Q", title=title, scale=alt.Scale(zero=True))
             line = alt.Chart(alt.InlineData(values=[dict(points[0]), dict(points[-1])])).mark_line(
                 strokeDash=[4, 3], color="#888"
@@ -171,6 +225,11 @@ def plot(found: Mapping[str, Sequence[Mapping[str, float]]], out: Path) -> None:
         charts.append(alt.hconcat(*row))
     png = vl_convert.vegalite_to_png(alt.vconcat(*charts).to_dict(validate=False), scale=2)
     out.write_bytes(bytes(png))
+
+
+def _plural(unit: str) -> str:
+    head, space, rest = unit.partition(" of ")
+    return f"{head}s{space}{rest}"
 
 
 def main() -> None:
@@ -184,16 +243,19 @@ def main() -> None:
     commands.add_parser("plot")
     given = parser.parse_args()
     if given.command == "plot":
-        plot(json.loads(RESULTS.read_text(encoding="utf-8"))["points"], PICTURE)
+        if (stored := load()) is not None:
+            plot(stored["points"], PICTURE)
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), stored), encoding="utf-8")
         return
     with tempfile.TemporaryDirectory() as folder:
         found = grow(given.only or list(AXES), given.repeats, Path(folder))
-    per_unit = {
+    facts = {"machine": machine(), "load": os.getloadavg()[2], "torch": version("torch"), "repeats": given.repeats}
+    per_unit: dict[str, dict[str, Any]] = {
         name: {key: {"added": added(points, key), "spread": spread(added(points, key))} for key in ("cpu", "memory")}
         for name, points in found.items()
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({"points": found, "per_unit": per_unit}, indent=1) + "\n", encoding="utf-8")
+    given.out.write_text(json.dumps({**facts, "points": found, "per_unit": per_unit}, indent=1) + "\n", encoding="utf-8")
     for name, of_axis in per_unit.items():
         flat = of_axis["cpu"]["spread"]
         print(f"{name}: CPU seconds per unit flat within {flat:.0%} ({'met' if flat <= TOLERANCE else 'not met'})")
