@@ -1,9 +1,9 @@
-"""Write the measured tables of docs/sdxl.md from benchmarks/results/.
+"""Write the measured parts of documentation pages from benchmarks/results/: tables, and sentences with figures.
 
     python benchmarks/docs_tables.py             # rewrites the parts between the markers
     python benchmarks/docs_tables.py --check     # exit status 1 if they differ from the results
 
-Nothing is measured here: bake_images.py writes `bake_images.json`.
+Nothing is measured here: `bake_images.py`, `probe_memory.py --out` and `probe_vs_peers.py --out` write results of their names.
 """
 
 from __future__ import annotations
@@ -11,12 +11,28 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-START, END = "<!-- written by benchmarks/docs_tables.py -->", "<!-- end -->"
+END = "<!-- end -->"
+Results = Mapping[str, Any]
+PEERS = {
+    "emomerge": ("emomerge",),
+    "hessian-eigenthings by differences": tuple(f"hessian-eigenthings, finite difference{how}" for how in ("", ", by hand")),
+    "… unaided": ("hessian-eigenthings, finite difference, by residual",),
+    "… by double backward": tuple(f"hessian-eigenthings, autograd{how}" for how in ("", ", by hand")),
+    "curvlinops": ("curvlinops",),
+    "PyHessian": ("PyHessian",),
+}
+"""Column of the table of `probe_vs_peers.py` → the ways that it takes the cheapest of."""
+
+
+def start(name: str) -> str:
+    """Return the line before a part."""
+    return f"<!-- written by benchmarks/docs_tables.py: {name} -->"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -25,9 +41,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def images(results: Path = RESULTS) -> str:
+def images(found: Results) -> str:
     """Return the table of baking and merging a checkpoint of SDXL's size."""
-    found = json.loads((results / "bake_images.json").read_text(encoding="utf-8"))
     body = table(
         ["", "by the clock", "as a multiple of the copy", "CPU time", "private memory, peak"],
         [
@@ -44,15 +59,95 @@ def images(results: Path = RESULTS) -> str:
     )
 
 
-PARTS: dict[str, Callable[[], str]] = {"docs/sdxl.md": images}
+def perturbing(found: Results) -> str:
+    """Return what `probe_memory.py` found."""
+    grown = {row["way"]: f"{row['grown']:.1f} ×" for row in found["rows"]}
+    return (
+        f"This takes {grown['kept']} the model's memory more, against {grown['in place']} for weights that are moved in place. "
+        "The tensors of\nmodels above 256 MiB are made anew for every module as it runs, which "
+        f"takes {grown['redrawn']} (`benchmarks/probe_memory.py`)."
+    )
 
 
-def rewritten(text: str, part: str) -> str:
-    """Return a page with its generated part replaced."""
-    pattern = re.escape(START) + ".*?" + re.escape(END)
-    found, count = re.subn(pattern, lambda _: f"{START}\n\n{part}\n\n{END}", text, flags=re.DOTALL)
+def hessian(found: Results) -> str:
+    """Return the table of `probe_vs_peers.py`, what it means, and the memory."""
+    times: Results = found["times"]
+    one, *_ = times.values()
+    rows = [
+        [f"{kind}: {job}", *marked([cell(results, ways, job) for ways in PEERS.values()])]
+        for kind, results in ((kind.upper().replace("VIT", "ViT"), results) for kind, results in times.items())
+        for job in ("λmax", "trace", "all")
+    ]
+    peers = ", ".join(f"{name} {number}" for name, number in one["peers"].items())
+    return "\n\n".join(
+        [
+            "CPU seconds on two batches of 256 images (`benchmarks/probe_vs_peers.py`): λmax to "
+            f"{100 * one['within']:g} %; the trace with the\nstandard error of {one['probes']} plain probes; “all” is both "
+            "with λmin and density.",
+            table(["", *PEERS], rows),
+            f"{where(one)}, one thread, median of {one['rounds']} rounds; {peers}. {memory(found['memory'])}",
+        ]
+    )
+
+
+def cell(results: Results, ways: Sequence[str], job: str) -> float | str:
+    """Return the CPU seconds of the cheapest way that finds λmax as well as asked, or by how much the best one misses it."""
+    rows = [row for row in results["rows"] if row["name"] in ways and row["job"] == job]
+    off = {row["name"]: abs((row["largest"] or results["largest"]) / results["largest"] - 1) for row in rows}
+    hits: list[float] = [row["cpu"] for row in rows if off[row["name"]] <= results["within"]]
+    if hits:
+        return min(hits)
+    return f"λmax misses by {100 * min(off.values()):.1f} %" if rows else ""
+
+
+def marked(cells: Sequence[float | str]) -> list[str]:
+    """Return the cells of a row as text, the least bold."""
+    least = min(value for value in cells if not isinstance(value, str))
+    texts = [value if isinstance(value, str) else f"{value:.2f}" if value < 10 else f"{value:.1f}" for value in cells]
+    return [f"**{text}**" if value == least else text for value, text in zip(cells, texts, strict=True)]
+
+
+def memory(found: Results) -> str:
+    """Return the sentence about the peak of 30 Lanczos vectors with a trace, by either kind of product."""
+    peaks = [{row["what"]: row["peak"] for row in results["rows"]} for results in found.values()]
+    times = [of[how] / of["training step"] for of in peaks for how in ("finite-difference", "autograd")]
+    return (
+        f"With 30 Lanczos vectors, the\npeak memory of the process is {min(times):.1f} to {max(times):.1f} times that of a "
+        "training step (`--memory`)."
+    )
+
+
+def where(results: Results) -> str:
+    """Return where something was measured; a busy machine is named."""
+    busy = ", busy with other work" if results["load"] > 1.5 else ""
+    return f"{results['machine']}{busy}, torch {results['torch']}"
+
+
+PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "bake_images": ("docs/sdxl.md", images),
+    "probe_memory": ("docs/performance.md", perturbing),
+    "probe_vs_peers": ("docs/performance.md", hessian),
+}
+"""Name of the marker and of the results → the page and what writes the part."""
+
+
+def pages(results: Path = RESULTS) -> dict[Path, str]:
+    """Return the content that each page should have."""
+    found: dict[Path, str] = {}
+    for name, (page, write) in PARTS.items():
+        file = ROOT / page
+        text = found.get(file) or file.read_text(encoding="utf-8")
+        part = write(json.loads((results / f"{name}.json").read_text(encoding="utf-8")))
+        found[file] = rewritten(text, name, part)
+    return found
+
+
+def rewritten(text: str, name: str, part: str) -> str:
+    """Return a page with a generated part replaced."""
+    pattern = re.escape(start(name)) + ".*?" + re.escape(END)
+    found, count = re.subn(pattern, lambda _: f"{start(name)}\n\n{part}\n\n{END}", text, flags=re.DOTALL)
     if count != 1:
-        raise SystemExit(f"{count} parts between {START} and {END}, not one")
+        raise SystemExit(f"{count} parts between {start(name)} and {END}, not one")
     return found
 
 
@@ -61,15 +156,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page differs")
     args = parser.parse_args()
-    stale = False
-    for name, part in PARTS.items():
-        file = ROOT / name
-        text = file.read_text(encoding="utf-8")
-        wanted = rewritten(text, part())
-        stale |= wanted != text
-        if not args.check:
-            file.write_text(wanted, encoding="utf-8")
-    raise SystemExit(bool(stale and args.check))
+    stale = {file: text for file, text in pages().items() if file.read_text(encoding="utf-8") != text}
+    if args.check and stale:
+        raise SystemExit(f"stale: {', '.join(file.name for file in stale)}")
+    for file, text in stale.items():
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/merge_tables.py             # rewrites the file
     python benchmarks/merge_tables.py --check     # exit status 1 if it differs from the results
 
-The results in benchmarks/results/ come from `merge_vs_mergekit.py --store` and `merge_adapters.py --store`.
+The results in benchmarks/results/ come from `merge_vs_mergekit.py --store`, `--store-sizes` and `merge_adapters.py --store`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,19 @@ def mergers(results: Mapping[str, Any]) -> str:
         shown = {"copy": "reading all and writing one with safetensors"}.get(row["way"], row["way"])
         seconds, times = row["seconds"], row["seconds"] / floor
         lines.append(f"| {shown} | {seconds:.1f} s | {times:.1f} × | {row['cpu']:.1f} s | {row['peak GB']:.2f} GB |")
-    return "\n".join([*lines, "", _where(results)])
+    return "\n".join([*lines, "", f"{results['rows'][0]['millions']:.0f} M parameters. {_where(results)}"])
+
+
+def sizes(results: Mapping[str, Any]) -> str:
+    """The sentence and the picture of `merge_vs_mergekit.py` over sizes."""
+    small, large = (pick(row["millions"] for row in results["rows"]) for pick in (min, max))
+    ours = [row for row in results["rows"] if row["way"] != "copy"]
+    first, last = ([row["peak GB"] for row in ours if row["millions"] == size] for size in (small, large))
+    return (
+        f"From {small:.0f} to {large:.0f} M parameters, the peak of a merge of five runs grows from {max(first):.1f} to "
+        f"{max(last):.1f} GB:\n\n![Peak memory of merges of {small:.0f} to {large:.0f} million parameters](merge-sizes.png)"
+        f"\n\n{_where(results)}"
+    )
 
 
 def adapters(results: Mapping[str, Any]) -> str:
@@ -53,6 +65,7 @@ def _where(results: Mapping[str, Any]) -> str:
 TABLES: dict[str, tuple[str, str, Callable[[Mapping[str, Any]], str]]] = {
     "merge_vs_mergekit": ("docs/performance.md", "merge_vs_mergekit.json", mergers),
     "merge_adapters": ("docs/performance.md", "merge_adapters.json", adapters),
+    "merge_sizes": ("docs/performance.md", "merge_sizes.json", sizes),
 }
 """Name of the marker → file, results and what writes the table."""
 

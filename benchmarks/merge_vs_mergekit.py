@@ -2,7 +2,7 @@
 
     pip install torch==2.13.0 -e '.[peers]'
     python benchmarks/merge_vs_mergekit.py                     # 200 M parameters: 2.6 GB on disk, about 5 minutes
-    python benchmarks/merge_vs_mergekit.py --millions 50 100 200 400 1000 --peers-up-to 400 --chart sizes.png
+    python benchmarks/merge_vs_mergekit.py --millions 50 100 200 400 1000 --peers-up-to 0 --rounds 1 --store-sizes
 
 1000 takes 15 GB on disk, and mergekit's TIES five times as long as at 200.
 
@@ -183,17 +183,14 @@ def store(name: str, rows: list[Row]) -> None:
 
 
 def draw(rows: list[Row], file: Path) -> None:
-    """Peak memory and time against the size of the model, as PNG, SVG or HTML."""
+    """Peak memory against the size of the model. Times depend on what else the disk and the machine do; memory hardly does."""
     import altair as alt
 
-    points = alt.Chart(alt.Data(values=rows)).mark_line(point=True).properties(width=320, height=260)
+    points = alt.Chart(alt.Data(values=rows)).mark_line(point=True).properties(width=480, height=260)
     scale = alt.Scale(type="log", nice=False, padding=8)
     size = alt.X("millions:Q", title="parameters, millions", scale=scale)
-    pair = [
-        points.encode(size, alt.Y(f"{field}:Q", title=title, scale=scale), alt.Color("way:N", title=None))
-        for field, title in (("peak GB", "peak resident memory, GB"), ("seconds", "wall time, s"))
-    ]
-    alt.hconcat(*pair).save(str(file))
+    memory = alt.Y("peak GB:Q", title="peak resident memory, GB", scale=scale)
+    points.encode(size, memory, alt.Color("way:N", title=None)).save(str(file))
 
 
 def main() -> None:
@@ -204,7 +201,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the models are made, and left; else a temporary one")
     parser.add_argument("--rows", type=Path, help="a JSON file of rows, which those measured now are added to")
     parser.add_argument("--store", action="store_true", help="write results/merge_vs_mergekit.json")
-    parser.add_argument("--chart", type=Path, help="draw the rows to this file: .png, .svg or .html")
+    parser.add_argument("--store-sizes", action="store_true", help="write results/merge_sizes.json and docs/merge-sizes.png")
     options = parser.parse_args()
     rows: list[Row] = json.loads(options.rows.read_text()) if options.rows and options.rows.exists() else []
     for millions in options.millions:
@@ -216,8 +213,9 @@ def main() -> None:
     show(rows)
     if options.store:
         store("merge_vs_mergekit", [row for row in rows if 150 < float(row["millions"]) < 250])
-    if options.chart:
-        draw(rows, options.chart)
+    if options.store_sizes:
+        store("merge_sizes", rows)
+        draw(rows, Path(__file__).parent.parent / "docs" / "merge-sizes.png")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The Hessian's figures against PyHessian, hessian-eigenthings and curvlinops: CPU time at equal accuracy, and memory.
 
     apt-get install dataset-fashion-mnist              # or --data FOLDER with the four IDX files
-    pip install torch==2.13.0 -e '.[peers]'
+    pip install torch==2.13.0 pyhessian hessian-eigenthings==1.0.0a5 curvlinops-for-pytorch
     python benchmarks/probe_vs_peers.py cnn            # 4 minutes on one core; vit takes 10
     python benchmarks/probe_vs_peers.py cnn --memory
+
+`--out benchmarks/results/probe_vs_peers.json` keeps the figures of this model beside those of the other, for `probe_tables.py`.
 
 A CNN (GELU, without GroupNorm, which curvlinops cannot differentiate forward) or a small ViT, trained for 200 steps on
 FashionMNIST, on two batches of 256 images. Three jobs:
@@ -24,7 +26,9 @@ Double backward has no fused attention, so that autograd peers run the ViT under
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -34,6 +38,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +46,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from stacked_training import machine
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -54,6 +60,7 @@ PROBES = 32
 LEAST = 4
 """Probes for a standard error; the peers' Hutch++ begins with as many."""
 PEAKS = ["training step", "λmax", "finite-difference", "autograd"]
+PEERS = ("pyhessian", "hessian-eigenthings", "curvlinops-for-pytorch")
 Batch = tuple[Tensor, Tensor]
 Found = tuple[float | None, float | None, float | None]
 """λmax, trace, and its standard error."""
@@ -248,7 +255,7 @@ def math_attention() -> Any:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def compare(kind: str, folder: Path, rounds: int, plain: int) -> None:
+def compare(kind: str, folder: Path, rounds: int, plain: int) -> dict[str, Any]:
     model, batches = prepare(kind, folder)
     probe = Perturbable(model, loss, batches, rms(model))
     exact = hessian.lanczos(probe, 30, hvp="autograd")
@@ -278,6 +285,21 @@ def compare(kind: str, folder: Path, rounds: int, plain: int) -> None:
                 times.setdefault((name, job), []).append(time.process_time() - start)
                 model.zero_grad(set_to_none=True)
     show(kind, contenders, times, found, reference)
+    rows = [
+        {"name": name, "job": job, "cpu": statistics.median(seconds), "largest": value, "trace": trace, "error": error}
+        for (name, job), seconds in times.items()
+        for value, trace, error in (found[name, job],)
+    ]
+    return {"largest": reference, "error": target, "within": WITHIN, "probes": plain, "rounds": rounds, "rows": rows}
+
+
+def store(file: Path, part: str, kind: str, found: dict[str, Any]) -> None:
+    """Keep what was found for a model (`part`: times or memory) in a JSON file, beside what else is in it."""
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found["torch"], found["peers"] = torch.__version__, {name: version(name) for name in PEERS}
+    found |= {"machine": machine(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    stored[part] = dict(sorted({**stored.get(part, {}), kind: found}.items()))
+    file.write_text(json.dumps(stored, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def show(kind: str, contenders: dict[str, Any], times: Any, found: dict[tuple[str, str], Found], reference: float) -> None:
@@ -298,7 +320,7 @@ def show(kind: str, contenders: dict[str, Any], times: Any, found: dict[tuple[st
 
 
 def peak(kind: str, folder: Path, what: str) -> None:
-    """Prints how many MiB the process's memory was at its peak, before and during the work."""
+    """Prints how many MiB the process's memory was before the work and at its peak, as JSON."""
     model, batches = prepare(kind, folder)
     probe = Perturbable(model, loss, batches, rms(model))
     status = Path("/proc/self/status")
@@ -315,7 +337,18 @@ def peak(kind: str, folder: Path, what: str) -> None:
     else:
         hessian.trace(probe, 4, lanczos=hessian.lanczos(probe, 30, hvp=what), hvp=what)  # type: ignore[arg-type]
     during = int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])
-    print(f"{what:18} {before / 1024:6.0f} MiB before, {during / 1024:6.0f} at the peak")
+    print(json.dumps({"what": what, "before": before / 1024, "peak": during / 1024}))
+
+
+def memory(kind: str, folder: Path) -> dict[str, Any]:
+    """Measures every peak in a process of its own."""
+    rows = []
+    for what in PEAKS:
+        command = [sys.executable, __file__, kind, "--data", str(folder), "--peak", what]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        rows.append(json.loads(said.splitlines()[-1]))
+        print(f"{what:18} {rows[-1]['before']:6.0f} MiB before, {rows[-1]['peak']:6.0f} at the peak", flush=True)
+    return {"rows": rows}
 
 
 def main() -> None:
@@ -325,17 +358,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--probes", type=int, default=PROBES, help="of Hutchinson's method; sets the trace's accuracy")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--out", type=Path, help="JSON file that keeps the figures of this model")
     parser.add_argument("--peak", choices=PEAKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="torch")
     torch.set_num_threads(1)
     if options.peak:
         peak(options.kind, options.data, options.peak)
-    elif options.memory:
-        for what in PEAKS:
-            subprocess.run([sys.executable, __file__, options.kind, "--data", str(options.data), "--peak", what], check=True)
+        return
+    if options.memory:
+        part, found = "memory", memory(options.kind, options.data)
     else:
-        compare(options.kind, options.data, options.rounds, options.probes)
+        part, found = "times", compare(options.kind, options.data, options.rounds, options.probes)
+    if options.out:
+        store(options.out, part, options.kind, found)
 
 
 if __name__ == "__main__":

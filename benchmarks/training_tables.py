@@ -3,7 +3,10 @@
     python benchmarks/training_tables.py             # rewrites the parts between the markers
     python benchmarks/training_tables.py --check     # exit status 1 if they differ from the results
 
-Nothing is measured here: `optimizer_step.py --out` and `stacked_training.py --out` write benchmarks/results/.
+Nothing is measured here: `optimizer_step.py --out` and `stacked_training.py --out` write benchmarks/results/. Without compiled
+rules:
+
+    EMOMERGE_NATIVE=0 python benchmarks/optimizer_step.py --threads 1 --out benchmarks/results/optimizer_step_uncompiled.json
 """
 
 from __future__ import annotations
@@ -47,6 +50,16 @@ def optimizers(results: Mapping[str, Any]) -> str:
     return f"{table(['', *names], body)}\n\n{where(results)}, one thread, median of {results['rounds']} rounds."
 
 
+def uncompiled(results: Mapping[str, Any]) -> str:
+    """Return the sentence about `optimizer_step.py` without a compiler."""
+    signs = ("EmoAiry", "EmoCats", "EmoTion", "EmoVoid")
+    ratios = [row["ratio"] for row in results["rows"] if row["name"] in signs and row["threads"] == 1]
+    return (
+        "The four sign rules are compiled by the machine's C compiler on first use; without one (or with EMOMERGE_NATIVE=0) "
+        f"they use\ntorch's operations, at {min(ratios):.1f} to {max(ratios):.1f} times fused AdamW."
+    )
+
+
 def stacked(results: Mapping[str, Any]) -> str:
     """Return the table of `stacked_training.py`: CPU of five PEFT loops over that of the stack, and the peak over one run's."""
     found = {(row["hidden"], row["tokens"]): row for row in results["rows"]}
@@ -72,7 +85,11 @@ def where(results: Mapping[str, Any]) -> str:
     return f"{results['machine']}{busy}, torch {results['torch']}"
 
 
-PARTS: dict[str, Callable[[Mapping[str, Any]], str]] = {"optimizer_step": optimizers, "stacked_training": stacked}
+PARTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "optimizer_step": optimizers,
+    "optimizer_step_uncompiled": uncompiled,
+    "stacked_training": stacked,
+}
 """Name of the marker and of the results → what writes the part."""
 
 

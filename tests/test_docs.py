@@ -81,46 +81,6 @@ def test_links_lead_to_files_and_headings(page):
             assert heading in [*plain, *(name[1] for name in named if name)], target
 
 
-FIGURES = re.compile(r"[*≤≥~×+−-]*\s?\d[\d,]*(\.\d+.*| ?(%|×|s|ms|min|GB|MB)\**)")
-NOT_MEASURED = {
-    "docs/guides/optimizers.md": "bytes of state follow from the update rules; tests/optim counts them",
-    "docs/performance.md": "has a generator of its own",
-}
-"""Page with a table of figures that nothing generates → why."""
-
-
-def bare_tables(page: Path) -> Iterator[str]:
-    """The tables with figures on a page that stand outside the parts that a script writes."""
-    text = page.read_text(encoding="utf-8")
-    if "All of this page is written by `benchmarks/" in text.partition("\n\n")[2][:300]:
-        return
-    text = re.sub(r"<!-- written by .*?<!-- end -->", "", text, flags=re.DOTALL)
-    for found in re.finditer(r"(?:^\|.*\n)+", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE):
-        cells = [cell.strip() for row in found[0].splitlines()[2:] for cell in row.strip("|").split("|")[1:]]
-        if any(map(FIGURES.fullmatch, cells)):
-            yield found[0].partition("\n")[0]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_no_table_of_figures_is_typed(page):
-    assert list(bare_tables(page)) == [] or name_of(page) in NOT_MEASURED
-
-
-def test_a_typed_table_would_be_found(tmp_path):
-    typed, generated = "| | loss |\n|---|---:|\n| a | 0.25 |\n", "| | s |\n|---|---|\n| b | 3 s |\n"
-    (tmp_path / "x.md").write_text(f"# X\n\n{typed}\n<!-- written by y -->\n{generated}<!-- end -->\n")
-    assert list(bare_tables(tmp_path / "x.md")) == ["| | loss |"]
-
-
-def test_generated_tables_are_those_of_the_results():
-    sys.path.append(str(ROOT / "benchmarks"))
-    import docs_tables
-
-    for name, part in docs_tables.PARTS.items():
-        text = (ROOT / name).read_text(encoding="utf-8")
-        assert docs_tables.rewritten(text, part()) == text, f"python benchmarks/docs_tables.py writes {name}"
-
-
 def test_the_gallery_is_of_results_that_this_version_reads():
     sys.path.append(str(ROOT / "benchmarks"))
     import gallery

@@ -31,6 +31,8 @@ def test_ratios_are_those_of_the_stored_figures(tables: ModuleType) -> None:
     assert "busy" not in text
     rows = [{"name": name, "set": "s", "threads": 1, "ratio": r, "bytes": 4.0} for name, r in (("Lion", 3.0), ("EmoCats", 0.5))]
     assert "| s | 0.50 | 3.00 |" in tables.optimizers({"rows": rows, "rounds": 3, **place, "load": 9.0})
+    rows += [{**rows[1], "ratio": 4.0}, {**rows[1], "ratio": 9.0, "threads": 2}]
+    assert tables.uncompiled({"rows": rows}).endswith("at 0.5 to 4.0 times fused AdamW.")
 
 
 def test_rows_of_the_same_sizes_are_replaced(tables: ModuleType, tmp_path: Path) -> None:
