@@ -91,6 +91,14 @@ def test_every_exception_is_needed() -> None:
             assert list(figures(text, known.keys() - {phrase})) != [], f"{name}: {phrase}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_written_part_names_its_script_and_ends(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    parts = re.findall(r"<!-- (?:written by ([\w/.]+).*?|end.*?) -->", text)
+    assert [bool(script) for script in parts] == [True, False] * (len(parts) // 2)
+    assert [script for script in parts if script and not (ROOT / script).is_file()] == []
+
+
 @pytest.mark.parametrize(
     "sentence",
     [
