@@ -215,8 +215,19 @@ class StackedLora(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
         others = (*tensors[3:], self._scale, self._window)
-        y: Tensor = LoraProduct.apply(*tensors[:3], others, self._gradients)  # type: ignore[no-untyped-call]
+        y: Tensor
+        if self._merges(x):
+            y = MergedProduct.apply(tensors[0], b, others, self._gradients)  # type: ignore[no-untyped-call]
+        else:
+            y = LoraProduct.apply(*tensors[:3], others, self._gradients)  # type: ignore[no-untyped-call]
         return y
+
+    def _merges(self, x: Tensor) -> bool:
+        if self._drops or x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):
+            return False  # W and its change would be rounded together
+        out, rank = self.b.shape[1:]
+        rows = x.numel() // x.shape[-1] // (self._window.end - self._window.first)
+        return pays_to_merge(rows, x.shape[-1], out, rank)
 
 
 class LoraProduct(torch.autograd.Function):
@@ -263,6 +274,50 @@ class LoraProduct(torch.autograd.Function):
         if ctx.apart and ctx.needs_input_grad[1]:
             of_dropped = torch.bmm(of_down.mul_(ctx.scale), a).view(ctx.shape)
         return of_x, of_dropped, None, None, None
+
+
+class MergedProduct(torch.autograd.Function):
+    """y_i = x_i (W + s·B_i A_i)ᵀ + b for each run i: what `LoraProduct` computes, with the factors multiplied first.
+
+    Where matrices are small and rows many, a few large products take less time than many thin ones.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, b: Tensor, others: tuple[Tensor, Tensor | None, Tensor, float, Window],
+        gradients: tuple[Gradient, Gradient],
+    ) -> Tensor:  # fmt: skip
+        """(runs·rows, …, in) → (runs·rows, …, out). `others` are W, the bias, A, s and the runs that take part."""
+        weight, bias, a, scale, window = others
+        a, b = window.of(a), window.of(b)
+        runs, _, width = a.shape
+        rows = x.reshape(runs, -1, width)
+        merged = torch.baddbmm(weight.expand(runs, -1, -1), b, a, alpha=scale)
+        y = torch.bmm(rows, merged.mT) if bias is None else torch.baddbmm(bias, rows, merged.mT)
+        ctx.save_for_backward(rows, merged, a, b)
+        ctx.gradients, ctx.scale, ctx.shape, ctx.first = gradients, scale, x.shape, window.first
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of x, and accumulate those of A and B."""
+        rows, merged, a, b = ctx.saved_tensors
+        gradient_a, gradient_b = ctx.gradients
+        by_run = grads[0].reshape(len(a), -1, merged.shape[1])
+        of_merged = torch.bmm(by_run.mT, rows)
+        gradient_b.add_product(ctx.first, of_merged, a.mT, ctx.scale)
+        gradient_a.add_product(ctx.first, b.mT, of_merged, ctx.scale)
+        of_x = torch.bmm(by_run, merged).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, None
+
+
+def pays_to_merge(rows: int, wide: int, out: int, rank: int) -> bool:
+    """Return whether W + s·B A is worth its product, for the rows of a run and a layer from `wide` to `out` features.
+
+    The gradient of W, from which those of A and B follow, costs wide·out multiplications a row; what it saves, thin products of
+    rank·(wide + out) a row, run at a fraction of the speed. The bound is from measurements on the CPU at widths of 48 to 512.
+    """
+    return rows >= max(wide, out) and wide * out <= 6 * rank * (wide + out)
 
 
 class StackedLinear(nn.Module):
