@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -16,9 +16,9 @@ from emomerge.errors import BadInput
 from emomerge.experiment.crew import probing
 from emomerge.experiment.measure import Artefact, Measured, Measurer, fingerprint, united
 from emomerge.experiment.recommendation import recommend
-from emomerge.experiment.survey import survey
+from emomerge.experiment.survey import survey, survey_in_pieces
 from emomerge.probing import verdict
-from emomerge.probing.registry import METRICS, recipe_metrics
+from emomerge.probing.registry import METRICS, Metric, recipe_metrics
 from emomerge.progress import Display
 from emomerge.recipe import Recipe
 from emomerge.results import Column, Evidence, ProbeFacts, Results, Verdict
@@ -68,19 +68,11 @@ def assess(
         Results with figures, landscapes, verdict and selection; the caller adds the rest.
     """
     label = recipe.merge[0].label
-    derived = derived_controls(recipe, measurer, contestants)
-    controls = {**contestants.controls, **derived}
-    comparisons = _comparisons(recipe, contestants, controls)
-    everything = [contestants.base, *contestants.runs, *_all(contestants.merges), *_all(controls)]
-    close = {
-        contestants.base.name,
-        *(a.name for c in comparisons for a in (c.merge, *c.in_sharpness.values(), *c.in_loss.values())),
-    }
-    of_all, of_close = recipe_metrics(recipe.probe)
-    metrics = {a.name: of_close if a.name in close else of_all for a in everything}
-    judged = {artefact.name for c in comparisons for artefact in (c.merge, *c.in_sharpness.values())}
+    planned = _planned(recipe, measurer, contestants)
+    everything, controls, comparisons = planned.artefacts, planned.controls, planned.comparisons
+    _, of_close = recipe_metrics(recipe.probe)
     measured = survey(
-        measurer, everything, metrics, judged,
+        measurer, everything, planned.metrics, planned.judged,
         display=display, engine=engine, later=measurer.passes_together(of_close),
     )  # fmt: skip
     merge, best = contestants.merges[label][0], contestants.best[0]  # first seed: figures only, not the verdict
@@ -104,6 +96,48 @@ def assess(
             else None,
         }
     )
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What is measured of which artefacts."""
+
+    artefacts: Sequence[Artefact]
+    controls: Mapping[str, Sequence[Artefact]]
+    """Kind → artefacts, those derived from merges included."""
+    comparisons: Sequence[Comparison]
+    metrics: Mapping[str, Sequence[Metric]]
+    """Name → metrics of the artefact."""
+    judged: set[str]
+    """Names of the artefacts that the verdict compares in sharpness."""
+
+
+def _planned(recipe: Recipe, measurer: Measurer, contestants: Contestants) -> _Planned:
+    controls = {**contestants.controls, **derived_controls(recipe, measurer, contestants)}
+    comparisons = _comparisons(recipe, contestants, controls)
+    everything = [contestants.base, *contestants.runs, *_all(contestants.merges), *_all(controls)]
+    close = {
+        contestants.base.name,
+        *(a.name for c in comparisons for a in (c.merge, *c.in_sharpness.values(), *c.in_loss.values())),
+    }
+    of_all, of_close = recipe_metrics(recipe.probe)
+    metrics = {a.name: of_close if a.name in close else of_all for a in everything}
+    judged = {artefact.name for c in comparisons for artefact in (c.merge, *c.in_sharpness.values())}
+    return _Planned(everything, controls, comparisons, metrics, judged)
+
+
+def measure_ahead(recipe: Recipe, measurer: Measurer, contestants: Contestants) -> Iterator[None]:
+    """Measure, piece by piece, what there is to measure before all controls are trained; `assess` then finds it in the ledger.
+
+    Args:
+        recipe: the experiment.
+        measurer: measures artefacts.
+        contestants: the artefacts that there are by now.
+    """
+    planned = _planned(recipe, measurer, contestants)
+    wanted = {control.label for kind, control in CONTROLS.items() if kind in recipe.controls and control.rival_in == "flatter"}
+    complete = wanted <= planned.comparisons[0].in_sharpness.keys()
+    yield from survey_in_pieces(measurer, planned.artefacts, planned.metrics, planned.judged, complete=complete)
 
 
 def probe_models(

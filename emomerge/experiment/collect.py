@@ -5,18 +5,18 @@ from __future__ import annotations
 import base64
 import datetime
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from emomerge.experiment.assessment import Contestants, assess
-from emomerge.experiment.control_runs import control_artefacts
+from emomerge.experiment.assessment import Contestants, assess, measure_ahead
+from emomerge.experiment.control_runs import control_artefacts, trained_so_far
 from emomerge.experiment.experiment import Experiment
 from emomerge.experiment.measure import Artefact
 from emomerge.reporting import png
 from emomerge.results import Cosines, Data, MergeFacts, Results, Rows, Samples, Trace
 from emomerge.tasks import Images, Texts
-from emomerge.training import Engine
+from emomerge.training import Engine, RunSpec
 
 
 def collect_results(experiment: Experiment, engine: Engine | None = None) -> Results:
@@ -26,23 +26,41 @@ def collect_results(experiment: Experiment, engine: Engine | None = None) -> Res
         experiment: an experiment whose runs, controls and merges are complete.
         engine: starts workers for the measurements; None measures in this process.
     """
-    seeds = experiment.recipe.runs.seeds
-    merges = {spec.label: [experiment.merge_artefact(spec, seed) for seed in seeds] for spec in experiment.recipe.merge}
-    base = Artefact("base", "base", experiment.base, experiment.base_hash, path=experiment.space.base)
-    best = [experiment.run_artefact(experiment.best_run(seed)) for seed in seeds]
-    controls = control_artefacts(experiment)
-    snapshots = controls.pop("snapshots")
-    runs = [experiment.run_artefact(spec) for spec in experiment.specs]
-    contestants = Contestants(base, runs, merges, best, controls, snapshots)
+    contestants = _contestants(experiment, experiment.trained_controls)
+    merges = contestants.merges[experiment.recipe.merge[0].label]
     assessed = assess(experiment.recipe, experiment.measurer, contestants, display=experiment.display, engine=engine)
     return assessed.model_copy(
         update={
             **_heading(experiment),
-            "samples": _samples(experiment, [base, best[0], merges[experiment.recipe.merge[0].label][0]]),
+            "samples": _samples(experiment, [contestants.base, contestants.best[0], merges[0]]),
             "traces": _traces(experiment),
             "cosines": _cosines(experiment),
             "merges": {name: _merge_facts(experiment.merge_record(name)) for name in experiment.merge_stamps()},
         }
+    )
+
+
+def measure_so_far(experiment: Experiment) -> Iterator[None]:
+    """Measure, piece by piece, what there is before all controls are trained; the probe then finds it in the ledger.
+
+    Args:
+        experiment: an experiment whose runs and merges are complete.
+    """
+    contestants = _contestants(experiment, trained_so_far(experiment))
+    yield from measure_ahead(experiment.recipe, experiment.measurer, contestants)
+
+
+def _contestants(experiment: Experiment, trained: Sequence[RunSpec]) -> Contestants:
+    """Return all artefacts of an experiment, of whose controls some have been trained."""
+    seeds = experiment.recipe.runs.seeds
+    controls = control_artefacts(experiment, trained)
+    return Contestants(
+        base=Artefact("base", "base", experiment.base, experiment.base_hash, path=experiment.space.base),
+        runs=[experiment.run_artefact(spec) for spec in experiment.specs],
+        merges={spec.label: [experiment.merge_artefact(spec, seed) for seed in seeds] for spec in experiment.recipe.merge},
+        best=[experiment.run_artefact(experiment.best_run(seed)) for seed in seeds],
+        snapshots=controls.pop("snapshots"),
+        controls=controls,
     )
 
 

@@ -206,17 +206,29 @@ def possible_controls(experiment: Experiment) -> list[RunSpec]:
     ]
 
 
-def control_artefacts(experiment: Experiment) -> dict[str, list[Artefact]]:
+def trained_so_far(experiment: Experiment) -> list[RunSpec]:
+    """Return the runs of those kinds of controls of which all runs are done."""
+    plans = control_plans(experiment.recipe, experiment.best_run)
+    kinds = [[spec for seed in experiment.recipe.runs.seeds for spec in plan(seed)] for plan in plans.values()]
+    return [spec for specs in kinds if all(map(experiment.run_is_done, specs)) for spec in specs]
+
+
+def control_artefacts(experiment: Experiment, trained: Sequence[RunSpec] | None = None) -> dict[str, list[Artefact]]:
     """Return the artefacts of each kind of control, in the order of the seeds; `snapshots` are those of the long run.
 
     Where several runs or several points of a run are candidates, the one with the lowest validation loss is returned.
+
+    Args:
+        experiment: the experiment.
+        trained: the controls that have been trained; by default, what their stage says.
     """
+    trained = experiment.trained_controls if trained is None else trained
     measurer, recipe = experiment.measurer, experiment.recipe
     found: dict[str, list[Artefact]] = {kind: [] for kind, control in CONTROLS.items() if control.rival_in == "better"}
     found["snapshots"] = []
     for seed in recipe.runs.seeds:
         runs: dict[str | None, list[RunSpec]] = {kind: [] for kind in TRAINED}
-        for spec in experiment.trained_controls:
+        for spec in trained:
             if spec.seed == seed:
                 runs[spec.control].append(spec)
         for kind in ("adamw-sweep", "adamw-long-run", "adamw-large-batch", "long-run"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -15,14 +15,13 @@ from emomerge.checkpoints import atomic
 from emomerge.errors import BadInput, EmomergeError
 from emomerge.experiment.base import NewBase, make_base, new_base, work_of
 from emomerge.experiment.cards import write_cards
-from emomerge.experiment.collect import collect_results, seconds_of_stages
+from emomerge.experiment.collect import collect_results, measure_so_far, seconds_of_stages
 from emomerge.experiment.control_runs import controls_inputs, train_controls
 from emomerge.experiment.crew import Crew
 from emomerge.experiment.experiment import Experiment, as_yaml
 from emomerge.experiment.merges import check_merge, merge_note, write_merge
 from emomerge.experiment.outline import outline, outline_table, size
 from emomerge.experiment.stage import Facts, Stage
-from emomerge.experiment.workers import measure_in_pieces
 from emomerge.experiment.workspace import files_below, stopwatch
 from emomerge.numerics.hashing import digest
 from emomerge.numerics.threads import one_thread
@@ -290,18 +289,8 @@ class Pipeline(Experiment):
 
     def train_controls(self) -> Facts:
         """Train the controls of the recipe."""
-        meanwhile = self._measure_judged()
+        meanwhile = measure_so_far(self)
         return train_controls(self, lambda group: None if self.crew.finish(group, meanwhile) else self.train(group))
-
-    def _measure_judged(self) -> Iterator[None]:
-        """Measure, piece by piece, models that the verdict is about whatever the controls turn out to be.
-
-        What is found stays in the ledger, where the probe looks first.
-        """
-        _, metrics = recipe_metrics(self.recipe.probe)
-        for seed in self.recipe.runs.seeds:
-            for artefact in (self.merge_artefact(self.recipe.merge[0], seed), self.run_artefact(self.best_run(seed))):
-                yield from measure_in_pieces(self.measurer, artefact, metrics)
 
     def controls_are_done(self) -> bool:
         """Return whether all trained controls are up to date."""
