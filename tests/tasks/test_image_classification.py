@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from emomerge.errors import BadInput, MissingExtra
 from emomerge.recipe import Base, Prepare, Transform
+from emomerge.tasks import images as reading
 from emomerge.tasks.image_classification import ImageClassification
 from emomerge.tasks.images import ImageInput
 
@@ -161,6 +162,19 @@ def test_digits(image_task):
     assert image_task("digits", limit=200, seed=2).load_data(MLP).train.digest != data.train.digest
 
 
+def test_digits_are_read_as_scikit_learn_reads_them_without_importing_it(image_task, monkeypatch):
+    pytest.importorskip("sklearn")
+    read = image_task("digits").load_data(MLP)
+    with monkeypatch.context() as patched:
+        without(patched, "sklearn")
+        assert image_task("digits").load_data(MLP).train.digest == read.train.digest
+    monkeypatch.setattr(reading, "find_spec", lambda name: None)
+    imported = image_task("digits").load_data(MLP)
+    assert [getattr(imported, split).digest for split in ("train", "validation", "test")] == [
+        getattr(read, split).digest for split in ("train", "validation", "test")
+    ]
+
+
 def without(monkeypatch, package):
     real = builtins.__import__
 
@@ -173,6 +187,7 @@ def without(monkeypatch, package):
 
 
 def test_missing_extras_are_named(tmp_path, image_task, monkeypatch):
+    monkeypatch.setattr(reading, "find_spec", lambda name: None)
     without(monkeypatch, "sklearn")
     with pytest.raises(MissingExtra, match=r"`digits` needs scikit-learn; pip install 'emomerge\[demo\]'"):
         image_task("digits").load_data(MLP)
