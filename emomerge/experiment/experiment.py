@@ -55,6 +55,8 @@ class Experiment:
         self.base_inputs = digest(["base", self.as_written.base, self.as_written.task, self.space.input_hash(recipe)])
         self.specs = planned_runs(recipe)
         self.trunks = planned_trunks(recipe)
+        self._opened: dict[tuple[Path, str], Checkpoint] = {}
+        """Finished runs by their folder and the hash of what is known of them."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -131,8 +133,11 @@ class Experiment:
         """Return a trained run as an artefact."""
         run = self.run_dir(spec)
         state, shares_steps = run.state, self.recipe.runs.rounds > 1 or bool(self.trunks)
+        key = run.path, digest([self.base_hash, state])
+        if key not in self._opened:  # reading an adapter takes longer than a small model's pass
+            self._opened[key] = open_run(self.base, run.path)
         return Artefact(
-            spec.name, "run" if spec.role == "run" else "control", open_run(self.base, run.path),
+            spec.name, "run" if spec.role == "run" else "control", self._opened[key],
             digest([self.base_hash, state["sha256"]]), path=run.artefact, optimizer=spec.optimizer, seed=spec.seed,
             control=spec.control,
             seconds=state["seconds"], sha256=state["sha256"],
