@@ -42,7 +42,11 @@ def alpha_curve(probe: Perturbable, base: Weights, alphas: Sequence[float] = ALP
     Returns:
         values (alphas, units), in nats; the summary: `alpha` and the mean `loss`.
     """
-    backwards = LazyTensors(probe.parameters, lambda name: _single(base[name]) - _single(probe.center[name]))
+    backwards = LazyTensors(
+        probe.parameters,
+        lambda name: _single(base[name]) - _single(probe.center[name]),
+        lambda name, out: torch.sub(_single(base[name]), _single(probe.center[name]), out=out),
+    )
     metric = f"curve {_hash(probe, base)}"
     buffers = hash_tensors(sorted(probe.model.named_buffers()))  # those of the model, such as statistics of batch norm
     center_losses = probe.center_losses()

@@ -54,16 +54,38 @@ INTEGERS = {
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, computed on access, so that of a large model only one tensor exists at a time."""
+    """Tensors by name, computed on access, so that of a large model only one tensor exists at a time.
 
-    def __init__(self, names: Collection[str], compute: Callable[[str], Tensor]) -> None:
-        self._names, self._compute = dict.fromkeys(names), compute
+    Args:
+        names: of the tensors.
+        compute: returns a tensor.
+        write: writes a tensor into memory of its shape and dtype, if there is a way that needs no other memory. New memory
+            takes the system longer to provide than the sums that fill it.
+    """
+
+    def __init__(
+        self, names: Collection[str], compute: Callable[[str], Tensor], write: Callable[[str, Tensor], object] | None = None
+    ) -> None:
+        self._names, self._compute, self._write = dict.fromkeys(names), compute, write
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
         with torch.no_grad():
             return self._compute(name)
+
+    def write(self, name: str, out: Tensor) -> None:
+        """Write a tensor into memory of its shape."""
+        with torch.no_grad():
+            if self._write is None:
+                out.copy_(self._compute(name))
+            else:
+                self._write(name, out)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether `write` needs no memory for another tensor."""
+        return self._write is not None
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -230,7 +252,17 @@ class Perturbable:
             center = self.center[name]
             return torch.add(center, direction[name], alpha=factor).to(center.dtype)
 
-        return LazyTensors(direction, compute)
+        def write(name: str, out: Tensor) -> None:
+            center = self.center[name]
+            if _drawn_dtype(center) != out.dtype:  # rounded once, from the wider sum
+                out.copy_(compute(name))
+            elif isinstance(direction, LazyTensors) and direction.is_written:
+                direction.write(name, out)
+                torch.add(center, out, alpha=factor, out=out)
+            else:
+                torch.add(center, direction[name], alpha=factor, out=out)
+
+        return LazyTensors(direction, compute, write)
 
     def realised(self, direction: Weights, factors: Sequence[float]) -> list[tuple[float, float]]:
         """Return what rounding leaves of factor·direction for several factors: norm relative to the intended one, and cosine.
@@ -331,7 +363,8 @@ class Perturbable:
                 if name in new:
                     if name not in others:
                         others[name] = torch.empty_like(tensor)
-                    tensor = others[name].copy_(new[name])
+                    tensor = others[name]
+                    _write(new, name, tensor)
                 for module, leaf in holders:
                     module._parameters[leaf] = cast(nn.Parameter, tensor)
 
@@ -379,7 +412,7 @@ class Perturbable:
         @torch.no_grad()
         def set_weights(weights: Weights) -> None:
             for name, parameter in self.parameters.items():
-                parameter.data.copy_(weights[name] if name in weights else kept[name])
+                _write(weights if name in weights else kept, name, parameter.data)
 
         try:
             yield set_weights
@@ -412,6 +445,14 @@ class Perturbable:
     def sha256(self) -> str:
         """Return the SHA-256 of all weights, in the order of their names."""
         return hash_tensors(sorted(self.model.state_dict().items()))
+
+
+def _write(weights: Weights, name: str, out: Tensor) -> None:
+    """Write one of some weights into memory of its shape and dtype."""
+    if isinstance(weights, LazyTensors):
+        weights.write(name, out)
+    else:
+        out.copy_(weights[name])
 
 
 def _on_host(tensors: Sequence[Tensor]) -> list[list[float]]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from emomerge import recipe
 from emomerge.errors import BadInput
 from emomerge.tasks import sources
-from emomerge.tasks.base import TaskData
+from emomerge.tasks.base import Batch, RowFigures, TaskData
+from emomerge.tasks.padding import narrow, passes_of
 from emomerge.tasks.pretrained import load_classifier, load_config, load_tokenizer
 from emomerge.tasks.rows import Row, read_rows
 from emomerge.tasks.text import TextSplit, TextTask, check_vocabulary
@@ -76,6 +77,15 @@ class TextClassificationTask(TextTask):
         model.config.get_text_config().pad_token_id = load_tokenizer(base).pad_token_id
         classifier: nn.Module = model
         return classifier
+
+    def row_figures(self, model: nn.Module, batch: Batch) -> RowFigures:
+        """Return the figures of each row; on the CPU, rows of similar length share a pass. See `Task.row_figures`."""
+        passes = passes_of(model, batch)
+        if len(passes) == 1:
+            return super().row_figures(model, batch)
+        places = torch.cat(passes).argsort()
+        found = [super(TextClassificationTask, self).row_figures(model, narrow(batch, rows)) for rows in passes]
+        return RowFigures(*(torch.cat(parts)[places] for parts in zip(*found, strict=True)))
 
 
 # Tokens

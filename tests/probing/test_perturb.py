@@ -344,3 +344,23 @@ def test_lazy_tensors_are_computed_when_they_are_asked_for():
     assert not asked
     assert lazy["b"] == 1
     assert asked == ["b"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_weights_written_into_other_memory_have_the_bits_of_those_returned(dtype):
+    torch.manual_seed(0)
+    model = nn.Linear(40, 30).to(dtype)
+    probe = Perturbable(model, lambda m, x: (m(x).mean(), 1.0), [torch.ones(1, 40, dtype=dtype)], rms(model))
+    drawn = probe.direction(3)
+    wide = torch.promote_types(dtype, torch.float32)
+    written = LazyTensors(
+        probe.parameters,
+        lambda name: probe.center[name].detach().to(wide) * 3,
+        lambda name, out: torch.mul(probe.center[name].detach().to(wide), 3, out=out),
+    )
+    for direction in (drawn, written, dict(drawn)):
+        moved = probe.along(direction, 0.37)
+        for name, expected in moved.items():
+            out = torch.full_like(expected, torch.nan)
+            moved.write(name, out)
+            assert out.equal(expected) and out.dtype == dtype

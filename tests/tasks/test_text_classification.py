@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from emomerge.errors import BadInput
 from emomerge.recipe import Base
+from emomerge.tasks import padding
 
 
 def rows_of(reviews):
@@ -371,3 +372,21 @@ print(data.train.digest, data.validation.digest, data.test.digest, head.numpy().
         for threads, seed in (("1", "1"), ("2", "2"))
     }
     assert len(outs) == 1 and re.fullmatch(r"([0-9a-f]{64} ){3}[0-9a-f]+\n", outs.pop())
+
+
+def test_figures_of_rows_do_not_depend_on_the_rows_that_share_their_pass(reviews, text_task, base, monkeypatch):
+    task = text_task(reviews)
+    data = task.load_data(base)
+    model, batch = task.new_model(base, data), data.train.batch(range(20))
+    widths = []
+    model.register_forward_pre_hook(lambda *call: widths.append(call[2]["input_ids"].shape[1]), with_kwargs=True)
+    whole, gradients = [], []
+    for calls in (1e8, 0.0):  # at the price of no calls, a small model gains from narrow passes, too
+        monkeypatch.setattr(padding, "CALLS", calls)
+        monkeypatch.setattr(padding, "SMALL_PASS", 4)
+        found = task.row_figures(model, batch)
+        whole.append(torch.stack([figure.detach() for figure in found]))
+        gradients.append(torch.autograd.grad(found.loss.sum(), model.bert.embeddings.word_embeddings.weight)[0])
+    assert len(widths) > 3 and widths[1:] == sorted(widths[1:]) and widths[-1] == widths[0]
+    torch.testing.assert_close(*whole)
+    torch.testing.assert_close(*gradients)
