@@ -187,8 +187,8 @@ def _run(matrix: Curvature, steps: int, number: int, tolerance: float, ends: End
         length = norm(residual)
         beta.append(length)
         negligible = torch.finfo(matrix.dtype).eps * max(map(abs, alpha))
-        if not length > negligible or _error(alpha, beta, ends, matrix.size) <= tolerance:
-            break
+        if not length > negligible or (tolerance and _error(alpha, beta, ends, matrix.size) <= tolerance):
+            break  # without a tolerance the error may underflow to 0 before the last step
     for j, row in enumerate(_tridiagonal(alpha, beta)):
         near = slice(max(j - 1, 0), j + 2)
         tensors -= matrix.sums(basis[j], combine(basis[near], torch.from_numpy(row[near])))
