@@ -134,6 +134,9 @@ class Task(ABC):
     """PEFT's name for the task, if it has one; it decides how PEFT treats heads."""
     perplexity: ClassVar[bool] = False
     """Whether the exponential of the loss is a perplexity, which the report then shows."""
+    is_mean_of_padded_rows: ClassVar[bool] = False
+    """Whether the loss is the plain mean over rows that are padded on the right, with the padding in `attention_mask`: the rows
+    of a batch may then be passed in parts that are padded less."""
     unit: str = "nats"
     """The unit of losses in reports."""
 

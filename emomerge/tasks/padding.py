@@ -61,7 +61,17 @@ def partition(lengths: Sequence[int], fixed: float) -> list[int]:
     return sizes[::-1]
 
 
-def narrow(batch: Batch, rows: Tensor) -> Batch:
-    """Return some rows of a batch, as wide as the longest of them; fields of one dimension have no width."""
-    width = int(batch["attention_mask"][rows].sum(dim=1).max())
+def narrow_alike(batches: Sequence[Batch], picks: Sequence[Tensor]) -> list[Batch]:
+    """Return some rows of each of several batches, all as wide as the longest row of any."""
+    width = max(_longest(batch, rows) for batch, rows in zip(batches, picks, strict=True))
+    return [narrow(batch, rows, width) for batch, rows in zip(batches, picks, strict=True)]
+
+
+def _longest(batch: Batch, rows: Tensor) -> int:
+    return int(batch["attention_mask"][rows].sum(dim=1).max())
+
+
+def narrow(batch: Batch, rows: Tensor, width: int | None = None) -> Batch:
+    """Return some rows of a batch, by default as wide as the longest of them; fields of one dimension have no width."""
+    width = _longest(batch, rows) if width is None else width
     return {name: field[rows] if field.ndim == 1 else field[rows, :width] for name, field in batch.items()}

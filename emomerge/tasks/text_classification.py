@@ -48,6 +48,7 @@ class TextClassificationTask(TextTask):
     section: TextClassification
     auto_class = "AutoModelForSequenceClassification"
     peft_task_type = "SEQ_CLS"
+    is_mean_of_padded_rows = True
 
     def load_data(self, base: recipe.Base) -> TaskData:
         """Read, label, split and tokenize all texts; see `Task.load_data`."""

@@ -8,10 +8,10 @@ from torch import nn
 from emomerge.checkpoints import open_checkpoint
 from emomerge.errors import BadInput, RunFailed
 from emomerge.recipe import FAMILY, parse_recipe
-from emomerge.tasks import Split, TaskData
+from emomerge.tasks import Split, TaskData, padding
 from emomerge.tasks.pretrained import TransformersTask
 from emomerge.training import Context, RunDir, planned_runs, run_inputs, train_locally
-from emomerge.training.stacked import Unstackable, estimate
+from emomerge.training.stacked import Unstackable, estimate, group
 
 LONGEST, VOCABULARY = 7, 40
 
@@ -222,6 +222,45 @@ def test_groups_of_runs_that_share_a_pass_end_where_separate_ones_do(case, tmp_p
     grouped = train(tmp_path / "a", task, recipe, say=said.append)
     assert " runs, 2 in one pass: " in said[0]
     assert max(furthest(grouped, train(tmp_path / "b", task, sequential(recipe)))) < 1e-10
+
+
+class Parted(Sentences):
+    is_mean_of_padded_rows = True
+
+
+IN_PARTS = {
+    "dropout everywhere": (bert, {"lora": {"dropout": 0.3}, "batch_size": 6}),
+    "one run": (bert, {"lora": {"dropout": 0.3}, "optimizers": ["sens"], "batch_size": 6}),
+    "two seeds, each its own order": (bert, {"seeds": [0, 1], "optimizers": ["sens", "void"], "data_order": "different"}),
+    "no dropout, accumulation": (llama, {"accumulation": 2, "batch_size": 5}),
+}
+
+
+@pytest.mark.parametrize("case", IN_PARTS)
+def test_runs_whose_batches_are_passed_in_parts_end_where_those_of_whole_batches_do(case, tmp_path, monkeypatch):
+    build, options = IN_PARTS[case]
+    recipe, sizes = recipe_of(**options), []
+
+    def partition(lengths, fixed):
+        found = padding.partition(lengths, 0.5)  # as if passes cost next to nothing
+        sizes.append(found)
+        return found
+
+    monkeypatch.setattr(group, "partition", partition)
+    parted = train(tmp_path / "a", Parted(build, torch.float64), recipe)
+    assert sum(len(parts) > 1 for parts in sizes) > 4
+    assert max(furthest(parted, train(tmp_path / "b", Parted(build, torch.float64), sequential(recipe)))) < 1e-10
+
+
+@pytest.mark.parametrize("case", ["draws of another order", "mean over tokens"])
+def test_batches_stay_whole_where_parts_would_end_elsewhere(case, tmp_path, monkeypatch):
+    kind, build = {
+        "draws of another order": (Parted, checkpointed_bert),
+        "mean over tokens": (Completions, lambda: llama(lm=True)),
+    }[case]
+    monkeypatch.setattr(group, "partition", lambda lengths, fixed: [1] * len(lengths))
+    monkeypatch.setattr(group, "narrow_alike", lambda *arguments: pytest.fail("a batch was parted"))
+    train(tmp_path / "a", kind(build), recipe_of(steps=2))
 
 
 def test_as_many_runs_share_a_pass_as_memory_allows():

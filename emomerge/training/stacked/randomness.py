@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Shape = tuple[int, ...]
+Noise = dict[tuple[int, int], Tensor]
+"""(stream, number of the draw) → what was drawn for the whole batch of a stream."""
 
 
 class Streams:
@@ -81,10 +83,37 @@ class Widths:
     Attributes:
         narrower: columns, for each stream.
         slopes: for each draw since the start, the change of each dimension of the drawn shape per column.
+        picks: if the batch is a part of a whole one, the numbers of its rows there, for each stream.
+        whole: number of rows of the whole batch.
+        noise: what has been drawn for the whole batch; further parts use it again.
+        strided: whether some numbers were drawn in the order of another layout than that of their shape.
     """
 
     narrower: Sequence[int]
     slopes: Sequence[Sequence[Shape]] = ()
+    picks: Sequence[Tensor] | None = None
+    whole: int = 0
+    noise: Noise = field(default_factory=dict)
+    strided: bool = False
+
+    def of_part(self, stream: int, position: int, shape: Shape, draw: Callable[[Shape], Tensor]) -> Tensor:
+        """Return the numbers of this part of a batch, drawn for the whole batch if they have not been.
+
+        Args:
+            stream: whose batch it is.
+            position: number of the draw since the start of the pass.
+            shape: of the part, with its rows on dimension 0.
+            draw: returns numbers of a shape.
+        """
+        assert self.picks is not None
+        (slopes,), cut = self.slopes[position], self.narrower[stream]
+        if (stream, position) not in self.noise:
+            sizes = (size - slope * cut for size, slope in zip(shape[1:], slopes[1:], strict=True))
+            self.noise[stream, position] = draw((self.whole, *sizes))
+        found = self.noise[stream, position]
+        kept = tuple(min(size, drawn) for size, drawn in zip(shape[1:], found.shape[1:], strict=True))
+        part = corner(found, (self.whole, *kept))[self.picks[stream]]
+        return padded(part, shape)
 
     def alone(self, stream: int, position: int, which: int, shape: Shape) -> Shape:
         """Return the shape that a draw would have if the run were trained on its own."""
@@ -156,8 +185,14 @@ class _Drawing:
         by_run = input.view(self.runs, -1, *input.shape[1:])
         shape = by_run.shape[1:]
         self.shapes.append([shape])
+        self.widths.strided |= not input.is_contiguous() and not torch.empty_like(input, device="meta").is_contiguous()
+
+        number = len(self.shapes) - 1
 
         def noise(run: int, position: int) -> Tensor:
+            if self.widths.picks is not None:
+                draw = partial(_dropped, function, input, p)
+                return self.widths.of_part(self.streams.of_run[run], number, shape, draw)
             alone = self.widths.alone(self.streams.of_run[run], position, 0, shape)
             ones = input.new_ones(alone) if input.is_contiguous() else torch.ones_like(corner(by_run[run], alone))
             return padded(function(ones, p), shape)
@@ -198,7 +233,12 @@ class _Drawing:
         shape = (len(query) // self.runs, query.shape[1], query.shape[2], key.shape[2])
         self.shapes.append([shape])
 
+        number = len(self.shapes) - 1
+
         def noise(run: int, position: int) -> Tensor:
+            if self.widths.picks is not None:
+                draw = partial(_dropped, self._dropout, query, p)
+                return self.widths.of_part(self.streams.of_run[run], number, shape, draw)
             alone = self.widths.alone(self.streams.of_run[run], position, 0, shape)
             return padded(self._dropout(query.new_ones(alone), p), shape)
 
@@ -281,6 +321,12 @@ def is_plain_attention(query: Tensor, mask: Tensor | None, scale: float | None =
 def times(x: Tensor, noise: Tensor) -> Tensor:
     """Multiply x by noise given for one block of its rows and shared by the others."""
     return (x.view(-1, *noise.shape[-4:]) * noise).view_as(x)
+
+
+def _dropped(dropout: Any, like: Tensor, p: float, shape: Shape) -> Tensor:
+    """Return dropout's factors of a shape."""
+    factors: Tensor = dropout(like.new_ones(shape), p)
+    return factors
 
 
 def corner(x: Tensor, shape: Shape) -> Tensor:
