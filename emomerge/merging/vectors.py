@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emomerge.checkpoints import Checkpoint, TensorInfo, working_dtype
+from emomerge.checkpoints import Checkpoint, TensorInfo, all_finite, working_dtype
+from emomerge.checkpoints.factors import summed
 from emomerge.checkpoints.names import MAYBE_TIED
 from emomerge.errors import BadInput
 from emomerge.merging.buffers import is_counter, is_statistic, largest, mean_statistic
@@ -218,16 +219,36 @@ class TaskVectors:
         """The held-out loss of each single run, if it was given or has been measured."""
         return None if self._run_losses is None else list(self._run_losses)
 
-    def loss_of(self, rule: Rule, what: str) -> float:
-        """Return the held-out loss of θ₀ + rule(τ), NaN as infinity; `what` names the choice for errors."""
+    def loss_of(self, rule: Rule, what: str, *, weights: Mapping[int, float] | None = None, over: int = 1) -> float:
+        """Return the held-out loss of θ₀ + rule(τ), NaN as infinity.
+
+        Args:
+            rule: merges a tensor.
+            what: names the choice for errors.
+            weights: the numbers of some runs → w_t, if the rule is Σ_t w_t τ_t / `over`. Factors of adapters then become one
+                tensor at once, with the same bits.
+            over: the divisor.
+        """
 
         def tau(name: str) -> Tensor | None:
             if is_statistic(name) or not merges(self.base.info(name)):
                 return self.statistic(name)
+            if weights is not None and (total := self._sum_of_factors(name, weights)) is not None:
+                return total if over == 1 else total.div_(over)
             parts = [rule(name, piece) for piece in self.pieces(name)]
             return torch.cat(parts).view(self.base.info(name).shape) if parts else None
 
         return finite_or_inf(self.require_loss(what)(Candidate(self.base, tau)))
+
+    def _sum_of_factors(self, name: str, weights: Mapping[int, float]) -> Tensor | None:
+        """Return Σ_t w_t τ_t of a tensor; None if it is not finite, or not one product of factors in each of these runs."""
+        parts = [self.runs[run].factors(name, self.base) for run in weights]
+        known = [part for part in parts if part is not None and len(part.terms) == 1]
+        if len(known) < len(parts) or not known:
+            return None
+        scaled = [part.times(weight) for part, weight in zip(known, weights.values(), strict=True)]
+        total = summed(self.base.info(name).shape, scaled).dense()
+        return total if all_finite(total) else None
 
     def statistic(self, name: str) -> Tensor | None:
         """Return the delta of a running statistic; None if no run moved it, and for a tensor that is none."""

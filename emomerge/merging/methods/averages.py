@@ -62,7 +62,10 @@ def choose_members(vectors: TaskVectors) -> dict[str, Any]:
     lowest = losses[best]
     for run in others:
         candidate = (*chosen, run)
-        loss = vectors.loss_of(lambda _, deltas: greedy_soup(deltas, chosen=candidate), "greedy-soup")  # noqa: B023
+        loss = vectors.loss_of(
+            lambda _, deltas: greedy_soup(deltas, chosen=candidate),  # noqa: B023
+            "greedy-soup", weights=dict.fromkeys(candidate, 1.0), over=len(candidate),
+        )  # fmt: skip
         if loss <= lowest:
             chosen, lowest = candidate, loss
     return {"chosen": chosen, "members": tuple(vectors.labels[run] for run in chosen)}

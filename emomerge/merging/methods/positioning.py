@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
@@ -102,7 +103,9 @@ def choose_coefficients(vectors: TaskVectors, *, evaluations: Evaluations = 40) 
     known, runs = vectors.run_losses("positioning"), len(vectors)
 
     def loss(c: Tensor) -> float:
-        return vectors.loss_of(lambda _, deltas: positioning(deltas, coefficients=tuple(c.tolist())), "positioning")
+        coefficients = tuple(c.tolist())
+        rule, weights = partial(_sum, coefficients), dict(enumerate(coefficients))
+        return vectors.loss_of(rule, "positioning", weights=weights)
 
     search = Search(loss)
     for c, run_loss in zip(torch.eye(runs, dtype=torch.float64), known, strict=True):
@@ -113,6 +116,10 @@ def choose_coefficients(vectors: TaskVectors, *, evaluations: Evaluations = 40) 
     predicted = descend(search, axes(vectors.inner_products(), search.best), evaluations)
     found = {"coefficients": tuple(search.best.tolist()), "start": start, "measured_loss": search.lowest}
     return {**found, "evaluations_used": len(search.losses) - runs, "predicted_loss": predicted}
+
+
+def _sum(coefficients: tuple[float, ...], name: str, deltas: Tensor) -> Tensor:
+    return positioning(deltas, coefficients=coefficients)
 
 
 @one_thread()
