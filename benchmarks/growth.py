@@ -214,7 +214,9 @@ def plot(found: Mapping[str, Sequence[Mapping[str, float]]], out: Path) -> None:
         for name, points in found.items():
             data = alt.InlineData(values=[dict(point) for point in points])
             x = alt.X(
-                "units:Q", title=f"{name} ({_plural(AXES[name].unit)})", axis=alt.Axis(values=[p["units"] for p in points])
+                "units:Q",
+                title=name if _plural(AXES[name].unit) == name else f"{name} ({_plural(AXES[name].unit)})",
+                axis=alt.Axis(values=[p["units"] for p in points]),
             )
             y = alt.Y(f"{key}:Q", title=title, scale=alt.Scale(zero=True))
             line = alt.Chart(alt.InlineData(values=[dict(points[0]), dict(points[-1])])).mark_line(
