@@ -45,8 +45,9 @@ def survey(
         chosen = groups.metrics_of(group, found)
         if engine is not None:
             measure_in_workers(engine, measurer, groups.jobs(group, chosen), display)
-        if meter is None:
-            meter = measurer.meter = Meter(display.line("probe", round(groups.passes + later)))
+        if meter is None and (engine is None or group is groups.others):  # the bar's time is not the workers'
+            passes = groups.passes_of(group) if engine is not None else groups.passes
+            meter = measurer.meter = Meter(display.line("probe", round(passes + later)))
         found |= {artefact.name: measurer.probe(artefact, chosen[artefact.name]) for artefact in group}
     return {artefact.name: found[artefact.name] for artefact in artefacts}
 
@@ -113,10 +114,14 @@ class _Groups:
     @property
     def passes(self) -> float:
         """The cost in forward passes, with the others in few directions."""
+        return self.passes_of(self.closely) + self.passes_of(self.others)
+
+    def passes_of(self, group: Sequence[Artefact]) -> float:
+        """Return the cost of one of the groups."""
         measurer, metrics = self._measurer, self._metrics
-        few = {a.name: [metric.in_few(measurer.recipe.probe) for metric in metrics[a.name]] for a in self.others}
-        of_judged = sum(measurer.passes_of(a, metrics[a.name]) for a in self.closely)
-        return of_judged + sum(measurer.passes_of(a, few[a.name]) for a in self.others)
+        if group is self.others:
+            metrics = {a.name: [metric.in_few(measurer.recipe.probe) for metric in metrics[a.name]] for a in group}
+        return sum(measurer.passes_of(a, metrics[a.name]) for a in group)
 
 
 def _sampled(measurer: Measurer, metric: Metric, known: Sequence[Measured]) -> Metric:

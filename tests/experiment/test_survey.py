@@ -55,10 +55,11 @@ def artefacts(*names):
     return [SimpleNamespace(name=name, hash=name.rstrip("'")) for name in names]
 
 
-def surveyed(fake, names, judged, line):
+def surveyed(fake, names, judged, line, engine=None):
     display = SimpleNamespace(line=lambda title, total: setattr(line, "total", total) or line)
     models = artefacts(*names)
-    return survey(fake, models, {model.name: [METRIC] for model in models}, judged, display=display, later=7)
+    metrics = {model.name: [METRIC] for model in models}
+    return survey(fake, models, metrics, judged, display=display, engine=engine, later=7)
 
 
 def test_the_others_are_measured_in_directions_that_are_typical_of_the_judged():
@@ -102,3 +103,13 @@ def test_a_meter_shows_passes_as_they_are_made_and_never_more_than_were_announce
         raise KeyError
     assert line.done == 13 and line.notes == ["a", "a", "b", "c"]
     Meter().add(1)
+
+
+def test_the_bar_begins_when_workers_have_ended(monkeypatch):
+    line, events = Line(), []
+    fake = Fake({name: np.ones((3, 12, 2)) for name in ("run", "merge")}, directions=12, other_directions=3)
+    fake.meter = Meter()
+    monkeypatch.setattr("emomerge.experiment.survey.measure_in_workers", lambda *given: events.append(hasattr(line, "total")))
+    surveyed(fake, ["run", "merge"], {"merge"}, line, engine=object())
+    assert events == [False, False]
+    assert line.total == line.done + 7 == 2 * 3 * 3 + 7  # what was measured by workers is not counted again

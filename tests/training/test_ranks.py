@@ -125,7 +125,9 @@ def weights(folder, name):
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("out", [*CASES, *(f"{case}, resumed" for case in RESUMED)])
 def test_two_ranks_equal_one_process_with_twice_the_batch(folder, out, name):
-    alone, atol = folder / f"{out.removesuffix(', resumed')}, alone", 1e-10 if "full" in out else 1e-5
+    alone = folder / f"{out.removesuffix(', resumed')}, alone"
+    # Rounding grows where small second moments divide, and where the rate follows differences of losses.
+    atol, of_rates = (1e-8, 1e-6) if "full" in out else (1e-5, 1e-5)
     ours, theirs = weights(folder / out, name), weights(alone, name)
     assert ours.keys() == theirs.keys()
     moved = max(float((theirs[key] - base).abs().max()) for key, base in starting_point(folder / out, theirs).items())
@@ -136,7 +138,7 @@ def test_two_ranks_equal_one_process_with_twice_the_batch(folder, out, name):
     assert [row["step"] for row in rows] == list(range(1, 13))
     for row, other in zip(rows, expected, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], abs=atol)
-        assert row["rate"] == pytest.approx(other["rate"], rel=atol)
+        assert row["rate"] == pytest.approx(other["rate"], rel=of_rates)
 
 
 def starting_point(out, like):
