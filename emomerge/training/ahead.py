@@ -70,7 +70,7 @@ class Ahead:
             thread.start()
 
     def finish(self, group: Sequence[RunSpec], meanwhile: Iterator[None]) -> bool:
-        """Wait for a group. Return False if it was not begun: then it no longer will be.
+        """Wait for a group, which a free worker begins now. Return False if none is free: then it will not be begun.
 
         Args:
             group: the runs.
@@ -80,6 +80,7 @@ class Ahead:
             EmomergeError: a run of the group could not be trained.
         """
         name = _name(group)
+        self.advance()
         self._waiting.pop(name, None)
         thread = self._threads.get(name)
         if thread is None:
