@@ -5,7 +5,7 @@
     python benchmarks/probe_vs_peers.py cnn            # 4 minutes on one core; vit takes 10
     python benchmarks/probe_vs_peers.py cnn --memory
 
-`--out benchmarks/results/probe_vs_peers.json` keeps the figures of this model beside those of the other, for `probe_tables.py`.
+`--out benchmarks/results/probe_vs_peers.json` keeps the figures of this model beside those of the other, for `docs_tables.py`.
 
 A CNN (GELU, without GroupNorm, which curvlinops cannot differentiate forward) or a small ViT, trained for 200 steps on
 FashionMNIST, on two batches of 256 images. Three jobs:
