@@ -130,6 +130,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--keep", action="store_true", help="keep base and adapters for the next time")
     options = parser.parse_args()
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bake-images-", dir=options.folder)) if not options.keep else options.folder
     base, adapters = folder / "base.safetensors", [folder / f"lora-{number}.safetensors" for number in range(RUNS)]
     if not base.exists():
