@@ -126,7 +126,7 @@ def processor() -> str:
 def main() -> None:
     """Make the files, measure, print, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, help="an existing folder for the temporary files")
+    parser.add_argument("--folder", type=Path, help="a folder for the temporary files, made if it is missing")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--keep", action="store_true", help="keep base and adapters for the next time")
     options = parser.parse_args()
