@@ -52,7 +52,7 @@ CONTROLS: Mapping[str, Control] = {
     ),
     "distance-matched": Control(
         "distance-matched",
-        "a run's task vector rescaled to the merge's length: is the merge flatter, or merely nearer to the base?",
+        "the best run's task vector rescaled to the merge's length: is the merge flatter, or merely nearer to the base?",
         "triangle-up", 60, "flatter", required=True,
     ),
     "loss-matched": Control(

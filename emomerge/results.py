@@ -373,6 +373,8 @@ class ProbeFacts(Part):
     directions: int
     other_directions: int | None = None
     """Directions of artefacts that the verdict does not compare in sharpness; None: as many as of those."""
+    other_radius: float | None = None
+    """The only radius at which these were measured; None: at all of them."""
     radii: tuple[float, ...]
     adaptive_radii: tuple[float, ...] = ()
     lanczos_steps: int | None = None

@@ -200,7 +200,7 @@ def derived_controls(recipe: Recipe, measurer: Measurer, contestants: Contestant
 
 
 def _distance_matched(measurer: Measurer, contestants: Contestants, merge: Artefact) -> list[Artefact]:
-    return [measurer.distance_matched(run, merge) for run in contestants.runs if run.seed == merge.seed]
+    return [measurer.distance_matched(run, merge) for run in contestants.best if run.seed == merge.seed]
 
 
 def _loss_matched(measurer: Measurer, contestants: Contestants, merge: Artefact) -> list[Artefact]:
@@ -346,10 +346,12 @@ def united_columns(of_artefacts: Iterable[Sequence[Column]]) -> list[Column]:
 
 def _probe_facts(recipe: Recipe, measurer: Measurer, base: Artefact) -> ProbeFacts:
     rows = len(measurer.probe_rows[recipe.probe.data])
+    others = METRICS["gaussian"].in_few(recipe.probe)
     facts = {
         "rows": rows,
         "noise_floor": measurer.noise_floor(base),
-        "other_directions": recipe.probe.few(recipe.probe.directions),
+        "other_directions": others.directions(recipe.probe),
+        "other_radius": others.options_of(recipe.probe)["radii"][0] if others.middle else None,
     }
     return ProbeFacts.model_validate(recipe.probe.model_dump() | facts)
 

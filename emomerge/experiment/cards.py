@@ -15,7 +15,7 @@ from emomerge.results import Results
 
 def write_cards(experiment: Experiment, results: Results) -> None:
     """Write the cards of the base, all runs and all merges, with the results in them."""
-    for name in experiment.merge_stamps():
+    for name in experiment.merge_names:
         atomic.write_text(
             experiment.space.merges / name / "README.md", merge_card(experiment, name, experiment.merge_record(name), results)
         )

@@ -35,7 +35,7 @@ def collect_results(experiment: Experiment, engine: Engine | None = None) -> Res
             "samples": _samples(experiment, [contestants.base, contestants.best[0], merges[0]]),
             "traces": _traces(experiment),
             "cosines": _cosines(experiment),
-            "merges": {name: _merge_facts(experiment.merge_record(name)) for name in experiment.merge_stamps()},
+            "merges": {name: _merge_facts(experiment.merge_record(name)) for name in experiment.merge_names},
         }
     )
 
@@ -132,5 +132,5 @@ def seconds_of_stages(experiment: Experiment) -> dict[str, float]:
     return {
         "base": experiment.space.stamp("base").get("seconds", 0.0),
         "runs": sum(experiment.run_dir(spec).state["seconds"] for spec in [*experiment.trunks, *experiment.specs]),
-        "merge": sum(experiment.space.stamp(f"merge-{name}").get("seconds", 0.0) for name in experiment.merge_stamps()),
+        "merge": sum(experiment.space.stamp(f"merge-{name}").get("seconds", 0.0) for name in experiment.merge_names),
     }

@@ -187,14 +187,20 @@ class Experiment:
         """Return the name of a merge's folder. Each training seed is merged separately, as a repetition of the experiment."""
         return spec.label if len(self.recipe.runs.seeds) == 1 else f"{spec.label}-seed{seed}"
 
+    @property
+    def merge_names(self) -> list[str]:
+        """The names of all merges' folders."""
+        return [self.merge_name(spec, seed) for spec in self.recipe.merge for seed in self.recipe.runs.seeds]
+
     def merge_stamps(self) -> dict[str, str]:
         """Return the hash of the inputs of every merge, by name."""
+        seeds = self.recipe.runs.seeds
+        return {self.merge_name(spec, seed): self.merge_stamp(spec, seed) for spec in self.recipe.merge for seed in seeds}
+
+    def merge_stamp(self, spec: Merge, seed: int) -> str:
+        """Return the hash of the inputs of a merge."""
         shared = [self.as_written.task, self.recipe.probe.batch_size, version("emomerge")]
-        return {
-            self.merge_name(spec, seed): digest([spec, self.merged_hashes(spec, seed), shared])
-            for spec in self.recipe.merge
-            for seed in self.recipe.runs.seeds
-        }
+        return digest([spec, self.merged_hashes(spec, seed), shared])
 
     def merge_record(self, name: str) -> dict[str, Any]:
         """Return merge.json of a written merge."""

@@ -315,7 +315,7 @@ class Measurer:
         artefact: Artefact,
         *,
         others: Sequence[Artefact] = (),
-        directions: Sequence[int] | None = None,
+        **options: Any,
     ) -> Measurement:
         """Measure one metric of one artefact with the recipe's options.
 
@@ -323,11 +323,9 @@ class Measurer:
             metric: the metric.
             artefact: the artefact.
             others: artefacts to compare it with, if the metric takes several.
-            directions: indices of the directions to measure; by default all of the metric.
+            **options: take precedence over the recipe's.
         """
-        arguments = metric.options_of(self.recipe.probe)
-        if directions is not None:
-            arguments["directions"] = directions
+        arguments = {**metric.options_of(self.recipe.probe), **options}
         if metric.base:
             arguments["base"] = self.base_parameters
         if metric.others:

@@ -36,7 +36,7 @@ def check_merge(recipe: Recipe, spec: Merge) -> None:
 def write_merge(experiment: Experiment, spec: Merge, seed: int) -> None:
     """Merge the runs or the kept rounds of a training seed and write the model, its record and its card."""
     name = experiment.merge_name(spec, seed)
-    inputs = experiment.merge_stamps()[name]
+    inputs = experiment.merge_stamp(spec, seed)
     artefacts = experiment.merged_artefacts(spec, seed)
     merged = merge(
         experiment.base, [a.checkpoint for a in artefacts], method=spec.method, names=[a.name for a in artefacts],

@@ -9,6 +9,7 @@ from emomerge.controls import CONTROLS
 from emomerge.experiment.control_runs import adamw_members, control_plans
 from emomerge.probing.registry import BACKWARD, recipe_metrics
 from emomerge.recipe import Full, Lora, Recipe
+from emomerge.results import Split as SplitName
 from emomerge.training import RunSpec
 from emomerge.training.work import PROCESS, Hands, Work
 
@@ -59,7 +60,7 @@ def outline(
         rows.append(row)
     of_all, of_close = recipe_metrics(recipe.probe)
     metrics = ", ".join(dict.fromkeys(metric.name for metric in (*of_all, *of_close)))
-    rows.append(_row("probe", f"preset {recipe.probe.preset}: {metrics}", _probe(recipe), done.get("probe"), each))
+    rows.append(_row("probe", f"preset {recipe.probe.preset}: {metrics}", _probe(pipeline), done.get("probe"), each))
     rows.append(_row("report", str(pipeline.space.report), 0, done.get("report"), each))
     rows = rows[:2] if until == "runs" else rows
     found = {"recipe": recipe.name, "out": str(pipeline.space.out), "batch_size": runs.batch_size, "stages": rows}
@@ -124,8 +125,13 @@ def _takes(pipeline: Pipeline, rows: Sequence[dict[str, Any]], work: Work | None
 def _merging(pipeline: Pipeline, work: Work) -> float:
     """Return the seconds of a merge: reading and writing, and the losses that it chooses by, if the data are known."""
     runs = pipeline.recipe.runs
-    rows = len(pipeline.data.validation) if "data" in vars(pipeline) else 0
-    return (len(runs.optimizers) + 2) * work.weights / READ + CHOICES * work.forward * rows / runs.batch_size
+    batches = _rows(pipeline, "validation") / runs.batch_size
+    return (len(runs.optimizers) + 2) * work.weights / READ + CHOICES * work.forward * batches
+
+
+def _rows(pipeline: Pipeline, *splits: SplitName) -> int:
+    """Return the number of rows in some splits of the data; 0 if they have not been read."""
+    return sum(len(getattr(pipeline.data, name)) for name in splits) if "data" in vars(pipeline) else 0
 
 
 def disk_needed(recipe: Recipe, work: Work) -> int:
@@ -143,21 +149,24 @@ def _first(recipe: Recipe, seed: int) -> list[RunSpec]:
     return [RunSpec(f"{name}-{seed}", name, seed, recipe.runs.own_steps) for name in recipe.runs.optimizers]
 
 
-def _probe(recipe: Recipe) -> int:
+def _probe(pipeline: Pipeline) -> int:
     """Return the passes of the probe, about: which models are compared closely is known once they are trained."""
+    recipe = pipeline.recipe
     probe, runs, seeds = recipe.probe, recipe.runs, len(recipe.runs.seeds)
+    held_out = _rows(pipeline, "validation", "test") / probe.batch_size
     of_all, of_close = recipe_metrics(probe)
     judged = sum(kind in recipe.controls for kind, control in CONTROLS.items() if control.rival_in == "flatter") + 2
     close = sum(kind in recipe.controls for kind, control in CONTROLS.items() if control.rival_in == "better")
-    matched = len(runs.optimizers) - 1 if "distance-matched" in recipe.controls else 0
-    others = len(runs.optimizers) + len(recipe.merge) + matched - 1
+    others = len(runs.optimizers) + len(recipe.merge) - 1
     groups = (
         (judged, of_close),
         (close, [metric.in_few(probe) for metric in of_close]),
         (others, [metric.in_few(probe) for metric in of_all]),
     )
     forward = seeds * sum(
-        count * metric.passes(metric.options_of(probe), probe.batches) for count, metrics in groups for metric in metrics
+        count * ((1 + BACKWARD) * probe.batches + held_out)
+        + sum(count * metric.passes(metric.options_of(probe), probe.batches) for metric in metrics)
+        for count, metrics in groups
     )
     return round(forward / BACKWARD * probe.batch_size / runs.batch_size)
 

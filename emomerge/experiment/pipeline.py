@@ -311,7 +311,7 @@ class Pipeline(Experiment):
         def files() -> list[Path]:
             return [file for file in files_below(self.space.merges / name) if file.name != "README.md"]
 
-        return Stage(f"merge-{name}", lambda: self.merge_stamps()[name], files, do, show=show)
+        return Stage(f"merge-{name}", lambda: self.merge_stamp(spec, seed), files, do, show=show)
 
     @property
     def probe_inputs(self) -> str:

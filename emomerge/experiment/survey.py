@@ -9,7 +9,7 @@ from emomerge.experiment.measure import Artefact, Measured, Measurer
 from emomerge.experiment.meter import Meter
 from emomerge.experiment.workers import measure_in_pieces, measure_in_workers
 from emomerge.probing.balance import balanced
-from emomerge.probing.registry import Metric
+from emomerge.probing.registry import Metric, middle_of
 from emomerge.progress import Display
 from emomerge.training import Engine
 
@@ -26,8 +26,9 @@ def survey(
 ) -> dict[str, Measured]:
     """Measure artefacts on their own; return name → results, in their order.
 
-    Those that the verdict judges are measured in all directions of the recipe, the others in `other_directions` of these,
-    chosen by what was found for the former (see `balanced`). Equal weights are measured once.
+    Those that the verdict judges are measured in all directions of the recipe and at all radii, the others at the middle
+    radius in `other_directions` of these, chosen by what was found for the former (see `balanced`). Equal weights are measured
+    once.
 
     Args:
         measurer: measures artefacts; afterwards its meter shows what it measures on the same line.
@@ -130,4 +131,7 @@ def _sampled(measurer: Measurer, metric: Metric, known: Sequence[Measured]) -> M
     if few.sample is None or not known or not all(metric.name in measured.series for measured in known):
         return metric
     means = [measured.series[metric.name] @ measured.weights[metric.name] for measured in known]
-    return replace(metric, sample=balanced([of.reshape(-1, of.shape[-1]) for of in means], len(few.sample)))
+    if few.middle:
+        radii = [*metric.options_of(measurer.recipe.probe)["radii"]]
+        means = [of[[radii.index(middle_of(radii))]] for of in means]
+    return replace(few, sample=balanced([of.reshape(-1, of.shape[-1]) for of in means], len(few.sample)))

@@ -35,6 +35,7 @@ class ProbeJob:
         artefact: the artefact to measure.
         metric: the metric's name, or `BASICS`.
         directions: indices of its directions; empty if the metric is not split.
+        radius: the only one to measure at; 0.0 for all of the recipe's.
         known: ledger of earlier evaluations; read-only.
         ledger: the job's own ledger.
     """
@@ -43,13 +44,20 @@ class ProbeJob:
     artefact: Artefact
     metric: str
     directions: tuple[int, ...]
+    radius: float
     known: Path
     ledger: Path
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the metric in which the job differs from the recipe."""
+        given = {"directions": self.directions, "radii": (self.radius,) if self.radius else ()}
+        return {name: value for name, value in given.items() if value}
 
     def mark(self, measurer: Measurer) -> dict[str, Any]:
         """Return the key of the ledger's row that marks the job as done."""
         return {
-            "model": self.artefact.hash, "data": measurer.inputs, "metric": f"share of {self.metric}", "radius": 0.0,
+            "model": self.artefact.hash, "data": measurer.inputs, "metric": f"share of {self.metric}", "radius": self.radius,
             "direction": self.directions[0] if self.directions else None, "batch": 0,
         }  # fmt: skip
 
@@ -132,25 +140,30 @@ def passes_of(measurer: Measurer, job: ProbeJob) -> float:
     """Return the cost of a job in forward passes of the recipe's batches."""
     if job.metric == BASICS:
         return measurer.basic_passes
+    probe = measurer.recipe.probe
     metric = METRICS[job.metric]
-    share = len(job.directions) / (metric.directions(measurer.recipe.probe) or 1) if job.directions else 1.0
-    return share * measurer.passes(metric)
+    return metric.passes({**metric.options_of(probe), **job.options}, probe.batches)
 
 
 def jobs_of(measurer: Measurer, artefact: Artefact, metrics: Sequence[Metric], known: Path, folder: Path) -> list[ProbeJob]:
     """Return the jobs that measure one artefact; cheap metrics are left to the main process."""
     parts = [
-        (metric.name, number, directions)
+        (metric, number, directions)
         for metric in metrics
         if metric.split is not None and metric.looks_at(artefact.role)
         for number, directions in enumerate(_parts(measurer, metric))
     ]
-    return [
-        ProbeJob(
-            measurer.context, artefact, name, directions, known, folder / f"{artefact.hash[:16]}-{name}-{number}.jsonl"
-        )
-        for name, number, directions in [*parts, (BASICS, 0, ())]
-    ]  # fmt: skip
+
+    def job(name: str, number: int = 0, directions: tuple[int, ...] = (), radius: float = 0.0) -> ProbeJob:
+        ledger = folder / f"{artefact.hash[:16]}-{name}-{number}.jsonl"
+        return ProbeJob(measurer.context, artefact, name, directions, radius, known, ledger)
+
+    probe = measurer.recipe.probe
+    shares = [
+        job(metric.name, number, directions, metric.options_of(probe)["radii"][0] if metric.middle else 0.0)
+        for metric, number, directions in parts
+    ]
+    return [*shares, job(BASICS)]
 
 
 def _parts(measurer: Measurer, metric: Metric) -> list[tuple[int, ...]]:
@@ -204,7 +217,7 @@ def _measure(measurer: Measurer, job: ProbeJob) -> None:
     if job.metric == BASICS:
         measurer.measure_basics(job.artefact)
     else:
-        measurer.measure(METRICS[job.metric], job.artefact, directions=job.directions or None)
+        measurer.measure(METRICS[job.metric], job.artefact, **job.options)
     measurer.ledger.ask(dict, **job.mark(measurer))
 
 

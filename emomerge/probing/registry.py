@@ -99,6 +99,7 @@ class Metric:
         cost: (options, batches) → cost in forward passes of one batch; a forward with a backward pass counts as three.
         report: (summary, name of the model) → columns and estimates.
         sample: positions among the recipe's directions of those that it is measured in; None: all.
+        middle: whether it is measured at the middle one of the recipe's radii only.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Metric:
     cost: Callable[[Options, int], float] | None
     report: Callable[[Any, str], Report]
     sample: tuple[int, ...] | None = None
+    middle: bool = False
 
     @property
     def needs(self) -> set[str]:
@@ -149,6 +151,8 @@ class Metric:
         if self.sample is not None:
             directions = direction_indices(options["directions"])
             options["directions"] = [directions[position] for position in self.sample if position < len(directions)]
+        if self.middle:
+            options["radii"] = [middle_of(options["radii"])]
         return options
 
     def directions(self, probe: recipe.Probe) -> int | None:
@@ -160,9 +164,11 @@ class Metric:
         return self.models == "every" and role in self.roles
 
     def in_few(self, probe: recipe.Probe) -> Metric:
-        """Return the metric in as many directions as artefacts get that the verdict does not compare in sharpness."""
+        """Return the metric in few directions at one radius, for artefacts that the verdict does not compare in sharpness."""
         directions = self.directions(probe) or 0
-        return self if directions == probe.few(directions) else replace(self, sample=tuple(range(probe.few(directions))))
+        if directions == probe.few(directions):
+            return self
+        return replace(self, sample=tuple(range(probe.few(directions))), middle="radii" in self.defaults)
 
     def passes(self, options: Options, batches: int) -> float:
         """Return the cost of measuring one model with some options, in forward passes."""
@@ -254,3 +260,8 @@ def unknown(message: str, where: str, name: str, known: Iterable[str]) -> BadInp
 def direction_indices(directions: int | Sequence[int]) -> Sequence[int]:
     """Return the indices of directions, given as such or as their number."""
     return range(directions) if isinstance(directions, int) else directions
+
+
+def middle_of(radii: Sequence[float]) -> float:
+    """Return the radius that is shown where only one is: the middle one, of an even number the larger."""
+    return sorted(radii)[len(radii) // 2]

@@ -404,8 +404,8 @@ class Probe(Section):
     """Random directions in which sharpness is measured of the artefacts that the verdict compares in it: the first merge, the
     best single run and the matched controls."""
     other_directions: int | None = Field(None, ge=2)
-    """The same for all other artefacts: so many of these directions, over which the former are on average as sharp as over
-    all; by default a quarter of them and at least 3."""
+    """The same for all other artefacts, at the middle radius: so many of these directions, over which the former are on average
+    as sharp as over all; by default a quarter of them and at least 3. As many as `directions` measure everything alike."""
     radii: tuple[float, ...] = Field((0.01, 0.03, 0.1), min_length=1)
     """σ as a fraction of the RMS of the base's tensor."""
     adaptive_radii: tuple[float, ...] = Field((0.05, 0.1, 0.2), min_length=1)

@@ -42,10 +42,12 @@ class Fake:
         return sum(metric.passes(metric.options_of(self.recipe.probe), 1) for metric in metrics)
 
     def probe(self, artefact, metrics):
-        directions = [*metrics[0].options_of(self.recipe.probe)["directions"]] if metrics[0].sample else None
+        options = metrics[0].options_of(self.recipe.probe)
+        directions = [*options["directions"]] if metrics[0].sample else None
         self.asked.append((artefact.name, directions))
+        at = [self.recipe.probe.radii.index(radius) for radius in options["radii"]]
         with self.meter.part(self.passes_of(artefact, metrics), artefact.name):
-            found = self.values[artefact.hash][:, slice(None) if directions is None else directions]
+            found = self.values[artefact.hash][at][:, slice(None) if directions is None else directions]
         measured = Measured(artefact, ([], []))
         measured.series, measured.weights = {"gaussian": found}, {"gaussian": WEIGHTS}
         return measured
@@ -62,16 +64,16 @@ def surveyed(fake, names, judged, line, engine=None):
     return survey(fake, models, metrics, judged, display=display, engine=engine, later=7)
 
 
-def test_the_others_are_measured_in_directions_that_are_typical_of_the_judged():
+def test_the_others_are_measured_at_the_middle_radius_in_directions_that_are_typical_of_the_judged():
     rng, line = np.random.default_rng(0), Line()
     values = {name: rng.gamma(2, 1, (3, 12, 2)) for name in ("base", "run", "merge", "matched")}
     fake = Fake(values, directions=12, other_directions=3)
     found = surveyed(fake, ["base", "run", "merge", "run'", "matched"], {"merge", "run'"}, line)
     assert list(found) == ["base", "run", "merge", "run'", "matched"]
-    expected = list(balanced([values["merge"] @ WEIGHTS, values["run"] @ WEIGHTS], 3))
+    expected = list(balanced([(values[name] @ WEIGHTS)[1:2] for name in ("merge", "run")], 3))
     assert fake.asked == [("run", None), ("merge", None), ("run'", None), ("base", expected), ("matched", expected)]
-    assert found["matched"].series["gaussian"].shape == (3, 3, 2)
-    assert line.total == line.done + 7 == 3 * (2 * 3 * 12) + 2 * (2 * 3 * 3) + 7
+    assert found["matched"].series["gaussian"].shape == (1, 3, 2)
+    assert line.total == line.done + 7 == 3 * (2 * 3 * 12) + 2 * (2 * 1 * 3) + 7
 
 
 @pytest.mark.parametrize("section", [{"directions": 3}, {"directions": 8, "other_directions": 8}])
@@ -112,4 +114,4 @@ def test_the_bar_begins_when_workers_have_ended(monkeypatch):
     monkeypatch.setattr("emomerge.experiment.survey.measure_in_workers", lambda *given: events.append(hasattr(line, "total")))
     surveyed(fake, ["run", "merge"], {"merge"}, line, engine=object())
     assert events == [False, False]
-    assert line.total == line.done + 7 == 2 * 3 * 3 + 7  # what was measured by workers is not counted again
+    assert line.total == line.done + 7 == 2 * 1 * 3 + 7  # what was measured by workers is not counted again

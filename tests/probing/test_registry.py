@@ -48,6 +48,9 @@ def test_a_sample_of_directions_restricts_a_metric():
     assert few.directions(recipe.Probe(directions=3)) == 2
     assert few.passes(few.options_of(recipe.Probe(directions=3)), batches=5) == 2 * 3 * 2 * 5
     assert METRICS["gaussian"].in_few(recipe.Probe(directions=32)).sample == tuple(range(8))
+    assert METRICS["gaussian"].in_few(recipe.Probe()).options_of(recipe.Probe())["radii"] == [0.03]
+    assert METRICS["adaptive"].in_few(recipe.Probe()).options_of(recipe.Probe())["radii"] == [0.1]
+    assert METRICS["gaussian"].in_few(recipe.Probe(directions=3)).options_of(recipe.Probe())["radii"] == (0.01, 0.03, 0.1)
     assert (
         METRICS["gaussian"].in_few(recipe.Probe(directions=3)).sample is METRICS["basin"].in_few(recipe.Probe()).sample is None
     )
