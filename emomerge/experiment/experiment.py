@@ -145,13 +145,13 @@ class Experiment:
         )  # fmt: skip
 
     def snapshot_artefact(self, spec: RunSpec, step: int) -> Artefact:
-        """Return a snapshot of a control or a trunk as an artefact."""
+        """Return a snapshot of a control or a trunk as an artefact; its cost is known once the run is done."""
         folder = self.run_dir(spec).snapshot(step)
         weights = {file.name: atomic.sha256(file) for file in sorted(folder.glob("*.safetensors"))}
         return Artefact(
             f"{spec.name} at step {step}", "control", open_run(self.base, folder),
             digest([self.base_hash, weights]), path=folder, optimizer=spec.optimizer, seed=spec.seed,
-            cost=self.cost_of([spec]),
+            cost=self.cost_of([spec]) if self.run_is_done(spec) else None,
         )  # fmt: skip
 
     def kept_rounds(self, seed: int) -> KeptRounds:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from emomerge.experiment.merges import check_merge, merge_note, write_merge
 from emomerge.experiment.outline import outline, outline_table, size
 from emomerge.experiment.stage import Facts, Stage
 from emomerge.experiment.workspace import files_below, stopwatch
+from emomerge.merging.vectors import finite_or_inf
 from emomerge.numerics.hashing import digest
 from emomerge.numerics.threads import one_thread
 from emomerge.probing.registry import recipe_metrics
@@ -41,8 +42,11 @@ from emomerge.training import (
     train_locally,
     train_runs,
 )
-from emomerge.training.trunk import branch_point
+from emomerge.training.trunk import branch_point, checks
 from emomerge.training.work import Work
+
+OVERFITTED = 1.25
+"""A trunk has plainly overfitted where its validation loss is so many times the lowest."""
 
 
 class Pipeline(Experiment):
@@ -268,15 +272,29 @@ class Pipeline(Experiment):
                 say = self.display.say if first_round else lambda line: None  # every round would say the same
                 train_locally(self.context, pieces, ranks=self.ranks, on_step=on_step, say=say, loaded=loaded)
 
-        train_runs(self.context, specs, execute, self._branch_point)
+        here = self.engine is None and self.ranks is None  # elsewhere a stop would cost as much as it saves
+        train_runs(self.context, specs, execute, self._branch_point, self._overfits if here else None)
 
     def _branch_point(self, trunk: RunSpec) -> int:
-        """Return the step of a trunk with the lowest validation loss."""
-        snapshots = {step: self.snapshot_artefact(trunk, step) for step in trunk.snapshots}
-        best = self.measurer.best(list(snapshots.values()))
-        step = next(step for step, snapshot in snapshots.items() if snapshot is best)
-        self.display.say(f"{trunk.name}: the runs branch off at step {step} of {trunk.steps}, by validation loss")
-        return step
+        """Return the step of a trunk with the lowest validation loss, of those at which it has not yet overfitted."""
+        losses: dict[int, float] = {}
+        for step in trunk.snapshots:
+            losses[step] = self._trunk_loss(trunk, step)
+            if step in checks(trunk) and _has_overfitted(losses.values()):
+                break
+        best = min(losses, key=losses.__getitem__)
+        self.display.say(f"{trunk.name}: the runs branch off at step {best} of {trunk.steps}, by validation loss")
+        return best
+
+    def _overfits(self, trunk: RunSpec, step: int) -> bool:
+        """Return whether a trunk has plainly overfitted at the step of a snapshot."""
+        found = _has_overfitted([self._trunk_loss(trunk, earlier) for earlier in trunk.snapshots if earlier <= step])
+        if found:
+            self.display.say(f"{trunk.name}: stopped at step {step} of {trunk.steps}, where it overfits")
+        return found
+
+    def _trunk_loss(self, trunk: RunSpec, step: int) -> float:
+        return finite_or_inf(self.measurer.loss(self.snapshot_artefact(trunk, step), "validation"))
 
     def runs_are_done(self) -> bool:
         """Return whether all shallow runs are up to date, and the rounds that merges are made of are kept."""
@@ -356,6 +374,12 @@ class Pipeline(Experiment):
         except BadInput:
             return False
         return True
+
+
+def _has_overfitted(losses: Iterable[float]) -> bool:
+    """Return whether the last of some validation losses is beyond the lowest by more than noise: by OVERFITTED."""
+    known = list(losses)
+    return known[-1] > OVERFITTED * min(known)
 
 
 def _differing(recipe: Recipe, part: str, other: Recipe) -> str:

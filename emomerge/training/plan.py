@@ -31,6 +31,7 @@ class RunSpec:
         snapshots: steps after which the weights are kept.
         start: steps taken in earlier rounds.
         end: step at which this round ends; by default the whole budget.
+        is_stopped: whether the run is over at `end`, although it has steps left.
     """
 
     name: str
@@ -45,6 +46,7 @@ class RunSpec:
     snapshots: tuple[int, ...] = ()
     start: int = 0
     end: int = 0
+    is_stopped: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "end", self.end or self.steps)
@@ -53,6 +55,11 @@ class RunSpec:
     def role(self) -> Role:
         """`run` if it is merged; `trunk` if such runs branch off from it; else `control`."""
         return "trunk" if self.is_trunk else "run" if self.control is None else "control"
+
+    @property
+    def is_last_round(self) -> bool:
+        """Whether the run is done at `end`."""
+        return self.is_stopped or self.end == self.steps
 
     @property
     def is_averaged(self) -> bool:

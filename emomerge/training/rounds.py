@@ -33,7 +33,7 @@ from emomerge.training.plan import RunSpec, planned_trunks, round_ends
 from emomerge.training.run import copy_into
 from emomerge.training.run_dir import load_start, round_start_file
 from emomerge.training.state import load_header, load_state, of_kind, save_state
-from emomerge.training.trunk import Choose, branch_point, last_snapshot, train_trunks
+from emomerge.training.trunk import Choose, Overfits, branch_point, last_snapshot, train_trunks
 
 Tensors = dict[str, Tensor]
 
@@ -43,6 +43,7 @@ def train_runs(
     specs: Sequence[RunSpec],
     execute: Callable[[Sequence[RunSpec]], None],
     choose: Choose = last_snapshot,
+    overfits: Overfits | None = None,
 ) -> None:
     """Train runs, from a trunk and in rounds if the recipe asks for them. Runs that are done are skipped.
 
@@ -51,6 +52,7 @@ def train_runs(
         specs: all runs of one or more training seeds, or controls, which are trained without rounds.
         execute: trains the given runs from `spec.start` to `spec.end`, unless they have reached it.
         choose: chooses where the runs branch off from the trunk.
+        overfits: says where a trunk need not go on.
 
     Raises:
         RunFailed: a loss became NaN or infinite; raised after all other runs are trained. The rounds of its seed stop there.
@@ -62,12 +64,12 @@ def train_runs(
         execute(specs)
         return
     if len(ends) == 1:
-        train_trunks(context, [spec.seed for spec in specs if not context.is_done(spec)], execute, choose)
+        train_trunks(context, [spec.seed for spec in specs if not context.is_done(spec)], execute, choose, overfits)
         execute(specs)
         return
     seeds = dict.fromkeys(spec.seed for spec in specs)
     groups = [_Group(context, [spec for spec in specs if spec.seed == seed]) for seed in seeds]
-    train_trunks(context, [group.seed for group in groups if group.needs_trunk], execute, choose)
+    train_trunks(context, [group.seed for group in groups if group.needs_trunk], execute, choose, overfits)
     for group in groups:
         group.keep_start()
     failures = []

@@ -118,7 +118,8 @@ class TrainingRun:
         self._average = self._new_average()
         header = load_header(self.run.checkpoint, self.inputs)
         if header is not None and header["step"] == self.step == spec.start:
-            self._load_weights(load_round_start(self.run, spec))
+            if spec.role == "run":  # a trunk goes on with its own weights
+                self._load_weights(load_round_start(self.run, spec))
         else:  # another process has trained it in the meantime
             self._resume()
             self.run.restart_metrics(self.step)
@@ -126,7 +127,7 @@ class TrainingRun:
 
     def _new_average(self) -> WeightAverage | None:
         spec, how = self.spec, self.recipe.runs.average
-        if how is None or spec.end < spec.steps or not spec.is_averaged:
+        if how is None or not spec.is_last_round or not spec.is_averaged:
             return None
         return WeightAverage(how, self.learnt, spec.start, spec.end)
 
@@ -206,7 +207,7 @@ class TrainingRun:
             model: the adapted model on the CPU, holding this run's weights under the names of `trained`.
         """
         base_folder = self.context.base_folder
-        if self.spec.end < self.spec.steps:
+        if not self.spec.is_last_round:
             self.run.write_state(state="waiting")
             return
         self.run.squared_gradients.unlink(missing_ok=True)  # left by a run of other inputs
@@ -222,7 +223,7 @@ class TrainingRun:
             save_adapted(model, folders[1], base_folder=base_folder)
         weights = {file.name: atomic.sha256(file) for file in sorted((self.run.path / self._used).rglob("*.safetensors"))}
         rows = list(self.run.metrics())
-        folders += [self.run.snapshot(step) for step in self.spec.snapshots]
+        folders += [self.run.snapshot(step) for step in self.spec.snapshots if step <= self.step]
         self.run.write_state(
             state="done",
             sha256=weights,
@@ -282,7 +283,7 @@ class TrainingRun:
                 self._load_weights(load_start(self.run, self.spec))
             return
         header, tensors = found
-        at_round_start = header["step"] == self.spec.start > 0
+        at_round_start = self.spec.role == "run" and header["step"] == self.spec.start > 0
         weights = load_round_start(self.run, self.spec) if at_round_start else of_kind(tensors, "model")
         state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header["scalars"].items()}
         for name, tensor in of_kind(tensors, "optimizer").items():

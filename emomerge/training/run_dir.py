@@ -86,7 +86,7 @@ class RunDir:
 
     def has_reached(self, inputs: str, spec: RunSpec) -> bool:
         """Return whether the run is trained to `spec.end`: the end of the run, or of a round before the last one."""
-        if spec.end == spec.steps:
+        if spec.is_last_round:
             return self.is_done(inputs)
         state = self.state
         at_end = state.get("inputs") == inputs and state.get("step") == spec.end and state.get("state") != "failed"

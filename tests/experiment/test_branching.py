@@ -36,6 +36,18 @@ def test_the_branch_point_has_the_lowest_validation_loss(recipe, tmp_path, monke
     assert all(torch.equal(start[name], chosen[name]) for name in start)
 
 
+def test_a_trunk_that_overfits_ends_there_and_counts_for_less(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("emomerge.experiment.pipeline.OVERFITTED", 0.0)
+    made = Pipeline(parse_recipe(recipe), tmp_path / "out")
+    assert made.run()
+    (trunk,) = made.trunks
+    assert made.run_dir(trunk).state["steps_taken"] == 2
+    results = load_results(tmp_path / "out")
+    rows = (2 + 4 * 2) * made.recipe.runs.batch_size
+    assert {row.mean("examples") for row in results.artefacts if row.role == "run"} == {rows}
+    assert not Pipeline(parse_recipe(recipe), tmp_path / "out").run(), "nothing to do"
+
+
 def test_trunk_is_merged_counted_and_named(recipe, tmp_path):
     made = Pipeline(parse_recipe(recipe), tmp_path / "out")
     assert made.run()

@@ -23,10 +23,12 @@ FULL, LORA = Full(kind="full"), Lora(kind="lora", rank=2)
 def train(digits, context):
     _, task, _ = digits
 
-    def train(folder="runs", on_step=lambda spec, row: None, choose=trunk.last_snapshot, adapter=FULL, **options):
+    def train(
+        folder="runs", on_step=lambda spec, row: None, choose=trunk.last_snapshot, overfits=None, adapter=FULL, **options
+    ):
         fields = {"steps": 8, "batch_size": 8, "optimizers": ("sens", "cats"), "rounds": 1, "checkpoint_every": 3, "trunk": 0.5}
         made = context(folder, task=task, runs=Runs(**{**fields, **options}), adapter=adapter, merge=(Merge(method="mean"),))
-        train_runs(made, planned_runs(made.recipe), partial(train_locally, made, on_step=on_step), choose)
+        train_runs(made, planned_runs(made.recipe), partial(train_locally, made, on_step=on_step), choose, overfits)
         return made
 
     return train
@@ -106,8 +108,36 @@ def test_runs_start_from_the_chosen_snapshot(train, adapter):
     assert made.is_done(spec), "its other snapshots are gone, it is not trained again"
 
 
+@pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
+def test_a_trunk_that_overfits_is_stopped(train, adapter):
+    asked, steps = [], []
+
+    def overfits(spec, step):
+        asked.append((spec.name, step))
+        return step == 4
+
+    def count(spec, row):
+        steps.append((spec.name, row["step"]))
+
+    options = {"adapter": adapter, "choose": lambda spec: 2}
+    made = train(overfits=overfits, on_step=count, **options)
+    (spec,) = planned_trunks(made.recipe)
+    assert asked == [("trunk-0", 2), ("trunk-0", 4)]
+    assert [step for name, step in steps if name == "trunk-0"] == [1, 2, 3, 4]
+    assert made.is_done(spec) and made.run_dir(spec).state["steps_taken"] == 4
+    assert hashes(made) == hashes(train("whole", **options)), "the runs start from the same snapshot"
+    never = train("never", overfits=lambda spec, step: False, **options)
+    assert never.run_dir(spec).state["sha256"] == train("whole", **options).run_dir(spec).state["sha256"]
+
+
 @pytest.mark.parametrize(
-    "options", [{"adapter": FULL}, {"adapter": LORA, "parallel": "stacked", "rounds": 2}], ids=["full", "lora"]
+    "options",
+    [
+        {"adapter": FULL},
+        {"adapter": LORA, "parallel": "stacked", "rounds": 2},
+        {"adapter": LORA, "overfits": lambda spec, step: step == 4},
+    ],
+    ids=["full", "lora", "stopped"],
 )
 def test_killed_again_and_again_they_end_with_the_same_bits(train, monkeypatch, kills, options):
     options = {**options, "choose": lambda spec: spec.snapshots[1]}

@@ -112,7 +112,7 @@ def train_stacked(passes: StackedPasses, on_step: StepHook = ignore_step) -> dic
             each(active, lambda n, spent=spent: runs[n].take_step(passes.rows_of(n), spent))  # type: ignore[misc]
             stack.drop_gradients()
             each(active, keep_snapshot)
-    if any(spec.end == spec.steps for spec in specs):  # then results are written
+    if any(spec.is_last_round for spec in specs):  # then results are written
         model.cpu()
     each(range(len(runs)), finish)
     return failures
@@ -183,4 +183,4 @@ class StackedPasses:
 
 def whole(spec: RunSpec) -> RunSpec:
     """Return the specification of a run, given that of a round."""
-    return replace(spec, start=0, end=spec.steps)
+    return replace(spec, start=0, end=spec.steps, is_stopped=False)
