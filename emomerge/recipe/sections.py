@@ -288,7 +288,8 @@ class Runs(Section):
     """emoPulse falls linearly to 0 over this last share of the steps."""
     trunk: float = Field(0.5, ge=0, lt=1)
     """Share of all runs' steps that one run of the first optimizer takes before the others branch off from its weights (the
-    seed phase of Branch-Train-Merge, Li et al. 2022). They branch off where the validation loss was lowest."""
+    seed phase of Branch-Train-Merge, Li et al. 2022). They branch off where the validation loss was lowest. A trunk that has
+    plainly overfitted after a quarter or a half of its steps ends there."""
     rounds: int = Field(ROUNDS, ge=1)
     """Number of rounds that the steps after the trunk are divided into; each starts all runs from the mean of the previous one.
     By default 30, fewer if a round would have less than ten steps."""

@@ -76,7 +76,7 @@ def test_the_merge_is_the_sum_that_the_diagnostics_name(base, make_runs, taus, b
     expected = reference.task_arithmetic(taus, torch.tensor(params["coefficients"]))
     assert torch.equal(merged.delta("w", base), expected)
     assert params["measured_loss"] == bowl(merged)
-    assert params["predicted_loss"] == pytest.approx(params["measured_loss"], rel=1e-3)
+    assert params["predicted_loss"] == pytest.approx(params["measured_loss"], rel=1e-2)
 
 
 def test_no_more_losses_are_measured_than_allowed(base, make_runs, taus, bowl):
@@ -318,7 +318,7 @@ def test_the_radius_follows_a_narrow_bent_valley():
 
     search = positioning.Search(rosenbrock)
     search.measure(torch.tensor([-1.2, 1], dtype=torch.float64))
-    positioning.descend(search, torch.eye(2, dtype=torch.float64), 120)
+    positioning.descend(search, torch.eye(2, dtype=torch.float64), 120, min_gain=1e-6)
     assert search.lowest < 0.05
 
 
