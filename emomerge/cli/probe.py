@@ -47,8 +47,9 @@ if TYPE_CHECKING:
     "metrics",
     multiple=True,
     metavar="NAME",
-    help="Measure only this metric, in addition to losses, gradient norm and distance; repeatable (default: those of the "
-    "recipe). Metrics that compare models probe the first MODEL and compare it with the others.",
+    help="Measure only this metric, in addition to losses, distance and, unless the preset is quick, gradient norm; "
+    "repeatable (default: those of the recipe). "
+    "Metrics that compare models probe the first MODEL and compare it with the others.",
 )
 @set_option
 @executor_option(help="Where models are measured: in this process, or split over workers by metric and direction.")

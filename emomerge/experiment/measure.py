@@ -280,7 +280,7 @@ class Measurer:
         return artefacts[min(range(len(losses)), key=lambda i: math.inf if math.isnan(losses[i]) else losses[i])]
 
     def probe(self, artefact: Artefact, metrics: Sequence[Metric]) -> Measured:
-        """Measure one artefact: its scores, gradient norm, distance, and the metrics of single artefacts."""
+        """Measure one artefact: its scores, distance, gradient norm, and the metrics of single artefacts."""
         with self.meter.part(self.basic_passes, f"{artefact.name}: losses"):
             measured = Measured(artefact, self._basic_figures(artefact))
         for metric in metrics:
@@ -353,11 +353,17 @@ class Measurer:
     def basic_passes(self) -> float:
         """The cost of the figures that are measured of every artefact."""
         splits: tuple[SplitName, ...] = ("train", "validation", "test")
-        return BACKWARD * self.recipe.probe.batches + sum(self._scorer(split).passes for split in splits)
+        gradient = BACKWARD * self.recipe.probe.batches if self._with_gradient else 0
+        return gradient + sum(self._scorer(split).passes for split in splits)
+
+    @property
+    def _with_gradient(self) -> bool:
+        """Whether the gradient norm is measured: a `quick` probe leaves out what takes backward passes."""
+        return self.recipe.probe.preset != "quick"
 
     def _basic_figures(self, artefact: Artefact) -> tuple[list[Figure], list[Figure]]:
         """Return the figures common to all artefacts, in the order of the tables: before and after those of metrics."""
-        gradient_norm = basics.gradient_norm(self._perturbable(artefact))
+        self.load(artefact)
         distance = basics.distance(self.model, self.base_parameters)
         splits: tuple[SplitName, ...] = ("test", "validation", "train")
         scores = {split: self.scores(artefact, split) for split in splits}
@@ -370,7 +376,9 @@ class Measurer:
             after.append((COSINE, exact(artefact.cosine_to_mean)))
         if "entropy" in scores["train"]:
             after.append((ENTROPY, exact(basics.mean_score(scores["train"], "entropy"))))
-        return test, [*after, (GRADIENT_NORM, exact(gradient_norm)), *cost_figures(artefact.cost)]
+        if self._with_gradient:
+            after.append((GRADIENT_NORM, exact(basics.gradient_norm(self._perturbable(artefact)))))
+        return test, [*after, *cost_figures(artefact.cost)]
 
     def weights_of(self, artefact: Artefact) -> dict[str, Tensor]:
         """Return copies of an artefact's parameters, keyed by their names in the model."""

@@ -154,6 +154,7 @@ def _probe(pipeline: Pipeline) -> int:
     recipe = pipeline.recipe
     probe, runs, seeds = recipe.probe, recipe.runs, len(recipe.runs.seeds)
     held_out = _rows(pipeline, "validation", "test") / probe.batch_size
+    gradient = 0 if probe.preset == "quick" else BACKWARD
     of_all, of_close = recipe_metrics(probe)
     judged = sum(kind in recipe.controls for kind, control in CONTROLS.items() if control.rival_in == "flatter") + 2
     close = sum(kind in recipe.controls for kind, control in CONTROLS.items() if control.rival_in == "better")
@@ -164,7 +165,7 @@ def _probe(pipeline: Pipeline) -> int:
         (others, [metric.in_few(probe) for metric in of_all]),
     )
     forward = seeds * sum(
-        count * ((1 + BACKWARD) * probe.batches + held_out)
+        count * ((1 + gradient) * probe.batches + held_out)
         + sum(count * metric.passes(metric.options_of(probe), probe.batches) for metric in metrics)
         for count, metrics in groups
     )

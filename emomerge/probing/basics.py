@@ -142,7 +142,7 @@ def agreement(models: Mapping[str, Weights], base: Weights) -> dict[str, Any]:
     }
 
 
-@metric("gradient-norm", preset="quick", roles=(), cost=lambda options, batches: BACKWARD * batches)
+@metric("gradient-norm", preset="standard", roles=(), cost=lambda options, batches: BACKWARD * batches)
 def _gradient_norm(probe: Perturbable) -> Measurement:
     norm = gradient_norm(probe)
     return Measurement(np.array(norm), norm if math.isfinite(norm) else None)

@@ -395,8 +395,9 @@ class Probe(Section):
     """How flatness is measured."""
 
     preset: Literal["quick", "standard", "full"] = "standard"
-    """quick: losses, Gaussian sharpness, α-curves. standard: also adaptive sharpness, the Hessian, basins, barriers. full: also
-    worst-case sharpness, a plane, surfaces. What goes beyond `quick` is taken of the merge, its rivals and the base."""
+    """quick: losses, Gaussian sharpness, α-curves. standard: also gradient norms, adaptive sharpness, the Hessian, basins,
+    barriers. full: also worst-case sharpness, a plane, surfaces. What goes beyond `quick` is taken of the merge, its rivals and
+    the base."""
     data: Literal["train", "test"] = "train"
     """Which split's loss surface is probed."""
     batches: int = Field(4, ge=1)

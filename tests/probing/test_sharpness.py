@@ -222,10 +222,10 @@ def test_presets_grow_and_leave_out_what_they_lack(network):
     model, base, _, batches = network
     quick, standard, full = (set(preset_metrics(preset)) for preset in PRESETS)
     assert quick < standard < full == set(METRICS) - {"layers"}  # on request only
-    assert {"loss", "gradient-norm", "noise-floor", "distance", "gaussian", "curve"} <= quick
-    assert {"adaptive", "basin", "barriers"} <= standard - quick
+    assert {"loss", "noise-floor", "distance", "gaussian", "curve"} <= quick
+    assert {"gradient-norm", "adaptive", "basin", "barriers"} <= standard - quick
     assert {"worst-case", "plane", "surface"} <= full - standard
-    bare = {"loss", "gradient-norm", "noise-floor", "gaussian"}
+    bare = {"loss", "noise-floor", "gaussian"}
     assert set(emomerge.probe(model, network_loss, batches)) == bare
     assert set(emomerge.probe(model, network_loss, batches, reference=base)) == bare | {"distance", "curve"}
 
