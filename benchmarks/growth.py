@@ -132,18 +132,28 @@ def sizes(axis: Axis) -> list[int]:
 
 
 def grow(names: Sequence[str], repeats: int, folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Measure some axes: name → one point per size."""
+    """Measure some axes: name → one point per size.
+
+    All sizes are measured before any is measured again: the CPU time of the same work drifts by a quarter over minutes where
+    other machines share the processor, and the least of runs that lie apart is freer of it.
+    """
     write_images(folder, max(sizes(AXES["rows"])))
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for name in names:
-        for count in sizes(AXES[name]):
-            recipe = united(
-                united(RECIPE, {"task": {"train": str(folder / "train-images-idx3-ubyte.gz")}}), AXES[name].recipe(count)
-            )
-            runs = [measure(recipe, folder) for _ in range(repeats)]
-            found[name].append({"units": count, **{key: min(run[key] for run in runs) for key in ("cpu", "memory")}})
-            print(name, json.dumps(found[name][-1]), flush=True)
-    return found
+    recipe = united(RECIPE, {"task": {"train": str(folder / "train-images-idx3-ubyte.gz")}})
+    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
+    for _ in range(repeats):
+        for name in names:
+            for count in sizes(AXES[name]):
+                run = measure(united(recipe, AXES[name].recipe(count)), folder)
+                least = found[name].setdefault(count, run)
+                found[name][count] = {key: min(run[key], least[key]) for key in run}
+                print(name, count, json.dumps(run), flush=True)
+    return {name: [{"units": count, **point} for count, point in points.items()] for name, points in found.items()}
+
+
+def least_of(points: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Return the least of two measurements of the same sizes."""
+    pairs = zip(points, others, strict=True)
+    return [{key: one[key] if key == "units" else min(one[key], other[key]) for key in one} for one, other in pairs]
 
 
 def added(points: Sequence[Mapping[str, float]], key: str) -> list[float]:
@@ -241,6 +251,7 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("--only", choices=AXES, action="append")
     run.add_argument("--repeats", type=int, default=2)
+    run.add_argument("--add", action="store_true", help="keep the least of these and of the runs that are stored in --out")
     run.add_argument("-o", "--out", type=Path, default=RESULTS)
     commands.add_parser("plot")
     given = parser.parse_args()
@@ -252,6 +263,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = grow(given.only or list(AXES), given.repeats, Path(folder))
     facts = {"machine": machine(), "load": os.getloadavg()[2], "torch": version("torch"), "repeats": given.repeats}
+    if given.add:
+        before = json.loads(given.out.read_text(encoding="utf-8"))
+        if (before["machine"], before["torch"]) != (facts["machine"], facts["torch"]):
+            raise SystemExit(f"{given.out.name} was measured elsewhere: leave out --add")
+        found = {name: least_of(points, before["points"].get(name, points)) for name, points in found.items()}
+        found = {**before["points"], **found}
+        facts["repeats"] += before["repeats"]
     per_unit: dict[str, dict[str, Any]] = {
         name: {key: {"added": added(points, key), "spread": spread(added(points, key))} for key in ("cpu", "memory")}
         for name, points in found.items()

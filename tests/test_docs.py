@@ -87,9 +87,10 @@ def test_the_gallery_is_of_results_that_this_version_reads():
 
     from emomerge.reporting.comparison import compare
 
-    found = compare({name: gallery.stored(name) for name in gallery.COMMANDS})
-    assert found.groups[0].runs == tuple(gallery.COMMANDS)
+    found = compare({name: gallery.stored(name) for name in gallery.COMPARED})
+    assert found.groups[0].runs == gallery.COMPARED
     for name in (*gallery.COMMANDS, gallery.COMPARISON):
+        assert name == gallery.COMPARISON or gallery.stored(name).name
         for scheme in ("light", "dark"):
             assert (gallery.GALLERY / f"{name}-{scheme}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -45,6 +45,10 @@ def test_what_a_doubling_adds_is_divided_by_the_units_it_adds(growth: ModuleType
     assert growth.spread([12.0, 24.0]) == pytest.approx(1 / 3)
 
 
+def test_the_least_of_two_measurements_counts(growth: ModuleType) -> None:
+    assert growth.least_of(points(5.0, 9.0), points(6.0, 8.0)) == points(5.0, 8.0)
+
+
 def test_the_section_shows_each_point_and_what_it_adds(growth: ModuleType, tmp_path: Path) -> None:
     found = {"machine": "a CPU", "load": 0.1, "torch": "2.0", "repeats": 2}
     text = growth.section({**found, "points": {"rows": points(5.0, 9.0), "parameters": points(16.0, 64.0, 256.0)}})
