@@ -26,6 +26,7 @@ ALPHAS: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     preset="quick",
     base=True,
     roles=("run", "merge"),
+    split="whole",
     cost=lambda options, batches: sum(alpha != 1 for alpha in options["alphas"]) * batches,
     report=report.curve,
 )
