@@ -186,7 +186,7 @@ def section(found: Mapping[str, Any] | None) -> str:
             lines.append(f"| {' | '.join([title if not number else '', *cells, *more])} |")
     apart = ", ".join(f"{100 * spread(added(points, 'cpu')):.0f} % ({name})" for name, points in found["points"].items())
     repeats, busy = found["repeats"], ", busy with other work" if found["load"] > 1.5 else ""
-    least = "one run each" if repeats == 1 else f"the least of {repeats} runs each"
+    least = "one run each" if repeats == 1 else f"the least of {repeats} runs or more"
     return "\n".join(
         [
             *lines,
@@ -269,7 +269,7 @@ def main() -> None:
             raise SystemExit(f"{given.out.name} was measured elsewhere: leave out --add")
         found = {name: least_of(points, before["points"].get(name, points)) for name, points in found.items()}
         found = {**before["points"], **found}
-        facts["repeats"] += before["repeats"]
+        facts["repeats"] = before["repeats"] + (0 if given.only else given.repeats)  # of the axis with the fewest
     per_unit: dict[str, dict[str, Any]] = {
         name: {key: {"added": added(points, key), "spread": spread(added(points, key))} for key in ("cpu", "memory")}
         for name, points in found.items()
