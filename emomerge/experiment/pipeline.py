@@ -45,8 +45,8 @@ from emomerge.training import (
 from emomerge.training.trunk import branch_point, checks
 from emomerge.training.work import Work
 
-OVERFITTED = 1.25
-"""A trunk has plainly overfitted where its validation loss is so many times the lowest."""
+OVERFITTED = 0.25
+"""A trunk has plainly overfitted where its validation loss is above the lowest by such a share of it."""
 
 
 class Pipeline(Experiment):
@@ -377,9 +377,10 @@ class Pipeline(Experiment):
 
 
 def _has_overfitted(losses: Iterable[float]) -> bool:
-    """Return whether the last of some validation losses is beyond the lowest by more than noise: by OVERFITTED."""
+    """Return whether the last of some validation losses is above the lowest by more than noise: by OVERFITTED."""
     known = list(losses)
-    return known[-1] > OVERFITTED * min(known)
+    lowest = min(known)
+    return known[-1] > lowest + OVERFITTED * abs(lowest)
 
 
 def _differing(recipe: Recipe, part: str, other: Recipe) -> str:
