@@ -70,6 +70,7 @@ def stacked(results: Mapping[str, Any]) -> str:
             return "not measured"
         less = row["peft"]["cpu"] / row["stacked"]["cpu"]
         missed = f" (goal {LIMITS[key]})" if less < LIMITS.get(key, 0.0) else ""
+        missed += f" of at most {row['peft']['cpu'] / row['base']['cpu']:.1f}" if "base" in row else ""
         return f"{less:.1f}{missed}, {row['stacked']['rss'] / row['one']['rss']:.1f} ×"
 
     body = [[f"{count:,}", *(cell((width, count)) for width in widths)] for count in tokens]

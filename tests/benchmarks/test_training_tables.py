@@ -28,6 +28,8 @@ def test_ratios_are_those_of_the_stored_figures(tables: ModuleType) -> None:
     times = {"stacked": {"cpu": 2.0, "rss": 300.0}, "peft": {"cpu": 5.0, "rss": 1.0}, "one": {"cpu": 1.0, "rss": 250.0}}
     text = tables.stacked({"rows": [{"hidden": 128, "tokens": 16, **times, **place}]})
     assert "| 16 | 2.5 (goal 3.5), 1.2 × |" in text
+    text = tables.stacked({"rows": [{"hidden": 128, "tokens": 16, **times, "base": {"cpu": 1.25}, **place}]})
+    assert "| 16 | 2.5 (goal 3.5) of at most 4.0, 1.2 × |" in text
     assert "busy" not in text
     rows = [{"name": name, "set": "s", "threads": 1, "ratio": r, "bytes": 4.0} for name, r in (("Lion", 3.0), ("EmoCats", 0.5))]
     assert "| s | 0.50 | 3.00 |" in tables.optimizers({"rows": rows, "rounds": 3, **place, "load": 9.0})
