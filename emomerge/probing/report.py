@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from emomerge.probing.registry import Report
+from emomerge.probing.registry import Report, middle_of
 from emomerge.results import Column, Estimate, View
 
 Summary: TypeAlias = Mapping[str, Any]
@@ -162,7 +162,7 @@ def _by_radius(summary: Mapping[str, Summary]) -> Iterable[tuple[float, Summary]
 
 
 def _middle(summary: Mapping[str, Summary]) -> float:
-    return sorted(map(float, summary))[len(summary) // 2]
+    return middle_of([*map(float, summary)])
 
 
 def _secondary(radius: float, middle: float) -> tuple[View, ...]:
