@@ -99,12 +99,13 @@ class Workspace:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder while the block runs, and remove it afterwards if it is empty.
+        """Lock the folder while the block runs, and remove it afterwards if it is empty, with the folders made for it.
 
         Raises:
             BadInput: another process holds the lock.
         """
         atomic.refuse_no_disk(self.out)
+        made = [folder for folder in self.out.parents if not folder.exists()]
         with atomic.translate_os_error(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             self._lock = lock = (self.out / ".lock").open("w")
@@ -114,6 +115,9 @@ class Workspace:
             finally:  # while holding the lock: another process may be about to write to the folder
                 if [place.name for place in self.out.iterdir()] == [".lock"]:
                     shutil.rmtree(self.out)
+                    with contextlib.suppress(OSError):  # something else is there by now
+                        for folder in made:
+                            folder.rmdir()
 
     def let_go(self) -> None:
         """Close the lock in a copy of the process that holds it, which would otherwise hold it beyond that one's end."""

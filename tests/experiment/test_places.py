@@ -15,6 +15,7 @@ from emomerge.cli import main
 from emomerge.cli.status import status_of
 from emomerge.errors import BadInput, Note
 from emomerge.experiment.pipeline import Pipeline
+from emomerge.experiment.workspace import Workspace
 from emomerge.recipe import Recipe, load_recipe
 
 OWN = """
@@ -189,3 +190,9 @@ def test_a_folder_without_models_is_anyones(project: Path) -> None:
         pipeline.begin()  # and then the base could not be loaded
     with_base(load_recipe(project / "recipe.yaml", ["base.prepare.steps=3"]), project / "out")
     assert json.loads((project / "out/stamps/base.json").read_text())["inputs"]
+
+
+def test_a_run_that_writes_nothing_leaves_no_folders(tmp_path):
+    with Workspace(tmp_path / "out" / "mine").locked():
+        assert (tmp_path / "out" / "mine").is_dir()
+    assert not [*tmp_path.iterdir()]
