@@ -31,14 +31,14 @@ def write_cards(experiment: Experiment, results: Results) -> None:
     _write_card(experiment, experiment.space.base, {"name": "base", "about": about, **shared})
     for spec in [*experiment.specs, *experiment.trained_controls]:
         optimizer = OPTIMIZERS[spec.optimizer].class_name if spec.rate is None else f"AdamW, peak rate {spec.rate:g}, cosine"
-        about = f"Trained from `{experiment.space.base}` for {spec.steps} steps with {optimizer}"
+        taken = experiment.run_dir(spec).state["steps_taken"]
+        about = f"Trained from `{experiment.space.base}` for {taken} steps with {optimizer}"
         rounds = experiment.recipe.runs.rounds if spec.role == "run" else 1
         about += ", after a trunk that all runs share" if spec.role == "run" and experiment.trunks else ""
         about += "." if rounds == 1 else f", in {rounds} rounds that each began at the mean of all runs."
         folders = {spec.name: experiment.run_dir(spec).artefact}
-        folders |= {
-            row.name: Path(row.path) for row in results.artefacts if row.path and row.name.startswith(f"{spec.name} at")
-        }
+        points = (f"{spec.name} at step", f"{spec.name} until step")
+        folders |= {row.name: Path(row.path) for row in results.artefacts if row.path and row.name.startswith(points)}
         for name, folder in folders.items():
             _write_card(experiment, folder, {"name": name, "about": about, "base": str(experiment.space.base), **shared})
 

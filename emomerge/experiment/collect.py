@@ -55,7 +55,7 @@ def _contestants(experiment: Experiment, trained: Sequence[RunSpec]) -> Contesta
     seeds = experiment.recipe.runs.seeds
     controls = control_artefacts(experiment, trained)
     return Contestants(
-        base=Artefact("base", "base", experiment.base, experiment.base_hash, path=experiment.space.base),
+        base=experiment.base_artefact,
         runs=[experiment.run_artefact(spec) for spec in experiment.specs],
         merges={spec.label: [experiment.merge_artefact(spec, seed) for seed in seeds] for spec in experiment.recipe.merge},
         best=[experiment.run_artefact(experiment.best_run(seed)) for seed in seeds],

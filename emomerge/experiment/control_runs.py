@@ -30,10 +30,21 @@ def sweep_runs(recipe: Recipe, seed: int) -> list[RunSpec]:
 
 
 def long_run(recipe: Recipe, best: RunSpec) -> RunSpec:
-    """Return the run of one optimizer with the steps of all runs, with the snapshots that `loss-matched` and `swa` need."""
-    wanted = any(control.made_from == "long-run" and kind in recipe.controls for kind, control in CONTROLS.items())
-    snapshots = snapshot_steps(recipe) if wanted else ()
-    return RunSpec(f"long-{best.name}", best.optimizer, best.seed, total_steps(recipe), control="long-run", snapshots=snapshots)
+    """Return the run of one optimizer with the steps of all runs, with snapshots to stop at.
+
+    If nothing else needs it, it ends where it has plainly overfitted, unless its weights are averaged over all steps.
+    """
+    steps, alone = total_steps(recipe), not serves_others(recipe)
+    snapshots = tuple(step for step in snapshot_steps(recipe) if step < steps or not alone)
+    ends_early = alone and recipe.runs.average is None
+    return RunSpec(
+        f"long-{best.name}", best.optimizer, best.seed, steps, control="long-run", snapshots=snapshots, ends_early=ends_early
+    )  # fmt: skip
+
+
+def serves_others(recipe: Recipe) -> bool:
+    """Return whether other controls, `loss-matched` or `swa`, are made from the snapshots of the long run."""
+    return any(control.made_from == "long-run" and kind in recipe.controls for kind, control in CONTROLS.items())
 
 
 def long_adamw_runs(recipe: Recipe, seed: int) -> list[RunSpec]:
@@ -124,27 +135,13 @@ def grouped(recipe: Recipe, specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
     """Return runs in the groups that are trained together: those of equal length and batch size share a pass where they can."""
     groups: dict[tuple[Any, ...], list[RunSpec]] = {}
     for spec in specs:
-        groups.setdefault((spec.steps, spec.batch_factor, spec.name if _is_alone(recipe, spec) else ""), []).append(spec)
+        groups.setdefault((spec.steps, spec.batch_factor, spec.name if is_alone(recipe, spec) else ""), []).append(spec)
     return list(groups.values())
 
 
-def _is_alone(recipe: Recipe, spec: RunSpec) -> bool:
-    # Snapshots of whole models are large: each such run is reduced to its best point before the next one starts.
+def is_alone(recipe: Recipe, spec: RunSpec) -> bool:
+    """Return whether a run is trained alone: snapshots of whole models are large, and all but the best are removed at once."""
     return recipe.adapter.kind == "full" and bool(spec.snapshots)
-
-
-def groups_ahead(experiment: Experiment, *, runs_are_done: bool) -> list[list[RunSpec]]:
-    """Return the groups of controls that can be trained before their stage: those that wait for no choice."""
-    recipe, first = experiment.recipe, {spec.seed: spec for spec in reversed(experiment.specs)}
-    plans = control_plans(recipe, experiment.best_run if runs_are_done else first.__getitem__)
-    groups = grouped(recipe, [spec for plan in plans.values() for seed in recipe.runs.seeds for spec in plan(seed)])
-    return [
-        group
-        for group in groups
-        if (runs_are_done or all(spec.control != "long-run" for spec in group))
-        and not any(_is_alone(recipe, spec) for spec in group)
-        and not all(map(experiment.run_is_done, group))
-    ]
 
 
 class _Trainer:
@@ -166,7 +163,8 @@ class _Trainer:
             done = [spec for spec in group if self._experiment.run_is_done(spec)]
             self.trained += done
             for spec in done:
-                if spec.control == "adamw-long-run":
+                self._experiment.say_if_stopped(spec)
+                if spec.snapshots and not (spec.control == "long-run" and serves_others(self._experiment.recipe)):
                     _keep_best(self._experiment, spec)
 
 
@@ -178,11 +176,12 @@ def _keep_best(experiment: Experiment, spec: RunSpec) -> None:
 
 
 def _points(experiment: Experiment, spec: RunSpec) -> list[Artefact]:
-    """Return the points of a run among which is chosen: its end, and with early stopping the snapshots that still exist."""
+    """Return the points of a run among which is chosen: its end, and those of its snapshots that still exist."""
     found = [experiment.run_artefact(spec)]
-    for step in spec.snapshots if spec.control == "adamw-long-run" else ():
+    for step in spec.snapshots:
         if experiment.run_dir(spec).snapshot(step).exists():
-            found.append(replace(experiment.snapshot_artefact(spec, step), control=spec.control))
+            snapshot = experiment.snapshot_artefact(spec, step)
+            found.append(replace(snapshot, name=f"{spec.name} until step {step}", control=spec.control))
     return found
 
 
@@ -243,7 +242,7 @@ def control_artefacts(experiment: Experiment, trained: Sequence[RunSpec] | None 
             average = measurer.average(f"adamw-average-{seed}", members, "adamw-average")
             cost = experiment.cost_of([*runs["adamw-average"], *runs["adamw-long-run"]])  # the latter chose its rate
             found["adamw-average"].append(replace(average, cost=cost))
-        for spec in runs["long-run"]:
+        for spec in runs["long-run"] if serves_others(recipe) else ():
             snapshots = [experiment.snapshot_artefact(spec, step) for step in spec.snapshots]
             found["snapshots"] += snapshots
             if "swa" in recipe.controls:

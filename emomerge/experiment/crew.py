@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from emomerge.experiment.control_runs import groups_ahead
+from emomerge.experiment.ahead import groups_ahead, jobs_ahead
 from emomerge.experiment.experiment import Experiment
 from emomerge.experiment.measure import Measurer
+from emomerge.experiment.overfitting import ledger_of, train_ahead
+from emomerge.experiment.workers import evaluate, take_over
 from emomerge.numerics.threads import threads
 from emomerge.progress import Display, Line
 from emomerge.training import Context, RunSpec, warm
@@ -35,6 +38,8 @@ class Crew:
         self._chosen: Hands | None = None
         self._ahead: Ahead | None = None
         self._lines: dict[str, Line] = {}
+        self._offered: set[str] = set()
+        """Names of the artefacts that workers may have measured ahead."""
         self.engine: Local | None = None
         """Starts workers; None if this process does everything."""
 
@@ -51,9 +56,22 @@ class Crew:
             yield
 
     def look_ahead(self, stage: str) -> None:
-        """Let workers begin controls whose turn comes later, when a stage is about to begin."""
-        if self._ahead is not None and stage not in ("base", "controls", "probe", "report"):
+        """Let workers begin what comes later, when a stage is about to begin: controls, and measuring what there is."""
+        if self._ahead is None or stage in ("base", "report"):
+            return
+        if stage == "probe":
+            self._ahead.settle()
+            return
+        if stage != "controls":
             self._ahead.add(groups_ahead(self._experiment, runs_are_done=stage != "runs"))
+        if stage != "runs":
+            self._measure_ahead()
+
+    def _measure_ahead(self) -> None:
+        """Let workers that train nothing measure what has been made."""
+        assert self._ahead is not None
+        ledger, jobs = self._experiment.measurer.ledger, jobs_ahead(self._experiment, self._offered)
+        self._ahead.add_jobs(evaluate, jobs, lambda name: take_over(ledger, [jobs[name].ledger]))
 
     def finish(self, group: Sequence[RunSpec], meanwhile: Iterator[None]) -> bool:
         """Wait for a group of runs. Return False if no worker has begun it.
@@ -65,7 +83,10 @@ class Crew:
         Raises:
             EmomergeError: a run of the group could not be trained.
         """
-        return self._ahead is not None and self._ahead.finish(group, meanwhile)
+        if self._ahead is None or not self._ahead.finish(group, meanwhile):
+            return False
+        take_over(self._experiment.measurer.ledger, [ledger_of(self._experiment.space.ledger, group[0])])
+        return True
 
     def choose(self) -> Hands:
         """Return how many workers and threads there are to be."""
@@ -88,7 +109,8 @@ class Crew:
         warm.keep(before.using(experiment.task, experiment.data))
         self.engine = Local(hands.workers, hands.threads)
         self.engine.begin(closing=experiment.space.let_go)
-        self._ahead = Ahead(self.engine, lambda: experiment.context, hands.workers - 1, self._show)
+        train = partial(train_ahead, ledger=experiment.space.ledger)
+        self._ahead = Ahead(self.engine, lambda: experiment.context, train, hands.workers - 1, self._show)
 
     def _show(self, spec: RunSpec, row: dict[str, Any]) -> None:
         if spec.name not in self._lines:

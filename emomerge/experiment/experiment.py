@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from emomerge.adapters import open_run
 from emomerge.checkpoints import Checkpoint, atomic, open_checkpoint
 from emomerge.experiment.costs import Cost, total
 from emomerge.experiment.measure import Artefact, Measurer
+from emomerge.experiment.overfitting import snapshot_of
 from emomerge.experiment.workspace import Workspace
 from emomerge.files import JsonObject, read_json
 from emomerge.numerics.hashing import digest
@@ -107,6 +109,12 @@ class Experiment:
         """Return whether a run's result is up to date."""
         return self.run_dir(spec).is_done(run_inputs(self.recipe, spec, self.base_hash))
 
+    def say_if_stopped(self, spec: RunSpec) -> None:
+        """Tell the user if a finished run did not take all its steps."""
+        taken = self.run_dir(spec).state["steps_taken"]
+        if taken < spec.steps:
+            self.display.say(f"{spec.name}: stopped at step {taken} of {spec.steps}, where it overfits")
+
     def run_hashes(self, seed: int | None = None) -> list[Any]:
         """Return inputs and weight hashes of the runs of one training seed, or of all."""
         wanted = [spec for spec in self.specs if seed in (None, spec.seed)]
@@ -129,6 +137,11 @@ class Experiment:
         """Return what it cost to train all runs of a training seed, their trunk included."""
         return self.cost_of(spec for spec in [*self.trunks, *self.specs] if spec.seed == seed)
 
+    @property
+    def base_artefact(self) -> Artefact:
+        """The base as an artefact."""
+        return Artefact("base", "base", self.base, self.base_hash, path=self.space.base)
+
     def run_artefact(self, spec: RunSpec) -> Artefact:
         """Return a trained run as an artefact."""
         run = self.run_dir(spec)
@@ -146,13 +159,8 @@ class Experiment:
 
     def snapshot_artefact(self, spec: RunSpec, step: int) -> Artefact:
         """Return a snapshot of a control or a trunk as an artefact; its cost is known once the run is done."""
-        folder = self.run_dir(spec).snapshot(step)
-        weights = {file.name: atomic.sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-        return Artefact(
-            f"{spec.name} at step {step}", "control", open_run(self.base, folder),
-            digest([self.base_hash, weights]), path=folder, optimizer=spec.optimizer, seed=spec.seed,
-            cost=self.cost_of([spec]) if self.run_is_done(spec) else None,
-        )  # fmt: skip
+        snapshot = snapshot_of(self.context, spec, step)
+        return replace(snapshot, cost=self.cost_of([spec])) if self.run_is_done(spec) else snapshot
 
     def kept_rounds(self, seed: int) -> KeptRounds:
         """Return the kept rounds of a training seed."""

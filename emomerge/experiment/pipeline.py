@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -21,9 +21,9 @@ from emomerge.experiment.crew import Crew
 from emomerge.experiment.experiment import Experiment, as_yaml
 from emomerge.experiment.merges import check_merge, merge_note, write_merge
 from emomerge.experiment.outline import outline, outline_table, size
+from emomerge.experiment.overfitting import has_overfitted, overfits, snapshot_loss
 from emomerge.experiment.stage import Facts, Stage
 from emomerge.experiment.workspace import files_below, stopwatch
-from emomerge.merging.vectors import finite_or_inf
 from emomerge.numerics.hashing import digest
 from emomerge.numerics.threads import one_thread
 from emomerge.probing.registry import recipe_metrics
@@ -42,11 +42,9 @@ from emomerge.training import (
     train_locally,
     train_runs,
 )
-from emomerge.training.trunk import branch_point, checks
+from emomerge.training.early_ends import checks
+from emomerge.training.trunk import branch_point
 from emomerge.training.work import Work
-
-OVERFITTED = 0.25
-"""A trunk has plainly overfitted where its validation loss is above the lowest by such a share of it."""
 
 
 class Pipeline(Experiment):
@@ -279,22 +277,16 @@ class Pipeline(Experiment):
         """Return the step of a trunk with the lowest validation loss, of those at which it has not yet overfitted."""
         losses: dict[int, float] = {}
         for step in trunk.snapshots:
-            losses[step] = self._trunk_loss(trunk, step)
-            if step in checks(trunk) and _has_overfitted(losses.values()):
+            losses[step] = snapshot_loss(self.measurer, trunk, step)
+            if step in checks(trunk) and has_overfitted(losses.values()):
                 break
         best = min(losses, key=losses.__getitem__)
+        self.say_if_stopped(trunk)
         self.display.say(f"{trunk.name}: the runs branch off at step {best} of {trunk.steps}, by validation loss")
         return best
 
-    def _overfits(self, trunk: RunSpec, step: int) -> bool:
-        """Return whether a trunk has plainly overfitted at the step of a snapshot."""
-        found = _has_overfitted([self._trunk_loss(trunk, earlier) for earlier in trunk.snapshots if earlier <= step])
-        if found:
-            self.display.say(f"{trunk.name}: stopped at step {step} of {trunk.steps}, where it overfits")
-        return found
-
-    def _trunk_loss(self, trunk: RunSpec, step: int) -> float:
-        return finite_or_inf(self.measurer.loss(self.snapshot_artefact(trunk, step), "validation"))
+    def _overfits(self, spec: RunSpec, step: int) -> bool:
+        return overfits(self.measurer, spec, step)
 
     def runs_are_done(self) -> bool:
         """Return whether all shallow runs are up to date, and the rounds that merges are made of are kept."""
@@ -374,13 +366,6 @@ class Pipeline(Experiment):
         except BadInput:
             return False
         return True
-
-
-def _has_overfitted(losses: Iterable[float]) -> bool:
-    """Return whether the last of some validation losses is above the lowest by more than noise: by OVERFITTED."""
-    known = list(losses)
-    lowest = min(known)
-    return known[-1] > lowest + OVERFITTED * abs(lowest)
 
 
 def _differing(recipe: Recipe, part: str, other: Recipe) -> str:

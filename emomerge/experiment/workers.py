@@ -6,7 +6,7 @@ The main process then finds all evaluations in its ledger, so that results do no
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ DIRECTIONS = 4
 """Number of directions in a job."""
 BASICS = "basics"
 """The job that evaluates the figures of every artefact besides metrics: scores and gradient norm."""
+VALIDATION = "validation"
+"""The job that evaluates the validation loss, by which is chosen."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class ProbeJob:
     Attributes:
         context: recipe, data and base.
         artefact: the artefact to measure.
-        metric: the metric's name, or `BASICS`.
+        metric: the metric's name, `BASICS` or `VALIDATION`.
         directions: indices of its directions; empty if the metric is not split.
         radius: the only one to measure at; 0.0 for all of the recipe's.
         known: ledger of earlier evaluations; read-only.
@@ -79,8 +81,8 @@ def measure_in_workers(
     known = measurer.ledger.path
     if known is None:
         return
-    folder = known.with_name(f"{known.stem}-of-workers")
-    planned = [job for artefact, metrics in wanted for job in jobs_of(measurer, artefact, metrics, known, folder)]
+    folder = of_workers(known)
+    planned = [job for artefact, metrics in wanted for job in jobs_of(measurer, artefact, metrics)]
     planned.sort(key=lambda job: -passes_of(measurer, job))  # longest first, so that workers finish at about the same time
     # Artefacts with equal weights share one ledger and one job.
     jobs = {job.ledger: job for job in planned if measurer.ledger.get(**job.mark(measurer)) is None}.values()
@@ -91,11 +93,21 @@ def measure_in_workers(
     try:
         run_in_workers(engine, evaluate, named, progress.poll, progress.end)
     finally:
-        for file in sorted(folder.glob("*.jsonl")):
-            measurer.ledger.take_over(Ledger(file))
-            file.unlink()
+        take_over(measurer.ledger, sorted(folder.glob("*.jsonl")))
         with contextlib.suppress(OSError):  # there were no jobs, or a worker is still running
             folder.rmdir()
+
+
+def of_workers(ledger: Path) -> Path:
+    """Return the folder of the workers' ledgers, given the main process's."""
+    return ledger.with_name(f"{ledger.stem}-of-workers")
+
+
+def take_over(ledger: Ledger, files: Iterable[Path]) -> None:
+    """Add ledgers of workers that have ended to another one, and remove their files, if there are any."""
+    for file in files:
+        ledger.take_over(Ledger(file))
+        file.unlink(missing_ok=True)
 
 
 class _Progress:
@@ -145,7 +157,7 @@ def passes_of(measurer: Measurer, job: ProbeJob) -> float:
     return metric.passes({**metric.options_of(probe), **job.options}, probe.batches)
 
 
-def jobs_of(measurer: Measurer, artefact: Artefact, metrics: Sequence[Metric], known: Path, folder: Path) -> list[ProbeJob]:
+def jobs_of(measurer: Measurer, artefact: Artefact, metrics: Sequence[Metric]) -> list[ProbeJob]:
     """Return the jobs that measure one artefact; cheap metrics are left to the main process."""
     parts = [
         (metric, number, directions)
@@ -153,17 +165,33 @@ def jobs_of(measurer: Measurer, artefact: Artefact, metrics: Sequence[Metric], k
         if metric.split is not None and metric.looks_at(artefact.role)
         for number, directions in enumerate(_parts(measurer, metric))
     ]
-
-    def job(name: str, number: int = 0, directions: tuple[int, ...] = (), radius: float = 0.0) -> ProbeJob:
-        ledger = folder / f"{artefact.hash[:16]}-{name}-{number}.jsonl"
-        return ProbeJob(measurer.context, artefact, name, directions, radius, known, ledger)
-
     probe = measurer.recipe.probe
+    radii = {metric.name: metric.options_of(probe)["radii"][0] if metric.middle else 0.0 for metric in metrics}
     shares = [
-        job(metric.name, number, directions, metric.options_of(probe)["radii"][0] if metric.middle else 0.0)
-        for metric, number, directions in parts
+        job_of(measurer, artefact, metric.name, number, directions, radii[metric.name]) for metric, number, directions in parts
     ]
-    return [*shares, job(BASICS)]
+    return [*shares, job_of(measurer, artefact, BASICS)]
+
+
+def job_of(
+    measurer: Measurer,
+    artefact: Artefact,
+    metric: str,
+    number: int = 0,
+    directions: tuple[int, ...] = (),
+    radius: float = 0.0,
+) -> ProbeJob:
+    """Return one job.
+
+    Args:
+        measurer: its ledger is in a folder that the workers can access.
+        artefact, metric, directions, radius: as in `ProbeJob`.
+        number: tells apart the jobs of an artefact and a metric.
+    """
+    known = measurer.ledger.path
+    assert known is not None, "a ledger in memory cannot be shared"
+    ledger = of_workers(known) / f"{artefact.hash[:16]}-{metric}-{number}.jsonl"
+    return ProbeJob(measurer.context, artefact, metric, directions, radius, known, ledger)
 
 
 def _parts(measurer: Measurer, metric: Metric) -> list[tuple[int, ...]]:
@@ -182,14 +210,20 @@ _MEASURERS: dict[str, Measurer] = {}
 """The measurer of this worker's last job, by what it measures with: its model and its data are loaded."""
 
 
-def _measurer(job: ProbeJob) -> Measurer:
-    """Return a measurer that writes to the job's ledger and knows that of the main process."""
-    key = digest([job.context.recipe, str(job.context.base_folder), job.context.base_hash, str(job.context.working_directory)])
+def measurer_of(context: Context, known: Path, ledger: Path) -> Measurer:
+    """Return this worker's measurer.
+
+    Args:
+        context: recipe, data and base.
+        known: ledger of earlier evaluations; read-only.
+        ledger: receives the new ones.
+    """
+    key = digest([context.recipe, str(context.base_folder), context.base_hash, str(context.working_directory)])
     if key not in _MEASURERS:
         _MEASURERS.clear()
-        _MEASURERS[key] = Measurer(warmed(job.context), None)
+        _MEASURERS[key] = Measurer(warmed(context), None)
     measurer = _MEASURERS[key]
-    measurer.write_to(Ledger(job.ledger, _known(job.known)))
+    measurer.write_to(Ledger(ledger, _known(known)))
     return measurer
 
 
@@ -210,12 +244,14 @@ def _known(file: Path) -> Ledger | None:
 
 
 def _evaluate(job: ProbeJob) -> None:
-    _measure(_measurer(job), job)
+    _measure(measurer_of(job.context, job.known, job.ledger), job)
 
 
 def _measure(measurer: Measurer, job: ProbeJob) -> None:
     if job.metric == BASICS:
         measurer.measure_basics(job.artefact)
+    elif job.metric == VALIDATION:
+        measurer.loss(job.artefact, "validation")
     else:
         measurer.measure(METRICS[job.metric], job.artefact, **job.options)
     measurer.ledger.ask(dict, **job.mark(measurer))
@@ -223,10 +259,9 @@ def _measure(measurer: Measurer, job: ProbeJob) -> None:
 
 def measure_in_pieces(measurer: Measurer, artefact: Artefact, metrics: Sequence[Metric]) -> Iterator[None]:
     """Do the jobs that measure an artefact in this process, yielding after each; workers then find them done."""
-    known = measurer.ledger.path
-    if known is None:
+    if measurer.ledger.path is None:
         return
-    for job in jobs_of(measurer, artefact, metrics, known, known.parent):
+    for job in jobs_of(measurer, artefact, metrics):
         if measurer.ledger.get(**job.mark(measurer)) is None:
             _measure(measurer, job)
             yield

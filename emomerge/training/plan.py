@@ -29,6 +29,7 @@ class RunSpec:
         member: index among runs that differ only in the order of their batches.
         batch_factor: size of a batch, as a multiple of the recipe's.
         snapshots: steps after which the weights are kept.
+        ends_early: whether the run may end before its budget is spent, where it has plainly overfitted.
         start: steps taken in earlier rounds.
         end: step at which this round ends; by default the whole budget.
         is_stopped: whether the run is over at `end`, although it has steps left.
@@ -44,6 +45,7 @@ class RunSpec:
     member: int = 0
     batch_factor: int = 1
     snapshots: tuple[int, ...] = ()
+    ends_early: bool = False
     start: int = 0
     end: int = 0
     is_stopped: bool = False
@@ -90,7 +92,7 @@ def planned_trunks(recipe: Recipe) -> list[RunSpec]:
     runs, steps = recipe.runs, recipe.runs.trunk_steps
     snapshots = tuple(sorted({max(1, steps >> halvings) for halvings in range(SNAPSHOTS)}))
     return [
-        RunSpec(f"trunk-{seed}", runs.optimizers[0], seed, steps, is_trunk=True, snapshots=snapshots)
+        RunSpec(f"trunk-{seed}", runs.optimizers[0], seed, steps, is_trunk=True, snapshots=snapshots, ends_early=True)
         for seed in runs.seeds
         if steps
     ]
@@ -133,5 +135,5 @@ def run_inputs(recipe: Recipe, spec: RunSpec, base_hash: str) -> str:
     others += [runs.trunk_steps] if "trunk" in shared else []
     of_a_control: list[object] = [] if is_run else [spec.rate, recipe.rival.weight_decay, spec.member, spec.snapshots]
     of_a_control += [spec.batch_factor] if spec.batch_factor != 1 else []
-    of_a_control += ["trunk"] if spec.is_trunk else []
+    of_a_control += ["trunk"] if spec.is_trunk else ["ends early"] if spec.ends_early else []
     return digest([base_hash, recipe.adapter, shared, spec.optimizer, spec.seed, spec.steps, *others, *of_a_control])

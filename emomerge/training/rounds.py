@@ -13,7 +13,7 @@ mean(B·A) truncated to the rank was as good with three and six rounds and worse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,14 @@ from emomerge.numerics.hashing import digest
 from emomerge.recipe import Outer
 from emomerge.training.adapt import save_adapted
 from emomerge.training.context import Context
+from emomerge.training.early_ends import Execute, Overfits, train_until_overfitted
 from emomerge.training.kept import KeptRounds, mean_tensors, write_mean
 from emomerge.training.loop import adapted_model, initial_weights
 from emomerge.training.plan import RunSpec, planned_trunks, round_ends
 from emomerge.training.run import copy_into
 from emomerge.training.run_dir import load_start, round_start_file
 from emomerge.training.state import load_header, load_state, of_kind, save_state
-from emomerge.training.trunk import Choose, Overfits, branch_point, last_snapshot, train_trunks
+from emomerge.training.trunk import Choose, branch_point, last_snapshot, train_trunks
 
 Tensors = dict[str, Tensor]
 
@@ -41,7 +42,7 @@ Tensors = dict[str, Tensor]
 def train_runs(
     context: Context,
     specs: Sequence[RunSpec],
-    execute: Callable[[Sequence[RunSpec]], None],
+    execute: Execute,
     choose: Choose = last_snapshot,
     overfits: Overfits | None = None,
 ) -> None:
@@ -52,7 +53,7 @@ def train_runs(
         specs: all runs of one or more training seeds, or controls, which are trained without rounds.
         execute: trains the given runs from `spec.start` to `spec.end`, unless they have reached it.
         choose: chooses where the runs branch off from the trunk.
-        overfits: says where a trunk need not go on.
+        overfits: says where a trunk, or a control with `ends_early`, need not go on.
 
     Raises:
         RunFailed: a loss became NaN or infinite; raised after all other runs are trained. The rounds of its seed stop there.
@@ -61,7 +62,7 @@ def train_runs(
     runs = context.recipe.runs
     ends = round_ends(runs)
     if any(spec.role != "run" for spec in specs):
-        execute(specs)
+        train_until_overfitted(context, specs, execute, overfits)
         return
     if len(ends) == 1:
         train_trunks(context, [spec.seed for spec in specs if not context.is_done(spec)], execute, choose, overfits)

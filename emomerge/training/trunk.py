@@ -11,8 +11,6 @@ one with the lowest validation loss, and stops a trunk that has plainly overfitt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from emomerge.recipe import Full
 from emomerge.training.context import Context
+from emomerge.training.early_ends import Execute, Overfits, train_until_overfitted
 from emomerge.training.loop import adapt_model, adapted_model, buffers, trained
 from emomerge.training.plan import RunSpec, planned_trunks
 from emomerge.training.run_dir import start_file
@@ -27,19 +26,11 @@ from emomerge.training.state import load_header, save_state
 
 Choose = Callable[[RunSpec], int]
 """Returns the step of a trunk's snapshots at which the runs branch off."""
-Execute = Callable[[Sequence[RunSpec]], None]
-Overfits = Callable[[RunSpec, int], bool]
-"""Returns whether a trunk has overfitted at the step of one of its snapshots, so that further steps are of no use."""
 
 
 def last_snapshot(trunk: RunSpec) -> int:
     """Return the last step of a trunk."""
     return trunk.snapshots[-1]
-
-
-def checks(trunk: RunSpec) -> list[int]:
-    """Return the steps, the last one included, after which a trunk may have overfitted: earlier ones say too little."""
-    return [step for step in trunk.snapshots if 4 * step >= trunk.steps]
 
 
 def train_trunks(
@@ -52,12 +43,12 @@ def train_trunks(
         seeds: training seeds of the recipe.
         execute: trains the given runs, unless they are done.
         choose: chooses where the runs branch off, once the trunk is trained.
-        overfits: asked at the steps of `checks`; None lets trunks take all their steps.
+        overfits: asked at the steps of `early_ends.checks`; None lets trunks take all their steps.
     """
     todo = [trunk for trunk in planned_trunks(context.recipe) if trunk.seed in seeds and branch_point(context, trunk) is None]
     if not todo:
         return
-    _train(context, [trunk for trunk in todo if not context.is_done(trunk)], execute, overfits)
+    train_until_overfitted(context, [trunk for trunk in todo if not context.is_done(trunk)], execute, overfits)
     for trunk in todo:
         run = context.run_dir(trunk)
         left = [step for step in trunk.snapshots if run.snapshot(step).is_dir()]
@@ -65,24 +56,6 @@ def train_trunks(
         weights = {f"model.{name}": t for name, t in weights_of(context, trunk, run.snapshot(step)).items()}
         save_state(start_file(run, trunk), weights, {"inputs": context.run_inputs(trunk), "step": 0, "branch_point": step})
         run.remove_snapshots(other for other in trunk.snapshots if other != step)
-
-
-def _train(context: Context, trunks: Sequence[RunSpec], execute: Execute, overfits: Overfits | None) -> None:
-    """Train trunks to their ends, or until they have overfitted."""
-    if overfits is None:
-        execute(trunks)
-        return
-    for start, end in pairwise((0, *checks(trunks[0]))) if trunks else ():  # all have the same steps
-        active = [trunk for trunk in trunks if not context.is_done(trunk) and _step(context, trunk) <= end]
-        execute([replace(trunk, start=start, end=end) for trunk in active])
-        over = [trunk for trunk in active if end < trunk.steps and overfits(trunk, end)]
-        execute([replace(trunk, start=end, end=end, is_stopped=True) for trunk in over])
-
-
-def _step(context: Context, trunk: RunSpec) -> int:
-    """Return the step of a trunk's checkpoint; 0 if there is none."""
-    header = load_header(context.run_dir(trunk).checkpoint, context.run_inputs(trunk))
-    return 0 if header is None else int(header["step"])
 
 
 def branch_point(context: Context, trunk: RunSpec) -> int | None:

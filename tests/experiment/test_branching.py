@@ -1,14 +1,13 @@
 """A recipe's runs branch off from the trunk where the validation loss is lowest, and its weights can be merged."""
 
 import json
-import math
 
 import pytest
 import torch
 
 from emomerge.checkpoints import open_checkpoint
 from emomerge.cli.status import status_of
-from emomerge.experiment.pipeline import Pipeline, _has_overfitted
+from emomerge.experiment.pipeline import Pipeline
 from emomerge.recipe import parse_recipe
 from emomerge.results import load_results
 from emomerge.training import RunDir
@@ -38,7 +37,7 @@ def test_the_branch_point_has_the_lowest_validation_loss(recipe, tmp_path, monke
 
 
 def test_a_trunk_that_overfits_ends_there_and_counts_for_less(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("emomerge.experiment.pipeline.OVERFITTED", -1.0)
+    monkeypatch.setattr("emomerge.experiment.overfitting.OVERFITTED", -1.0)
     made = Pipeline(parse_recipe(recipe), tmp_path / "out")
     assert made.run()
     (trunk,) = made.trunks
@@ -47,12 +46,6 @@ def test_a_trunk_that_overfits_ends_there_and_counts_for_less(recipe, tmp_path, 
     rows = (2 + 4 * 2) * made.recipe.runs.batch_size
     assert {row.mean("examples") for row in results.artefacts if row.role == "run"} == {rows}
     assert not Pipeline(parse_recipe(recipe), tmp_path / "out").run(), "nothing to do"
-
-
-def test_overfitting_is_a_loss_well_above_the_lowest():
-    assert _has_overfitted([1.0, 0.8, 1.01]) and _has_overfitted([1.0, math.inf])
-    assert not _has_overfitted([1.0, 0.8, 0.99]) and not _has_overfitted([1.0]) and not _has_overfitted([math.inf, math.inf])
-    assert _has_overfitted([-1.0, -0.7]) and not _has_overfitted([-1.0, -0.8]), "losses may be negative"
 
 
 def test_trunk_is_merged_counted_and_named(recipe, tmp_path):

@@ -90,7 +90,7 @@ def test_the_long_run_stops_where_its_validation_loss_was_lowest(recipe, tmp_pat
     out, loss = tmp_path / "out", Measurer.loss
 
     def lowest_at_six(self, artefact, split):
-        at_six = artefact.name.endswith("at step 6")
+        at_six = artefact.name.endswith("step 6")
         return 0.0 if at_six and split == "validation" else loss(self, artefact, split)
 
     monkeypatch.setattr(Measurer, "loss", lowest_at_six)
@@ -102,7 +102,7 @@ def test_the_long_run_stops_where_its_validation_loss_was_lowest(recipe, tmp_pat
         assert spec.snapshots == (3, 6, 9, 12, 15)
         assert [folder.name for folder in (pipeline.run_dir(spec).path / "snapshots").iterdir()] == ["step-000006"]
     (row,) = (row for row in load_results(out).artefacts if row.control == "adamw-long-run")
-    assert row.name == "long-adamw-0.001-0 at step 6"
+    assert row.name == "long-adamw-0.001-0 until step 6"
     assert row.path == str(out / "runs/long-adamw-0.001-0/snapshots/step-000006")
     assert row.name in (Path(row.path) / "README.md").read_text()
     shorter = open_run(pipeline.base, row.path)
