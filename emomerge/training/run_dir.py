@@ -90,7 +90,8 @@ class RunDir:
             return self.is_done(inputs)
         state = self.state
         at_end = state.get("inputs") == inputs and state.get("step") == spec.end and state.get("state") != "failed"
-        return at_end and self.checkpoint.exists()
+        is_kept = spec.end not in spec.snapshots or self.snapshot(spec.end).is_dir()  # it is written after the checkpoint
+        return at_end and is_kept and self.checkpoint.exists()
 
     @property
     def artefact(self) -> Path:

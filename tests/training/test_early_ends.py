@@ -8,7 +8,7 @@ import torch
 
 from emomerge.errors import RunFailed
 from emomerge.recipe import Full, Lora, Runs
-from emomerge.training import RunDir, RunSpec, TrainingRun, train_locally, train_runs
+from emomerge.training import RunSpec, TrainingRun, train_locally, train_runs
 from emomerge.training.early_ends import checks, train_until_overfitted
 
 EARLY = RunSpec("long-sens-0", "sens", 0, 12, control="long-run", snapshots=(2, 4, 6, 8, 10), ends_early=True)
@@ -106,9 +106,9 @@ def test_killed_again_and_again_they_end_with_the_same_bits(train, monkeypatch, 
     kills.left = 10**6
     whole = train("whole", overfits=overfits, adapter=adapter)
     monkeypatch.setattr(TrainingRun, "finish", kills.around(TrainingRun.finish))
-    monkeypatch.setattr(RunDir, "save_checkpoint", kills.around(RunDir.save_checkpoint))
+    monkeypatch.setattr(TrainingRun, "keep_snapshot", kills.around(TrainingRun.keep_snapshot))
     for attempt in range(80):
-        kills.left = 12 + attempt % 5
+        kills.left = 16 + attempt % 7
         try:
             made = train("cut", overfits=overfits, on_step=kills.event, adapter=adapter)
             break
@@ -117,3 +117,22 @@ def test_killed_again_and_again_they_end_with_the_same_bits(train, monkeypatch, 
     assert attempt > 2
     assert [state(made, spec)["sha256"] for spec in (EARLY, WHOLE)] == [state(whole, spec)["sha256"] for spec in (EARLY, WHOLE)]
     assert state(made, EARLY)["steps_taken"] == 8
+
+
+@ADAPTERS
+def test_a_kill_before_a_snapshot_is_written_does_not_lose_it(train, monkeypatch, kills, tmp_path, adapter):
+    keep = TrainingRun.keep_snapshot
+
+    def killed_at_six(self, model):
+        if self.spec.name == EARLY.name and self.step == 6:
+            raise kills.Stop
+        keep(self, model)
+
+    snapshot = tmp_path / "runs" / EARLY.name / "snapshots/step-000006"
+    monkeypatch.setattr(TrainingRun, "keep_snapshot", killed_at_six)
+    with pytest.raises(kills.Stop):
+        train(overfits=lambda spec, step: False, adapter=adapter)
+    assert not snapshot.exists()
+    monkeypatch.undo()
+    made = train(overfits=lambda spec, step: step == 6 and snapshot.is_dir(), adapter=adapter)
+    assert state(made, EARLY)["steps_taken"] == 6
