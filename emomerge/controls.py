@@ -63,7 +63,7 @@ CONTROLS: Mapping[str, Control] = {
     ),
     "long-run": Control(
         "long run of equal steps",
-        "the best single run's optimizer with the steps of all runs together",
+        "the best single run's optimizer with the steps of all runs together, stopped where its validation loss was lowest",
         "triangle-right", 60, "better", required=True,
     ),
     "adamw-long-run": Control(

@@ -8,18 +8,13 @@ from pathlib import Path
 import click
 
 from emomerge.cli.command import command, force_option, json_option, out_path, quiet_option
+from emomerge.cli.completion import complete_templates
 from emomerge.cli.printing import print_json
 from emomerge.errors import BadInput, shown
 
 
-def _templates(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    from emomerge.cli.templates import templates
-
-    return [name for name in templates() if name.startswith(incomplete)]
-
-
 @command("init", "emomerge init movie-reviews -o my-recipe.yaml\nemomerge init --from reviews.tsv -o reviews.yaml")
-@click.argument("template", required=False, shell_complete=_templates)
+@click.argument("template", required=False, shell_complete=complete_templates)
 @click.option(
     "--from",
     "data",

@@ -26,6 +26,7 @@ from emomerge.cli.command import (
     rounding_option,
     setting_option,
 )
+from emomerge.cli.completion import complete_methods
 from emomerge.cli.printing import print_diagnostics, print_json, print_rounding, print_truncation
 from emomerge.cli.templates import open_recipe
 from emomerge.cli.write import Destination, card_only, header_of, merge_card, write_adapter, write_model
@@ -79,7 +80,12 @@ class MergeCommand(Command):
 @click.option("--config", type=out_path, help="A mergekit configuration instead of BASE, RUNS and --method.")
 @click.option("--again", type=out_path, metavar="MERGE.JSON", help="Repeat the merge of this record exactly.")
 @click.option("--extend", type=out_path, metavar="FOLDER", help="Repeat the merge in FOLDER with RUNS added; takes no BASE.")
-@click.option("--method", metavar="NAME", help="The merge method; `emomerge methods` lists all and names the default.")
+@click.option(
+    "--method",
+    metavar="NAME",
+    shell_complete=complete_methods,
+    help="The merge method; `emomerge methods` lists all and names the default.",
+)
 @click.option("-o", "--out", type=out_path, required=True, help="A folder, or one file ending in .safetensors.")
 @click.option("--weight", "weights", type=float, multiple=True, help="Weight of a run; repeat for every run, in order.")
 @click.option("--scale", metavar="NUMBER|auto", help="Factor on the merged task vector; auto requires --recipe.")

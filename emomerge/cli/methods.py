@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from emomerge.cli.command import command, json_option, quiet_option
+from emomerge.cli.completion import complete_methods
 from emomerge.cli.printing import console, print_json
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     emomerge methods ties
     """,
 )  # fmt: skip
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_methods)
 @quiet_option
 @json_option
 def methods(name: str | None, quiet: bool, as_json: bool) -> None:

@@ -21,6 +21,7 @@ from emomerge.cli.command import (
     set_option,
     setting_option,
 )  # fmt: skip
+from emomerge.cli.completion import complete_metrics, complete_recipes
 from emomerge.cli.printing import console, print_json
 from emomerge.errors import BadInput, shown
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     extras=("train",),
     resumes=True,
 )  # fmt: skip
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=complete_recipes)
 @click.argument("models", nargs=-1, required=True)
 @click.option("-o", "--out", type=out_path, required=True, help="Folder for the results and the ledger of evaluations.")
 @click.option("--base", help="The base of the models (default: the base that `emomerge run RECIPE` made).")
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     "metrics",
     multiple=True,
     metavar="NAME",
+    shell_complete=complete_metrics,
     help="Measure only this metric, in addition to losses, distance and, unless the preset is quick, gradient norm; "
     "repeatable (default: those of the recipe). "
     "Metrics that compare models probe the first MODEL and compare it with the others.",

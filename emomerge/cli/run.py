@@ -25,6 +25,7 @@ from emomerge.cli.command import (
     setting_option,
     stacking_option,
 )  # fmt: skip
+from emomerge.cli.completion import complete_recipes
 from emomerge.cli.inspect import print_status
 from emomerge.cli.printing import console, print_json, print_results
 from emomerge.cli.recent import remember
@@ -66,7 +67,7 @@ class Options:
     extras=("train", "report"),
     resumes=True,
 )  # fmt: skip
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=complete_recipes)
 @click.option("-o", "--out", type=out_path, help="Output folder (default: out/<name of the recipe>).")
 @set_option
 @click.option("--restart", "again", is_flag=True, help="Delete the output of an earlier run and start from scratch.")
@@ -107,7 +108,7 @@ def run(recipe: str, out: Path | None, again: bool, dry: bool, as_json: bool, **
     extras=("train",),
     resumes=True,
 )  # fmt: skip
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=complete_recipes)
 @click.option("-o", "--out", type=out_path, help="Output folder (default: out/<name of the recipe>).")
 @click.option(
     "--only",

@@ -459,8 +459,8 @@ class Rival(Section):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradient clipping of AdamW, whatever `runs` says: 1.0 is the default of common trainers."""
     snapshots: int = Field(12, ge=2)
-    """Number of evenly spaced points of a long run at which its weights are kept: for `loss-matched` and `swa`, and for early
-    stopping of `adamw-long-run`, of which only the best is left."""
+    """Number of evenly spaced points of a long run at which its weights are kept for early stopping, and for `loss-matched` and
+    `swa`. Without these, only the best is left."""
 
     @model_validator(mode="after")
     def _ascending(self) -> Rival:

@@ -24,7 +24,9 @@ def said(command, environment, **variables):
 
 
 WORDS = [("emomerge me", "1", {"merge", "methods"}), ("emomerge merge --roun", "2", {"--rounding"}),
-         ("emomerge bake --dtype bf", "3", {"bfloat16"}), ("emomerge init movie", "2", {"movie-reviews"})]  # fmt: skip
+         ("emomerge bake --dtype bf", "3", {"bfloat16"}), ("emomerge init movie", "2", {"movie-reviews"}),
+         ("emomerge run dig", "2", {"digits", "dig"}), ("emomerge methods tall", "2", {"tall-mask"}),
+         ("emomerge merge --method tie", "3", {"ties"}), ("emomerge probe --metric gau", "3", {"gaussian"})]  # fmt: skip
 
 
 @pytest.mark.parametrize(("typed", "number", "wanted"), WORDS)
