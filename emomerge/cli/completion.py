@@ -16,8 +16,11 @@ def complete_templates(ctx: click.Context, param: click.Parameter, incomplete: s
 
 
 def complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Return the bundled recipes that begin with what was typed, and let the shell add its files."""
-    return [*_items(templates(), incomplete), CompletionItem(incomplete, type="file")]
+    """Return the bundled recipes that begin with what was typed, and let the shell add its files.
+
+    Files come first, as click's script for bash forgets what precedes them; bash completes files only where no recipe matches.
+    """
+    return [CompletionItem(incomplete, type="file"), *_items(templates(), incomplete)]
 
 
 def complete_methods(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
