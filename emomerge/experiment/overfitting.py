@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,10 @@ from emomerge.training.ahead import GroupJob
 from emomerge.training.warm import warmed
 
 OVERFITTED = 0.25
-"""A run has plainly overfitted where its validation loss is above the lowest by such a share of it."""
+"""A run has plainly overfitted where its validation loss is above the lowest by such a share of it …"""
+MEMORIZED = 0.75
+"""… and its training loss is below the lowest validation loss by such a share. A rate that is too high for a while, from which
+runs recover, does not pass for overfitting."""
 PATIENCE = 2
 """At so many snapshots in a row a long run must have overfitted before it ends; a trunk, the steps of whose snapshots double,
 at one."""
@@ -41,15 +44,24 @@ def snapshot_loss(measurer: Measurer, spec: RunSpec, step: int) -> float:
 
 def overfits(measurer: Measurer, spec: RunSpec, step: int) -> bool:
     """Return whether a trunk or a long run has plainly overfitted at the step of a snapshot."""
-    losses = [snapshot_loss(measurer, spec, earlier) for earlier in spec.snapshots if earlier <= step]
-    return has_overfitted(losses, 1 if spec.is_trunk else PATIENCE)
+    steps = [earlier for earlier in spec.snapshots if earlier <= step]
+    losses = [snapshot_loss(measurer, spec, earlier) for earlier in steps]
+    rows = measurer.context.run_dir(spec).metrics()
+    trained = [row["loss"] for row in rows if max([0, *steps[:-1]]) < row["step"] <= step]
+    return has_overfitted(losses, sum(trained) / len(trained), 1 if spec.is_trunk else PATIENCE)
 
 
-def has_overfitted(losses: Iterable[float], patience: int = 1) -> bool:
-    """Return whether the last `patience` of some validation losses are above the lowest by more than noise: by OVERFITTED."""
-    known = list(losses)
-    lowest = min(known)
-    return min(known[-patience:]) > lowest + OVERFITTED * abs(lowest)
+def has_overfitted(losses: Sequence[float], training: float, patience: int = 1) -> bool:
+    """Return whether a run has plainly overfitted.
+
+    Args:
+        losses: validation losses so far, in nats; the last `patience` of them must be above the lowest by OVERFITTED.
+        training: the mean training loss since the last but one of them; it must be below the lowest by MEMORIZED.
+        patience: number of losses that must agree.
+    """
+    lowest = min(losses)
+    is_memorized = training < lowest - MEMORIZED * abs(lowest)
+    return is_memorized and min(losses[-patience:]) > lowest + OVERFITTED * abs(lowest)
 
 
 def train_ahead(job: GroupJob, ledger: Path) -> EmomergeError | None:

@@ -21,7 +21,7 @@ from emomerge.experiment.crew import Crew
 from emomerge.experiment.experiment import Experiment, as_yaml
 from emomerge.experiment.merges import check_merge, merge_note, write_merge
 from emomerge.experiment.outline import outline, outline_table, size
-from emomerge.experiment.overfitting import has_overfitted, overfits, snapshot_loss
+from emomerge.experiment.overfitting import overfits, snapshot_loss
 from emomerge.experiment.stage import Facts, Stage
 from emomerge.experiment.workspace import files_below, stopwatch
 from emomerge.numerics.hashing import digest
@@ -278,7 +278,7 @@ class Pipeline(Experiment):
         losses: dict[int, float] = {}
         for step in trunk.snapshots:
             losses[step] = snapshot_loss(self.measurer, trunk, step)
-            if step in checks(trunk) and has_overfitted(losses.values()):
+            if step in checks(trunk) and overfits(self.measurer, trunk, step):
                 break
         best = min(losses, key=losses.__getitem__)
         self.say_if_stopped(trunk)

@@ -39,15 +39,36 @@ def row_of(out):
     return next(row for row in load_results(out).artefacts if row.control == "long-run")
 
 
-def test_overfitting_is_a_loss_well_above_the_lowest():
-    assert has_overfitted([1.0, 0.8, 1.01]) and has_overfitted([1.0, math.inf])
-    assert not has_overfitted([1.0, 0.8, 0.99]) and not has_overfitted([1.0]) and not has_overfitted([math.inf, math.inf])
-    assert has_overfitted([-1.0, -0.7]) and not has_overfitted([-1.0, -0.8]), "losses may be negative"
+def test_overfitting_is_a_loss_well_above_the_lowest_while_the_training_loss_is_far_below():
+    assert has_overfitted([1.0, 0.8, 1.01], 0.1) and has_overfitted([1.0, math.inf], 0.1)
+    assert not has_overfitted([1.0, 0.8, 0.99], 0.1) and not has_overfitted([1.0], 0.1)
+    assert not has_overfitted([math.inf, math.inf], 0.1)
+    assert has_overfitted([-1.0, -0.7], -2.0) and not has_overfitted([-1.0, -0.8], -2.0), "losses may be negative"
+
+
+def test_a_run_whose_rate_is_too_high_for_a_while_does_not_overfit():
+    assert not has_overfitted([0.41, 0.66, 0.91], 0.54, patience=2)
+    assert not has_overfitted([-1.0, -0.7], -1.0)
 
 
 def test_patience_asks_for_several_losses_in_a_row():
-    assert not has_overfitted([0.5, 0.6, 0.7], patience=2) and has_overfitted([0.5, 0.7, 0.7], patience=2)
-    assert not has_overfitted([0.5, 0.7, 0.6, 0.7], patience=2)
+    assert not has_overfitted([0.5, 0.6, 0.7], 0.1, patience=2) and has_overfitted([0.5, 0.7, 0.7], 0.1, patience=2)
+    assert not has_overfitted([0.5, 0.7, 0.6, 0.7], 0.1, patience=2)
+
+
+def test_the_training_loss_is_the_mean_since_the_last_snapshot(recipe, tmp_path, monkeypatch):
+    made = Pipeline(parse_recipe(recipe), tmp_path / "out")
+    assert made.run()
+    (spec,) = (spec for spec in made.trained_controls if spec.control == "long-run")
+    given = []
+    monkeypatch.setattr(overfitting, "snapshot_loss", lambda measurer, spec, step: float(step))
+    monkeypatch.setattr(overfitting, "has_overfitted", lambda *arguments: given.append(arguments))
+    rows = [row["loss"] for row in made.run_dir(spec).metrics()]
+    for step in (2, 6):
+        overfitting.overfits(made.measurer, spec, step)
+    (first, second) = given
+    assert first == ([2.0], pytest.approx(sum(rows[:2]) / 2), 2)
+    assert second == ([2.0, 4.0, 6.0], pytest.approx(sum(rows[4:6]) / 2), 2)
 
 
 def test_a_long_run_ends_early_only_if_nothing_else_needs_its_steps(recipe):
@@ -63,6 +84,7 @@ def test_a_long_run_ends_early_only_if_nothing_else_needs_its_steps(recipe):
 def test_a_long_run_that_overfits_ends_there_and_its_best_point_counts(recipe, tmp_path, monkeypatch, adapter):
     losses = {2: 0.6, 4: 0.5, 6: 0.6, 8: 0.7, 10: 0.7}
     monkeypatch.setattr(overfitting, "snapshot_loss", lambda measurer, spec, step: losses[step])
+    monkeypatch.setattr(overfitting, "MEMORIZED", -10.0)
     out, lines = tmp_path / "out", []
     made = Pipeline(parse_recipe(recipe | {"adapter": adapter}), out)
     monkeypatch.setattr(made.display, "say", lines.append)
@@ -88,6 +110,7 @@ def test_a_long_run_that_overfits_ends_there_and_its_best_point_counts(recipe, t
 
 def test_what_a_worker_does_stops_a_long_run_where_this_process_does(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(overfitting, "OVERFITTED", -1.0)
+    monkeypatch.setattr(overfitting, "MEMORIZED", -10.0)
     here, there = (Pipeline(parse_recipe(recipe), tmp_path / name) for name in ("here", "there"))
     assert here.run()
     (spec,) = (spec for spec in here.trained_controls if spec.control == "long-run")
