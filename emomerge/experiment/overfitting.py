@@ -18,13 +18,12 @@ from emomerge.training.ahead import GroupJob
 from emomerge.training.warm import warmed
 
 OVERFITTED = 0.25
-"""A run has plainly overfitted where its validation loss is above the lowest by such a share of it …"""
+"""A run has plainly overfitted where its validation loss is above the lowest by such a share of it."""
 MEMORIZED = 0.75
-"""… and its training loss is below the lowest validation loss by such a share. A rate that is too high for a while, from which
-runs recover, does not pass for overfitting."""
+"""The training loss of a long run must besides be below the lowest validation loss by such a share: where the rate was too high
+for a while, it may recover as the rate falls. That of a trunk does not fall."""
 PATIENCE = 2
-"""At so many snapshots in a row a long run must have overfitted before it ends; a trunk, the steps of whose snapshots double,
-at one."""
+"""At so many snapshots in a row a long run must have overfitted; a trunk, the steps of whose snapshots double, at one."""
 
 
 def snapshot_of(context: Context, spec: RunSpec, step: int) -> Artefact:
@@ -46,22 +45,23 @@ def overfits(measurer: Measurer, spec: RunSpec, step: int) -> bool:
     """Return whether a trunk or a long run has plainly overfitted at the step of a snapshot."""
     steps = [earlier for earlier in spec.snapshots if earlier <= step]
     losses = [snapshot_loss(measurer, spec, earlier) for earlier in steps]
+    if spec.is_trunk:
+        return has_risen(losses)
     rows = measurer.context.run_dir(spec).metrics()
     trained = [row["loss"] for row in rows if max([0, *steps[:-1]]) < row["step"] <= step]
-    return has_overfitted(losses, sum(trained) / len(trained), 1 if spec.is_trunk else PATIENCE)
+    return has_risen(losses, PATIENCE) and has_memorized(sum(trained) / len(trained), losses)
 
 
-def has_overfitted(losses: Sequence[float], training: float, patience: int = 1) -> bool:
-    """Return whether a run has plainly overfitted.
-
-    Args:
-        losses: validation losses so far, in nats; the last `patience` of them must be above the lowest by OVERFITTED.
-        training: the mean training loss since the last but one of them; it must be below the lowest by MEMORIZED.
-        patience: number of losses that must agree.
-    """
+def has_risen(losses: Sequence[float], patience: int = 1) -> bool:
+    """Return whether the last `patience` of some validation losses are above the lowest by more than noise: by OVERFITTED."""
     lowest = min(losses)
-    is_memorized = training < lowest - MEMORIZED * abs(lowest)
-    return is_memorized and min(losses[-patience:]) > lowest + OVERFITTED * abs(lowest)
+    return min(losses[-patience:]) > lowest + OVERFITTED * abs(lowest)
+
+
+def has_memorized(training: float, losses: Sequence[float]) -> bool:
+    """Return whether a training loss is below the lowest validation loss by MEMORIZED."""
+    lowest = min(losses)
+    return training < lowest - MEMORIZED * abs(lowest)
 
 
 def train_ahead(job: GroupJob, ledger: Path) -> EmomergeError | None:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +11,13 @@ import torch
 from emomerge.errors import EmomergeError
 from emomerge.experiment import overfitting
 from emomerge.experiment.control_runs import long_run
-from emomerge.experiment.overfitting import has_overfitted, ledger_of, train_ahead
+from emomerge.experiment.overfitting import has_memorized, has_risen, ledger_of, train_ahead
 from emomerge.experiment.pipeline import Pipeline
 from emomerge.experiment.workers import take_over
 from emomerge.probing.ledger import Ledger
 from emomerge.recipe import parse_recipe
 from emomerge.results import load_results
-from emomerge.training import Context, planned_runs
+from emomerge.training import Context, RunDir, RunSpec, planned_runs
 from emomerge.training.ahead import GroupJob
 
 CONTROLS = ["best-single", "adamw-sweep", "distance-matched", "long-run"]
@@ -39,36 +40,37 @@ def row_of(out):
     return next(row for row in load_results(out).artefacts if row.control == "long-run")
 
 
-def test_overfitting_is_a_loss_well_above_the_lowest_while_the_training_loss_is_far_below():
-    assert has_overfitted([1.0, 0.8, 1.01], 0.1) and has_overfitted([1.0, math.inf], 0.1)
-    assert not has_overfitted([1.0, 0.8, 0.99], 0.1) and not has_overfitted([1.0], 0.1)
-    assert not has_overfitted([math.inf, math.inf], 0.1)
-    assert has_overfitted([-1.0, -0.7], -2.0) and not has_overfitted([-1.0, -0.8], -2.0), "losses may be negative"
-
-
-def test_a_run_whose_rate_is_too_high_for_a_while_does_not_overfit():
-    assert not has_overfitted([0.41, 0.66, 0.91], 0.54, patience=2)
-    assert not has_overfitted([-1.0, -0.7], -1.0)
+def test_a_loss_has_risen_if_it_is_well_above_the_lowest():
+    assert has_risen([1.0, 0.8, 1.01]) and has_risen([1.0, math.inf])
+    assert not has_risen([1.0, 0.8, 0.99]) and not has_risen([1.0]) and not has_risen([math.inf, math.inf])
+    assert has_risen([-1.0, -0.7]) and not has_risen([-1.0, -0.8]), "losses may be negative"
 
 
 def test_patience_asks_for_several_losses_in_a_row():
-    assert not has_overfitted([0.5, 0.6, 0.7], 0.1, patience=2) and has_overfitted([0.5, 0.7, 0.7], 0.1, patience=2)
-    assert not has_overfitted([0.5, 0.7, 0.6, 0.7], 0.1, patience=2)
+    assert not has_risen([0.5, 0.6, 0.7], patience=2) and has_risen([0.5, 0.7, 0.7], patience=2)
+    assert not has_risen([0.5, 0.7, 0.6, 0.7], patience=2)
 
 
-def test_the_training_loss_is_the_mean_since_the_last_snapshot(recipe, tmp_path, monkeypatch):
+def test_rows_are_memorized_where_the_training_loss_is_far_below_the_lowest_validation_loss():
+    assert has_memorized(0.1, [0.8, 0.41]) and not has_memorized(0.11, [0.8, 0.41])
+    assert has_memorized(-2.0, [-1.0]) and not has_memorized(-1.0, [-1.0])
+
+
+@pytest.mark.parametrize(
+    ("is_trunk", "trained", "expected"),
+    [(False, [9, 9, 0.1, 0.1], True), (False, [0.1, 0.1, 0.1, 9], False), (True, [9, 9, 9, 9], True)],
+    ids=["memorized", "rate too high", "trunk"],
+)
+def test_a_long_run_overfits_only_if_it_has_memorized_since_the_last_snapshot(
+    recipe, tmp_path, monkeypatch, is_trunk, trained, expected
+):
     made = Pipeline(parse_recipe(recipe), tmp_path / "out")
-    assert made.run()
-    (spec,) = (spec for spec in made.trained_controls if spec.control == "long-run")
-    given = []
-    monkeypatch.setattr(overfitting, "snapshot_loss", lambda measurer, spec, step: float(step))
-    monkeypatch.setattr(overfitting, "has_overfitted", lambda *arguments: given.append(arguments))
-    rows = [row["loss"] for row in made.run_dir(spec).metrics()]
-    for step in (2, 6):
-        overfitting.overfits(made.measurer, spec, step)
-    (first, second) = given
-    assert first == ([2.0], pytest.approx(sum(rows[:2]) / 2), 2)
-    assert second == ([2.0, 4.0, 6.0], pytest.approx(sum(rows[4:6]) / 2), 2)
+    spec = RunSpec("long", "sens", 0, 12, control="long-run", is_trunk=is_trunk, snapshots=(1, 2, 4, 6))
+    rows = [{"step": step, "loss": loss} for step, loss in enumerate([9, 9, *trained], 1)]
+    monkeypatch.setattr(RunDir, "metrics", lambda self: iter(rows))
+    monkeypatch.setattr(overfitting, "snapshot_loss", lambda measurer, spec, step: {1: 1.0, 2: 0.6, 4: 0.9, 6: 0.9}[step])
+    measurer = SimpleNamespace(context=Context(made.recipe, tmp_path, "", tmp_path))
+    assert overfitting.overfits(measurer, spec, 6) is expected
 
 
 def test_a_long_run_ends_early_only_if_nothing_else_needs_its_steps(recipe):
