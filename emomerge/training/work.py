@@ -79,7 +79,8 @@ def choose_hands(work: Work, cores: int, seconds: float, memory: int | None = No
         memory: free bytes; by default as found.
     """
     threads = max(1, min(cores, round(work.product / FLOP_PER_THREAD)))
-    each = PROCESS + 3 * work.weights + 6 * work.kept  # a stack of five runs keeps the activations of five
+    # A stack of five runs keeps the activations of five; besides its model, a worker has one to measure, and the base's weights.
+    each = PROCESS + 4 * work.weights + 6 * work.kept
     free = free_memory() if memory is None else memory
     fitting = max(1, int(0.7 * free / each))
     workers = min(cores // threads, fitting, MOST_WORKERS) if seconds >= SMALLEST_WORK else 1

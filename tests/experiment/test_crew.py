@@ -125,7 +125,7 @@ def test_workers_that_do_not_fit_into_memory_are_not_started():
     each = 3 * 2**30
     wide = work.Work(product=1e9, flop=1e11, weights=each, kept=0, seconds=1, forward=0.3)
     assert work.choose_hands(wide, 4, 1e3, 100 * each).workers == 4
-    assert work.choose_hands(wide, 4, 1e3, 10 * each).workers == 2
+    assert work.choose_hands(wide, 4, 1e3, 14 * each).workers == 2
     assert work.choose_hands(wide, 4, 1e3, each).workers == 1
 
 
