@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
-from emomerge.experiment.control_runs import control_plans, grouped, is_alone, trained_so_far
+from emomerge.errors import EmomergeError
+from emomerge.experiment.control_runs import control_plans, grouped, stops_at_best, trained_so_far
 from emomerge.experiment.experiment import Experiment
 from emomerge.experiment.measure import Artefact
-from emomerge.experiment.workers import VALIDATION, ProbeJob, job_of, jobs_of
+from emomerge.experiment.overfitting import keep_best, overfits
+from emomerge.experiment.workers import VALIDATION, ProbeJob, job_of, jobs_of, measurer_of, of_workers
 from emomerge.probing.registry import recipe_metrics
-from emomerge.training import RunSpec
+from emomerge.training import Loaded, RunSpec, catch_errors, train_locally, train_runs
+from emomerge.training.ahead import GroupJob
+from emomerge.training.warm import warmed
 
 
 def groups_ahead(experiment: Experiment, *, runs_are_done: bool) -> list[list[RunSpec]]:
@@ -21,10 +26,41 @@ def groups_ahead(experiment: Experiment, *, runs_are_done: bool) -> list[list[Ru
     return [
         group
         for group in groups
-        if (runs_are_done or all(spec.control != "long-run" for spec in group))
-        and not any(is_alone(recipe, spec) for spec in group)
-        and not all(map(experiment.run_is_done, group))
+        if (runs_are_done or all(spec.control != "long-run" for spec in group)) and not all(map(experiment.run_is_done, group))
     ]
+
+
+def train_ahead(job: GroupJob, ledger: Path) -> EmomergeError | None:
+    """Train the runs of a job in a worker, each until it has overfitted if it may end early, and keep their best snapshots.
+
+    Args:
+        job: the runs.
+        ledger: of the main process. What is evaluated here goes into the file of `ledger_of`.
+
+    Returns:
+        the error if some could not be trained.
+    """
+    context, measured = job.context, ledger_of(ledger, job.specs[0])
+
+    def train() -> None:
+        here = warmed(context)
+        train_runs(
+            here,
+            job.specs,
+            partial(train_locally, here, loaded=Loaded()),
+            overfits=lambda spec, step: overfits(measurer_of(context, ledger, measured), spec, step),
+        )
+        for spec in job.specs:
+            if stops_at_best(context.recipe, spec):
+                keep_best(measurer_of(context, ledger, measured), spec)
+
+    names = ", ".join(spec.name for spec in job.specs)
+    return catch_errors(f"runs {names}", context.working_directory, train)
+
+
+def ledger_of(ledger: Path, spec: RunSpec) -> Path:
+    """Return the ledger of the worker that trains a group of runs, given the main process's and the first run."""
+    return of_workers(ledger) / f"{spec.name}.jsonl"
 
 
 def jobs_ahead(experiment: Experiment, offered: set[str]) -> dict[str, ProbeJob]:

@@ -10,6 +10,7 @@ from emomerge.controls import CONTROLS
 from emomerge.errors import RunFailed
 from emomerge.experiment.experiment import Experiment
 from emomerge.experiment.measure import Artefact
+from emomerge.experiment.overfitting import keep_best
 from emomerge.numerics.hashing import digest
 from emomerge.recipe import Recipe
 from emomerge.training import RunSpec
@@ -45,6 +46,11 @@ def long_run(recipe: Recipe, best: RunSpec) -> RunSpec:
 def serves_others(recipe: Recipe) -> bool:
     """Return whether other controls, `loss-matched` or `swa`, are made from the snapshots of the long run."""
     return any(control.made_from == "long-run" and kind in recipe.controls for kind, control in CONTROLS.items())
+
+
+def stops_at_best(recipe: Recipe, spec: RunSpec) -> bool:
+    """Return whether only the best of a control's snapshots is kept, once it is trained."""
+    return bool(spec.snapshots) and not (spec.control == "long-run" and serves_others(recipe))
 
 
 def long_adamw_runs(recipe: Recipe, seed: int) -> list[RunSpec]:
@@ -135,12 +141,12 @@ def grouped(recipe: Recipe, specs: Iterable[RunSpec]) -> list[list[RunSpec]]:
     """Return runs in the groups that are trained together: those of equal length and batch size share a pass where they can."""
     groups: dict[tuple[Any, ...], list[RunSpec]] = {}
     for spec in specs:
-        groups.setdefault((spec.steps, spec.batch_factor, spec.name if is_alone(recipe, spec) else ""), []).append(spec)
+        groups.setdefault((spec.steps, spec.batch_factor, spec.name if _is_alone(recipe, spec) else ""), []).append(spec)
     return list(groups.values())
 
 
-def is_alone(recipe: Recipe, spec: RunSpec) -> bool:
-    """Return whether a run is trained alone: snapshots of whole models are large, and all but the best are removed at once."""
+def _is_alone(recipe: Recipe, spec: RunSpec) -> bool:
+    # Snapshots of whole models are large: each such run is reduced to its best point before the next one starts.
     return recipe.adapter.kind == "full" and bool(spec.snapshots)
 
 
@@ -164,15 +170,8 @@ class _Trainer:
             self.trained += done
             for spec in done:
                 self._experiment.say_if_stopped(spec)
-                if spec.snapshots and not (spec.control == "long-run" and serves_others(self._experiment.recipe)):
-                    _keep_best(self._experiment, spec)
-
-
-def _keep_best(experiment: Experiment, spec: RunSpec) -> None:
-    """Remove the snapshots of a run, except the one with the lowest validation loss if it is lower than at the end."""
-    best = experiment.measurer.best(_points(experiment, spec))
-    run = experiment.run_dir(spec)
-    run.remove_snapshots([step for step in spec.snapshots if run.snapshot(step) != best.path])
+                if stops_at_best(self._experiment.recipe, spec):
+                    keep_best(self._experiment.measurer, spec)
 
 
 def _points(experiment: Experiment, spec: RunSpec) -> list[Artefact]:

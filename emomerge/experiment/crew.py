@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from emomerge.experiment.ahead import groups_ahead, jobs_ahead
+from emomerge.experiment.ahead import groups_ahead, jobs_ahead, ledger_of, train_ahead
 from emomerge.experiment.experiment import Experiment
 from emomerge.experiment.measure import Measurer
-from emomerge.experiment.overfitting import ledger_of, train_ahead
 from emomerge.experiment.workers import evaluate, take_over
 from emomerge.numerics.threads import threads
 from emomerge.progress import Display, Line

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 
 from emomerge.adapters import open_run
 from emomerge.checkpoints import atomic
-from emomerge.errors import EmomergeError
 from emomerge.experiment.measure import Artefact, Measurer
-from emomerge.experiment.workers import measurer_of, of_workers
 from emomerge.merging.vectors import finite_or_inf
 from emomerge.numerics.hashing import digest
-from emomerge.training import Context, Loaded, RunSpec, catch_errors, train_locally, train_runs
-from emomerge.training.ahead import GroupJob
-from emomerge.training.warm import warmed
+from emomerge.training import Context, RunSpec
 
 OVERFITTED = 0.25
 """A run has plainly overfitted where its validation loss is above the lowest by such a share of it."""
@@ -36,6 +30,15 @@ def snapshot_of(context: Context, spec: RunSpec, step: int) -> Artefact:
     )  # fmt: skip
 
 
+def end_of(context: Context, spec: RunSpec) -> Artefact:
+    """Return the result of a finished control as an artefact, without its cost."""
+    run = context.run_dir(spec)
+    return Artefact(
+        spec.name, "control", open_run(context.base, run.path), digest([context.base_hash, run.state["sha256"]]),
+        path=run.artefact, optimizer=spec.optimizer, seed=spec.seed,
+    )  # fmt: skip
+
+
 def snapshot_loss(measurer: Measurer, spec: RunSpec, step: int) -> float:
     """Return the validation loss of a snapshot; infinity if it is not a number."""
     return finite_or_inf(measurer.loss(snapshot_of(measurer.context, spec, step), "validation"))
@@ -52,6 +55,16 @@ def overfits(measurer: Measurer, spec: RunSpec, step: int) -> bool:
     return has_risen(losses, PATIENCE) and has_memorized(sum(trained) / len(trained), losses)
 
 
+def keep_best(measurer: Measurer, spec: RunSpec) -> None:
+    """Remove the snapshots of a finished run, except the one with the lowest validation loss if it is lower than at the end."""
+    run = measurer.context.run_dir(spec)
+    losses = {step: snapshot_loss(measurer, spec, step) for step in spec.snapshots if run.snapshot(step).is_dir()}
+    losses[spec.steps] = finite_or_inf(measurer.loss(end_of(measurer.context, spec), "validation"))
+    lowest = min(losses.values())
+    best = spec.steps if losses[spec.steps] == lowest else min(losses, key=losses.__getitem__)
+    run.remove_snapshots([step for step in spec.snapshots if step != best])
+
+
 def has_risen(losses: Sequence[float], patience: int = 1) -> bool:
     """Return whether the last `patience` of some validation losses are above the lowest by more than noise: by OVERFITTED."""
     lowest = min(losses)
@@ -62,29 +75,3 @@ def has_memorized(training: float, losses: Sequence[float]) -> bool:
     """Return whether a training loss is below the lowest validation loss by MEMORIZED."""
     lowest = min(losses)
     return training < lowest - MEMORIZED * abs(lowest)
-
-
-def train_ahead(job: GroupJob, ledger: Path) -> EmomergeError | None:
-    """Train the runs of a job in a worker, those that may end early until they have overfitted. Return the error of some.
-
-    Args:
-        job: the runs.
-        ledger: of the main process. What is evaluated here goes into the file of `ledger_of`.
-    """
-
-    def train() -> None:
-        context, measured = warmed(job.context), ledger_of(ledger, job.specs[0])
-        train_runs(
-            context,
-            job.specs,
-            partial(train_locally, context, loaded=Loaded()),
-            overfits=lambda spec, step: overfits(measurer_of(job.context, ledger, measured), spec, step),
-        )
-
-    names = ", ".join(spec.name for spec in job.specs)
-    return catch_errors(f"runs {names}", job.context.working_directory, train)
-
-
-def ledger_of(ledger: Path, spec: RunSpec) -> Path:
-    """Return the ledger of the worker that trains a group of runs, given the main process's and the first run."""
-    return of_workers(ledger) / f"{spec.name}.jsonl"

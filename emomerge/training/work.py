@@ -79,7 +79,7 @@ def choose_hands(work: Work, cores: int, seconds: float, memory: int | None = No
         memory: free bytes; by default as found.
     """
     threads = max(1, min(cores, round(work.product / FLOP_PER_THREAD)))
-    # A stack of five runs keeps the activations of five; besides its model, a worker has one to measure, and the base's weights.
+    # A stack of five runs keeps the activations of five. A worker also has a model to measure, and the base's weights.
     each = PROCESS + 4 * work.weights + 6 * work.kept
     free = free_memory() if memory is None else memory
     fitting = max(1, int(0.7 * free / each))
