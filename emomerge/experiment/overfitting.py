@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from emomerge.adapters import open_run
@@ -12,10 +13,12 @@ from emomerge.numerics.hashing import digest
 from emomerge.training import Context, RunSpec
 
 OVERFITTED = 0.25
-"""A run has plainly overfitted where its validation loss is above the lowest by such a share of it."""
+"""A run has plainly overfitted where its validation loss is above the lowest by such a share of it …"""
 MEMORIZED = 0.75
-"""The training loss of a long run must besides be below the lowest validation loss by such a share: where the rate was too high
-for a while, it may recover as the rate falls. That of a trunk does not fall."""
+"""… and its training loss is below the lowest validation loss by such a share. Where the rate was only too high for a while, a
+run may recover."""
+LATELY = 12
+"""Its training loss is the mean since the last snapshot, over at most a twelfth of its steps."""
 PATIENCE = 2
 """At so many snapshots in a row a long run must have overfitted; a trunk, the steps of whose snapshots double, at one."""
 
@@ -48,11 +51,9 @@ def overfits(measurer: Measurer, spec: RunSpec, step: int) -> bool:
     """Return whether a trunk or a long run has plainly overfitted at the step of a snapshot."""
     steps = [earlier for earlier in spec.snapshots if earlier <= step]
     losses = [snapshot_loss(measurer, spec, earlier) for earlier in steps]
-    if spec.is_trunk:
-        return has_risen(losses)
-    rows = measurer.context.run_dir(spec).metrics()
-    trained = [row["loss"] for row in rows if max([0, *steps[:-1]]) < row["step"] <= step]
-    return has_risen(losses, PATIENCE) and has_memorized(sum(trained) / len(trained), losses)
+    since = max([step - math.ceil(spec.steps / LATELY), *steps[:-1]])
+    trained = [row["loss"] for row in measurer.context.run_dir(spec).metrics() if since < row["step"] <= step]
+    return has_risen(losses, 1 if spec.is_trunk else PATIENCE) and has_memorized(sum(trained) / len(trained), losses)
 
 
 def keep_best(measurer: Measurer, spec: RunSpec) -> None:

@@ -38,6 +38,7 @@ def test_the_branch_point_has_the_lowest_validation_loss(recipe, tmp_path, monke
 
 def test_a_trunk_that_overfits_ends_there_and_counts_for_less(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("emomerge.experiment.overfitting.OVERFITTED", -1.0)
+    monkeypatch.setattr("emomerge.experiment.overfitting.MEMORIZED", -10.0)
     made = Pipeline(parse_recipe(recipe), tmp_path / "out")
     assert made.run()
     (trunk,) = made.trunks
