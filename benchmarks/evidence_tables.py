@@ -62,7 +62,7 @@ PROCEDURES = {
     "paper-tall-mask": "the paper's procedure: tall-mask",
     "adamw-sweep": "AdamW sweep, best of five rates",
     "adamw-soup": "greedy soup of the sweep",
-    "long-run": "one long run",
+    "long-run": "one long run, stopped early",
     "adamw-long-run": "AdamW long run, best rate",
     "adamw-large-batch": "AdamW, five times the batch",
 }
