@@ -66,6 +66,9 @@ class Line:
     def add(self, amount: float = 1, note: str | None = None) -> None:
         """Advance by an amount."""
 
+    def end(self) -> None:
+        """End where it is: the rest need not be done."""
+
 
 class _BarLine(Line):
     def __init__(self, progress: Progress, task: TaskID) -> None:
@@ -79,6 +82,9 @@ class _BarLine(Line):
         self._begin()
         extra: dict[str, Any] = {} if note is None else {"note": shown(note)}
         self._progress.update(self._task, advance=amount, **extra)
+
+    def end(self) -> None:
+        self._progress.update(self._task, total=self._progress.tasks[self._task].completed)
 
     def _begin(self) -> None:
         task = self._progress.tasks[self._task]

@@ -43,6 +43,17 @@ def test_in_80_columns_only_the_note_is_cut(monkeypatch):
     del waiting
 
 
+def test_a_line_that_ends_early_is_done(monkeypatch):
+    shown = display(monkeypatch, terminal=True)
+    with shown.live():
+        line = shown.line("long-tion-0", 200)
+        line.at(83, "loss 0.1")
+        line.end()
+    last = shown.console.file.getvalue().split("\x1b[2K")[-1]
+    (row,) = (row.strip() for row in last.splitlines() if "long-tion-0" in row)
+    assert row.startswith("✓ long-tion-0") and "83/83" in row and "left" not in row
+
+
 @pytest.mark.parametrize(
     ("elapsed", "left", "finished", "text"),
     [

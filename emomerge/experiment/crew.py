@@ -84,6 +84,9 @@ class Crew:
         """
         if self._ahead is None or not self._ahead.finish(group, meanwhile):
             return False
+        for spec in group:
+            if spec.name in self._lines:
+                self._lines[spec.name].end()
         take_over(self._experiment.measurer.ledger, [ledger_of(self._experiment.space.ledger, group[0])])
         return True
 

@@ -17,7 +17,7 @@ from emomerge.adapters import open_run
 from emomerge.checkpoints import Checkpoint, atomic, open_checkpoint
 from emomerge.experiment.costs import Cost, total
 from emomerge.experiment.measure import Artefact, Measurer
-from emomerge.experiment.overfitting import snapshot_of
+from emomerge.experiment.points import end_of, snapshot_of
 from emomerge.experiment.workspace import Workspace
 from emomerge.files import JsonObject, read_json
 from emomerge.numerics.hashing import digest
@@ -57,7 +57,7 @@ class Experiment:
         self.base_inputs = digest(["base", self.as_written.base, self.as_written.task, self.space.input_hash(recipe)])
         self.specs = planned_runs(recipe)
         self.trunks = planned_trunks(recipe)
-        self._opened: dict[tuple[Path, str], Checkpoint] = {}
+        self._opened: dict[tuple[Path, str], Artefact] = {}
         """Finished runs by their folder and the hash of what is known of them."""
 
     @cached_property
@@ -144,18 +144,12 @@ class Experiment:
 
     def run_artefact(self, spec: RunSpec) -> Artefact:
         """Return a trained run as an artefact."""
-        run = self.run_dir(spec)
-        state, shares_steps = run.state, self.recipe.runs.rounds > 1 or bool(self.trunks)
-        key = run.path, digest([self.base_hash, state])
+        run, shares_steps = self.run_dir(spec), self.recipe.runs.rounds > 1 or bool(self.trunks)
+        key = run.path, digest([self.base_hash, run.state])
         if key not in self._opened:  # reading an adapter takes longer than a small model's pass
-            self._opened[key] = open_run(self.base, run.path)
-        return Artefact(
-            spec.name, "run" if spec.role == "run" else "control", self._opened[key],
-            digest([self.base_hash, state["sha256"]]), path=run.artefact, optimizer=spec.optimizer, seed=spec.seed,
-            control=spec.control,
-            seconds=state["seconds"], sha256=state["sha256"],
-            cost=self.cost_of_runs(spec.seed) if spec.role == "run" and shares_steps else self.cost_of([spec]),
-        )  # fmt: skip
+            self._opened[key] = end_of(self.context, spec)
+        cost = self.cost_of_runs(spec.seed) if spec.role == "run" and shares_steps else self.cost_of([spec])
+        return replace(self._opened[key], cost=cost)
 
     def snapshot_artefact(self, spec: RunSpec, step: int) -> Artefact:
         """Return a snapshot of a control or a trunk as an artefact; its cost is known once the run is done."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from emomerge.adapters import open_run
-from emomerge.checkpoints import atomic
-from emomerge.experiment.measure import Artefact, Measurer
+from emomerge.experiment.measure import Measurer
+from emomerge.experiment.points import end_of, snapshot_of
 from emomerge.merging.vectors import finite_or_inf
-from emomerge.numerics.hashing import digest
-from emomerge.training import Context, RunSpec
+from emomerge.training import RunSpec
 
 OVERFITTED = 0.25
 """A run has plainly overfitted where its validation loss is above the lowest by such a share of it …"""
@@ -21,25 +19,6 @@ LATELY = 12
 """Its training loss is the mean since the last snapshot, over at most a twelfth of its steps."""
 PATIENCE = 2
 """At so many snapshots in a row a long run must have overfitted; a trunk, the steps of whose snapshots double, at one."""
-
-
-def snapshot_of(context: Context, spec: RunSpec, step: int) -> Artefact:
-    """Return a snapshot of a control or a trunk as an artefact, without its cost."""
-    folder = context.run_dir(spec).snapshot(step)
-    weights = {file.name: atomic.sha256(file) for file in sorted(folder.glob("*.safetensors"))}
-    return Artefact(
-        f"{spec.name} at step {step}", "control", open_run(context.base, folder), digest([context.base_hash, weights]),
-        path=folder, optimizer=spec.optimizer, seed=spec.seed,
-    )  # fmt: skip
-
-
-def end_of(context: Context, spec: RunSpec) -> Artefact:
-    """Return the result of a finished control as an artefact, without its cost."""
-    run = context.run_dir(spec)
-    return Artefact(
-        spec.name, "control", open_run(context.base, run.path), digest([context.base_hash, run.state["sha256"]]),
-        path=run.artefact, optimizer=spec.optimizer, seed=spec.seed,
-    )  # fmt: skip
 
 
 def snapshot_loss(measurer: Measurer, spec: RunSpec, step: int) -> float:
@@ -59,10 +38,9 @@ def overfits(measurer: Measurer, spec: RunSpec, step: int) -> bool:
 def keep_best(measurer: Measurer, spec: RunSpec) -> None:
     """Remove the snapshots of a finished run, except the one with the lowest validation loss if it is lower than at the end."""
     run = measurer.context.run_dir(spec)
-    losses = {step: snapshot_loss(measurer, spec, step) for step in spec.snapshots if run.snapshot(step).is_dir()}
-    losses[spec.steps] = finite_or_inf(measurer.loss(end_of(measurer.context, spec), "validation"))
-    lowest = min(losses.values())
-    best = spec.steps if losses[spec.steps] == lowest else min(losses, key=losses.__getitem__)
+    losses = {spec.steps: finite_or_inf(measurer.loss(end_of(measurer.context, spec), "validation"))}  # first in case of ties
+    losses |= {step: snapshot_loss(measurer, spec, step) for step in spec.snapshots if run.snapshot(step).is_dir()}
+    best = min(losses, key=losses.__getitem__)
     run.remove_snapshots([step for step in spec.snapshots if step != best])
 
 

@@ -270,8 +270,14 @@ class Pipeline(Experiment):
                 say = self.display.say if first_round else lambda line: None  # every round would say the same
                 train_locally(self.context, pieces, ranks=self.ranks, on_step=on_step, say=say, loaded=loaded)
 
+        def has_overfitted(spec: RunSpec, step: int) -> bool:
+            found = overfits(self.measurer, spec, step)
+            if found:
+                lines[spec.name].end()
+            return found
+
         here = self.engine is None and self.ranks is None  # elsewhere a stop would cost as much as it saves
-        train_runs(self.context, specs, execute, self._branch_point, self._overfits if here else None)
+        train_runs(self.context, specs, execute, self._branch_point, has_overfitted if here else None)
 
     def _branch_point(self, trunk: RunSpec) -> int:
         """Return the step of a trunk with the lowest validation loss, of those at which it has not yet overfitted."""
@@ -284,9 +290,6 @@ class Pipeline(Experiment):
         self.say_if_stopped(trunk)
         self.display.say(f"{trunk.name}: the runs branch off at step {best} of {trunk.steps}, by validation loss")
         return best
-
-    def _overfits(self, spec: RunSpec, step: int) -> bool:
-        return overfits(self.measurer, spec, step)
 
     def runs_are_done(self) -> bool:
         """Return whether all shallow runs are up to date, and the rounds that merges are made of are kept."""

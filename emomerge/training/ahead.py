@@ -154,12 +154,13 @@ class Ahead:
 
     def _take(self) -> _Piece | None:
         with self._lock:
-            for waiting in (self._groups, self._jobs):
-                for name in [*waiting][:1]:
-                    self._begun[name] = waiting.pop(name)
-                    return self._begun[name]
-            self._idle += 1
-            return None
+            waiting = self._groups or self._jobs
+            if not waiting:
+                self._idle += 1
+                return None
+            name = next(iter(waiting))
+            self._begun[name] = waiting.pop(name)
+            return self._begun[name]
 
     def _tell(self) -> None:
         """Call `on_end` of the jobs that have ended."""
